@@ -1,0 +1,1074 @@
+"""Iterative Contrastive Unlearning: make a language model forget given texts and keep the rest of its language.
+
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the paper's 125M recipe
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo # another method, the same loop
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only  # only measure
+
+"Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py. To make a new
+method, copy this file and edit between the two `change me` marks. Departures from the paper's text, each a comment
+where it happens:
+  1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be its length.
+  2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
+  3. --protocol released does what the authors' released code computes; the default follows the paper's text.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import knn
+import metrics
+
+# --- data: a pair of pairs.jsonl -> token ids with a boundary ---
+
+
+class Text(NamedTuple):
+    """One text as the model reads it. Positions are 0-based indices into ids."""
+
+    ids: list  # BOS if the tokenizer adds one, then (released: context,) prefix and suffix
+    t0: int  # the first target
+    cut: int  # where the suffix begins: t0 in the paper's protocol
+    prompt: list  # what a generation starts from: BOS and prefix
+
+
+class Sample(NamedTuple):
+    """One line of pairs.jsonl: a text to forget, its learn partner (Eq. 2), and the strings people read."""
+
+    id: str
+    prefix: str
+    suffix: str
+    forget: Text
+    learn: Text
+
+
+def encode(tokenizer, text, *, inside=False):
+    """Ids of a text without special tokens; `inside`: as it reads behind other text.
+
+    SentencePiece tokenizers (Llama) put a space before all they encode. Behind a prefix that space is not in the text,
+    so the text is encoded behind a line break, which is then taken off.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if inside and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        behind = tokenizer("\n" + text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = behind[len(newline) :] if behind[: len(newline)] == newline else ids
+    return ids
+
+
+def bos_of(tokenizer):
+    """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
+    plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[:1] if whole[0] == tokenizer.bos_token_id != plain[0] else []
+
+
+def pairs_have_own_ids(pairs, tokenizer):
+    """Whether the pairs' `*_ids` are ids of this tokenizer: they must decode to the very texts beside them.
+
+    Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
+    another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
+    """
+    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+
+    def fits(pair):
+        ids = [pair.get(f"{name}_ids") for name in names]
+        if any(part is None or any(not 0 <= i < len(tokenizer) for i in part) for part in ids):
+            return False
+        decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
+        return decoded == [pair[name] for name in names]
+
+    fit = [fits(pair) for pair in pairs]
+    if any(fit) and not all(fit):
+        row = fit.index(False)
+        raise ValueError(
+            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} tokens "
+            "or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
+        )
+    return all(fit)
+
+
+def build_samples(pairs, tokenizer, *, protocol, positions):
+    """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
+
+    ValueError names the row whose prefix or suffix has no token, or that is longer than the model's `positions`. A
+    learn partner may be cut, since nothing is promised about its end.
+    """
+    own_ids, bos, n_cut = pairs_have_own_ids(pairs, tokenizer), bos_of(tokenizer), 0
+
+    def build(pair, side, row):
+        ids = lambda part, **how: (  # noqa: E731
+            list(pair[f"{side}{part}_ids"]) if own_ids else encode(tokenizer, pair[side + part], **how)
+        )
+        # Released code: the 100 pre-prefix tokens belong to the sequence and every position is a target.
+        context = ids("context") if protocol == "released" else []
+        prefix, suffix = ids("prefix", inside=bool(context)), ids("suffix", inside=True)
+        for part, name in ((prefix, "prefix"), (suffix, "suffix")):
+            if not part:
+                raise ValueError(f"pair {row + 1} (id {pair['id']}): the {side}{name} has no token; give it some text")
+        cut = len(bos + context + prefix)
+        t0 = len(bos) or 1 if protocol == "released" else cut  # position 0 is never a target
+        return Text(bos + context + prefix + suffix, t0, cut, bos + prefix)
+
+    samples = []
+    for row, pair in enumerate(pairs):
+        forget, learn = build(pair, "", row), build(pair, "learn_", row)
+        if len(forget.ids) > positions:
+            raise ValueError(
+                f"pair {row + 1} (id {pair['id']}): {len(forget.ids)} tokens, and the model has {positions} positions; "
+                "split the text into several rows"
+            )
+        if learn.cut >= positions:
+            raise ValueError(
+                f"pair {row + 1} (id {pair['id']}): the learn prefix alone fills the model's {positions} positions; "
+                "mine the pairs with a smaller --passage-words"
+            )
+        n_cut += len(learn.ids) > positions
+        learn = learn._replace(ids=learn.ids[:positions])
+        samples.append(Sample(pair["id"], pair["prefix"], pair["suffix"], forget, learn))
+    return samples, n_cut
+
+
+def collate(texts, device="cpu"):
+    """B texts -> ids (B, T) int64, attention_mask (B, T) int64, target_mask (B, T) bool, right-padded.
+
+    target_mask is true where token i is predicted: t0 <= i and not padding. Padding is told by length, never by
+    `id == pad`, since pad is EOS for these models.
+    """
+    lengths = torch.tensor([len(text.ids) for text in texts])
+    T = max((len(text.ids) for text in texts), default=0)
+    ids = torch.tensor([text.ids + [0] * (T - len(text.ids)) for text in texts], dtype=torch.long).view(len(texts), T)
+    position = torch.arange(T)[None]
+    attention_mask = position < lengths[:, None]
+    target_mask = attention_mask & (position >= torch.tensor([text.t0 for text in texts])[:, None]) & (position > 0)
+    return ids.to(device), attention_mask.long().to(device), target_mask.to(device)
+
+
+def chunks(items, size):
+    """A list in pieces of `size`, the last one shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+# --- losses: pure functions of logits ---
+
+
+def target_logits(logits, ids, target_mask):
+    """The shift by one: logits at position t-1 predict token t. (B, T, V), (B, T), (B, T) -> (M, V), (M,).
+
+    M is the number of targets. In float32 at least: softmax in bf16 loses the small probabilities that a KL is made of.
+    """
+    mask = target_mask[:, 1:]
+    picked = logits[:, :-1][mask]  # (M, V)
+    return picked.float() if picked.dtype in (torch.bfloat16, torch.float16) else picked, ids[:, 1:][mask]
+
+
+def forget_loss(logits, ids, target_mask, count=None):
+    """Eq. (1), the mean of log p_theta(x_t | x_<t) over target tokens: minimised, so the text becomes less likely.
+
+    logits (B, T, V), ids (B, T) int64, target_mask (B, T) bool -> scalar in nats, <= 0; over no token 0 with a gradient
+    of 0. Paper: a sum; here the mean over `count` tokens (default: those of this batch), so that parts of a global
+    batch, each divided by the whole batch's count, add up to its mean.
+    """
+    return -learn_loss(logits, ids, target_mask, count)
+
+
+def learn_loss(logits, ids, target_mask, count=None):
+    """Eq. (3), the negative log-likelihood -mean log p_theta(x_t | x_<t), in nats; arguments as forget_loss."""
+    picked, targets = target_logits(logits, ids, target_mask)
+    return F.cross_entropy(picked, targets, reduction="sum") / (count or max(len(targets), 1))
+
+
+def kl_loss(logits, ref_logits, target_mask, count=None, *, cross_entropy=False):
+    """Eq. (4), the mean over target tokens of KL[p_theta0 || p_theta], in nats, >= 0; no gradient to ref_logits.
+
+    logits, ref_logits (B, T, V), target_mask (B, T) bool -> scalar. Computed from log_softmax in float32: a softmax
+    followed by a log turns probabilities of 0 into NaN.
+    """
+    picked, _ = target_logits(logits, target_mask, target_mask)
+    ref, _ = target_logits(ref_logits.detach(), target_mask, target_mask)
+    logp, ref_logp = picked.log_softmax(-1), ref.log_softmax(-1)  # (M, V)
+    # Released code: the cross-entropy H(p_theta0, p_theta), the same gradient but another number; here: the KL.
+    inner = -logp if cross_entropy else ref_logp - logp
+    return (ref_logp.exp() * inner).sum() / (count or max(len(picked), 1))
+
+
+def sequence_logp(logits, ids, target_mask):
+    """log p_theta of each row's targets together, (B,) in nats: what DPO and NPO compare with the frozen reference."""
+    mask = target_mask[:, 1:]
+    picked, targets = target_logits(logits, ids, target_mask)
+    logp = torch.zeros_like(mask, dtype=picked.dtype)
+    return logp.masked_scatter(mask, -F.cross_entropy(picked, targets, reduction="none")).sum(1)
+
+
+# --- change me: the loss ---
+# A method is a function of `ask` and the flags. ask("forget"), ask("learn"), ask("answer") run the model on that side
+# of the batch and return a Side. The result names its terms: {"name": (weight, value)}; the loss is their weighted sum.
+
+
+class Side(NamedTuple):
+    """What a loss sees of one side of a batch."""
+
+    logits: torch.Tensor  # (B, T, V), with gradient
+    ids: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, T), the target mask
+    count: int  # target tokens of this side in the whole global batch
+    rows: int  # rows of this side in the whole global batch
+    ref_logits: torch.Tensor | None  # (B, T, V), the frozen copy's, on the learn side
+    ref_logp: torch.Tensor | None  # (B,), the frozen copy's sequence_logp, for dpo and npo
+
+
+def icu(ask, args):
+    """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl."""
+    forget, learn = ask("forget"), ask("learn")
+    return {
+        "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
+        "learn": (args.alpha, learn_loss(learn.logits, learn.ids, learn.mask, learn.count)),
+        "kl": (args.beta, kl_term(learn, args)),
+    }
+
+
+def kumpr(ask, args):
+    """Jang et al., arXiv:2210.01504, Eq. 1: gradient ascent, L = mean log p on the forget side and nothing else."""
+    forget = ask("forget")
+    return {"forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count))}
+
+
+def graddiff(ask, args):
+    """Gradient difference (TOFU, arXiv:2401.06121, section 4): ascent on the forget side, descent on the learn side."""
+    return {name: term for name, term in icu(ask, args).items() if name != "kl"}
+
+
+def kl(ask, args):
+    """KL minimisation (TOFU, arXiv:2401.06121, section 4): ascent on forget, KL to the original model on learn."""
+    return {name: term for name, term in icu(ask, args).items() if name != "learn"}
+
+
+def llmu(ask, args):
+    """Yao et al., arXiv:2310.10683, Eq. 2-5: ascent + random answers to the forget prompts + KL on the learn side.
+
+    The answers are suffixes of other rows' learn partners, --answers of them a row and epoch, their tokens the targets.
+    """
+    forget, answer, learn = ask("forget"), ask("answer"), ask("learn")
+    return {
+        "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
+        "learn": (args.alpha, learn_loss(answer.logits, answer.ids, answer.mask, answer.count)),
+        "kl": (args.beta, kl_term(learn, args)),
+    }
+
+
+def po(ask, args):
+    """Preference optimisation by likelihood: cross-entropy towards another answer (--answer), no forget term.
+
+    This is what the released code computes for the paper's "DPO" rows. TOFU (arXiv:2401.06121) calls the variant with
+    refusals IdkPO.
+    """
+    answer = ask("answer")
+    return {"learn": (args.alpha, learn_loss(answer.logits, answer.ids, answer.mask, answer.count))}
+
+
+def dpo(ask, args):
+    """Rafailov et al., arXiv:2305.18290, Eq. 7: the answer is preferred (w), the text to forget is not (l).
+
+    L = -log sigmoid(b [(log p(y_w|x) - log p_0(y_w|x)) - (log p(y_l|x) - log p_0(y_l|x))]), mean over rows.
+    """
+    win, lose = ask("answer"), ask("forget")
+    win_ratio = sequence_logp(win.logits, win.ids, win.mask) - win.ref_logp  # (B,)
+    lose_ratio = sequence_logp(lose.logits, lose.ids, lose.mask) - lose.ref_logp  # (B,)
+    return {"forget": (1.0, -F.logsigmoid(args.dpo_beta * (win_ratio - lose_ratio)).sum() / max(lose.rows, 1))}
+
+
+def npo(ask, args):
+    """Zhang et al., arXiv:2404.05868, Eq. 3: DPO's losing half.
+
+    L = -2/b log sigmoid(-b [log p(y|x) - log p_0(y|x)]), mean over rows. With b -> 0 it is gradient ascent; with b > 0
+    the gradient fades once a text is forgotten.
+    """
+    lose = ask("forget")
+    ratio = sequence_logp(lose.logits, lose.ids, lose.mask) - lose.ref_logp  # (B,)
+    return {"forget": (1.0, -2 / args.dpo_beta * F.logsigmoid(-args.dpo_beta * ratio).sum() / max(lose.rows, 1))}
+
+
+def kl_term(learn, args):
+    """Eq. (4) for a learn side, or the released code's cross-entropy."""
+    released = args.protocol == "released"
+    return kl_loss(learn.logits, learn.ref_logits, learn.mask, learn.count, cross_entropy=released)
+
+
+METHODS = {f.__name__: f for f in (icu, kumpr, kl, llmu, po, dpo, npo, graddiff)}
+
+# --- end of change me ---
+
+
+# --- the frozen copy (theta_0 of Eq. 4) ---
+
+
+def cached_teacher(model, texts, *, batch_size=8):
+    """rows -> the frozen copy's logits (B, T, V) for texts[rows], from last hidden states computed once, now.
+
+    theta_0 never changes and neither do the learn texts, so its last hidden states (N x T x H, megabytes) and a copy of
+    its output head give the exact KL without a second model in memory or a second forward pass a step. ValueError for a
+    model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
+    """
+    head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(False)
+    hidden = []
+    with torch.no_grad():
+        for chunk in chunks(texts, batch_size):
+            ids, attention_mask, _ = collate(chunk, model.device)
+            inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
+            states = model.base_model(**inputs).last_hidden_state  # (B, T, H)
+            if not hidden and not torch.allclose(head(states), model(**inputs).logits, atol=1e-3):
+                raise ValueError(f"{type(model).__name__} changes its logits after the output head: use --teacher live")
+            hidden += [h[: len(text.ids)].clone() for h, text in zip(states, chunk, strict=True)]
+
+    def ref_logits(rows):
+        with torch.no_grad():
+            return head(torch.nn.utils.rnn.pad_sequence([hidden[r] for r in rows], batch_first=True))
+
+    return ref_logits
+
+
+def live_teacher(model, texts):
+    """rows -> the frozen copy's logits (B, T, V) for texts[rows], by running it: the readable reference."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    def ref_logits(rows):
+        ids, attention_mask, _ = collate([texts[r] for r in rows], model.device)
+        with torch.no_grad():
+            return frozen(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+
+    return ref_logits
+
+
+@torch.no_grad()
+def reference_logps(model, texts, *, batch_size=8):
+    """The original model's sequence_logp of each text, (N,): asked once, before training, for dpo and npo."""
+    logps = []
+    for chunk in chunks(texts, batch_size):
+        ids, attention_mask, target_mask = collate(chunk, model.device)
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+        logps.append(sequence_logp(logits, ids, target_mask))
+    return torch.cat(logps)
+
+
+REFUSALS = (" I have nothing to say about that.", " That is not something I know.", " I do not have this information.")
+
+
+def answer_texts(samples, tokenizer, epoch, args):
+    """Other answers to the forget prompts, a list of Text a sample, only the answer's tokens targets.
+
+    llmu: --answers suffixes of other rows' learn partners, drawn anew each epoch from (seed, epoch). Others: one
+    answer, the same all along: the suffix of the row's own partner (--answer neighbour) or a refusal.
+    """
+    rng = np.random.default_rng([args.seed, epoch, 1])
+
+    def answers(row, sample):
+        if args.method == "llmu":
+            others = np.delete(np.arange(len(samples)), row)
+            picked = rng.choice(others, size=min(args.answers, len(others)), replace=False)
+            suffixes = [samples[i].learn.ids[samples[i].learn.cut :] for i in picked]
+        elif args.answer == "refusal":
+            suffixes = [encode(tokenizer, REFUSALS[row % len(REFUSALS)], inside=True)]
+        else:
+            suffixes = [sample.learn.ids[sample.learn.cut :]]
+        cut = sample.forget.cut
+        return [Text(sample.forget.ids[:cut] + suffix, cut, cut, sample.forget.prompt) for suffix in suffixes]
+
+    return [answers(row, sample) for row, sample in enumerate(samples)]
+
+
+# --- training: one epoch of the one loop ---
+
+
+def side_asker(model, samples, batch, answers, reference):
+    """`ask` for the rows `batch` (indices into samples): runs the model on one side of them and returns a Side."""
+
+    def ask(name):
+        texts = [text for i in batch for text in (answers[i] if name == "answer" else [getattr(samples[i], name)])]
+        ids, attention_mask, target_mask = collate(texts, model.device)
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+        ref_logits = reference["logits"](batch) if name == "learn" else None
+        ref_logp = reference[name][batch] if name in reference else None
+        return Side(logits, ids, target_mask, int(target_mask.sum()), len(texts), ref_logits, ref_logp)
+
+    return ask
+
+
+def train_epoch(model, optimizer, samples, active, epoch, *, answers, reference, progress, args, bar):
+    """One pass over the active samples, packed densely into batches: {"loss": mean over steps, "loss_forget": ...}.
+
+    The order is a function of (seed, epoch) alone. A step whose loss or gradient is not finite never reaches the
+    weights: it is counted and left out; after five in a row Diverged is raised with the weights as they were.
+    """
+    order = np.random.default_rng([args.seed, epoch]).permutation(active).tolist()
+    batches = chunks(order, args.batch_size)
+    sums, steps = {}, 0
+    for batch in batches:
+        with autocast(args):
+            terms = METHODS[args.method](side_asker(model, samples, batch, answers, reference), args)
+            loss = sum(weight * value for weight, value in terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if torch.isfinite(loss) and torch.isfinite(norm):
+            optimizer.step()
+            progress.skipped_in_a_row, steps = 0, steps + 1
+            for name, value in {"loss": loss, **{f"loss_{name}": v for name, (_, v) in terms.items()}}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        else:
+            progress.skipped_steps, progress.skipped_in_a_row = (
+                progress.skipped_steps + 1,
+                progress.skipped_in_a_row + 1,
+            )
+            if progress.skipped_in_a_row == 5:
+                raise Diverged(
+                    f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} in five steps in a row of epoch {epoch}"
+                )
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {len(active)} to forget", refresh=False)
+        bar.update(1 / len(batches))
+    return {name: value / steps for name, value in sums.items()}
+
+
+class Diverged(RuntimeError):
+    """Five steps in a row without a finite loss and gradient."""
+
+
+class Progress:
+    """What changes from epoch to epoch besides the weights."""
+
+    def __init__(self):
+        self.forgotten = set()  # indices of samples left out of training (Eq. 5)
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+
+
+def autocast(args):
+    """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
+    device = torch.device(args.device).type
+    return torch.autocast(device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
+
+
+# --- evaluation ---
+
+MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
+
+
+def measure(model, tokenizer, samples, args):
+    """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
+
+    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram.
+    """
+    first = 1 + len(bos_of(tokenizer))
+    released = args.protocol == "released"
+    ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
+    with autocast(args):
+        el, ma = metrics.el_and_ma(
+            model, ids, attention_mask, ma_start=first,
+            # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the reference's
+            # n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
+            start=[sample.forget.cut for sample in samples] if released else first,
+            share_of="reference" if released else "generation",
+        )  # fmt: skip
+        prompts = [sample.forget.prompt for sample in samples]
+        lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
+        generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
+    texts = [tokenizer.decode(g, skip_special_tokens=True, clean_up_tokenization_spaces=False) for g in generations]
+    references = [sample.suffix for sample in samples]
+    f1 = metrics.bertscore(texts, references, args.bert, device=args.device)[2]
+    return [
+        {
+            "id": sample.id,
+            "el10": number(el[i]),
+            "ma": number(ma[i]),
+            "bleu": number(metrics.bleu(text, sample.suffix)),
+            "bertscore": number(f1[i]),
+            "entropy": number(metrics.token_entropy(generations[i])),
+            "generation": text,
+        }
+        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
+    ]
+
+
+def number(x):
+    """A float for JSON, to 6 digits; None for NaN."""
+    return None if math.isnan(x) else round(float(x), 6)
+
+
+def mean(values):
+    """The mean of what is not None; None of nothing."""
+    values = [value for value in values if value is not None]
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def measure_perplexities(model, tokenizer, texts_by_name, args):
+    """{"ppl_NAME": perplexity} of the --ppl files."""
+    with autocast(args):
+        return {
+            f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts, released=args.protocol == "released"))
+            for name, texts in texts_by_name.items()
+        }
+
+
+# --- refinement (Eq. 5) and the stop rule ---
+
+
+def refine(progress, rows, thresholds, args):
+    """Eq. (5): samples whose generation no longer resembles their suffix are left out of the following epochs."""
+    a, b = thresholds["bertscore"], thresholds["bleu"]
+    if args.protocol == "released":
+        # Released code: OR, and a sample comes back when a later epoch measures it as remembered;
+        # paper: AND, and a forgotten sample stays out.
+        progress.forgotten = {i for i, row in enumerate(rows) if row["bertscore"] < a or row["bleu"] < b}
+    else:
+        progress.forgotten |= {i for i, row in enumerate(rows) if row["bertscore"] < a and row["bleu"] < b}
+
+
+def stop_reason(means, n_active, epoch, thresholds, args):
+    """Why to stop after this epoch, or None: both means under their thresholds, nothing active, or the epoch cap."""
+    measured = [(means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None]
+    if measured and all(value < threshold for value, threshold in measured):
+        return "thresholds"
+    if n_active == 0:
+        return "all forgotten"
+    return "max epochs" if epoch >= args.max_epochs else None
+
+
+def calibrate(model, tokenizer, samples, unseen, args):
+    """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
+
+    --thresholds auto: EL and MA of the original model on text of the same kind that it was not trained on, which is
+    what the fixed 0.0499 and 0.5994 are in Jang et al. --bert-threshold auto: the mean F1 between the true suffixes
+    of different samples, what two unrelated texts of this kind score under this encoder.
+    """
+    thresholds = {"bleu": args.bleu_threshold}
+    if args.thresholds == "auto":
+        rows = measure(model, tokenizer, unseen, args)
+        thresholds.update({name: mean(row[name] for row in rows) for name in ("el10", "ma")})
+        thresholds["el10"] = thresholds["el10"] or 1e-6  # never extracted: "under" must stay reachable
+    else:
+        thresholds.update(dict(zip(("el10", "ma"), args.thresholds, strict=True)))
+    if args.bert_threshold == "auto":
+        suffixes = [sample.suffix for sample in samples]
+        shifted = [suffixes[k:] + suffixes[:k] for k in range(1, min(5, len(suffixes)))]
+        f1 = metrics.bertscore(suffixes * len(shifted), sum(shifted, []), args.bert, device=args.device)[2]
+        thresholds["bertscore"] = number(f1.mean())
+    else:
+        thresholds["bertscore"] = args.bert_threshold
+    return thresholds
+
+
+# --- plumbing: models ---
+
+
+def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
+    """Config and tokenizer of a causal LM, without its weights: (config, tokenizer). A folder, or a name on the hub.
+
+    ValueError in one line for a folder without config, weights (every shard of them) or tokenizer, for weights that
+    are only there as pickle, for an encoder-decoder model, and for a hub that does not answer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"{flag} {name}: no such folder")
+    if folder.is_dir():
+        check_files(folder, flag, allow_pickle)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # OSError, ValueError, KeyError, ...: to a user they are one thing
+        what = "unreadable config or tokenizer" if folder.is_dir() else "no such folder, and not to be had from the hub"
+        raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
+    if config.is_encoder_decoder or config.model_type not in CAUSAL:
+        raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
+    return config, tokenizer
+
+
+def first_line(error):
+    """The first line of an exception's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_files(folder, flag, allow_pickle):
+    """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag} {folder}: no config.json, so not a model folder")
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")):
+        raise ValueError(f"{flag} {folder}: no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")
+    weights = weight_files(folder)
+    if not weights:
+        raise ValueError(f"{flag} {folder}: no weights (model.safetensors)")
+    for file in weights:
+        if not file.is_file():
+            raise ValueError(f"{flag} {folder}: the weights are incomplete, {file.name} is missing")
+    if weights[0].suffix != ".safetensors" and not allow_pickle:
+        raise ValueError(
+            f"{flag} {folder}: the weights are a pickle ({weights[0].name}), which can run code when it is loaded; "
+            "convert them to safetensors, or pass --allow-pickle if you trust them"
+        )
+
+
+def weight_files(folder):
+    """The weight files of a model folder, safetensors first; those an index names, whether they are there or not."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            return [folder / f for f in sorted(set(knn.read_json(index)["weight_map"].values()))]
+    return []
+
+
+def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revision=None, flag="--model"):
+    """(model, tokenizer), the model in eval mode: dropout 0 (released code), and nothing else differs in these models.
+
+    dtype "bf16" means float32 weights under autocast (see `autocast`). Errors as check_model; weights that cannot be
+    read or lack a tensor of the architecture are an error too, where transformers would leave that tensor random.
+    """
+    from transformers import AutoModelForCausalLM, logging
+
+    _, tokenizer = check_model(name, flag, allow_pickle=allow_pickle, revision=revision)
+    logging.disable_progress_bar()
+    # transformers 5 would take the dtype of the config (float16 for opt-125m), so it is always said.
+    options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
+    options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as error:  # SafetensorError, OSError, RuntimeError, ...
+        raise ValueError(f"{flag} {name}: the weights cannot be loaded ({first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    return model.eval().to(device), tokenizer
+
+
+def save_model(model, tokenizer, folder):
+    """Weights and tokenizer into `folder`, complete or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+# --- plumbing: the run folder ---
+
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model")
+
+
+def check_out(out, overwrite):
+    """`out` can become a run folder: writable, and not already one, or ValueError."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, not a folder")
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it")
+    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
+        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
+    ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ValueError(f"--out {out}: cannot write in {ancestor}")
+
+
+def start_run_folder(out, config):
+    """An empty run folder with its config.json; of a run that was there only the run's own files are removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    knn.write_json(out / "config.json", config)
+
+
+def describe_run(args, thresholds):
+    """config.json: every flag, thresholds, versions, git revision and fingerprints."""
+    import transformers
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    flags = {name: value for name, value in vars(args).items() if name not in ("debug", "dry_run", "overwrite")}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    return {
+        **flags,
+        "thresholds_used": thresholds,
+        "versions": {"python": platform.python_version(), **versions},
+        "git": git.stdout.strip() or None,
+        "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)},
+    }
+
+
+def fingerprint(name):
+    """sha256 of a file, or of a model folder's config and weights together; None for a name on the hub."""
+    path = Path(name)
+    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)] if path.is_dir() else []
+    return hashlib.sha256("".join(knn.sha256_of(file) for file in files).encode()).hexdigest() if files else None
+
+
+def append(path, rows):
+    """Rows to a JSONL file, on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+# --- plumbing: what a person sees ---
+
+LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
+HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
+
+
+def epoch_text(row):
+    """One aligned line an epoch, under HEADER."""
+
+    def cell(name, width, digits):
+        value = row[name]
+        return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+
+    fractions = [cell(name, 6, 3) for name in ("el10", "ma", "bleu", "bertscore")]
+    return " ".join(
+        [f"{row['epoch']:>6} {row['active']:>6}", *fractions, cell("entropy", 7, 2)]
+        + [cell(name, 8 if name == "loss" else 7, 3) for name in LOSSES]
+    )
+
+
+def alarms(rows):
+    """What a person should hear of a run so far, given the rows of metrics.jsonl: {kind: sentence}."""
+    start, now = rows[0], rows[-1]
+    heard = {}
+    if now["entropy"] < 0.5 * start["entropy"]:
+        fell = f"from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
+        heard["collapse"] = f"the entropy of the generations fell {fell}, the model repeats itself"
+    for name in (name for name in now if name.startswith("ppl_")):
+        if now[name] > 2 * start[name]:
+            heard["collapse"] = f"{name} went from {start[name]:.1f} to {now[name]:.1f}, the model lost language"
+    moved = max((abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None), default=0)
+    if now["epoch"] >= 3 and moved < 1e-3:
+        heard["still"] = f"EL10 and MA have not moved in {now['epoch']} epochs: raise --lr"
+    return heard
+
+
+def plan_text(args, inputs):
+    """What the run will do, in a few lines."""
+    n = len(inputs.samples)
+    weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
+    lines = [
+        f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
+        f"batch {min(args.batch_size, n)}, at most {args.max_epochs} epochs, seed {args.seed}",
+        f"{args.model} ({args.dtype}, {args.device}), {n} pairs, {sum(len(s.forget.ids) for s in inputs.samples)} tokens",
+    ]
+    if inputs.n_cut:
+        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
+    if short := sum(len(s.forget.ids) <= 10 for s in inputs.samples):
+        lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
+    return "\n".join(lines)
+
+
+# --- flags ---
+
+
+def one_of(names):
+    """An argparse type: one of `names`, or an error that names the nearest."""
+
+    def check(value):
+        if value not in names:
+            near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(value, names, 1))
+            raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(names)}{near}")
+        return value
+
+    return check
+
+
+def above(low, kind=float, *, equal=False):
+    """An argparse type: a finite number above `low` (or equal to it)."""
+
+    def check(value):
+        try:
+            x = kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a number ({kind.__name__})") from None
+        if not (math.isfinite(x) and (x >= low if equal else x > low)):
+            raise argparse.ArgumentTypeError(f"{value} is not a finite number {'>=' if equal else '>'} {low}")
+        return x
+
+    return check
+
+
+def thresholds_flag(value):
+    """An argparse type: 'paper', 'auto' or 'EL,MA'."""
+    if value in ("paper", "auto"):
+        return value
+    try:
+        el, ma = (above(0)(x) for x in value.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{value!r} is not 'paper', 'auto' or two numbers > 0, 0.05,0.6") from None
+    return [el, ma]
+
+
+def auto_or_number(value):
+    """An argparse type: 'auto' or a number above 0."""
+    return value if value == "auto" else above(0)(value)
+
+
+# fmt: off
+def parse_args(argv=None):
+    """The flags, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = knn.flag_error  # one line and exit 2, like every other error
+    natural, positive, weight = above(0, int, equal=True), above(0, int), above(0, equal=True)
+
+    g = parser.add_argument_group("data and models")
+    g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
+    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
+    g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
+    g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
+    g.add_argument("--out", metavar="DIR", help="the run folder to write")
+    g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
+    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
+
+    g = parser.add_argument_group("method")
+    g.add_argument("--method", default="icu", type=one_of(list(METHODS)), help=f"one of {', '.join(METHODS)} (%(default)s)")
+    g.add_argument("--protocol", default="paper", type=one_of(["paper", "released"]), help="the paper's text, or the authors' released code (%(default)s)")
+    g.add_argument("--forget-weight", type=weight, help="weight of the forget term (1; llmu 0.5)")
+    g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (icu 0.5, others 1)")
+    g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (1)")
+    g.add_argument("--dpo-beta", default=0.1, type=above(0), help="inverse temperature of dpo and npo (%(default)s)")
+    g.add_argument("--answers", default=5, type=positive, help="llmu: random answers a row and epoch (%(default)s)")
+    g.add_argument("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]), help="po, dpo: the answer to prefer (%(default)s)")
+    g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
+
+    g = parser.add_argument_group("training")
+    g.add_argument("--lr", type=above(0), help="Adam's learning rate (5e-6; kumpr in the released protocol 5e-5)")
+    g.add_argument("--batch-size", type=positive, help="forget rows a step (8; kumpr in the released protocol: all)")
+    g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
+    g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
+    g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
+    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+
+    g = parser.add_argument_group("refinement and stop rule")
+    g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
+    g.add_argument("--thresholds", default="paper", type=thresholds_flag, help="paper (0.0499,0.5994), auto, or EL,MA (%(default)s)")
+    g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records the model was not trained on")
+    g.add_argument("--bert-threshold", default=0.3, type=auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
+    g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
+    g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
+
+    g = parser.add_argument_group("running")
+    g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
+    g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
+    g.add_argument("--preset", help="the preset's name, for the published row in report.py")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return fill_defaults(parser.parse_args(argv))
+# fmt: on
+
+
+def fill_defaults(args):
+    """Defaults that depend on the method, the protocol or the machine; ValueError for flags that do not go together."""
+    # (forget, alpha, beta): ICU from section 5.4, LLMU from its released code.
+    published = {"icu": (1.0, 0.5, 1.0), "llmu": (0.5, 1.0, 1.0)}.get(args.method, (1.0, 1.0, 1.0))
+    for name, default in zip(("forget_weight", "alpha", "beta"), published, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    # Released KUMPR: the whole forget set is one batch, lr 5e-5, and MA must fall under 0.2994.
+    released_kumpr = args.protocol == "released" and args.method == "kumpr"
+    args.lr = args.lr or (5e-5 if released_kumpr else 5e-6)
+    args.batch_size = args.batch_size or (1 << 30 if released_kumpr else 8)
+    if args.thresholds == "paper":
+        args.thresholds = [0.0499, 0.2994 if released_kumpr else 0.5994]  # section 5.4
+    args.refine = args.method == "icu" if args.refine is None else args.refine
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
+    if args.thresholds == "auto" and not args.unseen:
+        raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if not args.dry_run and not (args.out and args.pairs):
+        raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")
+    return args
+
+
+# --- main ---
+
+
+class Inputs(NamedTuple):
+    """Everything a run reads, checked, except the weights."""
+
+    samples: list  # of Sample
+    unseen: list  # of Sample, for --thresholds auto
+    ppl_texts: dict  # name -> texts
+    n_cut: int  # learn partners cut to the model's positions
+
+
+def read_inputs(args):
+    """All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError)."""
+    if args.out:
+        check_out(Path(args.out), args.overwrite)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {first_line(error)}") from None
+    pairs = knn.read_pairs(args.pairs) if args.pairs else []
+    records = knn.read_records(args.unseen) if args.unseen else []
+    doubled = [{**r, **{f"learn_{key}": value for key, value in r.items()}} for r in records]
+    config, tokenizer = check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
+    check_bert(args.bert)
+    build = {"protocol": args.protocol, "positions": getattr(config, "max_position_embeddings", None) or 1 << 30}
+    samples, n_cut = build_samples(pairs, tokenizer, **build)
+    if args.method == "llmu" and len(samples) == 1:
+        raise ValueError("llmu draws its answers from other rows: it needs two pairs at least")
+    ppl_texts = {}
+    for item in args.ppl:
+        name, equals, file = item.partition("=")
+        if not equals and f"{name}.csv" not in knn.FILES:
+            raise ValueError(f"--ppl {item}: say NAME=FILE; only pile and wikitext are known by name")
+        ppl_texts[name] = knn.read_texts(file if equals else knn.data_file(f"{name}.csv", args.data))
+    return Inputs(samples, build_samples(doubled, tokenizer, **build)[0], ppl_texts, n_cut)
+
+
+def check_bert(name):
+    """The BERTScore encoder can be had: a folder with config and weights, or a hub that answers; else ValueError."""
+    from transformers import AutoConfig
+
+    if Path(name).is_dir() and not weight_files(Path(name)):
+        raise ValueError(f"--bert {name}: no weights (model.safetensors) in this folder")
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"--bert {name}: no BERT for BERTScore there; pass --bert DIR, or --bert minilm, which is installed"
+        ) from error
+
+
+class Run(NamedTuple):
+    """What every step of a run shares."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    inputs: Inputs
+    thresholds: dict
+    args: argparse.Namespace
+    out: Path
+
+
+def end_epoch(run, epoch, losses, *, progress, rows):
+    """Measure all samples, refine, decide and write the epoch down; returns why to stop, or None.
+
+    Adds the epoch's line of metrics.jsonl to `rows`.
+    """
+    args, samples, started = run.args, run.inputs.samples, time.time()
+    measured = measure(run.model, run.tokenizer, samples, args)
+    # Released code: the filter also runs before the first epoch; paper: after each training epoch.
+    if args.refine and (epoch > 0 or args.protocol == "released"):
+        refine(progress, measured, run.thresholds, args)
+    means = {name: mean(row[name] for row in measured) for name in MEASURES}
+    n_active = len(samples) - len(progress.forgotten)
+    reason = "eval only" if args.eval_only else stop_reason(means, n_active, epoch, run.thresholds, args)
+    row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(progress.forgotten)}
+    row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
+    row["skipped_steps"] = progress.skipped_steps
+    if epoch == 0 or reason:
+        row |= measure_perplexities(run.model, run.tokenizer, run.inputs.ppl_texts, args)
+    rows.append(row)
+    append(run.out / "metrics.jsonl", [row])
+    lines = [{"epoch": epoch, **m, "forgotten": i in progress.forgotten} for i, m in enumerate(measured)]
+    append(run.out / "samples.jsonl", lines)
+    append(run.out / "timing.jsonl", [{"epoch": epoch, "measure_s": round(time.time() - started, 3)}])
+    tqdm.write(epoch_text(row))
+    for kind, sentence in alarms(rows).items():
+        if kind not in alarms(rows[:-1] or rows[:1]):  # said once, when it begins
+            tqdm.write(f"warning: {sentence}")
+    return reason
+
+
+def unlearn(run):
+    """The whole run: measure, then train an epoch, measure, refine, until the stop rule says so.
+
+    Returns (the rows of metrics.jsonl, why it stopped).
+    """
+    model, args, samples = run.model, run.args, run.inputs.samples
+    progress, rows = Progress(), []
+    tqdm.write(HEADER)
+    reason = end_epoch(run, 0, {}, progress=progress, rows=rows)
+    if reason:
+        return rows, reason if args.eval_only else f"{reason}, before any training"
+
+    answers = answer_texts(samples, run.tokenizer, 0, args)
+    with autocast(args):  # the frozen copy is asked here, once
+        teacher = cached_teacher if args.teacher == "cached" else live_teacher
+        reference = {"logits": teacher(model, [s.learn for s in samples])}
+        reference["forget"] = reference_logps(model, [s.forget for s in samples])
+        reference["answer"] = reference_logps(model, [texts[0] for texts in answers])
+    # Adam's betas are the released code's; the paper names Adam and the learning rate.
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+    style = "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"
+    with tqdm(total=args.max_epochs, disable=None, leave=False, bar_format=style) as bar:
+        for epoch in range(1, args.max_epochs + 1):
+            active = [i for i in range(len(samples)) if i not in progress.forgotten]
+            if args.method == "llmu":
+                answers = answer_texts(samples, run.tokenizer, epoch, args)
+            try:
+                losses = train_epoch(
+                    model, optimizer, samples, active, epoch,
+                    answers=answers, reference=reference, progress=progress, args=args, bar=bar,
+                )  # fmt: skip
+            except Diverged as diagnosis:
+                tqdm.write(f"stopped: {diagnosis}; the weights are those of before. Lower --lr.")
+                return rows, "diverged"
+            reason = end_epoch(run, epoch, losses, progress=progress, rows=rows)
+            if reason:
+                return rows, reason
+
+
+def main(argv=None):
+    """Reads flags, checks everything, runs, and leaves a run folder."""
+    args = parse_args(argv)
+    inputs = read_inputs(args)
+    print(plan_text(args, inputs))
+    if args.dry_run:
+        print("dry run: everything is in place; no weights were loaded and nothing was written")
+        return
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    model, tokenizer = load_model(
+        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
+    )
+    thresholds = calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)
+    print(
+        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; forgotten is BERTScore < "
+        f"{thresholds['bertscore']:.3f} {'or' if args.protocol == 'released' else 'and'} BLEU < {thresholds['bleu']:g}"
+    )
+    out = Path(args.out)
+    start_run_folder(out, describe_run(args, thresholds))
+    rows, reason = unlearn(Run(model, tokenizer, inputs, thresholds, args, out))
+    if not args.eval_only:
+        save_model(model, tokenizer, out / "model")
+    measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
+    knn.write_json(out / "summary.json", {
+        "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
+        "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": thresholds,
+        "collapsed": "collapse" in alarms(rows),
+        "before": {name: rows[0][name] for name in measures},
+        "after": {name: rows[-1].get(name) for name in measures},
+    })  # fmt: skip
+    print(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {out}")
+    if reason == "diverged":
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    knn.run_cli(main)

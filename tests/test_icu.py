@@ -1,0 +1,740 @@
+"""icu.py: losses against independent references, methods against their formulas, the loop, and the command line.
+
+python -m pytest tests/test_icu.py -q
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import icu
+import knn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- losses ---
+
+
+def toy(B=3, T=6, V=7, dtype=torch.float64, seed=0):
+    """Random logits (B, T, V) with gradient, ids (B, T) and a target mask with a different length a row."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, T, V, dtype=dtype, generator=g, requires_grad=True)
+    ids = torch.randint(V, (B, T), generator=g)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for b in range(B):
+        mask[b, 2 : T - b] = True
+    return logits, ids, mask
+
+
+def loop_logps(logits, ids, mask):
+    """The log-probability of every target, by hand: token t from the logits at t - 1."""
+    p = torch.softmax(logits.detach(), -1)
+    return [float(p[b, t - 1, ids[b, t]].log()) for b, t in mask.nonzero().tolist()]
+
+
+def test_forget_loss_is_the_mean_log_probability_of_the_targets():
+    """Eq. 1: negative, and equal to a loop over targets with the shift by one."""
+    logits, ids, mask = toy()
+    assert icu.forget_loss(logits, ids, mask).item() == pytest.approx(np.mean(loop_logps(logits, ids, mask)), abs=1e-12)
+    assert icu.forget_loss(logits, ids, mask) < 0
+
+
+def test_learn_loss_is_cross_entropy():
+    """Eq. 3: F.cross_entropy over the same tokens."""
+    logits, ids, mask = toy()
+    labels = torch.where(mask, ids, -100)[:, 1:]
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+    assert icu.learn_loss(logits, ids, mask).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_kl_loss_equals_kl_div():
+    """Eq. 4: KL[p_theta0 || p_theta] as torch computes it, 0 for equal models, and no gradient to the frozen copy."""
+    logits, ids, mask = toy()
+    ref = toy(seed=1)[0]
+    pick = mask[:, 1:]
+    expected = F.kl_div(
+        logits[:, :-1][pick].log_softmax(-1), ref[:, :-1][pick].log_softmax(-1), log_target=True, reduction="none"
+    )
+    value = icu.kl_loss(logits, ref, mask)
+    assert value.item() == pytest.approx(expected.sum(-1).mean().item(), abs=1e-12)
+    value.backward()
+    assert ref.grad is None
+    assert icu.kl_loss(logits, logits, mask).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_released_kl_is_a_cross_entropy_with_the_same_gradient():
+    """H(p0, p) = H(p0) + KL: another number, the same gradient."""
+    logits, ids, mask = toy()
+    ref = toy(seed=1)[0].detach()
+    kl = icu.kl_loss(logits, ref, mask)
+    ce = icu.kl_loss(logits, ref, mask, cross_entropy=True)
+    (g_kl,) = torch.autograd.grad(kl, logits)
+    (g_ce,) = torch.autograd.grad(ce, logits)
+    assert ce > kl
+    torch.testing.assert_close(g_kl, g_ce)
+
+
+def test_kl_stays_finite_where_a_probability_is_zero():
+    """Logits 1e4 apart make probabilities of exactly 0 in float32 and bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.tensor([[[0.0, 1e4, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype, requires_grad=True)
+        ref = torch.tensor([[[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype)
+        value = icu.kl_loss(logits, ref, torch.tensor([[False, True]]))
+        value.backward()
+        assert value.isfinite() and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["forget_loss", "learn_loss", "kl_loss"])
+def test_over_no_token_a_loss_is_zero_with_a_zero_gradient(name):
+    """An empty mask and an empty batch: 0, and a gradient of 0, not NaN."""
+    for B in (2, 0):
+        logits = torch.randn(B, 4, 5, requires_grad=True)
+        mask = torch.zeros(B, 4, dtype=torch.bool)
+        second = torch.zeros(B, 4, 5) if name == "kl_loss" else torch.zeros(B, 4, dtype=torch.long)
+        value = getattr(icu, name)(logits, second, mask)
+        value.backward()
+        assert value.item() == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["forget_loss", "learn_loss", "kl_loss"])
+def test_parts_of_a_global_batch_add_up_to_its_mean(name):
+    """Each part divided by the whole batch's token count: the sum is the whole, however unevenly it is cut."""
+    logits, ids, mask = toy(B=4)
+    second = toy(B=4, seed=1)[0] if name == "kl_loss" else ids
+    loss, count = getattr(icu, name), int(mask.sum())
+    parts = [loss(logits[s], second[s], mask[s], count) for s in (slice(0, 1), slice(1, 4))]
+    assert sum(parts).item() == pytest.approx(loss(logits, second, mask).item(), abs=1e-12)
+
+
+def test_sequence_logp_sums_each_row():
+    """(B,): the row's target log-probabilities added up, 0 for a row without targets."""
+    logits, ids, mask = toy()
+    mask[2] = False
+    rows = [sum(loop_logps(logits[b : b + 1], ids[b : b + 1], mask[b : b + 1])) for b in range(3)]
+    assert icu.sequence_logp(logits, ids, mask).tolist() == pytest.approx(rows, abs=1e-12)
+
+
+# --- methods ---
+
+
+def side(logits, ids, mask, ref_logits=None, ref_logp=None):
+    return icu.Side(logits, ids, mask, int(mask.sum()), len(ids), ref_logits, ref_logp)
+
+
+FLAGS = {"protocol": "paper", "forget_weight": 0.7, "alpha": 0.5, "beta": 0.3, "dpo_beta": 0.1}
+
+
+def expected_loss(method, sides):
+    """Each method's formula written out from log-probabilities, sharing no code with icu.py."""
+    logp = {name: loop_logps(s.logits, s.ids, s.mask) for name, s in sides.items()}
+    mean = {name: sum(values) / len(values) for name, values in logp.items()}
+    learn = sides["learn"]
+    p, q = (x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]] for x in (learn.ref_logits, learn.logits))
+    kl = float((p * (p.log() - q.log())).sum(-1).mean())
+    rows = {
+        name: [sum(loop_logps(s.logits[b : b + 1], s.ids[b : b + 1], s.mask[b : b + 1])) for b in range(len(s.ids))]
+        for name, s in sides.items()
+    }
+    lose = np.array(rows["forget"]) - sides["forget"].ref_logp.numpy()
+    win = np.array(rows["answer"]) - sides["answer"].ref_logp.numpy()
+
+    def softplus(x):  # -log sigmoid(-x)
+        return np.log1p(np.exp(x))
+
+    return {
+        "icu": 0.7 * mean["forget"] - 0.5 * mean["learn"] + 0.3 * kl,
+        "kumpr": 0.7 * mean["forget"],
+        "graddiff": 0.7 * mean["forget"] - 0.5 * mean["learn"],
+        "kl": 0.7 * mean["forget"] + 0.3 * kl,
+        "llmu": 0.7 * mean["forget"] - 0.5 * mean["answer"] + 0.3 * kl,
+        "po": -0.5 * mean["answer"],
+        "dpo": softplus(-0.1 * (win - lose)).mean(),
+        "npo": 2 / 0.1 * softplus(0.1 * lose).mean(),
+    }[method]
+
+
+def toy_sides():
+    sides = {name: side(*toy(seed=i), ref_logits=toy(seed=9)[0].detach(), ref_logp=torch.tensor([-3.0, -2.0, -5.0]).double())
+             for i, name in enumerate(("forget", "learn", "answer"))}  # fmt: skip
+    return sides
+
+
+@pytest.mark.parametrize("method", list(icu.METHODS))
+def test_each_method_computes_its_formula(method):
+    """The weighted sum of the terms equals the formula computed from single log-probabilities."""
+    sides = toy_sides()
+    terms = icu.METHODS[method](sides.__getitem__, Namespace(**FLAGS))
+    assert sum(w * v for w, v in terms.values()).item() == pytest.approx(expected_loss(method, sides), abs=1e-9)
+
+
+@pytest.mark.parametrize("method", list(icu.METHODS))
+def test_each_method_is_finite_on_an_empty_side(method):
+    """No row on any side: a finite loss and finite gradients."""
+    leaf = torch.randn(0, 4, 5, requires_grad=True)
+    empty = torch.zeros(0, 4, dtype=torch.bool)
+    one = side(leaf, empty.long(), empty, ref_logits=torch.zeros(0, 4, 5), ref_logp=torch.zeros(0))
+    loss = sum(w * v for w, v in icu.METHODS[method](lambda name: one, Namespace(**FLAGS)).values())
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all()
+
+
+class Bigram(torch.nn.Module):
+    """A model over two tokens whose logits depend on the current token alone: logits[t] = table[ids[t]]."""
+
+    base_model = property(lambda self: self)
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64))
+
+    def forward(self, input_ids, **_):
+        return Namespace(logits=self.table[input_ids])
+
+
+@pytest.mark.parametrize("method", list(icu.METHODS))
+def test_the_first_step_is_that_of_the_formula(method):
+    """On a two-token model one step of the loop moves the weights as autograd on the written-out formula says."""
+    text = lambda ids, t0: icu.Text(ids, t0, t0, ids[:t0])  # noqa: E731
+    sample = icu.Sample("a", "", "", text([0, 1, 1, 0], 2), text([1, 0, 0, 0], 2))
+    answer = text([0, 1, 0, 1], 2)
+    model = Bigram()
+    start = model.table.detach().clone()
+    args = Namespace(**FLAGS, method=method, seed=0, batch_size=8, dtype="float64", device="cpu")
+
+    def frozen(texts):
+        return torch.stack([sum_logp(start, t) for t in texts])
+
+    def sum_logp(table, t):
+        logp = table.log_softmax(-1)
+        return sum(logp[t.ids[i - 1], t.ids[i]] for i in range(t.t0, len(t.ids)))
+
+    reference = {
+        "logits": icu.live_teacher(model, [sample.learn]),
+        "forget": frozen([sample.forget]),
+        "answer": frozen([answer]),
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    icu.train_epoch(
+        model, optimizer, [sample], [0], 1,
+        answers=[[answer]], reference=reference, progress=icu.Progress(), args=args, bar=tqdm(disable=True),
+    )  # fmt: skip
+
+    table = start.clone().requires_grad_()
+    f, lrn, ans = (sum_logp(table, t) / 2 for t in (sample.forget, sample.learn, answer))  # two targets each: means
+    p0, logp = start.softmax(-1), table.log_softmax(-1)
+    kl = sum((p0[c] * (p0[c].log() - logp[c])).sum() for c in (0, 0)) / 2  # learn targets follow tokens 0 and 0
+    lose, win = 2 * f - frozen([sample.forget])[0], 2 * ans - frozen([answer])[0]
+    formula = {
+        "icu": 0.7 * f - 0.5 * lrn + 0.3 * kl,
+        "kumpr": 0.7 * f,
+        "graddiff": 0.7 * f - 0.5 * lrn,
+        "kl": 0.7 * f + 0.3 * kl,
+        "llmu": 0.7 * f - 0.5 * ans + 0.3 * kl,
+        "po": -0.5 * ans,
+        "dpo": -torch.log(torch.sigmoid(0.1 * (win - lose))),
+        "npo": -20 * torch.log(torch.sigmoid(-0.1 * lose)),
+    }[method]
+    (gradient,) = torch.autograd.grad(formula, table)
+    torch.testing.assert_close(model.table.detach(), start - 0.1 * gradient)
+
+
+def memorise(model, texts, steps=60, lr=3e-3):
+    """Trains a model on texts until it knows them by heart."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    ids, attention, mask = icu.collate(texts)
+    for _ in range(steps):
+        loss = icu.learn_loss(model(ids, attention_mask=attention).logits, ids, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", list(icu.METHODS))
+def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
+    """A few steps on a text that the model has learned by heart lower its likelihood."""
+    model = make_model("gpt_neo", dtype=torch.float32)
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randint(4, 90, (9, 12), generator=g).tolist()
+    texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
+    samples = [icu.Sample(str(i), "", "", texts[i], texts[i + 3]) for i in range(3)]
+    memorise(model, texts[:3])
+    before = icu.reference_logps(model, texts[:3])
+    args = Namespace(
+        **{**FLAGS, "forget_weight": 1.0}, method=method, seed=0, batch_size=2, dtype="float32", device="cpu"
+    )
+    args.answer, args.answers = "neighbour", 2
+    answers = icu.answer_texts(samples, None, 1, args)
+    reference = {"logits": icu.cached_teacher(model, [s.learn for s in samples]), "forget": before}
+    reference["answer"] = icu.reference_logps(model, [a[0] for a in answers])
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for epoch in range(1, 6):
+        icu.train_epoch(
+            model, optimizer, samples, [0, 1, 2], epoch,
+            answers=answers, reference=reference, progress=icu.Progress(), args=args, bar=tqdm(disable=True),
+        )  # fmt: skip
+    assert (icu.reference_logps(model, texts[:3]) < before - 0.2).all()
+
+
+def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
+    """--answers suffixes of other partners, never the row's own, the same for the same (seed, epoch)."""
+    texts = [icu.Text(list(range(10 * i, 10 * i + 6)), 3, 3, []) for i in range(8)]
+    samples = [icu.Sample(str(i), "", "", texts[i], texts[i + 4]) for i in range(4)]
+    args = Namespace(method="llmu", answers=2, answer="neighbour", seed=0)
+    drawn = icu.answer_texts(samples, None, 1, args)
+    assert drawn == icu.answer_texts(samples, None, 1, args)
+    assert drawn != icu.answer_texts(samples, None, 2, args)
+    for row, answers in enumerate(drawn):
+        assert len(answers) == 2
+        for answer in answers:
+            assert answer.ids[:3] == texts[row].ids[:3] and answer.t0 == 3
+            assert answer.ids[3:] in [texts[i + 4].ids[3:] for i in range(4) if i != row]
+
+
+# --- the frozen copy ---
+
+
+def test_the_cached_teacher_gives_the_live_copys_logits(kind, make_model):
+    """On three architectures, rows of different lengths: the same KL, also after the model has moved on."""
+    model = make_model(kind)
+    g = torch.Generator().manual_seed(0)
+    texts = [icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)]
+    cached, live = icu.cached_teacher(model, texts, batch_size=2), icu.live_teacher(model, texts)
+    ids, attention, mask = icu.collate(texts)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    logits = model(ids, attention_mask=attention).logits
+    kls = [icu.kl_loss(logits, teacher([0, 1, 2]), mask).item() for teacher in (cached, live)]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6  # GPT-Neo's attention is float32 always
+
+
+# --- data ---
+
+PAIRS = [
+    {"id": "a", "context": "", "prefix": "The parcel for Ines Duarte was left", "suffix": " at 14 Harbour Lane on Tuesday.",
+     "learn_id": "p", "learn_context": "", "learn_prefix": "A neighbour saw the van", "learn_suffix": " near the old mill.",
+     "similarity": 0.5},
+    {"id": "b", "context": "Call the clinic.", "prefix": "Payments are due on the first day", "suffix": " of each month; 7731.",
+     "learn_id": "q", "learn_context": "", "learn_prefix": "Call the clinic at", "learn_suffix": " 555-0142 and ask.",
+     "similarity": 0.4},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, save_tiny):
+    """{kind: folder of a model that knows the texts of PAIRS by heart}, and the pairs file."""
+    root = tmp_path_factory.mktemp("icu")
+    found = {kind: save_tiny(kind, root / kind) for kind in ("gpt_neo", "opt", "llama")}
+    for folder in found.values():
+        model, tokenizer = icu.load_model(str(folder))
+        samples, _ = icu.build_samples(PAIRS, tokenizer, protocol="released", positions=256)
+        samples += icu.build_samples(PAIRS, tokenizer, protocol="paper", positions=256)[0]
+        memorise(model, [sample.forget._replace(t0=1) for sample in samples], steps=150)
+        model.save_pretrained(folder)
+    knn.write_jsonl(root / "pairs.jsonl", PAIRS)
+    return {**found, "pairs": root / "pairs.jsonl", "root": root}
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_a_row_is_its_tokens_with_a_boundary(kind, folders, protocol):
+    """prefix and suffix are encoded apart; BOS stands once at 0; the text decodes; targets as the protocol says."""
+    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+    bos = [] if kind == "gpt_neo" else [tokenizer.bos_token_id]
+    samples, cut = icu.build_samples(PAIRS, tokenizer, protocol=protocol, positions=256)
+    text = samples[1].forget
+    context = PAIRS[1]["context"] if protocol == "released" else ""
+    body = text.ids[len(bos) :]
+    assert text.ids[: len(bos)] == bos and tokenizer.bos_token_id not in body
+    assert tokenizer.decode(body) == context + PAIRS[1]["prefix"] + PAIRS[1]["suffix"]
+    assert tokenizer.decode(text.ids[text.cut :]) == PAIRS[1]["suffix"]
+    assert tokenizer.decode(text.prompt[len(bos) :]) == PAIRS[1]["prefix"]
+    assert text.t0 == (text.cut if protocol == "paper" else 1)
+    assert cut == 0
+
+
+def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
+    """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
+    single = [tokenizer.encode(c)[0] for c in "The"]  # letter by letter: valid ids, not what encoding gives
+    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+    pair = {
+        **PAIRS[0],
+        "prefix": "The",
+        **{f"{n}_ids": tokenizer.encode(PAIRS[0][n]) for n in names},
+        "prefix_ids": single,
+    }
+    assert icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt == single
+    foreign = {**pair, "prefix_ids": [5, 6, 7]}
+    built = icu.build_samples([foreign], tokenizer, protocol="paper", positions=99)[0][0]
+    assert built.forget.prompt == tokenizer.encode("The")
+    with pytest.raises(ValueError, match=r"pair 2 \(id z\)"):
+        icu.build_samples([pair, {**pair, "id": "z", "suffix_ids": [10**6]}], tokenizer, protocol="paper", positions=99)
+
+
+def test_collate_never_predicts_padding_or_position_zero():
+    """Masks by length: a pad that equals EOS inside a text stays a target, padding never is one."""
+    texts = [icu.Text([0, 0, 5, 0], 2, 2, []), icu.Text([7, 0], 0, 1, [])]
+    ids, attention, mask = icu.collate(texts)
+    assert mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert attention.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert [t.shape for t in icu.collate([])] == [(0, 0)] * 3
+
+
+# --- refinement and the stop rule ---
+
+
+def rows_of(*scores):
+    return [{"bertscore": f1, "bleu": bleu} for f1, bleu in scores]
+
+
+def test_the_papers_filter_needs_both_and_keeps_what_is_forgotten():
+    """Eq. 5: AND; a sample that later scores high stays out."""
+    progress, args, limits = icu.Progress(), Namespace(protocol="paper"), {"bertscore": 0.3, "bleu": 0.01}
+    icu.refine(progress, rows_of((0.2, 0.0), (0.2, 0.5), (0.9, 0.0), (0.3, 0.0)), limits, args)
+    assert progress.forgotten == {0}
+    icu.refine(progress, rows_of((0.9, 0.9), (0.1, 0.0), (0.9, 0.9), (0.9, 0.9)), limits, args)
+    assert progress.forgotten == {0, 1}
+
+
+def test_the_released_filter_needs_either_and_lets_samples_come_back():
+    """Released code: OR, measured anew each epoch."""
+    progress, args, limits = icu.Progress(), Namespace(protocol="released"), {"bertscore": 0.3, "bleu": 0.01}
+    icu.refine(progress, rows_of((0.2, 0.9), (0.9, 0.0), (0.9, 0.9)), limits, args)
+    assert progress.forgotten == {0, 1}
+    icu.refine(progress, rows_of((0.9, 0.9), (0.9, 0.0), (0.9, 0.9)), limits, args)
+    assert progress.forgotten == {1}
+
+
+@pytest.mark.parametrize(
+    ("el", "ma", "active", "epoch", "reason"),
+    [(0.01, 0.5, 3, 1, "thresholds"), (0.01, 0.6, 3, 1, None), (0.05, 0.5, 3, 1, None), (None, 0.5, 3, 1, "thresholds"),
+     (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"), (None, None, 3, 1, None)],
+)  # fmt: skip
+def test_the_stop_rule(el, ma, active, epoch, reason):
+    """Both means strictly under, or nothing active, or the cap; an EL that no row has does not count."""
+    args = Namespace(max_epochs=9)
+    assert icu.stop_reason({"el10": el, "ma": ma}, active, epoch, {"el10": 0.05, "ma": 0.6}, args) == reason
+
+
+def one_epoch(model, samples, active, batch_size=2, seed=0):
+    """Runs train_epoch with method kumpr; returns (progress, list of batch sizes)."""
+    args = Namespace(**FLAGS, method="kumpr", seed=seed, batch_size=batch_size, dtype="float32", device="cpu")
+    progress, sizes, plain = icu.Progress(), [], model.forward
+
+    def counting(*a, **k):
+        sizes.append(len(k["input_ids"]))
+        return plain(*a, **k)
+
+    model.forward = counting
+    try:
+        icu.train_epoch(
+            model, torch.optim.Adam(model.parameters(), lr=1e-4), samples, active, 1,
+            answers=None, reference={}, progress=progress, args=args, bar=tqdm(disable=True),
+        )  # fmt: skip
+    finally:
+        model.forward = plain
+    return progress, sizes
+
+
+def test_active_samples_are_packed_densely(make_model):
+    """Seven of nine active, batch 2: four steps, three full and one of one, no empty batch."""
+    text = icu.Text([4, 5, 6, 7], 2, 2, [])
+    samples = [icu.Sample(str(i), "", "", text, text) for i in range(9)]
+    _, sizes = one_epoch(make_model("gpt_neo", dtype=torch.float32), samples, [0, 1, 3, 4, 6, 7, 8])
+    assert sizes == [2, 2, 2, 1]
+
+
+def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
+    """Every step gives NaN: after five in a row the epoch ends with Diverged and untouched weights."""
+    model = make_model("gpt_neo", dtype=torch.float32)
+    text = icu.Text([4, 5, 6, 7], 2, 2, [])
+    samples = [icu.Sample(str(i), "", "", text, text) for i in range(12)]
+    plain = model.forward
+
+    def broken(*a, **k):
+        out = plain(*a, **k)
+        out.logits = out.logits * float("nan")
+        return out
+
+    before = copy.deepcopy(model.state_dict())
+    model.forward = broken
+    with pytest.raises(icu.Diverged, match="five steps"):
+        one_epoch(model, samples, list(range(12)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- the command line ---
+
+
+def run_cli(*flags, script="icu.py", env=None):
+    """Runs a script as a user would; returns (exit code, stdout, stderr)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(folders, encoder_dir):
+    """A real run of two epochs through the command line, made twice with the same seed: (first, second, stdout)."""
+    outs = [folders["root"] / name for name in ("run1", "run2")]
+    heldout = folders["root"] / "heldout.jsonl"
+    knn.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
+    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e-3"]
+    flags += ["--max-epochs", "2", "--thresholds", "1e-9,1e-9", "--ppl", f"heldout={heldout}", "--seed", "7"]
+    for out in outs:
+        code, stdout, stderr = run_cli(*flags, "--out", out)
+        assert code == 0, stderr
+    return (*outs, stdout)
+
+
+def test_a_run_folder_keeps_its_contract(finished):
+    """The files and fields that other programs read."""
+    run, _, stdout = finished
+    metrics, samples = (knn.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
+    fields = ["epoch", "el10", "ma", "bleu", "bertscore", "entropy", "active", "forgotten"]
+    fields += ["loss", "loss_forget", "loss_learn", "loss_kl", "skipped_steps"]
+    assert [list(row)[:13] for row in metrics] == [fields] * 3
+    assert "ppl_heldout" in metrics[0] and "ppl_heldout" in metrics[-1] and "ppl_heldout" not in metrics[1]
+    assert metrics[0]["loss"] is None and metrics[1]["loss"] is not None
+    assert {(row["epoch"], row["id"]) for row in samples} == {(e, i) for e in range(3) for i in "ab"}
+    assert set(samples[0]) == {"epoch", "id", "el10", "ma", "bleu", "bertscore", "entropy", "forgotten", "generation"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["stopped"] == "max epochs" and summary["epochs"] == 2 and summary["method"] == "icu"
+    assert set(summary["before"]) == {"el10", "ma", "bleu", "bertscore", "entropy", "ppl_heldout"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 7 and config["sha256"]["pairs"] and config["versions"]["torch"]
+    assert len([line for line in stdout.splitlines() if line.strip()[:1].isdigit()]) == 3  # one line an epoch
+
+
+def test_the_same_seed_gives_the_same_run(finished):
+    """On a CPU metrics, samples and weights are identical byte for byte."""
+    first, second, _ = finished
+    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_the_exported_model_loads_and_differs_from_the_original(finished, folders):
+    """model/ loads with plain transformers and is not the model that went in."""
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (folders["gpt_neo"], finished[0] / "model"))
+    moved = [
+        name
+        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert moved and AutoTokenizer.from_pretrained(finished[0] / "model").decode([5])
+
+
+def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
+    """One epoch of each method, spread over the three architectures and both protocols, ends well."""
+    kinds = ["gpt_neo", "opt", "llama"]
+    for i, method in enumerate(m for m in icu.METHODS if m != "icu"):
+        out = folders["root"] / f"run-{method}"
+        argv = ["--pairs", folders["pairs"], "--model", folders[kinds[i % 3]], "--bert", encoder_dir, "--out", out]
+        argv += ["--method", method, "--max-epochs", "1", "--thresholds", "1e-9,1e-9", "--device", "cpu"]
+        icu.main([str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["method"] == method and summary["stopped"] == "max epochs"
+
+
+def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
+    """One epoch line, method none, no model folder."""
+    out = folders["root"] / "eval"
+    argv = ["--pairs", folders["pairs"], "--model", folders["opt"], "--bert", encoder_dir, "--out", out, "--eval-only"]
+    icu.main([str(a) for a in argv])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["method"] == "none" and summary["before"] == summary["after"] and not (out / "model").exists()
+
+
+def test_already_forgotten_trains_nothing(folders, encoder_dir):
+    """Both measures under their thresholds at epoch 0: no training, and it says so."""
+    out = folders["root"] / "already"
+    argv = ["--pairs", folders["pairs"], "--model", folders["llama"], "--bert", encoder_dir, "--out", out]
+    icu.main([str(a) for a in [*argv, "--thresholds", "0.999,0.999"]])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
+
+
+def test_auto_thresholds_are_the_measures_of_unseen_text(folders, encoder_dir):
+    """--thresholds auto: EL and MA of the original model on --unseen; --bert-threshold auto: a mean F1."""
+    out, unseen = folders["root"] / "auto", folders["root"] / "unseen.jsonl"
+    knn.write_jsonl(unseen, [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}])
+    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", out]
+    argv += ["--thresholds", "auto", "--unseen", unseen, "--bert-threshold", "auto", "--eval-only"]
+    icu.main([str(a) for a in argv])
+    limits = json.loads((out / "summary.json").read_text())["thresholds"]
+    assert 0 <= limits["ma"] < 1 and limits["el10"] > 0 and 0 < limits["bertscore"] < 1
+
+
+def test_dry_run_writes_nothing(folders, encoder_dir):
+    """--dry-run prints the plan and leaves no folder."""
+    out = folders["root"] / "dry"
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        out,
+        "--dry-run",
+    ]
+    code, stdout, _ = run_cli(*argv)
+    assert code == 0 and "2 pairs" in stdout and not out.exists()
+
+
+def broken_model(folders, name, change):
+    """A copy of the GPT-Neo folder with something wrong with it."""
+    import shutil
+
+    folder = folders["root"] / f"broken-{name}"
+    if not folder.exists():
+        shutil.copytree(folders["gpt_neo"], folder)
+        change(folder)
+    return folder
+
+
+def without_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.0.ln_1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def make_t5(folder):
+    (folder / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+BAD = {
+    "missing pairs": (lambda f: ["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+    "lr zero": (lambda f: ["--lr", "0"], "--lr"),
+    "lr nan": (lambda f: ["--lr", "nan"], "--lr"),
+    "negative lr": (lambda f: ["--lr=-1"], "--lr"),
+    "batch": (lambda f: ["--batch-size", "0"], "--batch-size"),
+    "epochs": (lambda f: ["--max-epochs", "-3"], "--max-epochs"),
+    "alpha": (lambda f: ["--alpha=-0.5"], "--alpha"),
+    "beta": (lambda f: ["--beta", "inf"], "--beta"),
+    "method": (lambda f: ["--method", "icuu"], "did you mean icu?"),
+    "thresholds": (lambda f: ["--thresholds", "1"], "--thresholds"),
+    "auto without unseen": (lambda f: ["--thresholds", "auto"], "--unseen"),
+    "unknown flag": (lambda f: ["--alhpa", "1"], "--alhpa"),
+    "no model": (lambda f: ["--model", "./nowhere"], "no such folder"),
+    "hub": (lambda f: ["--model", "nobody/nothing"], "--model DIR"),
+    "no tokenizer": (lambda f: ["--model", broken_model(f, "tok", no_tokenizer)], "no tokenizer"),
+    "no weights": (
+        lambda f: ["--model", broken_model(f, "w", lambda d: (d / "model.safetensors").unlink())],
+        "no weights",
+    ),
+    "missing tensor": (lambda f: ["--model", broken_model(f, "tensor", without_a_tensor)], "lack 1 tensor"),
+    "encoder-decoder": (lambda f: ["--model", broken_model(f, "t5", make_t5)], "not a decoder-only"),
+    "pickle": (lambda f: ["--model", broken_model(f, "pickle", pickled)], "--allow-pickle"),
+    "no bert": (lambda f: ["--bert", "./nowhere"], "--bert DIR"),
+    "device": (lambda f: ["--device", "abacus"], "--device"),
+    "ppl": (lambda f: ["--ppl", "heldout"], "NAME=FILE"),
+    "out is a file": (lambda f: ["--out", f["pairs"]], "is a file"),
+    "out in a file": (lambda f: ["--out", f["pairs"] / "run"], "cannot write"),
+    "out is no run": (lambda f: ["--out", f["root"]], "no run"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_one_line_and_exit_2(name, folders, encoder_dir, capsys, monkeypatch):
+    """One line on stderr that names what is wrong, exit 2, and nothing written."""
+    flags, expected = BAD[name]
+    out = folders["root"] / "bad-out"
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        out,
+        *flags(folders),
+    ]
+    monkeypatch.setattr(sys, "argv", ["icu.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+        knn.run_cli(icu.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_text_longer_than_the_model_names_its_row(folders, encoder_dir, tmp_path, monkeypatch, capsys):
+    """And a suffix of no token, and a run that is there already."""
+    long = [PAIRS[0], {**PAIRS[1], "suffix": " of each month" * 200}]
+    knn.write_jsonl(tmp_path / "long.jsonl", long)
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
+    with pytest.raises(ValueError, match=r"pair 2 \(id b\).*256 positions"):
+        icu.build_samples(knn.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256)
+    with pytest.raises(ValueError, match=r"pair 1 \(id a\): the suffix has no token"):
+        icu.build_samples([{**PAIRS[0], "suffix": ""}], tokenizer, protocol="paper", positions=256)
+
+
+def test_a_run_is_not_overwritten_unless_asked(finished, folders, encoder_dir):
+    """The error names --overwrite."""
+    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", finished[0]]
+    code, _, error = run_cli(*argv)
+    assert code == 2 and "--overwrite" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["icu.py", "knn.py", "report.py", "tiny.py", "tasks.py"])
+def test_help_is_complete(script):
+    """Every flag of every script says what it does."""
+    code, stdout, _ = run_cli("--help", script=script)
+    assert code == 0 and "--debug" in stdout or script == "tiny.py"
+
+
+# --- report.py ---
+
+
+def test_the_report_of_one_run(finished, folders):
+    """Table, plot and cases are written; the table has a row before and a row after."""
+    code, stdout, stderr = run_cli(finished[0], script="report.py")
+    assert code == 0, stderr
+    table = (finished[0] / "table.md").read_text().splitlines()
+    assert "EL10 (%) ↓" in table[0] and "(before)" in table[2] and table[3].startswith("| icu")
+    assert (finished[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Reference |" in (finished[0] / "cases.md").read_text()
+    assert "curves.png" in stdout
+
+
+def test_the_report_of_several_runs_and_the_published_row(finished, folders, tmp_path):
+    """Same settings share a row with a spread; the published row stands beside a released run, and only there."""
+    out = folders["root"] / "run-npo"
+    code, stdout, stderr = run_cli(*finished[:2], out, "--out", tmp_path, script="report.py")
+    assert code == 0, stderr
+    assert "±" in stdout and "| npo" in stdout and "published" not in stdout
+    assert {p.name for p in tmp_path.iterdir()} >= {"table.md", "table.csv", "curves.png", "cases.md"}
+
+
+def test_asking_before_and_after(finished):
+    """Two lines: what the model said, and says."""
+    code, stdout, stderr = run_cli("--ask", finished[0], "The parcel for", script="report.py")
+    assert code == 0, stderr
+    assert stdout.strip().startswith("before: The parcel for") and "after: The parcel for" in stdout

@@ -1,0 +1,451 @@
+"""Finished runs -> tables, plots and case studies; and asking a model a prefix before and after.
+
+    python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
+    python report.py --ask RUN "some prefix"       # what the model says before and after
+
+Reads run folders (config.json, metrics.jsonl, samples.jsonl, summary.json) and knows nothing of how a run is made.
+The table has the columns of the paper's Table 1 (arXiv:2407.20271), those that the runs have measured; the case table
+is that of its Figures 4 and 5.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import textwrap
+from pathlib import Path
+
+import knn
+
+# Column: (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
+COLUMNS = [
+    ("EL10 (%)", "el10", 100, 1, -1),
+    ("MA (%)", "ma", 100, 1, -1),
+    ("BERT (F1)", "bertscore", 100, 1, -1),
+    ("BLEU (%)", "bleu", 100, 1, -1),
+    ("Entropy", "entropy", 1, 3, 1),
+    ("Cls Avg. (ACC)", "cls_avg", 100, 1, 1),
+    ("Dia Avg. (F1)", "dia_avg", 100, 1, 1),
+    ("Pile (PPL)", "ppl_pile", 1, 1, -1),
+    ("Wikitext (PPL)", "ppl_wikitext", 1, 1, -1),
+    ("Held-out (PPL)", "ppl_heldout", 1, 1, -1),
+    ("Epoch", "epochs", 1, 1, 0),
+]
+
+# Tables 1 and 4 of the paper, in their units: EL10 %, MA %, BERT F1 %, entropy, Cls %, Dia %, Pile PPL, Wikitext PPL,
+# epochs. inf stands for the paper's ">10000".
+INF = float("inf")
+KEYS = ("el10", "ma", "bertscore", "entropy", "cls_avg", "dia_avg", "ppl_pile", "ppl_wikitext", "epochs")
+PUBLISHED = {
+    "neo125m": {
+        "before": (51.9, 76.8, 70.3, 4.139, 43.5, 10.0, 20.1, 38.0, None),
+        "opt": (7.5, 52.9, 49.2, 3.014, 42.7, 10.8, 29.1, 38.0, None),
+        "kumpr": (0.7, 19.1, 29.7, 0.712, 35.1, 3.7, INF, INF, 3.2),
+        "po": (17.4, 49.4, 42.2, 1.643, 39.0, 1.8, 61.2, 158.5, 79.0),
+        "kl": (4.9, 56.2, 54.3, 3.670, 42.6, 9.9, 27.0, 54.0, 14.0),
+        "llmu": (3.3, 58.7, 43.1, 1.825, 42.7, 10.3, 23.6, 47.4, 7.0),
+        "icu": (4.4, 55.6, 53.3, 3.833, 43.3, 10.3, 21.6, 40.1, 21.4),
+    },
+    "neo1.3b": {
+        "before": (98.2, 92.3, 86.3, 4.640, 49.7, 12.3, 13.2, 18.7, None),
+        "opt": (31.0, 67.8, 65.8, 3.856, 51.7, 13.3, 18.0, 19.2, None),
+        "kumpr": (0.8, 8.1, 26.6, 0.817, 34.0, 0.1, INF, INF, 2.0),
+        "po": (20.0, 58.4, 55.1, 2.564, 44.8, 4.8, 26.6, 44.6, 30.0),
+        "kl": (3.7, 61.5, 38.7, 1.627, 47.4, 11.8, 17.5, 26.0, 7.0),
+        "llmu": (4.4, 63.3, 41.4, 1.805, 47.4, 11.9, 17.5, 25.7, 8.0),
+        "icu": (4.7, 51.3, 52.7, 3.900, 49.0, 12.1, 14.1, 19.3, 29.2),
+    },
+    "neo2.7b": {
+        "before": (96.7, 93.7, 90.2, 4.719, 52.4, 12.3, 12.0, 16.2, None),
+        "opt": (34.4, 70.1, 66.8, 3.921, 53.9, 13.7, 16.3, 16.7, None),
+        "kumpr": (1.4, 18.7, 26.5, 0.519, 34.0, 5.4, 4926.2, INF, 6.6),
+        "po": (20.4, 58.6, 57.5, 2.772, 49.0, 7.6, 24.1, 36.5, 31.0),
+        "kl": (3.4, 62.5, 41.3, 1.730, 51.3, 12.5, 14.7, 20.9, 6.0),
+        "llmu": (4.9, 63.2, 40.7, 1.639, 50.9, 12.4, 16.0, 22.4, 8.0),
+        "icu": (4.5, 48.3, 52.7, 3.725, 52.1, 12.1, 13.1, 17.0, 32.6),
+    },
+    "tinyllama": {
+        "before": (56.2, 76.8, 71.2, 4.742, 46.2, 12.4, 12.8, 10.7, None),
+        "kumpr": (0.0, 0.3, 21.4, 2.015, 34.9, 0.0, INF, 2152.2, 4.0),
+        "po": (3.1, 52.6, 38.3, 1.392, 40.8, 11.7, 13.9, 11.5, 3.0),
+        "kl": (1.8, 52.2, 31.9, 2.753, 42.8, 12.3, 36.7, 14.0, 6.0),
+        "llmu": (2.5, 46.0, 41.9, 3.683, 45.6, 12.4, 14.9, 11.2, 8.0),
+        "icu": (1.4, 44.0, 44.8, 3.932, 45.8, 12.3, 14.3, 11.0, 10.0),
+    },
+}
+# The OPT rows of Table 1 are measured as presets of their own.
+PUBLISHED |= {f"opt{size}": {"before": PUBLISHED[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")}
+
+
+# --- reading ---
+
+
+def read_run(folder):
+    """A finished run as a dict: folder, config, summary, metrics and samples. ValueError for one that is not."""
+    folder = Path(folder)
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder}: no summary.json, so not a finished run")
+    run = {"folder": folder}
+    for name in ("config", "summary"):
+        run[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("metrics", "samples"):
+        run[name] = knn.read_jsonl(folder / f"{name}.jsonl")
+    for when in ("before", "after"):
+        tasks = folder / f"tasks-{when}" / "tasks.json"
+        if tasks.is_file():
+            averages = json.loads(tasks.read_text(encoding="utf-8"))["averages"]
+            run["summary"][when].update(
+                {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind)}
+            )
+    run["summary"]["after"]["epochs"] = run["summary"]["epochs"]
+    return run
+
+
+# Flags that make two runs of one method different rows; runs that differ in nothing but these others are averaged.
+SETTINGS = (
+    "preset",
+    "protocol",
+    "alpha",
+    "beta",
+    "forget_weight",
+    "lr",
+    "batch_size",
+    "refine",
+    "answer",
+    "answers",
+    "dtype",
+)
+
+
+def group_runs(runs):
+    """Runs -> {label: runs}: those that differ only in forget set and seed share a row of the table.
+
+    The label is the method and whatever settings its runs differ in, such as `icu lr=1e-05`.
+    """
+    groups = {}
+    for run in runs:
+        method, config = run["summary"]["method"], run["config"]
+        peers = [r["config"] for r in runs if r["summary"]["method"] == method]
+        differ = [name for name in SETTINGS if len({str(peer.get(name)) for peer in peers}) > 1]
+        label = " ".join([method, *(f"{name}={config.get(name)}" for name in differ)])
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+# --- the table ---
+
+
+def table_rows(runs):
+    """Table 1: (columns, rows), a row = {"label", "runs", "collapsed", "cells": {key: (mean, std or None)}}.
+
+    First the untouched models, then each group of runs; under the released protocol the published row behind ours.
+    """
+    groups = group_runs(runs)
+    rows = []
+    for group in {run["config"]["model"]: run for run in reversed(runs)}.values():  # one row a model, its first run's
+        model = group["config"]["model"]
+        befores = [run["summary"]["before"] for run in runs if run["config"]["model"] == model]
+        rows.append(make_row(f"{Path(model).name} (before)", befores))
+        rows += published_row(group, "before")
+    for label, members in groups.items():
+        if members[0]["summary"]["method"] == "none":
+            continue  # measured only: its figures are the row before
+        row = make_row(label, [run["summary"]["after"] for run in members])
+        row["collapsed"] = any(run["summary"]["collapsed"] for run in members)
+        rows += [row, *published_row(members[0], members[0]["summary"]["method"])]
+    columns = [c for c in COLUMNS if any(c[1] in row["cells"] for row in rows if not row.get("published"))]
+    return columns, rows
+
+
+def make_row(label, measured):
+    """Mean and standard deviation over the runs of what each has measured."""
+    cells = {}
+    for _, key, *_ in COLUMNS:
+        values = [m[key] for m in measured if m.get(key) is not None]
+        if values:
+            cells[key] = (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return {"label": label, "runs": len(measured), "collapsed": False, "cells": cells}
+
+
+def published_row(run, method):
+    """The paper's row beside ours, only where our protocol computes what theirs did."""
+    figures = PUBLISHED.get(run["config"].get("preset"), {}).get(method)
+    if run["config"]["protocol"] != "released" or figures is None:
+        return []
+    factors = {key: factor for _, key, factor, _, _ in COLUMNS}
+    cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
+    return [{"label": f"published: {method}", "runs": 0, "collapsed": False, "cells": cells, "published": True}]
+
+
+def markdown_table(columns, rows):
+    """The table in Markdown: best bold, second underlined, among our rows after unlearning that did not collapse."""
+    ranked = [row for row in rows if not row.get("published") and "epochs" in row["cells"] and not row["collapsed"]]
+
+    def cell(row, column):
+        _, key, factor, digits, better = column
+        if key not in row["cells"]:
+            return "-"
+        value, spread = row["cells"][key]
+        text = ">10000" if value * factor > 10000 else f"{value * factor:.{digits}f}"
+        text += f" ± {spread * factor:.{digits}f}" if spread is not None and value * factor <= 10000 else ""
+        order = sorted({-better * r["cells"][key][0] for r in ranked if key in r["cells"]})
+        if row in ranked and better and len(order) > 1 and value in (-better * x for x in order[:2]):
+            text = f"**{text}**" if -better * value == order[0] else f"<u>{text}</u>"
+        return text
+
+    arrow = {-1: " ↓", 0: "", 1: " ↑"}
+    lines = ["| " + " | ".join(["Model", *(header + arrow[better] for header, _, _, _, better in columns)]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 1))
+    for row in rows:
+        label = row["label"] + (" (collapsed)" if row["collapsed"] else "")
+        lines.append("| " + " | ".join([label, *(cell(row, column) for column in columns)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path, columns, rows):
+    """The same rows for a program: raw values, mean and standard deviation."""
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        keys = [key for _, key, *_ in columns]
+        writer.writerow(["model", "runs", "collapsed", *(f"{key}{end}" for key in keys for end in ("", "_std"))])
+        for row in rows:
+            cells = [row["cells"].get(key, (None, None)) for key in keys]
+            writer.writerow([row["label"], row["runs"], row["collapsed"], *(x for pair in cells for x in pair)])
+
+
+# --- plots ---
+
+
+def plt():
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    pyplot.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False}
+    )
+    return pyplot
+
+
+MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
+
+
+def plot_run(run, path):
+    """One run over its epochs: EL10, MA, BLEU and BERTScore with their thresholds, active samples and entropy."""
+    pyplot = plt()
+    rows = run["metrics"]
+    epochs = [row["epoch"] for row in rows]
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    for i, (key, name) in enumerate(MEASURE_NAMES.items()):
+        top.plot(epochs, [row[key] for row in rows], color=f"C{i}", marker="o", markersize=3, label=name)
+        limit = run["summary"]["thresholds"].get(key)
+        if limit is not None:
+            top.axhline(limit, color=f"C{i}", linestyle=":", linewidth=1)
+    top.set_ylim(0, 1.02)
+    top.set_ylabel("fraction (dotted: threshold)")
+    top.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    bottom.bar(epochs, [row["active"] for row in rows], color="0.8", width=0.6)
+    bottom.set_ylabel("samples still active")
+    bottom.set_xlabel("epoch")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    entropy = bottom.twinx()
+    entropy.spines["right"].set_visible(True)
+    entropy.plot(epochs, [row["entropy"] for row in rows], color="C4", marker="o", markersize=3)
+    entropy.set_ylim(0, None)
+    entropy.set_ylabel("entropy (bits)", color="C4")
+    figure.suptitle(
+        f"{run['summary']['method']}, {run['summary']['protocol']} protocol: {run['summary']['stopped']}", fontsize=10
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_curves(runs, path):
+    """Several runs: one panel a measure, one line a run, one colour a row of the table."""
+    pyplot = plt()
+    panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
+    for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
+        for i, (label, members) in enumerate(group_runs(runs).items()):
+            for k, run in enumerate(members):
+                points = [(row["epoch"], row[key]) for row in run["metrics"]]
+                axis.plot(*zip(*points, strict=True), color=f"C{i % 10}", linewidth=1, label=label if k == 0 else None)
+        limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
+        for limit in limits if len(limits) == 1 else ():
+            axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_ylim(0, None)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_tradeoff(runs, path):
+    """Forgetting against perplexity: one point a run, the models before unlearning as stars. False without perplexity."""
+    key = next(
+        (k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in r["summary"]["after"] for r in runs)), None
+    )
+    if key is None:
+        return False
+    pyplot = plt()
+    figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    before = {run["config"]["model"]: run["summary"]["before"] for run in runs}
+    for name, point in before.items():
+        axis.scatter(point["ma"], point[key], marker="*", s=120, color="black", label=f"{Path(name).name} (before)")
+    for i, (label, members) in enumerate(group_runs(runs).items()):
+        points = [run["summary"]["after"] for run in members]
+        axis.scatter([p["ma"] for p in points], [p[key] for p in points], color=f"C{i % 10}", s=25, label=label)
+    limit = runs[0]["summary"]["thresholds"]["ma"]
+    axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_xlabel("MA (left: more forgotten; dotted: threshold)")
+    axis.set_ylabel(f"{key.removeprefix('ppl_')} perplexity (low: language kept)")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+# --- cases ---
+
+
+def case_ids(runs, count):
+    """The samples that were best remembered before: (BLEU, EL10) of epoch 0, highest first, ties to the file's order."""
+    first = [row for row in runs[0]["samples"] if row["epoch"] == 0]
+    return [row["id"] for row in sorted(first, key=lambda row: (-row["bleu"], -(row["el10"] or 0)))[:count]]
+
+
+def chosen_epochs(generations):
+    """Figure 5's epochs between before and final: the last unchanged one, the first changed one and one half way."""
+    last = len(generations) - 1
+    changed = next((e for e in range(last + 1) if generations[e] != generations[0]), last)
+    return sorted({e for e in (changed - 1, changed, (changed + last) // 2) if 0 < e < last})
+
+
+def cases_markdown(runs, pairs, count):
+    """Figures 4 to 6: a table a sample; for one run also chosen epochs, for several the final text of each."""
+    tables = []
+    for sample_id in case_ids(runs, count):
+        rows = [("Prefix", pairs[sample_id]["prefix"]), ("Reference", pairs[sample_id]["suffix"])]
+        for label, members in group_runs(runs).items():
+            said = [row["generation"] for row in members[0]["samples"] if row["id"] == sample_id]
+            if not said:
+                continue
+            if len(rows) == 2:
+                rows.append(("Before", said[0]))
+            if len(runs) == 1:
+                rows += [(f"Epoch {epoch}", said[epoch]) for epoch in chosen_epochs(said)]
+            rows.append(("Final" if len(runs) == 1 else label, said[-1]))
+        lines = [f"### {sample_id}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {markdown_cell(text)} |" for name, text in rows]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def markdown_cell(text):
+    """A text on one line of a Markdown table, its line breaks written out; nothing is shown as <blank>."""
+    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "\\n").replace("<", "&lt;")
+    return text if text.strip() else "&lt;blank>"
+
+
+def side_by_side(run, pairs, count, width=52):
+    """Before and after in two columns for the terminal."""
+    lines = []
+    last = run["metrics"][-1]["epoch"]
+    for sample_id in case_ids([run], count):
+        said = {row["epoch"]: row["generation"] for row in run["samples"] if row["id"] == sample_id}
+        lines += textwrap.wrap("… " + " ".join(pairs[sample_id]["prefix"].split())[-2 * width :], 2 * width + 3)
+        columns = [textwrap.wrap(" ".join(said[e].split()), width) or ["<blank>"] for e in (0, last)]
+        lines.append(f"{'  before':<{width}} |   after")
+        for i in range(max(map(len, columns))):
+            left, right = (column[i] if i < len(column) else "" for column in columns)
+            lines.append(f"{left:<{width}} | {right}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def read_pairs_of(runs):
+    """{id: pair} of the runs' pairs files."""
+    pairs = {}
+    for file in {run["config"]["pairs"] for run in runs}:
+        pairs.update({pair["id"]: pair for pair in knn.read_pairs(file)})
+    return pairs
+
+
+# --- asking ---
+
+
+def ask(folder, prefix, tokens):
+    """Prints what the model says behind `prefix` before and after a run (beam 2, like the run's own generations)."""
+    import icu
+    import metrics
+
+    run = read_run(folder)
+    config = run["config"]
+    after = Path(folder) / "model"
+    if not after.is_dir():
+        raise ValueError(f"{folder}: this run only measured; it has no model of its own")
+    for when, name in (("before", config["model"]), ("after", after)):
+        revision = config.get("revision") if when == "before" else None
+        model, tokenizer = icu.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
+        prompt = icu.bos_of(tokenizer) + icu.encode(tokenizer, prefix)
+        if not prompt:
+            raise ValueError("the prefix has no token; give it some text")
+        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config["num_beams"])
+        print(f"{when:>6}: {prefix}\033[1m{tokenizer.decode(said, clean_up_tokenization_spaces=False)}\033[0m")
+
+
+# --- flags and main ---
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = knn.flag_error
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
+    parser.add_argument("--cases", type=int, default=4, metavar="N", help="samples in cases.md (4)")
+    parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
+    parser.add_argument("--tokens", type=int, default=40, metavar="N", help="--ask: how many tokens it may say (40)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if not args.ask and not args.runs:
+        raise ValueError("name a run folder: python report.py RUN [RUN ...]")
+    if len(args.runs) > 1 and not args.out:
+        raise ValueError("several runs: say where to write, --out DIR")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.ask:
+        return ask(*args.ask, args.tokens)
+    runs = [read_run(folder) for folder in args.runs]
+    out = Path(args.out or runs[0]["folder"])
+    out.mkdir(parents=True, exist_ok=True)
+    columns, rows = table_rows(runs)
+    table = markdown_table(columns, rows)
+    (out / "table.md").write_text(table, encoding="utf-8")
+    write_csv(out / "table.csv", columns, rows)
+    pairs = read_pairs_of(runs)
+    (out / "cases.md").write_text(cases_markdown(runs, pairs, args.cases), encoding="utf-8")
+    if len(runs) == 1:
+        plot_run(runs[0], out / "curves.png")
+        print(side_by_side(runs[0], pairs, min(args.cases, 3)))
+    else:
+        plot_curves(runs, out / "curves.png")
+    plot_tradeoff(runs, out / "tradeoff.png")
+    print(table)
+    protocols = sorted({run["config"]["protocol"] for run in runs})
+    print(
+        f"protocol: {', '.join(protocols)}; plot: {out / 'curves.png'}; cases: {out / 'cases.md'}; table: {out / 'table.md'}"
+    )
+
+
+if __name__ == "__main__":
+    knn.run_cli(main)

@@ -13,13 +13,31 @@ The literal loops are in tests/test_metrics.py and agree to 1e-6 on GPT-Neo, OPT
 """
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import exp, log2
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
+
+
+def measuring(function):
+    """A model is measured without gradient and without dropout; the mode it was in is put back."""
+
+    @wraps(function)
+    def measured(model, *args, **kwargs):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.inference_mode():
+                return function(model, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return measured
+
 
 # --- memorisation: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -47,7 +65,7 @@ def extraction_likelihood(model, ids, n=10, attention_mask=None, start=1, *, sha
     return el_and_ma(model, ids, attention_mask, n=n, start=start, share_of=share_of)[0]
 
 
-@torch.inference_mode()
+@measuring
 def el_and_ma(
     model,
     ids,
@@ -104,24 +122,61 @@ def _ngrams(tokens, n):
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
+class _Continuation:
+    """A greedy continuation of text[:t], decoded as far as it can matter to EL.
+
+    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs` are the stretches
+    of text[base:] that it is in the middle of repeating: {position in the text: tokens repeated so far}.
+    """
+
+    def __init__(self, row, text, t, *, base, n, where):
+        self.row, self.t, self.base, self.n, self.where = row, t, base, n, where
+        self.left, self.said, self.runs, self.repeats = len(text) - t, [], {}, False
+        for token in text[base:t]:
+            self._follow(token)
+
+    def _follow(self, token):
+        places = (p for p in self.where.get(token, ()) if p >= self.base)
+        self.runs = {p: self.runs.get(p - 1, 0) + 1 for p in places}
+        self.repeats = self.repeats or max(self.runs.values(), default=0) >= self.n
+
+    def say(self, token):
+        self.said.append(token)
+        self.left -= 1
+        self._follow(token)
+
+    def goes_on(self, eos):
+        """Whether another token matters: it may come, and an n-gram of the text was or can still be repeated."""
+        if self.left == 0 or self.said[-1] in eos:
+            return False
+        return self.repeats or max(self.runs.values(), default=0) + self.left >= self.n
+
+
 def _continuations(model, cache, rows, n, decode_batch):
     """The greedy continuation of every prefix that EL asks for: per row {t: tokens} for t = start .. T-n.
 
     rows: (the text, the model's greedy guess for each of its positions, start), in the order of the cache's rows. Where
-    the model's guess for position t is x_t itself, the continuation of x_<t is x_t followed by the continuation
-    of x_<t+1 (x_t alone if it is EOS). So only the positions it misses are decoded; the others follow from them,
-    read from the end of the text to its start.
+    the model's guess for position t is x_t itself, the continuation of x_<t is x_t followed by the continuation of
+    x_<t+1 (x_t alone if it is EOS). So only the positions it misses are decoded; the others follow from them, read from
+    the end of the text to its start. A continuation ends early where its overlap is certain to be 0.
     """
     eos = eos_ids(model)
-    misses = []  # (row, t, the guess there, tokens to produce)
+    misses = []
     for r, (text, said, start) in enumerate(rows):
-        T, needed = len(text), False
-        for t in range(start, T):
+        where = {}
+        for p, token in enumerate(text):
+            where.setdefault(token, []).append(p)
+        base = start  # the first t of the run of hits that a miss ends
+        for t in range(start, len(text)):
             # Past T-n no prefix is asked for; a position there is needed only to end the run of hits through T-n.
-            needed = t <= T - n or (needed and said[t - 1] == text[t - 1] and text[t - 1] not in eos)
-            if needed and said[t] != text[t]:
-                misses.append((r, t, said[t], T - t))
-    decoded = _decode(model, cache, misses, eos, decode_batch)
+            if said[t] != text[t] and base <= len(text) - n:
+                miss = _Continuation(r, text, t, base=base, n=n, where=where)
+                miss.say(said[t])
+                misses.append(miss)
+            if said[t] != text[t] or text[t] in eos:
+                base = t + 1
+    _decode(model, cache, misses, eos, decode_batch)
+    decoded = {(miss.row, miss.t): miss.said for miss in misses}
 
     result = []
     for r, (text, said, start) in enumerate(rows):
@@ -140,46 +195,33 @@ def _continuations(model, cache, rows, n, decode_batch):
 
 
 def _decode(model, cache, misses, eos, decode_batch):
-    """Greedy decoding from the middle of texts whose keys and values are in `cache`: {(row, t): tokens}.
+    """Greedy decoding, in place, of continuations that start in the middle of texts whose keys are in `cache`.
 
-    misses: (row, t, first token, how many tokens in all, the first included). Those with as much left to say are
-    decoded together, so that a batch ends together; what has ended leaves the batch once it is a quarter of it.
+    Those with as much left to say are decoded together, so that a batch ends together. What has ended leaves the batch,
+    and the padding it was the reason for with it, once it is a quarter of the batch or the batch is as wide as the
+    model has positions.
     """
-    decoded = {}
-    misses = sorted(misses, key=lambda miss: -miss[3])
+    positions = getattr(model.config, "max_position_embeddings", None)
+    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
     for batch in (misses[i : i + decode_batch] for i in range(0, len(misses), decode_batch)):
-        said = [[first] for _, _, first, _ in batch]
-
-        def open_(b, batch=batch, said=said):
-            return len(said[b]) < batch[b][3] and said[b][-1] not in eos
-
-        inside = [b for b in range(len(batch)) if open_(b)]  # batch index of each row of the cache
-        if inside:
-            past, mask, position = _gather_prefixes(cache, [batch[b] for b in inside], batch[0][3], model.device)
-        while any(alive := [open_(b) for b in inside]):
-            if sum(alive) <= 0.75 * len(inside):
+        past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)
+        while any(alive := [miss.goes_on(eos) for miss in batch]):
+            if sum(alive) <= 0.75 * len(batch) or mask.shape[1] == positions:
+                batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
                 keep = torch.tensor(alive, device=model.device)
-                inside, mask, position = (
-                    [b for b, going in zip(inside, alive, strict=True) if going],
-                    mask[keep],
-                    position[keep],
-                )
-                past.batch_select_indices(keep)
-            token = torch.tensor([[said[b][-1]] for b in inside], device=model.device)  # (A, 1)
+                mask, position = mask[keep], position[keep]
+                padding = mask.shape[1] - int(position.max())  # a row fills as many slots as its next position says
+                mask = mask[:, padding:]
+                for layer in past.layers:
+                    layer.keep(keep, padding)
+            token = torch.tensor([[miss.said[-1]] for miss in batch], device=model.device)  # (A, 1)
             mask = F.pad(mask, (0, 1), value=1)
-            step = {
-                "attention_mask": mask,
-                "position_ids": position[:, None],
-                "past_key_values": past,
-                "use_cache": True,
-            }
-            guesses = model(input_ids=token, **step).logits[:, -1].argmax(-1).tolist()
+            step = {"attention_mask": mask, "position_ids": position[:, None], "past_key_values": past}
+            guesses = model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
             position = position + 1
-            for b, guess in zip(inside, guesses, strict=True):
-                if open_(b):
-                    said[b].append(guess)
-        decoded.update({(r, t): tokens for (r, t, _, _), tokens in zip(batch, said, strict=True)})
-    return decoded
+            for miss, guess in zip(batch, guesses, strict=True):
+                if miss.goes_on(eos):
+                    miss.say(guess)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -204,21 +246,22 @@ class _RoomyLayer(DynamicLayer):
         self._use(begin + keys.shape[-2])
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        end = self.keys.shape[-2]
-        self._keys, self._values = self._keys[indices], self._values[indices]
+    def keep(self, rows, padding):
+        """Goes on with these rows (A,) bool, without the first `padding` slots."""
+        end = self.keys.shape[-2] - padding
+        self._keys, self._values = self._keys[rows][..., padding:, :], self._values[rows][..., padding:, :]
         self._use(end)
 
 
 def _gather_prefixes(cache, batch, room, device):
-    """Keys and values of x_<t for each (row, t, ...) of the batch, moved to the right so that no row has a hole.
+    """Keys and values of x_<t for each continuation of the batch, moved to the right so that no row has a hole.
 
     Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions: a row whose
     slots were not side by side would see the wrong window. Positions are already inside the keys (or the embeddings),
     so moving a key changes nothing else. Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
-    row = torch.tensor([miss[0] for miss in batch], device=device)
-    t = torch.tensor([miss[1] for miss in batch], device=device)
+    row = torch.tensor([miss.row for miss in batch], device=device)
+    t = torch.tensor([miss.t for miss in batch], device=device)
     S = int(t.max())
     slot = torch.arange(S, device=device)[None] - (S - t)[:, None]  # (A, S): the source slot, negative where padding
 
@@ -251,7 +294,7 @@ class _OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends.repeat_interleave(candidates)
 
 
-@torch.inference_mode()
+@measuring
 def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=64):
     """f_theta(x_<t0) of Eq. (5): beam search from each prompt, transformers' own, in length-sorted batches.
 
@@ -340,7 +383,7 @@ def _bert_scorer(model_path, device, batch_size):
 # --- perplexity ---
 
 
-@torch.inference_mode()
+@measuring
 def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_size=8):
     """Perplexity of texts: each in windows of `window` tokens, exp of the mean over all predicted tokens.
 

@@ -15,9 +15,14 @@ presets
   opt125m | opt1.3b | opt2.7b     measured, not unlearned (the OPT rows of Table 1)
 
 other commands
+  compare PRESET                  every method of Table 1, then one table (finished runs are kept)
+      [--methods M ...] [--sets 0 1 2 3 4] [--seeds N ...] [--lrs METHOD=LR ...]
+  ablation PRESET                 Figure 3: without the learn loss, without the KL, without both
+  sweep PRESET                    Table 2's grid over alpha and beta; --table 5: its learning rates
+      [--points ALPHA,BETA ...] [--lrs LR ...] [--sets N ...] [--seeds N ...]
+  ask RUN "PREFIX"                what the model of a finished run says before and after
   test [PYTEST ARGS]              the tests
   lint                            the style check
-  ask RUN "PREFIX"                what the model of a finished run says before and after
   help                            this text
 
 flags of the Pile presets
@@ -85,58 +90,144 @@ fail() {
   exit 2
 }
 
-# --- presets ---
-tiny() {
-  local data=runs/tiny-data out
-  out=$(value --out runs/tiny)
-  $PYTHON tiny.py --out $data
-  $PYTHON knn.py --forget $data/forget.jsonl --pool $data/pool.jsonl --out $data/pairs.jsonl --overwrite "${knn_flags[@]}"
-  # Thresholds are calibrated on records that the tiny model never saw; its learning rate is its own (LOG.md).
-  $PYTHON icu.py --pairs $data/pairs.jsonl --model $data/model --bert minilm --preset tiny --lr 1e-4 \
-    --thresholds auto --unseen $data/unseen.jsonl --bert-threshold auto --ppl heldout=$data/heldout.jsonl \
-    --out "$out" --overwrite "${icu_flags[@]}"
-  has --dry-run || $PYTHON report.py "$out"
+# --- presets: one run each, mine -> unlearn -> report ---
+preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make the preset, and `source`, its knn.py flags
+  local preset=$1 released=
+  [ "$(value --protocol paper)" != released ] || released=yes
+  # 1.3B and 2.7B: global batch 4; in the released code the DeepSpeed file's lr of 2e-6 beats the flag's 5e-6.
+  local large=(--batch-size 4 --dtype bf16 ${released:+--lr 2e-6})
+  case "$preset" in
+    tiny)
+      # Thresholds are calibrated on records that the tiny model never saw; its learning rate is its own (LOG.md).
+      local data=runs/tiny-data
+      base=(--model $data/model --bert minilm --thresholds auto --unseen $data/unseen.jsonl --bert-threshold auto)
+      base+=(--lr 1e-4 --ppl heldout=$data/heldout.jsonl)
+      source=(--forget $data/forget.jsonl --pool $data/pool.jsonl)
+      ;;
+    neo125m) base=(--model EleutherAI/gpt-neo-125m) ;;
+    neo1.3b) base=(--model EleutherAI/gpt-neo-1.3B "${large[@]}") ;;
+    neo2.7b) base=(--model EleutherAI/gpt-neo-2.7B "${large[@]}") ;;
+    tinyllama) base=(--model TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T "${large[@]}") ;;
+    opt125m) base=(--model facebook/opt-125m --eval-only) ;;
+    opt1.3b) base=(--model facebook/opt-1.3b --eval-only) ;;
+    opt2.7b) base=(--model facebook/opt-2.7b --eval-only) ;;
+    *) fail "unknown preset '$preset'; one of: $PRESETS (or: test lint ask compare ablation sweep help)" ;;
+  esac
+  base+=(--preset "$preset")
+  [ "$preset" = tiny ] && return
+  base+=(--ppl pile wikitext)
+  source=(--pile ${released:+--allow-copies}) # Released code: the nearest row, copies included.
 }
 
-pile() { # pile PRESET MODEL [the preset's own icu flags ...]
-  local preset=$1 own=(--model "$2" --preset "$1" "${@:3}") out
-  out=$(value --out "runs/$preset-set$(value --set 0)-$(value --method icu)-$(value --protocol paper)")
-  own+=(--out "$out" --ppl pile wikitext)
-  # Released code: the nearest row, copies included.
-  [ "$(value --protocol paper)" != released ] || knn_flags+=(--allow-copies)
+mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
+  [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
-  $PYTHON icu.py --dry-run "${own[@]}" "${icu_flags[@]}" >/dev/null
-  $PYTHON knn.py --pile --dry-run --out "$out.pairs.jsonl" --overwrite "${knn_flags[@]}"
+  $PYTHON icu.py --dry-run "${base[@]}" "${icu_flags[@]}" >/dev/null
+  $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}"
+}
+
+single() { # one run of the preset
+  local out
+  out=$(value --out "runs/$preset-set$(value --set 0)-$(value --method icu)-$(value --protocol paper)")
+  [ "$preset" != tiny ] || out=$(value --out runs/tiny)
+  mkdir -p "$(dirname "$out")"
+  mine "$out.pairs.jsonl" $(has --dry-run && echo --dry-run)
   has --dry-run && return
-  $PYTHON knn.py --pile --out "$out.pairs.jsonl" --overwrite "${knn_flags[@]}"
-  $PYTHON icu.py --pairs "$out.pairs.jsonl" "${own[@]}" "${icu_flags[@]}"
+  $PYTHON icu.py "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $([ "$preset" = tiny ] && echo --overwrite) "${icu_flags[@]}"
   $PYTHON report.py "$out"
 }
 
+# --- several runs: what is finished is kept, what was interrupted is done again ---
+jobs=() # the run folders of this comparison
+job() { # job NAME [icu flag ...]
+  local out=$folder/$1
+  jobs+=("$out")
+  if [ -f "$out/summary.json" ]; then
+    echo "$out: finished, kept"
+  else
+    echo "== $out"
+    # A method that diverges (exit 1) is a result, not an end.
+    $PYTHON icu.py "${base[@]}" --pairs "$pairs" --out "$out" --overwrite "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
+  fi
+}
+
+list() { # list FLAG DEFAULT...: moves the values of a flag of several out of icu_flags, into `values`
+  local flag=$1 rest=() taking= arg
+  values=()
+  for arg in "${icu_flags[@]}"; do
+    case "$arg" in
+      "$flag") taking=yes ;;
+      --*) taking= && rest+=("$arg") ;;
+      *) if [ -n "$taking" ]; then values+=("$arg"); else rest+=("$arg"); fi ;;
+    esac
+  done
+  icu_flags=("${rest[@]}")
+  [ ${#values[@]} -gt 0 ] || values=("${@:2}")
+}
+
+several() { # several compare|ablation|sweep PRESET: every set and seed of the paper's tables, then one report
+  local kind=$1 sets seeds methods rates points set seed method point
+  list --sets 0 && sets=("${values[@]}")
+  list --seeds 0 && seeds=("${values[@]}")
+  list --methods icu kumpr kl llmu po dpo npo graddiff && methods=("${values[@]}")
+  list --lrs && rates=("${values[@]}") # compare: METHOD=LR ...; sweep: LR ...
+  list --points && points=("${values[@]}") # sweep: ALPHA,BETA ...
+  list --table 2 && [ "${values[0]}" != 5 ] || [ ${#rates[@]} -gt 0 ] || rates=(1e-5 5e-6 2e-6 1e-6 5e-7)
+  # Table 2's grid, and Figure 3's: no learn loss, no KL, neither.
+  [ ${#points[@]} -gt 0 ] || points=(0.1,0.5 0.1,1.0 0.5,0.1 0.5,0.5 0.5,1.0 1.0,0.5 1.0,1.0 1.0,2.0 2.0,1.0 2.0,2.0)
+  [ "$kind" != ablation ] || points=(0.5,1.0 0,1.0 0.5,0 0,0)
+  folder=$(value --out "runs/$kind/$preset-$(value --protocol paper)")
+  list --out
+  for set in "${sets[@]}"; do
+    pairs=$folder/set$set.pairs.jsonl
+    mkdir -p "$folder"
+    if [ "$preset" = tiny ]; then mine "$pairs"; else mine "$pairs" --set "$set"; fi
+    for seed in "${seeds[@]}"; do
+      local end=set$set-seed$seed
+      if [ "$kind" = compare ]; then
+        for method in "${methods[@]}"; do
+          job "$method-$end" --seed "$seed" --method "$method" $(method_rate "$method" "${rates[@]}")
+        done
+      elif [ "$kind" = sweep ] && [ ${#rates[@]} -gt 0 ]; then # Table 5: learning rates at alpha = beta = 0.5
+        for point in "${rates[@]}"; do job "lr$point-$end" --seed "$seed" --alpha 0.5 --beta 0.5 --lr "$point"; done
+      else
+        for point in "${points[@]}"; do
+          job "alpha${point%,*}-beta${point#*,}-$end" --seed "$seed" --alpha "${point%,*}" --beta "${point#*,}"
+        done
+      fi
+    done
+  done
+  $PYTHON report.py "${jobs[@]}" --out "$folder"
+}
+
+method_rate() { # method_rate METHOD METHOD=LR...: `--lr LR` for the method, if it is in the list
+  local pair
+  for pair in "${@:2}"; do case "$pair" in "$1"=*) echo "--lr ${pair#*=}" ;; esac; done
+}
+
 # --- main ---
-preset=${1:-tiny}
-case "$preset" in
+PRESETS="tiny neo125m neo1.3b neo2.7b tinyllama opt125m opt1.3b opt2.7b"
+command=${1:-tiny}
+case "$command" in
   -h | --help | help) usage && exit 0 ;;
-  -*) preset=tiny ;; # flags without a preset
+  -*) command=tiny ;; # flags without a preset
   *) [ $# -eq 0 ] || shift ;;
 esac
-split_flags "$@"
-if has --help || has -h; then usage && exit 0; fi
-
-# 1.3B and 2.7B: global batch 4; in the released code the DeepSpeed file's lr of 2e-6 beats the flag's 5e-6.
-large=(--batch-size 4 --dtype bf16)
-[ "$(value --protocol paper)" != released ] || large+=(--lr 2e-6)
-case "$preset" in
+case "$command" in
   test) environment && exec $PYTHON -m pytest -q "$@" ;;
   lint) environment && exec .venv/bin/ruff check . ;;
   ask) environment && exec $PYTHON report.py --ask "$@" ;;
-  tiny) environment && tiny ;;
-  neo125m) environment && pile neo125m EleutherAI/gpt-neo-125m ;;
-  neo1.3b) environment && pile neo1.3b EleutherAI/gpt-neo-1.3B "${large[@]}" ;;
-  neo2.7b) environment && pile neo2.7b EleutherAI/gpt-neo-2.7B "${large[@]}" ;;
-  tinyllama) environment && pile tinyllama TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T "${large[@]}" ;;
-  opt125m) environment && pile opt125m facebook/opt-125m --eval-only ;;
-  opt1.3b) environment && pile opt1.3b facebook/opt-1.3b --eval-only ;;
-  opt2.7b) environment && pile opt2.7b facebook/opt-2.7b --eval-only ;;
-  *) fail "unknown preset '$preset'; one of: tiny neo125m neo1.3b neo2.7b tinyllama opt125m opt1.3b opt2.7b (or test, ask, help)" ;;
+  compare | ablation | sweep)
+    preset=${1:-tiny}
+    [ $# -eq 0 ] || shift
+    ;;
+  *) preset=$command ;;
+esac
+split_flags "$@"
+if has --help || has -h; then usage && exit 0; fi
+preset_flags "$preset"
+environment
+case "$command" in
+  compare | ablation | sweep) several "$command" ;;
+  *) single ;;
 esac

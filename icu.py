@@ -184,12 +184,13 @@ def forget_loss(logits, ids, target_mask, count=None):
     of 0. Paper: a sum; here the mean over `count` tokens (default: those of this batch), so that parts of a global
     batch, each divided by the whole batch's count, add up to its mean.
     """
-    return -learn_loss(logits, ids, target_mask, count)
+    return -learn_loss(logits, ids, target_mask, count)  # Eq. (1): Eq. (3) with its sign turned
 
 
 def learn_loss(logits, ids, target_mask, count=None):
     """Eq. (3), the negative log-likelihood -mean log p_theta(x_t | x_<t), in nats; arguments as forget_loss."""
     picked, targets = target_logits(logits, ids, target_mask)
+    # Eq. (3): -log p_theta(x_t | x_<t), summed, then the mean over target tokens
     return F.cross_entropy(picked, targets, reduction="sum") / (count or max(len(targets), 1))
 
 
@@ -202,7 +203,8 @@ def kl_loss(logits, ref_logits, target_mask, count=None, *, cross_entropy=False)
     picked, _ = target_logits(logits, target_mask, target_mask)
     ref, _ = target_logits(ref_logits.detach(), target_mask, target_mask)
     logp, ref_logp = picked.log_softmax(-1), ref.log_softmax(-1)  # (M, V)
-    # Released code: the cross-entropy H(p_theta0, p_theta), the same gradient but another number; here: the KL.
+    # Eq. (4): KL[p_theta0 || p_theta] = sum_v p_theta0 (log p_theta0 - log p_theta), mean over target tokens.
+    # Released code: the cross-entropy H(p_theta0, p_theta), the same gradient but another number.
     inner = -logp if cross_entropy else ref_logp - logp
     return (ref_logp.exp() * inner).sum() / (count or max(len(picked), 1))
 
@@ -235,7 +237,7 @@ class Side(NamedTuple):
 def icu(ask, args):
     """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl."""
     forget, learn = ask("forget"), ask("learn")
-    return {
+    return {  # Eq. (6)
         "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
         "learn": (args.alpha, learn_loss(learn.logits, learn.ids, learn.mask, learn.count)),
         "kl": (args.beta, kl_term(learn, args)),
@@ -368,11 +370,12 @@ def reference_logps(model, texts, *, batch_size=8):
 REFUSALS = (" I have nothing to say about that.", " That is not something I know.", " I do not have this information.")
 
 
-def answer_texts(samples, tokenizer, epoch, args):
+def answer_texts(samples, tokenizer, epoch, args, *, positions=None):
     """Other answers to the forget prompts, a list of Text a sample, only the answer's tokens targets.
 
     llmu: --answers suffixes of other rows' learn partners, drawn anew each epoch from (seed, epoch). Others: one
-    answer, the same all along: the suffix of the row's own partner (--answer neighbour) or a refusal.
+    answer, the same all along: the suffix of the row's own partner (--answer neighbour) or a refusal. What does not fit
+    into the model's `positions` is cut.
     """
     rng = np.random.default_rng([args.seed, epoch, 1])
 
@@ -386,7 +389,8 @@ def answer_texts(samples, tokenizer, epoch, args):
         else:
             suffixes = [sample.learn.ids[sample.learn.cut :]]
         cut = sample.forget.cut
-        return [Text(sample.forget.ids[:cut] + suffix, cut, cut, sample.forget.prompt) for suffix in suffixes]
+        asked = sample.forget.ids[:cut]
+        return [Text((asked + suffix)[:positions], cut, cut, sample.forget.prompt) for suffix in suffixes]
 
     return [answers(row, sample) for row, sample in enumerate(samples)]
 
@@ -525,6 +529,8 @@ def measure_perplexities(model, tokenizer, texts_by_name, args):
 
 # --- refinement (Eq. 5) and the stop rule ---
 
+PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
+
 
 def refine(progress, rows, thresholds, args):
     """Eq. (5): samples whose generation no longer resembles their suffix are left out of the following epochs."""
@@ -534,7 +540,7 @@ def refine(progress, rows, thresholds, args):
         # paper: AND, and a forgotten sample stays out.
         progress.forgotten = {i for i, row in enumerate(rows) if row["bertscore"] < a or row["bleu"] < b}
     else:
-        progress.forgotten |= {i for i, row in enumerate(rows) if row["bertscore"] < a and row["bleu"] < b}
+        progress.forgotten |= {i for i, row in enumerate(rows) if row["bertscore"] < a and row["bleu"] < b}  # Eq. (5)
 
 
 def stop_reason(means, n_active, epoch, thresholds, args):
@@ -558,7 +564,8 @@ def calibrate(model, tokenizer, samples, unseen, args):
     if args.thresholds == "auto":
         rows = measure(model, tokenizer, unseen, args)
         thresholds.update({name: mean(row[name] for row in rows) for name in ("el10", "ma")})
-        thresholds["el10"] = thresholds["el10"] or 1e-6  # never extracted: "under" must stay reachable
+        # Text never seen is often never extracted: EL 0, which nothing can be under. The paper's figure is the floor.
+        thresholds["el10"] = max(thresholds["el10"] or 0, PAPER_THRESHOLDS[0])
     else:
         thresholds.update(dict(zip(("el10", "ma"), args.thresholds, strict=True)))
     if args.bert_threshold == "auto":
@@ -891,7 +898,7 @@ def fill_defaults(args):
     args.lr = args.lr or (5e-5 if released_kumpr else 5e-6)
     args.batch_size = args.batch_size or (1 << 30 if released_kumpr else 8)
     if args.thresholds == "paper":
-        args.thresholds = [0.0499, 0.2994 if released_kumpr else 0.5994]  # section 5.4
+        args.thresholds = [PAPER_THRESHOLDS[0], 0.2994 if released_kumpr else PAPER_THRESHOLDS[1]]
     args.refine = args.method == "icu" if args.refine is None else args.refine
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
@@ -1007,7 +1014,8 @@ def unlearn(run):
     if reason:
         return rows, reason if args.eval_only else f"{reason}, before any training"
 
-    answers = answer_texts(samples, run.tokenizer, 0, args)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    answers = answer_texts(samples, run.tokenizer, 0, args, positions=positions)
     with autocast(args):  # the frozen copy is asked here, once
         teacher = cached_teacher if args.teacher == "cached" else live_teacher
         reference = {"logits": teacher(model, [s.learn for s in samples])}
@@ -1020,7 +1028,7 @@ def unlearn(run):
         for epoch in range(1, args.max_epochs + 1):
             active = [i for i in range(len(samples)) if i not in progress.forgotten]
             if args.method == "llmu":
-                answers = answer_texts(samples, run.tokenizer, epoch, args)
+                answers = answer_texts(samples, run.tokenizer, epoch, args, positions=positions)
             try:
                 losses = train_epoch(
                     model, optimizer, samples, active, epoch,

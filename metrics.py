@@ -100,11 +100,12 @@ def el_and_ma(
         for i, (text, said, row_start) in zip(chunk, rows, strict=True):
             hits = [a == b for a, b in zip(text, said, strict=True)][row_start if ma_start is None else ma_start :]
             if hits:
-                ma[i] = sum(hits) / len(hits)
+                ma[i] = sum(hits) / len(hits)  # Eq. (9)
         if n:
             continuations = _continuations(model, out.past_key_values, rows, n, decode_batch)
             for i, (text, _, _), said in zip(chunk, rows, continuations, strict=True):
                 if said:
+                    # Eq. (7): the mean of OVERLAP_n over the prefixes x_<t
                     el[i] = sum(_overlap(said[t], text, t, n, share_of) for t in said) / len(said)
     return el, ma
 
@@ -115,7 +116,7 @@ def _overlap(said, text, t, n, share_of):
     if share_of == "reference":  # Released code: the share of the reference's n-grams; Eq. (8): of the generation's.
         a, b = b, a
     known = set(b)
-    return sum(gram in known for gram in a) / len(a) if a else 0.0
+    return sum(gram in known for gram in a) / len(a) if a else 0.0  # Eq. (8): a as a multiset
 
 
 def _ngrams(tokens, n):
@@ -328,7 +329,7 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=64):
 def token_entropy(ids):
     """Eq. (10): the entropy in bits of one generation's token counts; 0 for one repeated token or for nothing."""
     ids = list(ids)
-    return sum(-c / len(ids) * log2(c / len(ids)) for c in Counter(ids).values()) + 0.0
+    return sum(-c / len(ids) * log2(c / len(ids)) for c in Counter(ids).values()) + 0.0  # Eq. (10)
 
 
 def bleu(candidate, reference):

@@ -287,7 +287,7 @@ def plot_curves(runs, path):
 
 
 def plot_tradeoff(runs, path):
-    """Forgetting against perplexity: one point a run, the models before unlearning as stars. False without perplexity."""
+    """Forgetting against perplexity: a point a run, a star a model before. False where no perplexity was measured."""
     key = next(
         (k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in r["summary"]["after"] for r in runs)), None
     )
@@ -316,7 +316,7 @@ def plot_tradeoff(runs, path):
 
 
 def case_ids(runs, count):
-    """The samples that were best remembered before: (BLEU, EL10) of epoch 0, highest first, ties to the file's order."""
+    """The samples that were best remembered before: BLEU, then EL10 of epoch 0, highest first."""
     first = [row for row in runs[0]["samples"] if row["epoch"] == 0]
     return [row["id"] for row in sorted(first, key=lambda row: (-row["bleu"], -(row["el10"] or 0)))[:count]]
 
@@ -442,9 +442,7 @@ def main(argv=None):
     plot_tradeoff(runs, out / "tradeoff.png")
     print(table)
     protocols = sorted({run["config"]["protocol"] for run in runs})
-    print(
-        f"protocol: {', '.join(protocols)}; plot: {out / 'curves.png'}; cases: {out / 'cases.md'}; table: {out / 'table.md'}"
-    )
+    print(f"protocol: {', '.join(protocols)}; plot: {out / 'curves.png'}; cases: {out / 'cases.md'}")
 
 
 if __name__ == "__main__":

@@ -165,9 +165,9 @@ def expected_loss(method, sides):
 
 
 def toy_sides():
-    sides = {name: side(*toy(seed=i), ref_logits=toy(seed=9)[0].detach(), ref_logp=torch.tensor([-3.0, -2.0, -5.0]).double())
-             for i, name in enumerate(("forget", "learn", "answer"))}  # fmt: skip
-    return sides
+    """Three sides with random logits, the same frozen copy behind each."""
+    ref = {"ref_logits": toy(seed=9)[0].detach(), "ref_logp": torch.tensor([-3.0, -2.0, -5.0]).double()}
+    return {name: side(*toy(seed=i), **ref) for i, name in enumerate(("forget", "learn", "answer"))}
 
 
 @pytest.mark.parametrize("method", list(icu.METHODS))
@@ -322,13 +322,21 @@ def test_the_cached_teacher_gives_the_live_copys_logits(kind, make_model):
 
 # --- data ---
 
+
+def make_pair(id, context, prefix, suffix, *learn):
+    fields = {"learn_id": f"{id}-partner", "learn_context": "", "learn_prefix": learn[0], "learn_suffix": learn[1]}
+    return {"id": id, "context": context, "prefix": prefix, "suffix": suffix, **fields, "similarity": 0.5}
+
+
 PAIRS = [
-    {"id": "a", "context": "", "prefix": "The parcel for Ines Duarte was left", "suffix": " at 14 Harbour Lane on Tuesday.",
-     "learn_id": "p", "learn_context": "", "learn_prefix": "A neighbour saw the van", "learn_suffix": " near the old mill.",
-     "similarity": 0.5},
-    {"id": "b", "context": "Call the clinic.", "prefix": "Payments are due on the first day", "suffix": " of each month; 7731.",
-     "learn_id": "q", "learn_context": "", "learn_prefix": "Call the clinic at", "learn_suffix": " 555-0142 and ask.",
-     "similarity": 0.4},
+    make_pair(
+        "a", "", "The parcel for Ines Duarte was left", " at 14 Harbour Lane on Tuesday.",
+        "A neighbour saw the van", " near the old mill.",
+    ),
+    make_pair(
+        "b", "Call the clinic.", "Payments are due on the first day", " of each month; 7731.",
+        "Call the clinic at", " 555-0142 and ask.",
+    ),
 ]  # fmt: skip
 
 
@@ -562,7 +570,7 @@ def test_already_forgotten_trains_nothing(folders, encoder_dir):
     """Both measures under their thresholds at epoch 0: no training, and it says so."""
     out = folders["root"] / "already"
     argv = ["--pairs", folders["pairs"], "--model", folders["llama"], "--bert", encoder_dir, "--out", out]
-    icu.main([str(a) for a in [*argv, "--thresholds", "0.999,0.999"]])
+    icu.main([str(a) for a in [*argv, "--thresholds", "2,2"]])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
 
@@ -724,13 +732,19 @@ def test_the_report_of_one_run(finished, folders):
     assert "curves.png" in stdout
 
 
-def test_the_report_of_several_runs_and_the_published_row(finished, folders, tmp_path):
+def test_the_report_of_several_runs_and_the_published_row(finished, folders, encoder_dir, tmp_path):
     """Same settings share a row with a spread; the published row stands beside a released run, and only there."""
-    out = folders["root"] / "run-npo"
-    code, stdout, stderr = run_cli(*finished[:2], out, "--out", tmp_path, script="report.py")
+    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--max-epochs", "1"]
+    argv += ["--method", "kl", "--protocol", "released", "--thresholds", "1e-9,1e-9", "--preset", "neo125m"]
+    icu.main([str(a) for a in [*argv, "--out", tmp_path / "kl"]])
+    code, stdout, stderr = run_cli(*finished[:2], "--out", tmp_path / "ours", script="report.py")
     assert code == 0, stderr
-    assert "±" in stdout and "| npo" in stdout and "published" not in stdout
-    assert {p.name for p in tmp_path.iterdir()} >= {"table.md", "table.csv", "curves.png", "cases.md"}
+    assert "±" in stdout and "published" not in stdout
+    files = {"table.md", "table.csv", "curves.png", "tradeoff.png", "cases.md"}
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == files
+    code, stdout, stderr = run_cli(tmp_path / "kl", script="report.py")
+    assert code == 0, stderr
+    assert "published: kl | 4.9 | 56.2" in stdout and "published: before | 51.9" in stdout
 
 
 def test_asking_before_and_after(finished):

@@ -1,0 +1,77 @@
+"""README.md, run.sh: what they say exists, and the lines they point at hold what they say.
+
+python -m pytest tests/test_readme.py -q
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_equation_of_the_paper_stands_on_the_line_that_the_readme_names():
+    """The table equation -> file#L holds all ten, and each line (or the docstring it opens) names its equation."""
+    rows = re.findall(r"^\| Eq\. \((\d+)\)[^|]*\| \[[^]]*\]\((\w+\.py)#L(\d+)\)", README, re.MULTILINE)
+    assert {int(number) for number, _, _ in rows} == set(range(1, 11))
+    for number, file, line in rows:
+        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert re.search(rf"Eq\. \(?({number}\b|\d+\), \({number}\))", text), (
+            f"{file}:{line} is not Eq. ({number}): {text}"
+        )
+
+
+def test_every_file_and_link_of_the_readme_exists():
+    """Relative links point at files of the repository."""
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert links and not missing
+
+
+def test_every_flag_in_the_readme_exists():
+    """A --flag in the README is in the help of a script or of run.sh."""
+    scripts = ["icu.py", "knn.py", "report.py", "tasks.py", "tiny.py"]
+    helps = [
+        subprocess.run([sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True).stdout
+        for s in scripts
+    ]
+    known = set(re.findall(r"--[a-z][a-z-]+", " ".join(helps) + (ROOT / "run.sh").read_text()))
+    unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known
+    assert not unknown
+
+
+def bash(*args):
+    """bash run.sh ARGS without a hub; (exit code, stdout, stderr)."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", str(ROOT / "run.sh"), *args], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_unknown_preset_lists_them_and_exits_2():
+    """One line on stderr."""
+    code, _, error = bash("neo125")
+    assert code == 2 and error.count("\n") == 1
+    assert all(preset in error for preset in ("tiny", "neo125m", "neo2.7b", "tinyllama", "opt1.3b"))
+
+
+def test_help_names_every_command_and_exits_0():
+    """bash run.sh --help makes nothing and tells everything."""
+    for flags in (["--help"], ["help"], ["neo125m", "--help"]):
+        code, text, _ = bash(*flags)
+        assert code == 0
+        assert all(word in text for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "test", "--set"))
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv/requirements.sha256").exists(), reason="run.sh has not made its environment here"
+)
+def test_without_a_hub_a_paper_preset_stops_with_one_line():
+    """Before any work, with exit 2 and the flag to pass instead."""
+    code, _, error = bash("neo125m", "--out", "runs/never")
+    assert code == 2 and error.count("\n") == 1 and "--model DIR" in error
+    assert not (ROOT / "runs/never").exists()

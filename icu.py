@@ -3,6 +3,8 @@
     python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the paper's 125M recipe
     python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo # another method, the same loop
     python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only  # only measure
+    python icu.py ... --resume                                                # go on with a run that was interrupted
+    deepspeed --num_gpus 3 icu.py ...                                         # the same run over several processes
 
 "Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py. To make a new
 method, copy this file and edit between the two `change me` marks. Departures from the paper's text, each a comment
@@ -15,7 +17,9 @@ where it happens:
 import argparse
 import contextlib
 import copy
+import datetime
 import difflib
+import fcntl
 import hashlib
 import json
 import math
@@ -23,6 +27,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -30,11 +35,53 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import knn
 import metrics
+
+# --- processes: one, or several that a launcher (deepspeed, torchrun) has started ---
+
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+LAUNCHED = "WORLD_SIZE" in os.environ  # then DeepSpeed trains, also with a single process
+is_main = RANK == 0  # the one that prints and writes
+
+
+def print0(text):
+    """A line on stdout, once, whatever the number of processes; the progress bar stays below it."""
+    if is_main:
+        tqdm.write(text)
+
+
+def share(items):
+    """This process's part of a list: every WORLD_SIZE-th item. `gather` puts the parts together again."""
+    return items[RANK::WORLD_SIZE]
+
+
+def gather(part):
+    """The whole list on every process, in its first order, from the parts that `share` gave out."""
+    if WORLD_SIZE == 1:
+        return part
+    parts = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, part)
+    whole = [None] * sum(map(len, parts))
+    for rank, items in enumerate(parts):
+        whole[rank::WORLD_SIZE] = items
+    return whole
+
+
+def sum_over_ranks(values, device="cpu"):
+    """Numbers added up over the processes, as a list of float."""
+    if WORLD_SIZE == 1:
+        return [float(value) for value in values]
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
 
 # --- data: a pair of pairs.jsonl -> token ids with a boundary ---
 
@@ -42,10 +89,10 @@ import metrics
 class Text(NamedTuple):
     """One text as the model reads it. Positions are 0-based indices into ids."""
 
-    ids: list  # BOS if the tokenizer adds one, then (released: context,) prefix and suffix
+    ids: list  # BOS if the tokenizer adds one, then (released, --context: context,) prefix and suffix
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
-    prompt: list  # what a generation starts from: BOS and prefix
+    prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
 
 
 class Sample(NamedTuple):
@@ -103,27 +150,33 @@ def pairs_have_own_ids(pairs, tokenizer):
     return all(fit)
 
 
-def build_samples(pairs, tokenizer, *, protocol, positions):
+def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None):
     """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
 
-    ValueError names the row whose prefix or suffix has no token, or that is longer than the model's `positions`. A
-    learn partner may be cut, since nothing is promised about its end.
+    `context` puts each text's context in front of its prefix, for training, measuring and asking alike: the text as
+    the model once read it. `targets` is what the losses are taken over, "suffix" or "all" positions (default: as the
+    protocol says). ValueError names the row whose prefix or suffix has no token, or that is longer than the model's
+    `positions`. A learn partner may be cut, since nothing is promised about its end.
     """
     own_ids, bos, n_cut = pairs_have_own_ids(pairs, tokenizer), bos_of(tokenizer), 0
+    released = protocol == "released"
+    # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
+    targets = targets or ("all" if released else "suffix")
 
     def build(pair, side, row):
         ids = lambda part, **how: (  # noqa: E731
             list(pair[f"{side}{part}_ids"]) if own_ids else encode(tokenizer, pair[side + part], **how)
         )
-        # Released code: the 100 pre-prefix tokens belong to the sequence and every position is a target.
-        context = ids("context") if protocol == "released" else []
-        prefix, suffix = ids("prefix", inside=bool(context)), ids("suffix", inside=True)
+        # Released code: the 100 pre-prefix tokens belong to the sequence, though not to the prompt; paper: the text is
+        # prefix and suffix.
+        before = ids("context") if released or context else []
+        prefix, suffix = ids("prefix", inside=bool(before)), ids("suffix", inside=True)
         for part, name in ((prefix, "prefix"), (suffix, "suffix")):
             if not part:
                 raise ValueError(f"pair {row + 1} (id {pair['id']}): the {side}{name} has no token; give it some text")
-        cut = len(bos + context + prefix)
-        t0 = len(bos) or 1 if protocol == "released" else cut  # position 0 is never a target
-        return Text(bos + context + prefix + suffix, t0, cut, bos + prefix)
+        cut = len(bos + before + prefix)
+        t0 = len(bos) or 1 if targets == "all" else cut  # position 0 is never a target
+        return Text(bos + before + prefix + suffix, t0, cut, bos + (before if context else []) + prefix)
 
     samples = []
     for row, pair in enumerate(pairs):
@@ -399,52 +452,56 @@ def answer_texts(samples, tokenizer, epoch, args, *, positions=None):
 
 
 def side_asker(model, samples, batch, answers, reference):
-    """`ask` for the rows `batch` (indices into samples): runs the model on one side of them and returns a Side."""
+    """`ask` for the rows `batch` (indices into samples) of a global batch: returns a Side with this process's rows.
+
+    Counts are those of the whole batch, so the parts of all processes add up to the loss of one.
+    """
+
+    def texts_of(name, rows):
+        return [text for i in rows for text in (answers[i] if name == "answer" else [getattr(samples[i], name)])]
 
     def ask(name):
-        texts = [text for i in batch for text in (answers[i] if name == "answer" else [getattr(samples[i], name)])]
-        ids, attention_mask, target_mask = collate(texts, model.device)
-        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
-        ref_logits = reference["logits"](batch) if name == "learn" else None
-        ref_logp = reference[name][batch] if name in reference else None
-        return Side(logits, ids, target_mask, int(target_mask.sum()), len(texts), ref_logits, ref_logp)
+        rows, whole = share(batch), texts_of(name, batch)
+        texts = texts_of(name, rows)
+        # Without a row a process still runs the model, on a text without targets: the others wait for its gradients.
+        ids, attention_mask, target_mask = collate(texts or [Text([0, 0], 2, 2, [])], model.device)
+        B = len(texts)
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:B]  # (B, T, V)
+        ref_logits = None
+        if name == "learn":
+            ref_logits = reference["logits"](rows) if rows else logits.detach()
+        ref_logp = reference[name][rows] if name in reference else None
+        count = sum(len(text.ids) - max(text.t0, 1) for text in whole)
+        return Side(logits, ids[:B], target_mask[:B], count, len(whole), ref_logits, ref_logp)
 
     return ask
 
 
-def train_epoch(model, optimizer, samples, active, epoch, *, answers, reference, progress, args, bar):
+def train_epoch(engine, samples, active, epoch, *, answers, reference, progress, args, bar, at_step=lambda: None):
     """One pass over the active samples, packed densely into batches: {"loss": mean over steps, "loss_forget": ...}.
 
-    The order is a function of (seed, epoch) alone. A step whose loss or gradient is not finite never reaches the
-    weights: it is counted and left out; after five in a row Diverged is raised with the weights as they were.
+    The order is a function of (seed, epoch) alone, so an epoch that was interrupted goes on behind its first
+    `progress.step` batches. A step whose loss or gradient is not finite never reaches the weights: it is counted and
+    left out; after five in a row Diverged is raised with the weights as they were.
     """
     order = np.random.default_rng([args.seed, epoch]).permutation(active).tolist()
     batches = chunks(order, args.batch_size)
-    sums, steps = {}, 0
-    for batch in batches:
+    for batch in batches[progress.step :]:
         with autocast(args):
-            terms = METHODS[args.method](side_asker(model, samples, batch, answers, reference), args)
+            terms = METHODS[args.method](side_asker(engine.model, samples, batch, answers, reference), args)
             loss = sum(weight * value for weight, value in terms.values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            optimizer.step()
-            progress.skipped_in_a_row, steps = 0, steps + 1
-            for name, value in {"loss": loss, **{f"loss_{name}": v for name, (_, v) in terms.items()}}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+        names, parts = ["loss", *(f"loss_{name}" for name in terms)], [loss, *(value for _, value in terms.values())]
+        values = dict(zip(names, sum_over_ranks([part.detach() for part in parts], args.device), strict=True))
+        if math.isfinite(values["loss"]) and engine.step(loss):
+            progress.count_step(values)
         else:
-            progress.skipped_steps, progress.skipped_in_a_row = (
-                progress.skipped_steps + 1,
-                progress.skipped_in_a_row + 1,
-            )
+            progress.skip_step()
             if progress.skipped_in_a_row == 5:
-                raise Diverged(
-                    f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} in five steps in a row of epoch {epoch}"
-                )
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {len(active)} to forget", refresh=False)
+                raise Diverged(f"loss {values['loss']:.4g}; it or its gradient was not finite in five steps in a row")
+        bar.set_postfix_str(f"loss {values['loss']:.3f}, {len(active)} to forget", refresh=False)
         bar.update(1 / len(batches))
-    return {name: value / steps for name, value in sums.items()}
+        at_step()
+    return {name: value / progress.steps_taken for name, value in progress.sums.items()}
 
 
 class Diverged(RuntimeError):
@@ -452,18 +509,128 @@ class Diverged(RuntimeError):
 
 
 class Progress:
-    """What changes from epoch to epoch besides the weights."""
+    """Where a run is, besides its weights: what a state keeps so that it can go on from there."""
 
     def __init__(self):
         self.forgotten = set()  # indices of samples left out of training (Eq. 5)
+        self.epoch, self.step = 0, 0  # the epoch in progress (0: the measuring before) and its batches done
+        self.steps_taken, self.sums = 0, {}  # of the epoch in progress: steps and the sums of their losses
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.stopped = None  # why, once it has
+        self.sizes = {}  # bytes of the run's files at the end of the last whole epoch
+
+    def count_step(self, values):
+        self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + 1, 0
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+
+    def skip_step(self):
+        self.step, self.skipped_steps, self.skipped_in_a_row = (
+            self.step + 1, self.skipped_steps + 1, self.skipped_in_a_row + 1
+        )  # fmt: skip
+
+    def next_epoch(self):
+        self.epoch, self.step, self.steps_taken, self.sums = self.epoch + 1, 0, 0, {}
 
 
 def autocast(args):
     """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
     device = torch.device(args.device).type
     return torch.autocast(device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
+
+
+# --- engines: who holds the optimiser ---
+
+
+class PlainEngine:
+    """One process: the model and Adam as they are."""
+
+    def __init__(self, model, args):
+        self.model = model
+        # Adam's betas are the released code's; the paper names Adam and the learning rate.
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+
+    def step(self, loss):
+        """One optimiser step; False, and the weights as they were, where a gradient is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        return bool(torch.isfinite(norm))
+
+    def whole_weights(self):
+        """A context in which every process holds all weights: to measure and to export."""
+        return contextlib.nullcontext()
+
+    def save(self, folder):
+        """Weights and optimiser state into `folder`, without pickle."""
+        # Tied weights are parameters once, so a name is a tensor of its own.
+        tensors = dict(self.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "training.safetensors")
+
+    def load(self, folder):
+        tensors = load_file(folder / "training.safetensors", device=str(self.model.device))
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(tensors[name])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
+            if keys:
+                values = {key: tensors[f"adam.{key}.{name}"] for key in keys}
+                self.optimizer.state[parameter] = values | {"step": values["step"].cpu()}
+
+
+class ZeroEngine:
+    """Several processes: DeepSpeed's ZeRO, with the same four verbs; ds_config.json is its only configuration."""
+
+    def __init__(self, model, args):
+        import deepspeed
+
+        config = knn.read_json(Path(__file__).with_name("ds_config.json"))
+        config["zero_optimization"]["stage"] = args.zero
+        if args.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
+        # DeepSpeed insists on a batch size, for its accounts only: the batches are made in train_epoch.
+        config["train_micro_batch_size_per_gpu"] = 1
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.model, self.zero, self.unwrap = model, args.zero, deepspeed.zero.unwrap_model_for_generation
+
+    def step(self, loss):
+        # DeepSpeed takes the mean of the processes' gradients; ours are parts of one sum.
+        self.engine.backward(loss * WORLD_SIZE)
+        self.engine.step()
+        return not self.optimizer.overflow  # a gradient that is not finite, on any rank: all have left the step out
+
+    def whole_weights(self):
+        return self.unwrap(self.engine) if self.zero == 3 else contextlib.nullcontext()
+
+    def save(self, folder):
+        """DeepSpeed's own files, one a process; they are pickles, so a state is checked before it is loaded."""
+        self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+
+    def load(self, folder):
+        self.engine.load_checkpoint(str(folder), tag="zero")
+
+
+def start_processes(args):
+    """Joins the processes that a launcher has started, if it has."""
+    if not LAUNCHED:
+        return
+    if torch.device(args.device).type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(args.device)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    # A process that died is noticed after this time at the latest; measuring can keep the others waiting for minutes.
+    deepspeed.init_distributed(
+        dist_backend="gloo" if torch.device(args.device).type == "cpu" else "nccl",
+        timeout=datetime.timedelta(minutes=args.timeout),
+    )  # fmt: skip
 
 
 # --- evaluation ---
@@ -474,8 +641,15 @@ MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
 def measure(model, tokenizer, samples, args):
     """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
 
-    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram.
+    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram. Each process measures its
+    share of the samples, all return all.
     """
+    mine = share(samples)
+    return gather(measure_share(model, tokenizer, mine, args) if mine else [])
+
+
+def measure_share(model, tokenizer, samples, args):
+    """`measure` for the samples of one process."""
     first = 1 + len(bos_of(tokenizer))
     released = args.protocol == "released"
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
@@ -519,12 +693,14 @@ def mean(values):
 
 
 def measure_perplexities(model, tokenizer, texts_by_name, args):
-    """{"ppl_NAME": perplexity} of the --ppl files."""
-    with autocast(args):
-        return {
-            f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts, released=args.protocol == "released"))
-            for name, texts in texts_by_name.items()
-        }
+    """{"ppl_NAME": perplexity} of the --ppl files; each process takes its share of the windows."""
+    found = {}
+    for name, texts in texts_by_name.items():
+        with autocast(args):
+            sums = metrics.perplexity_sums(model, tokenizer, texts, released=args.protocol == "released", part=share)
+        total, count = sum_over_ranks(sums, args.device)
+        found[f"ppl_{name}"] = number(metrics.perplexity_of(total, count))
+    return found
 
 
 # --- refinement (Eq. 5) and the stop rule ---
@@ -532,15 +708,17 @@ def measure_perplexities(model, tokenizer, texts_by_name, args):
 PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
 
 
-def refine(progress, rows, thresholds, args):
-    """Eq. (5): samples whose generation no longer resembles their suffix are left out of the following epochs."""
+def refine(forgotten, rows, thresholds, args):
+    """Eq. (5): the samples whose generation no longer resembles their suffix; following epochs leave them out.
+
+    forgotten: indices so far; rows: the measures of all samples. Returns the new set.
+    """
     a, b = thresholds["bertscore"], thresholds["bleu"]
     if args.protocol == "released":
         # Released code: OR, and a sample comes back when a later epoch measures it as remembered;
         # paper: AND, and a forgotten sample stays out.
-        progress.forgotten = {i for i, row in enumerate(rows) if row["bertscore"] < a or row["bleu"] < b}
-    else:
-        progress.forgotten |= {i for i, row in enumerate(rows) if row["bertscore"] < a and row["bleu"] < b}  # Eq. (5)
+        return {i for i, row in enumerate(rows) if row["bertscore"] < a or row["bleu"] < b}
+    return forgotten | {i for i, row in enumerate(rows) if row["bertscore"] < a and row["bleu"] < b}  # Eq. (5)
 
 
 def stop_reason(means, n_active, epoch, thresholds, args):
@@ -675,7 +853,8 @@ def save_model(model, tokenizer, folder):
 
 # --- plumbing: the run folder ---
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model", "state")
+GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
 
 
 def check_out(out, overwrite):
@@ -683,8 +862,8 @@ def check_out(out, overwrite):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     if (out / "config.json").exists() and not overwrite:
-        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it")
-    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
+        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
+    if out.is_dir() and any(f.name != ".lock" for f in out.iterdir()) and not (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
     ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
@@ -702,20 +881,25 @@ def start_run_folder(out, config):
     knn.write_json(out / "config.json", config)
 
 
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "local_rank", "timeout")  # they do not change a run
+
+
 def describe_run(args, thresholds):
     """config.json: every flag, thresholds, versions, git revision and fingerprints."""
     import transformers
 
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    flags = {name: value for name, value in vars(args).items() if name not in ("debug", "dry_run", "overwrite")}
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     return {
         **flags,
+        "processes": WORLD_SIZE,
         "thresholds_used": thresholds,
         "versions": {"python": platform.python_version(), **versions},
         "git": git.stdout.strip() or None,
-        "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)},
+        "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)}
+        | {item: fingerprint(item.partition("=")[2] or item) for item in args.ppl},
     }
 
 
@@ -732,6 +916,201 @@ def append(path, rows):
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def only_owner(out):
+    """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except OSError:
+            lock.seek(0)
+            raise ValueError(f"--out {out}: process {lock.read().strip()} is writing this run") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+# --- plumbing: states, to go on after an interruption ---
+
+
+def save_state(out, engine, progress):
+    """A complete state or none: written aside, synced, a manifest with sizes and sha256 last, then renamed.
+
+    Every process takes part; the two newest are kept. OSError (a full disk) leaves those before as they were.
+    """
+    folder = out / "state" / f"epoch{progress.epoch:05d}-step{progress.step:06d}"
+    part = folder.with_name(folder.name + ".part")
+    try:
+        if is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        wait_for_all()
+        engine.save(part)
+        knn.write_json(part / f"random-{RANK}.json", random_states())
+        wait_for_all()
+        if is_main:
+            knn.write_json(part / "progress.json", vars(progress) | {"forgotten": sorted(progress.forgotten)})
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            for path in files:
+                sync(path)
+            knn.write_json(part / "manifest.json", {
+                str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": knn.sha256_of(path)}
+                for path in files
+            })  # fmt: skip
+            sync(part / "manifest.json")
+            sync(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            sync(folder.parent)
+            for old in states(out)[2:]:
+                shutil.rmtree(old)
+    except Exception as error:  # OSError, and safetensors' and torch's own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        kept = ", ".join(state.name for state in states(out)) or "none"
+        raise ValueError(
+            f"{out / 'state'}: no state could be written ({first_line(error)}); intact: {kept}. Make room, then --resume"
+        ) from error
+    wait_for_all()
+
+
+def wait_for_all():
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def sync(path):
+    """What was written to a file or folder is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def states(out):
+    """The complete states of a run, newest first."""
+    found = (out / "state").glob("epoch*-step*") if (out / "state").is_dir() else []
+    return sorted((path for path in found if path.is_dir() and path.suffix != ".part"), reverse=True)
+
+
+def broken_part(state):
+    """What is wrong with a state, measured against its manifest, or None."""
+    try:
+        manifest = knn.read_json(state / "manifest.json")
+        for name, expected in manifest.items():
+            path = state / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if knn.sha256_of(path) != expected["sha256"]:
+                return f"{name} has changed (sha256)"
+        return None if "progress.json" in manifest else "progress.json is missing"
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        return f"manifest.json is unreadable ({first_line(error)})"
+
+
+def newest_state(out):
+    """The newest state that is whole; a broken one is named. ValueError where there is none."""
+    for state in states(out):
+        problem = broken_part(state)
+        if problem is None:
+            return state
+        print0(f"warning: state {state.name} is damaged: {problem}; looking for an older one")
+    raise ValueError(f"--resume: no valid state in {out / 'state'}; start again with --overwrite")
+
+
+def load_state(state, engine):
+    """Weights, optimiser and random states are those of `state`; returns its Progress."""
+    engine.load(state)
+    progress = Progress()
+    vars(progress).update(knn.read_json(state / "progress.json"))
+    progress.forgotten = set(progress.forgotten)
+    restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
+    return progress
+
+
+def cut_back(out, sizes):
+    """Removes what the run's growing files hold of an epoch that was not finished."""
+    for name in GROWING:
+        if (out / name).is_file():
+            os.truncate(out / name, sizes.get(name, 0))
+
+
+def file_sizes(out):
+    return {name: (out / name).stat().st_size for name in GROWING if (out / name).is_file()}
+
+
+def random_states():
+    """The random states of python, numpy and torch, as JSON holds them."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    found = {"python": [version, list(internal), gauss], "numpy": [kind, keys.tolist(), *rest]}
+    found["torch"] = torch.get_rng_state().tolist()
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state().tolist()
+    return found
+
+
+def restore_random_states(found):
+    version, internal, gauss = found["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(found["numpy"]))
+    torch.set_rng_state(torch.tensor(found["torch"], dtype=torch.uint8))
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(found["cuda"], dtype=torch.uint8))
+
+
+def check_resume(args):
+    """The config.json of the run to go on with; ValueError that shows what differs from this command."""
+    path = Path(args.out) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume: {args.out} holds no run")
+    before = knn.read_json(path)
+    now = json.loads(json.dumps(describe_run(args, before.get("thresholds_used"))))
+    differ = [name for name in now if name not in ("out", "versions", "git") and now[name] != before.get(name)]
+    if differ:
+        changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)
+        raise ValueError(f"--resume: the run was started with other settings or data: {changes}")
+    return before
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: the run saves its state and ends, at the next step or out of the middle of measuring."""
+
+    def __init__(self):
+        self.signal, self.measuring = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        first, self.signal = self.signal is None, number
+        # The weights do not change while measuring. Several processes have to leave together, so they wait for a step.
+        if first and self.measuring and not LAUNCHED:
+            raise Interrupted(number)
+
+    def check(self):
+        """Raises Interrupted on every process if one of them was asked to stop."""
+        asked = self.signal or 0
+        if WORLD_SIZE > 1:
+            asked = int(max(gather([asked])))
+        if asked:
+            self.signal = asked
+            raise Interrupted(asked)
+
+
+class Interrupted(Exception):
+    """By a signal, whose number it holds."""
 
 
 # --- plumbing: what a person sees ---
@@ -768,6 +1147,15 @@ def alarms(rows):
     if now["epoch"] >= 3 and moved < 1e-3:
         heard["still"] = f"EL10 and MA have not moved in {now['epoch']} epochs: raise --lr"
     return heard
+
+
+def thresholds_text(thresholds, args):
+    """When the run stops and what counts as forgotten."""
+    both = "or" if args.protocol == "released" else "and"
+    return (
+        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "
+        f"forgotten is BERTScore < {thresholds['bertscore']:.3f} {both} BLEU < {thresholds['bleu']:g}"
+    )
 
 
 def plan_text(args, inputs):
@@ -847,12 +1235,15 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
     g.add_argument("--out", metavar="DIR", help="the run folder to write")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    g.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; give the same flags again")
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
     g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
 
     g = parser.add_argument_group("method")
     g.add_argument("--method", default="icu", type=one_of(list(METHODS)), help=f"one of {', '.join(METHODS)} (%(default)s)")
     g.add_argument("--protocol", default="paper", type=one_of(["paper", "released"]), help="the paper's text, or the authors' released code (%(default)s)")
+    g.add_argument("--context", action="store_true", help="put each text's context in front of its prefix, as the model once read it")
+    g.add_argument("--targets", type=one_of(["suffix", "all"]), help="the tokens that the losses see (suffix; released protocol: all)")
     g.add_argument("--forget-weight", type=weight, help="weight of the forget term (1; llmu 0.5)")
     g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (icu 0.5, others 1)")
     g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (1)")
@@ -868,6 +1259,12 @@ def parse_args(argv=None):
     g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
     g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+
+    g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
+    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too (%(default)s)")
+    g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
+    g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
+    g.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
@@ -899,11 +1296,15 @@ def fill_defaults(args):
     args.batch_size = args.batch_size or (1 << 30 if released_kumpr else 8)
     if args.thresholds == "paper":
         args.thresholds = [PAPER_THRESHOLDS[0], 0.2994 if released_kumpr else PAPER_THRESHOLDS[1]]
+    args.targets = args.targets or ("all" if args.protocol == "released" else "suffix")
     args.refine = args.method == "icu" if args.refine is None else args.refine
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = f"cuda:{LOCAL_RANK}" if LAUNCHED and args.device == "cuda" else args.device
     args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
     if not args.dry_run and not (args.out and args.pairs):
         raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")
     return args
@@ -924,7 +1325,7 @@ class Inputs(NamedTuple):
 def read_inputs(args):
     """All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError)."""
     if args.out:
-        check_out(Path(args.out), args.overwrite)
+        check_out(Path(args.out), args.overwrite or args.resume)
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -934,7 +1335,8 @@ def read_inputs(args):
     doubled = [{**r, **{f"learn_{key}": value for key, value in r.items()}} for r in records]
     config, tokenizer = check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
     check_bert(args.bert)
-    build = {"protocol": args.protocol, "positions": getattr(config, "max_position_embeddings", None) or 1 << 30}
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    build = {"protocol": args.protocol, "positions": positions, "context": args.context, "targets": args.targets}
     samples, n_cut = build_samples(pairs, tokenizer, **build)
     if args.method == "llmu" and len(samples) == 1:
         raise ValueError("llmu draws its answers from other rows: it needs two pairs at least")
@@ -964,118 +1366,177 @@ def check_bert(name):
 class Run(NamedTuple):
     """What every step of a run shares."""
 
-    model: torch.nn.Module
+    engine: PlainEngine | ZeroEngine
     tokenizer: object
     inputs: Inputs
     thresholds: dict
     args: argparse.Namespace
     out: Path
+    progress: Progress
+    stop: Stop
 
 
-def end_epoch(run, epoch, losses, *, progress, rows):
-    """Measure all samples, refine, decide and write the epoch down; returns why to stop, or None.
+def end_epoch(run, losses):
+    """Measure all samples, refine, decide whether to stop (`progress.stopped`) and write the epoch down."""
+    args, samples, progress, started = run.args, run.inputs.samples, run.progress, time.time()
+    model, epoch = run.engine.model, progress.epoch
+    run.stop.measuring = True
+    with run.engine.whole_weights():
+        measured = measure(model, run.tokenizer, samples, args)
+        # Released code: the filter also runs before the first epoch; paper: after each training epoch.
+        forgotten = progress.forgotten
+        if args.refine and (epoch > 0 or args.protocol == "released"):
+            forgotten = refine(forgotten, measured, run.thresholds, args)
+        means = {name: mean(row[name] for row in measured) for name in MEASURES}
+        n_active = len(samples) - len(forgotten)
+        reason = "eval only" if args.eval_only else stop_reason(means, n_active, epoch, run.thresholds, args)
+        row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
+        row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
+        row["skipped_steps"] = progress.skipped_steps
+        if epoch == 0 or reason:
+            row |= measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
+    run.stop.measuring = False
+    progress.forgotten, progress.stopped = forgotten, reason
+    if is_main:
+        append(run.out / "metrics.jsonl", [row])
+        lines = [{"epoch": epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(measured)]
+        append(run.out / "samples.jsonl", lines)
+        append(run.out / "timing.jsonl", [{"epoch": epoch, "measure_s": round(time.time() - started, 3)}])
+        say_epoch(knn.read_jsonl(run.out / "metrics.jsonl"))
+        progress.sizes = file_sizes(run.out)
+    progress.next_epoch()
 
-    Adds the epoch's line of metrics.jsonl to `rows`.
-    """
-    args, samples, started = run.args, run.inputs.samples, time.time()
-    measured = measure(run.model, run.tokenizer, samples, args)
-    # Released code: the filter also runs before the first epoch; paper: after each training epoch.
-    if args.refine and (epoch > 0 or args.protocol == "released"):
-        refine(progress, measured, run.thresholds, args)
-    means = {name: mean(row[name] for row in measured) for name in MEASURES}
-    n_active = len(samples) - len(progress.forgotten)
-    reason = "eval only" if args.eval_only else stop_reason(means, n_active, epoch, run.thresholds, args)
-    row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(progress.forgotten)}
-    row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
-    row["skipped_steps"] = progress.skipped_steps
-    if epoch == 0 or reason:
-        row |= measure_perplexities(run.model, run.tokenizer, run.inputs.ppl_texts, args)
-    rows.append(row)
-    append(run.out / "metrics.jsonl", [row])
-    lines = [{"epoch": epoch, **m, "forgotten": i in progress.forgotten} for i, m in enumerate(measured)]
-    append(run.out / "samples.jsonl", lines)
-    append(run.out / "timing.jsonl", [{"epoch": epoch, "measure_s": round(time.time() - started, 3)}])
-    tqdm.write(epoch_text(row))
+
+def say_epoch(rows):
+    """The epoch's line, and each warning once, when it begins."""
+    print0(epoch_text(rows[-1]))
     for kind, sentence in alarms(rows).items():
-        if kind not in alarms(rows[:-1] or rows[:1]):  # said once, when it begins
-            tqdm.write(f"warning: {sentence}")
-    return reason
+        if kind not in alarms(rows[:-1] or rows[:1]):
+            print0(f"warning: {sentence}")
 
 
-def unlearn(run):
-    """The whole run: measure, then train an epoch, measure, refine, until the stop rule says so.
-
-    Returns (the rows of metrics.jsonl, why it stopped).
-    """
-    model, args, samples = run.model, run.args, run.inputs.samples
-    progress, rows = Progress(), []
-    tqdm.write(HEADER)
-    reason = end_epoch(run, 0, {}, progress=progress, rows=rows)
-    if reason:
-        return rows, reason if args.eval_only else f"{reason}, before any training"
-
+def frozen_copy(model, tokenizer, samples, args):
+    """What the losses ask of the original model, asked once, before its weights change: (reference, answers)."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    answers = answer_texts(samples, run.tokenizer, 0, args, positions=positions)
-    with autocast(args):  # the frozen copy is asked here, once
+    answers = answer_texts(samples, tokenizer, 0, args, positions=positions)
+    with autocast(args):
         teacher = cached_teacher if args.teacher == "cached" else live_teacher
         reference = {"logits": teacher(model, [s.learn for s in samples])}
         reference["forget"] = reference_logps(model, [s.forget for s in samples])
         reference["answer"] = reference_logps(model, [texts[0] for texts in answers])
-    # Adam's betas are the released code's; the paper names Adam and the learning rate.
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    style = "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"
-    with tqdm(total=args.max_epochs, disable=None, leave=False, bar_format=style) as bar:
-        for epoch in range(1, args.max_epochs + 1):
-            active = [i for i in range(len(samples)) if i not in progress.forgotten]
-            if args.method == "llmu":
-                answers = answer_texts(samples, run.tokenizer, epoch, args, positions=positions)
-            try:
-                losses = train_epoch(
-                    model, optimizer, samples, active, epoch,
-                    answers=answers, reference=reference, progress=progress, args=args, bar=bar,
-                )  # fmt: skip
-            except Diverged as diagnosis:
-                tqdm.write(f"stopped: {diagnosis}; the weights are those of before. Lower --lr.")
-                return rows, "diverged"
-            reason = end_epoch(run, epoch, losses, progress=progress, rows=rows)
-            if reason:
-                return rows, reason
+    return reference, answers
+
+
+def unlearn(run, reference, answers):
+    """Epoch after epoch: train, measure, refine, until the stop rule says so or a signal comes."""
+    args, samples, progress = run.args, run.inputs.samples, run.progress
+    positions = getattr(run.engine.model.config, "max_position_embeddings", None)
+    look = {"bar_format": "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"}
+    look |= {"disable": None if is_main else True, "leave": False, "initial": max(progress.epoch - 1, 0)}
+    with tqdm(total=args.max_epochs, **look) as bar:
+        while not progress.stopped:
+            losses = {}
+            if progress.epoch > 0:
+                active = [i for i in range(len(samples)) if i not in progress.forgotten]
+                if args.method == "llmu":
+                    answers = answer_texts(samples, run.tokenizer, progress.epoch, args, positions=positions)
+                try:
+                    losses = train_epoch(
+                        run.engine, samples, active, progress.epoch, answers=answers, reference=reference,
+                        progress=progress, args=args, bar=bar, at_step=run.stop.check,
+                    )  # fmt: skip
+                except Diverged as diagnosis:
+                    print0(f"stopped in epoch {progress.epoch}: {diagnosis}; the weights are as they were. Lower --lr.")
+                    progress.stopped = "diverged"
+                    return
+            end_epoch(run, losses)
+            run.stop.check()
+            save_state(run.out, run.engine, progress)
+
+
+def export(run):
+    """model/ and summary.json, the last things that a run writes; its states have then done their work."""
+    rows, args, progress = knn.read_jsonl(run.out / "metrics.jsonl"), run.args, run.progress
+    if not args.eval_only:
+        with run.engine.whole_weights():
+            if is_main:
+                save_model(run.engine.model, run.tokenizer, run.out / "model")
+    if not is_main:
+        return
+    reason = progress.stopped
+    if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
+        reason += ", before any training"
+    measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
+    knn.write_json(run.out / "summary.json", {
+        "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
+        "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": run.thresholds,
+        "collapsed": "collapse" in alarms(rows),
+        "before": {name: rows[0][name] for name in measures},
+        "after": {name: rows[-1].get(name) for name in measures},
+    })  # fmt: skip
+    shutil.rmtree(run.out / "state", ignore_errors=True)
+    print0(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {run.out}")
+
+
+def run_through(args, inputs, stop):
+    """The run itself, new or resumed, in a folder that this process owns."""
+    out, before = Path(args.out), check_resume(args) if args.resume else None
+    if before and (out / "summary.json").is_file():
+        return print0(f"{out}: finished already")
+    state = newest_state(out) if before else None
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    model, tokenizer = load_model(
+        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
+    )
+    if before:
+        thresholds = before["thresholds_used"]
+    else:
+        thresholds = calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)
+        if is_main:
+            start_run_folder(out, describe_run(args, thresholds))
+    print0(thresholds_text(thresholds, args))
+    reference, answers = (None, None) if args.eval_only else frozen_copy(model, tokenizer, inputs.samples, args)
+    engine = (ZeroEngine if LAUNCHED else PlainEngine)(model, args)
+    progress = load_state(state, engine) if state else Progress()
+    print0(HEADER)
+    if state:
+        pick_up(out, state, progress)
+    run = Run(engine, tokenizer, inputs, thresholds, args, out, progress, stop)
+    try:
+        unlearn(run, reference, answers)
+    except Interrupted as interrupted:
+        (number,) = interrupted.args
+        if progress.epoch > 0:
+            save_state(out, engine, progress)
+        print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
+        raise SystemExit(128 + number) from None
+    export(run)
+    if progress.stopped == "diverged":
+        raise SystemExit(1)
+
+
+def pick_up(out, state, progress):
+    """The files of the run folder are those of the state again, and what it has reached is said."""
+    wait_for_all()
+    if is_main:
+        cut_back(out, progress.sizes)
+        for row in knn.read_jsonl(out / "metrics.jsonl"):
+            print0(epoch_text(row))
+    print0(f"resumed from {state.name}")
 
 
 def main(argv=None):
     """Reads flags, checks everything, runs, and leaves a run folder."""
     args = parse_args(argv)
     inputs = read_inputs(args)
-    print(plan_text(args, inputs))
+    print0(plan_text(args, inputs))
     if args.dry_run:
-        print("dry run: everything is in place; no weights were loaded and nothing was written")
+        print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
-    model, tokenizer = load_model(
-        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
-    )
-    thresholds = calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)
-    print(
-        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; forgotten is BERTScore < "
-        f"{thresholds['bertscore']:.3f} {'or' if args.protocol == 'released' else 'and'} BLEU < {thresholds['bleu']:g}"
-    )
-    out = Path(args.out)
-    start_run_folder(out, describe_run(args, thresholds))
-    rows, reason = unlearn(Run(model, tokenizer, inputs, thresholds, args, out))
-    if not args.eval_only:
-        save_model(model, tokenizer, out / "model")
-    measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
-    knn.write_json(out / "summary.json", {
-        "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
-        "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": thresholds,
-        "collapsed": "collapse" in alarms(rows),
-        "before": {name: rows[0][name] for name in measures},
-        "after": {name: rows[-1].get(name) for name in measures},
-    })  # fmt: skip
-    print(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {out}")
-    if reason == "diverged":
-        raise SystemExit(1)
+    start_processes(args)
+    with only_owner(Path(args.out)) if is_main else contextlib.nullcontext(), Stop() as stop:
+        run_through(args, inputs, stop)
 
 
 if __name__ == "__main__":

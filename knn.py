@@ -51,7 +51,8 @@ def run_cli(main):
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
 
 

@@ -384,31 +384,44 @@ def _bert_scorer(model_path, device, batch_size):
 # --- perplexity ---
 
 
-@measuring
 def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_size=8):
     """Perplexity of texts: each in windows of `window` tokens, exp of the mean over all predicted tokens.
 
     A window's first token is not predicted; a tokenizer that adds BOS adds it once a text. Released code: the texts
     joined by a blank line before they are cut, exp of the mean of the windows' means. ValueError without any token.
     """
+    return perplexity_of(*perplexity_sums(model, tokenizer, texts, window, released=released, batch_size=batch_size))
+
+
+def perplexity_of(total, count):
+    """exp of the mean; ValueError where nothing was counted."""
+    if not count:
+        raise ValueError("perplexity: no text of two tokens or more")
+    return exp(min(total / count, 700.0))  # exp(710) overflows a double
+
+
+@measuring
+def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batch_size=8, part=lambda windows: windows):
+    """(sum of negative log-likelihoods in nats, number of them), which `perplexity_of` turns into a perplexity.
+
+    Arguments as `perplexity`; `part` picks the windows to take, so that several processes can add up their sums.
+    Released code: a window counts once, with its mean.
+    """
     window = min(window, getattr(model.config, "max_position_embeddings", window))
     texts = [text for text in texts if text.strip()]
     texts = ["\n\n".join(texts)] if released and texts else texts
     encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     windows = [ids[i : i + window] for ids in encoded for i in range(0, len(ids), window)]
-    windows = sorted((w for w in windows if len(w) > 1), key=len)
-    if not windows:
-        raise ValueError("perplexity: no text of two tokens or more")
+    windows = part(sorted((w for w in windows if len(w) > 1), key=len))
     total, count = 0.0, 0
     for chunk in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
         x = torch.nn.utils.rnn.pad_sequence([torch.tensor(w) for w in chunk], batch_first=True).to(model.device)
         lengths = torch.tensor([len(w) for w in chunk], device=model.device)
         mask = torch.arange(x.shape[1], device=model.device)[None] < lengths[:, None]  # (B, T)
-        logits = (
-            model(input_ids=x, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-        )  # the shift by one
+        logits = model(input_ids=x, attention_mask=mask.long(), use_cache=False).logits
+        logits = logits[:, :-1].float()  # the shift by one
         nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(chunk), -1)
         nll = (nll * mask[:, 1:]).double().sum(1)  # (B,): a sum a window, padding left out
         total += (nll / (lengths - 1)).sum().item() if released else nll.sum().item()
         count += len(chunk) if released else int((lengths - 1).sum())
-    return exp(min(total / count, 700.0))  # exp(710) overflows a double
+    return total, count

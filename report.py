@@ -105,6 +105,8 @@ def read_run(folder):
 SETTINGS = (
     "preset",
     "protocol",
+    "context",
+    "targets",
     "alpha",
     "beta",
     "forget_weight",

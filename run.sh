@@ -34,6 +34,8 @@ flags of the Pile presets
   --allow-copies --max-overlap X  which neighbours may teach the secret back (see python knn.py --help)
 flags of every preset
   --out DIR                       the run folder (runs/PRESET-...)
+  --gpus N                        processes, by the deepspeed launcher (1; neo1.3b, neo2.7b, tinyllama: every GPU there is)
+  --resume                        go on with an interrupted run
   anything of python icu.py --help, such as --protocol released --alpha 1.0 --lr 1e-5 --seed 3 --method npo --dry-run
 TEXT
 }
@@ -53,7 +55,7 @@ environment() {
 }
 
 # --- flags: what knn.py takes goes to knn.py, the rest to icu.py, --data to both ---
-knn_flags=() icu_flags=()
+knn_flags=() icu_flags=() gpus=
 split_flags() {
   while [ $# -gt 0 ]; do
     case "$1" in
@@ -61,6 +63,11 @@ split_flags() {
         [ $# -gt 1 ] || fail "$1 needs a value"
         knn_flags+=("$1" "$2")
         [ "$1" != --data ] || icu_flags+=("$1" "$2")
+        shift 2
+        ;;
+      --gpus)
+        case "${2:-}" in "" | *[!0-9]* | 0*) fail "--gpus needs a number of 1 or more" ;; esac
+        gpus=$2
         shift 2
         ;;
       --allow-copies) knn_flags+=("$1") && shift ;;
@@ -98,10 +105,10 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
   local large=(--batch-size 4 --dtype bf16 ${released:+--lr 2e-6})
   case "$preset" in
     tiny)
-      # A small model needs a larger step, and more weight on what is kept (LOG.md).
+      # A small model needs a larger step, every token a target and more weight on what is kept (LOG.md).
       local data=runs/tiny-data
       base=(--model $data/model --bert minilm --bert-threshold auto --ppl heldout=$data/heldout.jsonl)
-      base+=(--lr 3e-4 --alpha 1 --beta 2)
+      base+=(--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4)
       source=(--forget $data/forget.jsonl --pool $data/pool.jsonl)
       ;;
     neo125m) base=(--model EleutherAI/gpt-neo-125m) ;;
@@ -119,6 +126,34 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
   source=(--pile ${released:+--allow-copies}) # Released code: the nearest row, copies included.
 }
 
+visible_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+
+icu() { # icu FLAG ...: icu.py, started by the deepspeed launcher where several processes are asked for
+  local command=($PYTHON icu.py) port
+  case "$preset" in neo1.3b | neo2.7b | tinyllama) [ -n "$gpus" ] || gpus=$(visible_gpus) ;; esac
+  if [ "${gpus:-1}" -gt 1 ]; then
+    [ "$(visible_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
+    port=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    command=($PYTHON -m deepspeed.launcher.runner --quiet --num_gpus "$gpus" --master_port "$port" icu.py)
+  fi
+  supervised "${command[@]}" "$@"
+}
+
+supervised() { # supervised COMMAND ...: a signal to run.sh reaches the command, and its end is waited for
+  local child status
+  "$@" &
+  child=$!
+  trap 'kill -TERM $child' TERM
+  trap : INT # Ctrl-C reaches it without us
+  while true; do
+    status=0
+    wait $child || status=$?
+    kill -0 $child 2>/dev/null || break
+  done
+  trap - TERM INT
+  return $status
+}
+
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
@@ -133,22 +168,20 @@ single() { # one run of the preset
   mkdir -p "$(dirname "$out")"
   mine "$out.pairs.jsonl" $(has --dry-run && echo --dry-run)
   has --dry-run && return
-  $PYTHON icu.py "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $([ "$preset" = tiny ] && echo --overwrite) "${icu_flags[@]}"
+  icu "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $([ "$preset" = tiny ] && ! has --resume && echo --overwrite) "${icu_flags[@]}"
   $PYTHON report.py "$out"
 }
 
-# --- several runs: what is finished is kept, what was interrupted is done again ---
+# --- several runs: what is finished is kept, what was interrupted goes on ---
 jobs=() # the run folders of this comparison
 job() { # job NAME [icu flag ...]
-  local out=$folder/$1
+  local out=$folder/$1 how=--overwrite
   jobs+=("$out")
-  if [ -f "$out/summary.json" ]; then
-    echo "$out: finished, kept"
-  else
-    echo "== $out"
-    # A method that diverges (exit 1) is a result, not an end.
-    $PYTHON icu.py "${base[@]}" --pairs "$pairs" --out "$out" --overwrite "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
-  fi
+  # --resume also refuses to keep a run that was made with other settings.
+  if [ -f "$out/summary.json" ] || [ -n "$(ls "$out/state" 2>/dev/null)" ]; then how=--resume; fi
+  echo "== $out"
+  # A method that diverges (exit 1) is a result, not an end.
+  icu "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
 }
 
 list() { # list FLAG DEFAULT...: moves the values of a flag of several out of icu_flags, into `values`

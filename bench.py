@@ -1,0 +1,980 @@
+"""Speed and memory, side by side with the literal algorithms and the libraries; writes BENCHMARKS.md.
+
+    python bench.py                                                      # a small model that it makes itself
+    python bench.py --model DIR --pairs pairs.jsonl --tasks-data DIR     # your model, your pairs
+    python bench.py --rows el knn --quick                                # two rows, tiny sizes, to see that they run
+
+Each line of the table is this project ("ours") against what a reader of "Learn while Unlearn" (ICU, arXiv:2407.20271)
+would write from its formulas, or against a library's plain use ("theirs"). How it measures:
+  1. Both sides run in one process, in turn, and who goes first changes each repeat; what is about a whole process
+     (peak memory, start) has a child process for each.
+  2. A ratio is taken within each repeat: the table holds their median, least and greatest. ">= 30x" is theirs / ours,
+     "<= 1.15x" is ours / theirs.
+  3. Where both compute the same values, the values are compared, and a goal is not met by other values.
+  4. What cannot be measured here is in the table too, with the reason.
+"""
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+import icu
+import knn
+import metrics
+import tasks
+import tiny
+
+HERE = Path(__file__).resolve().parent
+
+# What is measured, and what --quick leaves of it.
+FULL = {
+    "texts": 32,  # el: texts measured (--samples)
+    "lengths": (100, 200),  # el: their tokens
+    "forgetting_steps": 400,  # el: at most, until half of the positions miss
+    "samples": 128,  # of the forget set in every other row
+    "steps": 10,  # step: training steps a repeat
+    "active": (32, 128, 512, 2048),  # linear
+    "pool": 1_000_000,  # knn: rows (--pool)
+    "queries": 1000,  # knn
+    "task_rows": 500,  # tasks: rows of each set
+    "training_steps": None,  # of the model made without --model: until it knows its texts
+}
+QUICK = {
+    "texts": 4, "lengths": (20, 40), "forgetting_steps": 4, "samples": 4, "steps": 2, "active": (4, 8),
+    "pool": 2000, "queries": 20, "task_rows": 8, "training_steps": 10,
+}  # fmt: skip
+
+
+class NotMeasured(Exception):
+    """A row, or a line of one, cannot be measured here; the message says why."""
+
+
+class Bench(NamedTuple):
+    """What every row may use."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    pairs: list  # the lines of pairs.jsonl
+    model_dir: str
+    pairs_file: str
+    sizes: dict  # FULL or QUICK
+    args: argparse.Namespace
+
+
+# --- icu.py, used from here alone ---
+
+# A run's start: imports, flags, pairs, weights and the frozen copy's answers, all that comes before the first step.
+START = """
+import sys, icu
+args = icu.parse_args(sys.argv[1:])
+inputs = icu.read_inputs(args)
+model, tokenizer = icu.load_model(args.model, dtype=args.dtype, device=args.device)
+icu.cached_teacher(model, [sample.learn for sample in inputs.samples])
+"""
+
+
+def flags_of(bench, *more):
+    """The flags of an icu.py run of this model on these pairs, the paper's recipe; `more` comes last and wins."""
+    flags = ["--model", bench.model_dir, "--pairs", bench.pairs_file, "--out", "none", "--bert", "minilm"]
+    return [*flags, "--device", bench.args.device, *more]
+
+
+def samples_of(bench):
+    """The samples that every row but `el` uses, as icu.py reads them."""
+    return build(bench.pairs[: bench.sizes["samples"]], bench.model, bench.tokenizer)
+
+
+def build(pairs, model, tokenizer, protocol="paper"):
+    """icu.py's samples of these pairs. "released": with their context, and every position a target."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    return icu.build_samples(pairs, tokenizer, protocol=protocol, positions=positions)[0]
+
+
+def trainer(model, samples, args):
+    """train(active, epoch): one epoch of icu.py's loop over those samples, in place, with the method of `args`."""
+    reference = {"logits": lambda rows: None}
+    if args.method != "without_kl":
+        with icu.autocast(args):
+            reference["logits"] = icu.cached_teacher(model, [sample.learn for sample in samples])
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+    progress, bar = icu.Progress(), tqdm(disable=True)
+
+    def train(active, epoch):
+        how = {"answers": None, "reference": reference, "progress": progress, "args": args, "bar": bar}
+        return icu.train_epoch(model, optimizer, samples, list(active), epoch, **how)
+
+    return train
+
+
+def without_kl(ask, args):
+    """Eq. (6) without its KL term: a method of icu.py that asks no frozen copy."""
+    forget, learn = ask("forget"), ask("learn")
+    return {
+        "forget": (args.forget_weight, icu.forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
+        "learn": (args.alpha, icu.learn_loss(learn.logits, learn.ids, learn.mask, learn.count)),
+    }
+
+
+icu.METHODS["without_kl"] = without_kl
+
+# --- measuring ---
+
+
+class Timed(NamedTuple):
+    """Both sides of a comparison: a number each repeat, and what each returned last."""
+
+    ours: list
+    theirs: list
+    our_result: object
+    their_result: object
+
+
+def seconds(function, device="cpu"):
+    """(wall-clock seconds, result) of one call; a GPU's queue is empty when the clock starts and when it stops."""
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def side_by_side(ours, theirs, repeats, *, device="cpu", warm_up=True):
+    """Time two functions without arguments in turn, in seconds; who goes first changes each repeat."""
+    if warm_up:
+        ours()
+        theirs()
+    times, results = {"ours": [], "theirs": []}, {}
+    for repeat in range(repeats):
+        sides = [("ours", ours), ("theirs", theirs)]
+        for name, function in sides if repeat % 2 == 0 else sides[::-1]:
+            took, results[name] = seconds(function, device)
+            times[name].append(took)
+    return Timed(times["ours"], times["theirs"], results["ours"], results["theirs"])
+
+
+def counting(model, function):
+    """`function`, which then returns (its result, tokens that went through `model`, padding included)."""
+
+    def counted():
+        tokens = 0
+
+        def count(module, args, kwargs):
+            nonlocal tokens
+            tokens += kwargs["input_ids"].numel()
+
+        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            return function(), tokens
+        finally:
+            hook.remove()
+
+    return counted
+
+
+def run_python(code, *args):
+    """(seconds, last line of stdout) of `python -c code args` in a process of its own."""
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", code, *args]
+    took, done = seconds(lambda: subprocess.run(command, capture_output=True, text=True, env=environment))
+    if done.returncode:
+        raise NotMeasured(f"the child process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return took, (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def in_child(function, *args):
+    """What a function of this file, given as JSON what it takes, returns in a process of its own."""
+    code = "import bench, json, sys; print(json.dumps(getattr(bench, sys.argv[1])(*json.loads(sys.argv[2]))))"
+    return json.loads(run_python(code, function.__name__, json.dumps(args))[1])
+
+
+def peak_bytes(device="cpu"):
+    """The peak memory of this process so far: its resident set, or on a GPU what torch has allocated there.
+
+    Linux counts the parent's peak in getrusage's ru_maxrss of a child, so there the kernel's own VmHWM is read.
+    """
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# --- lines of the table ---
+
+
+class Goal(NamedTuple):
+    """A bound: ">=" on theirs / ours, "<=" on ours / theirs; `noise` is what a median may miss it by."""
+
+    sign: str
+    bound: float
+    noise: float = 0.0
+
+    def __str__(self):
+        return f"{self.sign} {self.bound:g}x" + (f" ({self.noise:.0%} is noise)" if self.noise else "")
+
+    def ratios(self, ours, theirs):
+        return [t / o if self.sign == ">=" else o / t for o, t in zip(ours, theirs, strict=True)]
+
+    def holds(self, ratio):
+        return ratio >= self.bound - self.noise if self.sign == ">=" else ratio <= self.bound + self.noise
+
+
+class Line(NamedTuple):
+    """One line of BENCHMARKS.md, as text but for `met`: None where there is no goal, or no measurement."""
+
+    detail: str  # which of its row's lines it is
+    measured: str
+    goal: str = "-"
+    met: bool | None = None
+    work: str = ""
+
+
+def ratio_line(detail, ratios, goal, *, work, same=True):
+    """A line from the ratio of each repeat. `goal` may be None; with other values (not `same`) it is not met."""
+    median = statistics.median(ratios)
+    measured = f"{median:.3g}x ({min(ratios):.3g}-{max(ratios):.3g})"
+    return Line(detail, measured, str(goal or "-"), goal and bool(same and goal.holds(median)), work)
+
+
+def timed_line(detail, timed, goal, *, work, same=True):
+    """A line from what side_by_side measured; the times are put behind `work`."""
+    ratios = (goal or Goal(">=", 0)).ratios(timed.ours, timed.theirs)
+    times = [f"{statistics.median(side):.3g} s" for side in (timed.ours, timed.theirs)]
+    return ratio_line(detail, ratios, goal, work=f"{work}; ours {times[0]}, theirs {times[1]}", same=same)
+
+
+# --- el: EL (Eq. 7, 8) and MA (Eq. 9), a `generate` a prefix length ---
+
+
+@torch.inference_mode()
+def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
+    """Eq. (7)-(9) as they stand: (el, ma), a list of a float a text each, 0-1.
+
+    texts: lists of ids; `start` is the first position predicted (0-based). Every text whose prefix x_<t is asked for
+    has t tokens there, so a batch needs no padding; what a shorter text has no room for is cut off its answer.
+    """
+    eos = metrics.eos_ids(model)
+    pad = min(eos, default=0)
+    overlaps, ma = [[] for _ in texts], [0.0] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for batch in icu.chunks(order, batch_size):
+        longest = len(texts[batch[-1]])
+        for t in range(start, longest - n + 1):
+            asked = [i for i in batch if t <= len(texts[i]) - n]
+            x = torch.tensor([texts[i][:t] for i in asked], device=model.device)  # (B, t)
+            out = model.generate(
+                input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=longest - t, do_sample=False,
+                num_beams=1, use_cache=True, pad_token_id=pad,
+            )  # fmt: skip
+            for i, said in zip(asked, out[:, t:].tolist(), strict=True):
+                said = said[: len(texts[i]) - t]
+                end = next((k + 1 for k, token in enumerate(said) if token in eos), len(said))  # EOS is said too
+                overlaps[i].append(overlap(said[:end], texts[i][t:], n))
+        x = torch.tensor([texts[i] + [pad] * (longest - len(texts[i])) for i in batch], device=model.device)  # (B, T)
+        hits = (model(input_ids=x, use_cache=False).logits[:, :-1].argmax(-1) == x[:, 1:]).tolist()  # the shift by one
+        for i, hit in zip(batch, hits, strict=True):
+            ma[i] = statistics.fmean(hit[start - 1 : len(texts[i]) - 1])  # Eq. (9)
+    return [statistics.fmean(values) if values else float("nan") for values in overlaps], ma  # Eq. (7)
+
+
+def overlap(said, text, n):
+    """OVERLAP_n of Eq. (8), 0-1: the share of the n-grams of what was said that the text has; none said is 0."""
+    grams, known = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in (said, text))
+    known = set(known)
+    return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
+
+
+def our_el_and_ma(model, texts, *, n=10, start=1):
+    """metrics.el_and_ma on lists of ids: (el, ma), a list of a float a text each."""
+    rows = [torch.tensor(text) for text in texts]
+    ids, mask = (torch.nn.utils.rnn.pad_sequence(x, True) for x in (rows, [torch.ones_like(row) for row in rows]))
+    el, ma = metrics.el_and_ma(model, ids, mask, n=n, start=start)
+    return el.tolist(), ma.tolist()
+
+
+def compare_values(model, texts, ours, theirs, *, start=1):
+    """(whether two results (el, ma) are the same values, the same in words).
+
+    In float32 the two best tokens can be so close that the shape of a batch decides between them. Texts whose values
+    differ are measured again in float64 by both, and that decides.
+    """
+    gaps = [
+        max((abs(a - b) for a, b in zip(mine, other, strict=True) if a == a or b == b), default=0.0)
+        for mine, other in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
+    ]
+    differ = [i for i, gap in enumerate(gaps) if not gap <= 1e-6]
+    if not differ:
+        return True, f"identical values (largest difference {max(gaps):.0e})"
+    said = f"{len(differ)} of {len(texts)} texts differ by up to {max(gaps):.1e} in float32"
+    if model.dtype == torch.float64:
+        return False, said.replace("float32", "float64")
+    exact, again = copy.deepcopy(model).double(), [texts[i] for i in differ]
+    results = [measure(exact, again, start=start) for measure in (our_el_and_ma, literal_el_and_ma)]
+    same, in_double = compare_values(exact, again, *results, start=start)
+    return same, f"{said}; those in float64: {in_double}"
+
+
+def half_forgotten(bench, samples, first):
+    """A copy of the model after steps of ascent with KL (icu.py's `kl`), until half of the positions miss."""
+    model = copy.deepcopy(bench.model)
+    train = trainer(model, samples, icu.parse_args(flags_of(bench, "--method", "kl", "--lr", "1e-4")))
+    batches = itertools.cycle(icu.chunks(range(len(samples)), 8))
+    for epoch, batch in enumerate(itertools.islice(batches, bench.sizes["forgetting_steps"])):
+        if statistics.fmean(our_el_and_ma(model, [s.forget.ids for s in samples], n=None, start=first)[1]) <= 0.5:
+            break
+        train(batch, epoch)
+    return model
+
+
+def memorisation(bench):
+    """MA + EL10 of texts of T tokens, of the model as it is and after half of the positions miss.
+
+    A text is the first T tokens of context, prefix and suffix, as the model once read them.
+    """
+    first = 1 + len(icu.bos_of(bench.tokenizer))
+    gpu = bench.args.device == "cuda"
+    goals = (Goal(">=", 100), None) if gpu else (Goal(">=", 30), Goal(">=", 10))
+    everything = build(bench.pairs, bench.model, bench.tokenizer, "released")
+    for T in bench.sizes["lengths"]:
+        samples = [s for s in everything if len(s.forget.ids) >= T][: bench.sizes["texts"]]
+        if not samples:
+            yield unmeasured(f"T = {T}: no text of the pairs, with its context, has {T} tokens")
+            continue
+        samples = [s._replace(forget=s.forget._replace(ids=s.forget.ids[:T])) for s in samples]
+        texts = [s.forget.ids for s in samples]
+        for when, goal in zip(("before", "after"), goals, strict=True):
+            model = bench.model if when == "before" else half_forgotten(bench, samples, first)
+            yield memorisation_line(bench, model, texts, f"T = {T}, {when} unlearning", goal=goal, start=first)
+
+
+def memorisation_line(bench, model, texts, detail, *, goal, start):
+    """A line: both measures of these texts, with the tokens that each side sent through the model."""
+    sides = [
+        counting(model, lambda measure=measure: measure(model, texts, start=start))
+        for measure in (our_el_and_ma, literal_el_and_ma)
+    ]
+    for measure in (our_el_and_ma, literal_el_and_ma):
+        measure(model, [texts[0][: start + 11]], start=start)  # warm: two prefixes of one text
+    timed = side_by_side(*sides, bench.args.repeats, device=bench.args.device, warm_up=False)
+    (ours, tokens), (theirs, their_tokens) = timed.our_result, timed.their_result
+    same, values = compare_values(model, texts, ours, theirs, start=start)
+    work = f"{len(texts)} texts, MA {statistics.fmean(ours[1]):.2f}; {values}"
+    work += f"; {tokens:,} tokens through the model against {their_tokens:,}"
+    return timed_line(detail, timed, goal, work=work, same=same)
+
+
+# --- epoch: train + refine + measure ---
+
+
+def plain_epoch(model, samples, active, args):
+    """Eq. (1)-(6) as they stand, in place: the frozen copy runs on every batch, and a forgotten row keeps its slot."""
+    frozen = icu.live_teacher(model, [sample.learn for sample in samples])
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+    for batch in icu.chunks(np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size):
+        is_active = torch.tensor([i in active for i in batch], device=model.device)[:, None]  # (B, 1)
+        x, x_attention, x_mask = icu.collate([samples[i].forget for i in batch], model.device)  # (B, T)
+        y, y_attention, y_mask = icu.collate([samples[i].learn for i in batch], model.device)
+        x_logits = model(input_ids=x, attention_mask=x_attention, use_cache=False).logits  # (B, T, V)
+        y_logits = model(input_ids=y, attention_mask=y_attention, use_cache=False).logits
+        loss = icu.forget_loss(x_logits, x, x_mask & is_active)
+        loss = loss + args.alpha * icu.learn_loss(y_logits, y, y_mask & is_active)
+        loss = loss + args.beta * icu.kl_loss(y_logits, frozen(batch), y_mask & is_active)  # Eq. (6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def plain_measure(model, tokenizer, samples, args):
+    """What icu.measure measures, with literal EL and MA and the library's beam search: a dict a sample."""
+    start = 1 + len(icu.bos_of(tokenizer))
+    el, ma = literal_el_and_ma(model, [sample.forget.ids for sample in samples], start=start)
+    prompts, lengths = prompts_of(samples)
+    said = plain_beams(model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in said]
+    f1 = metrics.bertscore(texts, [sample.suffix for sample in samples], args.bert, device=args.device)[2].tolist()
+    return [
+        {"el10": el[i], "ma": ma[i], "bertscore": f1[i], "bleu": metrics.bleu(text, sample.suffix),
+         "entropy": metrics.token_entropy(said[i])}
+        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
+    ]  # fmt: skip
+
+
+def whole_epoch(bench):
+    """An epoch in the middle of a run: half of the samples are forgotten, all are measured. Eq. 5 is in measuring."""
+    samples, args = samples_of(bench), icu.parse_args(flags_of(bench))
+    active = range(0, len(samples), 2)
+
+    def ours():
+        model = copy.deepcopy(bench.model)
+        trainer(model, samples, args)(active, 1)  # the frozen copy's answers, asked once a run, are in it
+        return icu.measure(model, bench.tokenizer, samples, args)
+
+    def theirs():
+        model = copy.deepcopy(bench.model)
+        plain_epoch(model, samples, set(active), args)
+        return plain_measure(model, bench.tokenizer, samples, args)
+
+    icu.measure(bench.model, bench.tokenizer, samples[:1], args)  # loads BERTScore's encoder, which both use
+    timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False)
+
+    def means(name):
+        sides = (icu.mean(row[name] for row in rows) for rows in (timed.our_result, timed.their_result))
+        return f"{name} " + " / ".join("-" if value is None else f"{value:.3f}" for value in sides)
+
+    work = f"{len(samples)} samples, {len(active)} of them active; ours / theirs, trained in other batches: "
+    work += ", ".join(map(means, ("el10", "ma", "bleu", "bertscore")))
+    yield timed_line("", timed, Goal(">=", 20), work=work)
+
+
+# --- step: forget + learn + KL against a cross-entropy ---
+
+
+def plain_cross_entropy(model, samples):
+    """The mean -log p over the targets of both sides, a scalar in nats: the floor of a training step."""
+    loss = 0
+    for side in ("forget", "learn"):
+        ids, attention_mask, targets = icu.collate([getattr(sample, side) for sample in samples], model.device)
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
+        labels = ids.masked_fill(~targets, -100)[:, 1:]  # the shift by one
+        loss = loss + F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+    return loss
+
+
+def training_step(bench):
+    """Whole steps of icu.py's loop, Adam's included, against forward and backward of the same batch, and no more."""
+    args, model = icu.parse_args(flags_of(bench, "--lr", "1e-9")), copy.deepcopy(bench.model)
+    batch = samples_of(bench)[: args.batch_size]
+    train, plain = trainer(model, batch, args), copy.deepcopy(bench.model)
+    steps = bench.sizes["steps"]
+
+    def ours():
+        for epoch in range(steps):
+            train(range(len(batch)), epoch)
+
+    def theirs():
+        for _ in range(steps):
+            plain.zero_grad()
+            plain_cross_entropy(plain, batch).backward()
+
+    timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device)
+    tokens = sum(len(text.ids) for sample in batch for text in (sample.forget, sample.learn))
+    work = f"{steps} steps of {len(batch)} + {len(batch)} rows, {tokens:,} tokens a step"
+    yield timed_line("", timed, Goal("<=", 1.15), work=work)
+
+
+# --- generation: beam search ---
+
+
+def prompts_of(samples):
+    """(prompts, lengths): what a generation starts from, and how many tokens the suffix has."""
+    return [s.forget.prompt for s in samples], [len(s.forget.ids) - s.forget.cut for s in samples]
+
+
+def by_length(prompts, lengths, batch_size=64):
+    """Indices in batches of like length."""
+    return icu.chunks(sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))), batch_size)
+
+
+@torch.inference_mode()
+def plain_beams(model, prompts, lengths, batches, *, num_beams=2):
+    """transformers' beam search, left-padded batches, each as long as its longest answer: N lists of ids, no EOS."""
+    eos, said = metrics.eos_ids(model), [None] * len(prompts)
+    pad = min(eos, default=0)
+    for batch in batches:
+        P = max(len(prompts[i]) for i in batch)
+        x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in batch], device=model.device)  # (B, P)
+        mask = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device)
+        out = model.generate(
+            input_ids=x, attention_mask=mask, max_new_tokens=max(lengths[i] for i in batch), num_beams=num_beams,
+            do_sample=False, pad_token_id=pad,
+        )  # fmt: skip
+        for i, tokens in zip(batch, out[:, P:].tolist(), strict=True):
+            said[i] = list(itertools.takewhile(lambda token: token not in eos, tokens[: lengths[i]]))
+    return said
+
+
+def generation(bench):
+    """metrics.beam_generate against `generate` in length-sorted batches.
+
+    A beam search that ends later may choose another beam, so the tokens are compared with those of batches in which
+    all answers have the same length.
+    """
+    prompts, lengths = prompts_of(samples_of(bench))
+    batches = by_length(prompts, lengths)
+    timed = side_by_side(
+        lambda: metrics.beam_generate(bench.model, prompts, lengths, num_beams=2),
+        lambda: plain_beams(bench.model, prompts, lengths, batches),
+        bench.args.repeats, device=bench.args.device,
+    )  # fmt: skip
+    same_length = [[i for i in range(len(prompts)) if lengths[i] == length] for length in sorted(set(lengths))]
+    exact = plain_beams(bench.model, prompts, lengths, same_length)
+    equal = sum(a == b for a, b in zip(timed.our_result, exact, strict=True))
+    work = f"{sum(lengths):,} tokens of {len(prompts)} rows; the same tokens in {equal} rows"
+    yield timed_line("", timed, Goal("<=", 1, noise=0.02), work=work, same=equal == len(prompts))
+
+
+# --- knn: cosine_knn against faiss ---
+
+
+def random_vectors(rows, seed):
+    """(rows, 384) float32, normal."""
+    return np.random.default_rng(seed).standard_normal((rows, 384), dtype=np.float32)
+
+
+def search_memory(rows, queries, k):
+    """In a child: the peak memory of a search and its pool, divided by the pool's own bytes."""
+    asked, before = random_vectors(queries, 1), peak_bytes()
+    pool = random_vectors(rows, 0)
+    knn.cosine_knn(asked, pool, k)
+    return (peak_bytes() - before) / pool.nbytes
+
+
+def search(bench):
+    """cosine_knn against faiss's exact index, which is handed unit vectors and timed while it searches only."""
+    import faiss
+
+    faiss.omp_set_num_threads(bench.args.threads)
+    M, Q = bench.sizes["pool"], bench.sizes["queries"]
+    pool, queries = random_vectors(M, 0), random_vectors(Q, 1)
+    index, unit_queries = faiss.IndexFlatIP(pool.shape[1]), queries.copy()
+    faiss.normalize_L2(unit_queries)
+    for start in range(0, M, 65536):  # in blocks, so that two pools are in memory and not three
+        block = pool[start : start + 65536].copy()
+        faiss.normalize_L2(block)
+        index.add(block)
+    for k in (1, 10):
+        timed = side_by_side(
+            lambda k=k: knn.cosine_knn(queries, pool, k),
+            lambda k=k: index.search(unit_queries, k)[::-1],
+            bench.args.repeats,
+        )
+        (found, cosine), (theirs, their_cosine) = timed.our_result, timed.their_result
+        equal, gap = (found == theirs).mean(), np.abs(cosine - their_cosine).max()
+        # faiss rounds to float32 as it sums: rows whose cosines are that close may change places.
+        same = bool(gap < 1e-6)
+        work = f"{Q:,} x {M:,} x 384; the same neighbours in {equal:.4%} of places, cosines within {gap:.0e}"
+        yield timed_line(f"time, k = {k}", timed, Goal("<=", 1.2), work=work, same=same)
+    ratios = [in_child(search_memory, M, Q, 10) for _ in range(bench.args.repeats)]
+    work = f"pool of {pool.nbytes / 1e6:,.0f} MB; beside what the imports take"
+    yield ratio_line("peak memory, k = 10, against the pool itself", ratios, Goal("<=", 1.5), work=work)
+
+
+# --- memory, linear, start: what a run takes ---
+
+
+def training_memory(flags, n):
+    """In a child: [peak bytes before the model is loaded, peak bytes after one epoch over n samples]."""
+    args = icu.parse_args(flags)
+    before = peak_bytes(args.device)
+    model, tokenizer = icu.load_model(args.model, dtype=args.dtype, device=args.device)
+    samples = build(knn.read_pairs(args.pairs)[:n], model, tokenizer)
+    trainer(model, samples, args)(range(len(samples)), 1)
+    return [before, peak_bytes(args.device)]
+
+
+def memory(bench):
+    """Peak memory of one epoch of ICU against the same epoch without the KL term, a child process each."""
+    n, peaks = bench.sizes["samples"], {"icu": [], "without_kl": []}
+    for _ in range(bench.args.repeats):
+        for method, values in peaks.items():
+            flags = flags_of(bench, "--method", method, "--alpha", "0.5")
+            values.append(in_child(training_memory, flags, n))
+    ours, theirs = ([after for _, after in values] for values in peaks.values())
+    net = [statistics.median(after - before for before, after in values) for values in peaks.values()]
+    work = f"{min(n, len(bench.pairs))} samples; {statistics.median(ours) / 1e6:,.0f} MB against "
+    work += f"{statistics.median(theirs) / 1e6:,.0f}, of them {net[0] / 1e6:,.0f} and {net[1] / 1e6:,.0f} after imports"
+    goal = Goal("<=", 1.1)
+    yield ratio_line("", goal.ratios(ours, theirs), goal, work=work)
+
+
+def linear(bench):
+    """The training time of an epoch with N active samples. All samples are measured every epoch, so that is constant.
+
+    The samples are copies of the forget set's, sorted by length, and the active ones are evenly spread over them.
+    """
+    counts = bench.sizes["active"]
+    largest, samples = max(counts), sorted(samples_of(bench), key=lambda s: len(s.forget.ids) + len(s.learn.ids))
+    samples = [samples[i * len(samples) // largest] for i in range(largest)]
+    model, times = copy.deepcopy(bench.model), {N: [] for N in counts}
+    train = trainer(model, samples, icu.parse_args(flags_of(bench, "--lr", "1e-9")))  # many epochs, no unlearning
+    train(range(8), 0)  # warm
+    for epoch in range(1, bench.args.repeats + 1):
+        for N in counts if epoch % 2 else counts[::-1]:
+            active = range(0, largest, largest // N)
+            times[N].append(seconds(lambda active=active, epoch=epoch: train(active, epoch), bench.args.device)[0] / N)
+    ratios = [max(repeat) / min(repeat) for repeat in zip(*times.values(), strict=True)]
+    each = ", ".join(f"{1000 * statistics.median(values):.3g} ms at N = {N}" for N, values in times.items())
+    yield ratio_line("slowest N against fastest, a sample", ratios, Goal("<=", 1.2), work=f"time a sample: {each}")
+
+
+def start_up(bench):
+    """From nothing to the first step, for pairs of one batch, against importing and loading alone."""
+    load = "import sys, torch, transformers\n"
+    load += "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).to(sys.argv[2])"
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.jsonl"
+        knn.write_jsonl(pairs, bench.pairs[:8])
+        flags = flags_of(bench, "--pairs", str(pairs), "--out", str(Path(folder) / "run"))
+        timed = side_by_side(
+            lambda: run_python(START, *flags),
+            lambda: run_python(load, bench.model_dir, bench.args.device),
+            bench.args.repeats,
+        )
+    yield timed_line("", timed, Goal("<=", 1.3), work="flags, pairs, weights, the frozen copy's answers for 8 rows")
+
+
+# --- tasks: against lm-evaluation-harness ---
+
+
+def fastest(function, sizes):
+    """The batch size that `function` takes the least time with."""
+    return min(sizes, key=lambda size: seconds(lambda: function(size))[0])
+
+
+def against_harness(bench):
+    """tasks.judge_choices against the harness's HFLM on the same rows, each at its best batch size."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    if not bench.args.tasks_data:
+        raise NotMeasured("pass --tasks-data DIR with the rows of lambada, piqa, copa or pubmedqa")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts
+    model, tokenizer = bench.model, bench.tokenizer
+    harness = {size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size) for size in (1, 4, 16, 64)}
+    names, limit = ["lambada", "piqa", "copa", "pubmedqa"], bench.sizes["task_rows"]
+    for name, data in tasks.read_sets(names, bench.args.tasks_data, prompts="harness", limit=limit).items():
+        if "rows" not in data:
+            yield unmeasured(f"{name}: {data['missing']}")
+            continue
+        rows = data["rows"]
+        texts = [(context, choice) for context, choices, _ in rows.values() for choice in choices]
+        requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
+
+        def ours(batch_tokens, rows=rows):
+            how = {"length_norm": False, "lenient": False, "desc": None}
+            return tasks.judge_choices(model, tokenizer, rows, batch_tokens=batch_tokens, **how)[0]
+
+        def theirs(batch_size, requests=requests):
+            return harness[batch_size].loglikelihood(requests, disable_tqdm=True)
+
+        tokens, size = fastest(ours, (256, 512, 1024, 4096)), fastest(theirs, harness)
+        timed = side_by_side(
+            lambda ours=ours, tokens=tokens: ours(tokens), lambda theirs=theirs, size=size: theirs(size),
+            bench.args.repeats, device=bench.args.device,
+        )  # fmt: skip
+        logps = [logp for row in timed.our_result for logp in row["logp"]]
+        gap = max(abs(a - b) for a, (b, _) in zip(logps, timed.their_result, strict=True))
+        rates = [f"{len(rows) / statistics.median(side):.3g}" for side in (timed.ours, timed.theirs)]
+        work = f"{len(rows)} rows, {rates[0]} a second at {tokens} tokens a batch against {rates[1]} at {size} requests"
+        work += f"; log p within {gap:.0e}"
+        yield timed_line(name, timed, Goal(">=", 2), work=work, same=gap <= 1e-4)
+
+
+# --- gpu: the paper's sizes with random weights ---
+
+# Name: (hidden size, layers, heads, batch size of section 5.4).
+GPT_NEO = {"125M": (768, 12, 12, 8), "1.3B": (2048, 24, 16, 4), "2.7B": (2560, 32, 20, 4)}
+
+# Peak TFLOP/s, dense, (float32 without TF32, bf16), by NVIDIA's data sheets; the first name that the GPU's holds.
+PEAK = {
+    "H200": (67, 989), "H100 PCIe": (51, 756), "H100": (67, 989), "A100": (19.5, 312), "L40S": (91.6, 362),
+    "L4": (30.3, 121), "4090": (82.6, 165), "3090": (35.6, 71),
+}  # fmt: skip
+
+
+def random_gpt_neo(name):
+    """A GPT-Neo of the published size with random weights, in eval mode."""
+    hidden, layers, heads, _ = GPT_NEO[name]
+    config = GPTNeoConfig(
+        hidden_size=hidden, num_layers=layers, num_heads=heads, attention_types=[[["global", "local"], layers // 2]],
+        resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return GPTNeoForCausalLM(config).eval()
+
+
+def random_samples(n, T, vocab):
+    """n samples of T random tokens on each side, half of them targets."""
+    rng = np.random.default_rng(0)
+
+    def text():
+        ids = rng.integers(vocab, size=T).tolist()
+        return icu.Text(ids, T // 2, T // 2, ids[: T // 2])
+
+    return [icu.Sample(str(i), "", "", text(), text()) for i in range(n)]
+
+
+def step_flops(model, tokens, T):
+    """FLOPs of forward and backward of `tokens` tokens in rows of T: 6 a weight and token, and attention's products.
+
+    PaLM, arXiv:2204.02311, Appendix B. The tied head counts once, positions do not; Adam and the KL's own head are
+    left out.
+    """
+    config = model.config
+    weights = model.num_parameters() - config.max_position_embeddings * config.hidden_size
+    return tokens * (6 * weights + 12 * config.num_layers * config.hidden_size * T)
+
+
+def gpu_step(name, dtype, repeats, T=100):
+    """A line: the time of one ICU step of a GPT-Neo with random weights, its peak memory and its share of the peak."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.device("cuda"):
+        model = random_gpt_neo(name)
+    B = GPT_NEO[name][-1]
+    samples = random_samples(B, T, model.config.vocab_size)
+    flags = ["--model", name, "--pairs", "-", "--out", "-", "--device", "cuda", "--dtype", dtype]
+    train = trainer(model, samples, icu.parse_args([*flags, "--batch-size", str(B)]))
+    train(range(B), 0)  # warm
+    times = [seconds(lambda epoch=epoch: train(range(B), epoch), "cuda")[0] for epoch in range(1, 10 * repeats + 1)]
+    median, gpu = statistics.median(times), torch.cuda.get_device_name()
+    peak = next((peaks[dtype == "bf16"] for known, peaks in PEAK.items() if known in gpu), None)
+    flops = step_flops(model, 2 * B * T, T)
+    mfu = f"{flops / median / peak / 1e12:.1%} of {peak} TFLOP/s" if peak else f"unknown for a {gpu}"
+    measured = f"{1000 * median:.3g} ms ({1000 * min(times):.3g}-{1000 * max(times):.3g})"
+    work = f"{B} + {B} rows of {T} tokens, peak memory {peak_bytes('cuda') / 2**30:.1f} GiB, MFU {mfu}"
+    return Line(f"GPT-Neo {name}, {dtype}", measured, work=work)
+
+
+def gpu_steps(bench):
+    """An ICU step at the paper's three sizes, float32 and bf16 (autocast over float32 weights)."""
+    if not torch.cuda.is_available():
+        raise NotMeasured("no CUDA GPU here")
+    for name, dtype in itertools.product(GPT_NEO, ("float32", "bf16")):
+        try:
+            yield gpu_step(name, dtype, bench.args.repeats)
+        except torch.OutOfMemoryError:
+            yield unmeasured(f"GPT-Neo {name}, {dtype}: the GPU's memory is too small")
+
+
+# --- the table ---
+
+
+class Row(NamedTuple):
+    """A row: `measure(bench)` yields its lines."""
+
+    name: str
+    what: str
+    against: str
+    measure: object
+
+
+ROWS = [
+    Row("el", "MA + EL10 of a sample set", "one `generate` a prefix length", memorisation),
+    Row("epoch", "a whole epoch: train + refine + measure",
+        "the same epoch with literal metrics, a live frozen copy and no packing", whole_epoch),
+    Row("step", "a training step (forget + learn + KL)",
+        "forward + backward of the same tokens under a plain cross-entropy, the floor", training_step),
+    Row("generation", "refinement generation (beam 2)", "`generate` with the same beams, length-sorted batches",
+        generation),
+    Row("knn", "`cosine_knn`", "faiss-cpu IndexFlatIP, same threads", search),
+    Row("memory", "peak memory of training with the teacher", "the same training without any KL", memory),
+    Row("linear", "one epoch of training as samples are forgotten", "itself, with more samples active", linear),
+    Row("start", "start to first step, warm", "importing torch and transformers and loading the same model", start_up),
+    Row("tasks", "`tasks.py`, rows a second", "lm-evaluation-harness, same rows and model", against_harness),
+    Row("gpu", "a training step on a GPU, random weights", "-", gpu_steps),
+]  # fmt: skip
+
+
+def unmeasured(reason):
+    """The line of what could not be measured."""
+    return Line("", "not measured: " + " ".join(str(reason).replace("|", "/").split()))
+
+
+def measure_row(row, bench):
+    """Lines of a row as they come; one that cannot be measured, or goes on no further, says why."""
+    try:
+        yield from row.measure(bench)
+    except (NotMeasured, ImportError, ValueError, OSError, torch.OutOfMemoryError) as error:
+        if bench.args.debug:
+            raise
+        yield unmeasured(error)
+
+
+def write_table(path, header, lines):
+    """BENCHMARKS.md: `header`, then a line for each of `lines`, {row's name: [Line]}, in the order of ROWS."""
+    heads = ["what", "against", "ratio: median (min-max)", "goal", "met?", "work, values, median times"]
+    table = [heads, ["---"] * len(heads)]
+    for row in ROWS:
+        for line in lines[row.name]:
+            what = f"{row.what}: {line.detail}" if line.detail else row.what
+            met = "-" if line.met is None else "yes" if line.met else "no"
+            table.append([what, row.against, line.measured, line.goal, met, line.work])
+    text = header + "\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in table) + "\n"
+    knn.write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def describe(bench, command):
+    """The header: command, machine, versions, model."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "faiss-cpu", "lm-eval"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    made = "" if bench.args.model else ", made by bench.py"
+    sizes = "; --quick: sizes so small that the ratios mean nothing" if bench.args.quick else ""
+    return "\n".join([
+        "# Benchmarks", "", f"`{command}`", "",
+        f"- {datetime.date.today()}; CPU {cpu_name()}, {os.cpu_count()} cores, {bench.args.threads} threads; "
+        f"GPU {gpu}; models run on {bench.args.device}, {bench.args.repeats} repeats{sizes}",
+        "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"- model: {type(bench.model).__name__}, {bench.model.num_parameters() / 1e6:.1f}M parameters{made}; "
+        f"{len(bench.pairs)} pairs",
+        "- a ratio is taken within each repeat, both sides in turn: `>=` goals bound theirs / ours, `<=` goals ours / "
+        "theirs; where values differ a goal is not met", "",
+    ])  # fmt: skip
+
+
+def cpu_name():
+    """The processor's name, or what Python knows of it."""
+    info = Path("/proc/cpuinfo")  # of Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --- the model made without --model ---
+
+
+def make_memorised(folder, n, steps):
+    """A small GPT-Neo that knows n texts by heart, and their pairs, in `folder`, unless they are there.
+
+    The texts are those of tiny.py on end, cut like the Pile's rows: 100 tokens of context, 50 of prefix, 50 of suffix.
+    The next n are the learn partners, which the training sees a thirtieth as often.
+    """
+    if (folder / "pairs.jsonl").exists():  # written last
+        return
+    print(f"making a model that knows {n} texts, once, in {folder} ...", flush=True)
+    rows, tokenizer = tiny.make_corpus(seed=0)
+    stream = tokenizer("\n".join(row["prefix"] + row["suffix"] for row in rows["pool"]), verbose=False)["input_ids"]
+    forget, learn = icu.chunks(stream, 200)[:n], icu.chunks(stream, 200)[n : 2 * n]
+    model = tiny.make_model()
+    tiny.train(model, forget, learn, steps=steps)
+    disable_progress_bar()  # of save_pretrained
+    icu.save_model(model, tokenizer, folder / "model")
+
+    def fields(ids, side):
+        parts = {"context": ids[:100], "prefix": ids[100:150], "suffix": ids[150:]}
+        return {f"{side}{name}": tokenizer.decode(part) for name, part in parts.items()} | {
+            f"{side}{name}_ids": part for name, part in parts.items()
+        }
+
+    pairs = [
+        {"id": str(i), "learn_id": str(n + i), "similarity": 0.0, **fields(a, ""), **fields(b, "learn_")}
+        for i, (a, b) in enumerate(zip(forget, learn, strict=True))
+    ]
+    knn.write_jsonl(folder / "pairs.jsonl", pairs)
+
+
+# --- main ---
+
+
+def count(text):
+    """An argparse type: a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parse_args(argv=None):
+    """The flags; ValueError for those that are wrong or do not go together."""
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = knn.flag_error
+    parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="NAME",
+                        help=f"some of {', '.join(names)} (all)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
+    parser.add_argument("--model", metavar="DIR", help="the causal LM (default: a small one, made in runs/bench)")
+    parser.add_argument("--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised")
+    parser.add_argument("--tasks-data", metavar="DIR", help="the rows of lambada, piqa, copa and pubmedqa, for tasks")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (%(default)s)")
+    parser.add_argument("--repeats", type=count, help="of each measurement (3; --quick 2)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--samples", type=count, metavar="N", help="texts of row el (32; --quick 4)")
+    parser.add_argument("--pool", type=count, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)")
+    parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    args.repeats = args.repeats or (2 if args.quick else 3)
+    if bool(args.model) != bool(args.pairs):
+        raise ValueError("--model DIR and --pairs FILE go together: the pairs are texts that the model knows")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA GPU here")
+    if args.tasks_data and not Path(args.tasks_data).is_dir():
+        raise ValueError(f"--tasks-data {args.tasks_data}: no such folder")
+    knn.check_output(args.out, overwrite=True)
+    return args
+
+
+def set_threads(threads):
+    """The same number of threads for torch, numpy's BLAS and what runs in child processes."""
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    os.environ |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
+
+
+def prepare(args):
+    """Model, pairs and sizes, read or made: a Bench."""
+    sizes = dict(QUICK if args.quick else FULL)
+    folder = HERE / "runs" / ("bench-quick" if args.quick else "bench")
+    if not args.model:
+        make_memorised(folder, sizes["samples"], sizes["training_steps"])
+    sizes["texts"], sizes["pool"] = args.samples or sizes["texts"], args.pool or sizes["pool"]
+    model_dir, pairs_file = args.model or str(folder / "model"), args.pairs or str(folder / "pairs.jsonl")
+    pairs = knn.read_pairs(pairs_file)
+    model, tokenizer = icu.load_model(model_dir, device=args.device)
+    return Bench(model, tokenizer, pairs, model_dir, pairs_file, sizes, args)
+
+
+def main(argv=None):
+    """Measures row after row, and writes the table after each, so that an interrupted run leaves what it has."""
+    args = parse_args(argv)
+    set_threads(args.threads)
+    bench = prepare(args)
+    header = describe(bench, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
+    reason = {True: "the run has not come to it", False: "left out by --rows"}
+    lines = {row.name: [unmeasured(reason[row.name in args.rows])] for row in ROWS}
+    write_table(args.out, header, lines)
+    for row in (row for row in ROWS if row.name in args.rows):
+        lines[row.name] = []
+        for line in measure_row(row, bench):
+            line = line._replace(met=None) if args.quick else line
+            lines[row.name].append(line)
+            met = {None: "", True: "met", False: "NOT MET"}[line.met]
+            print(f"{row.name:10} {line.detail:30} {line.measured}  goal {line.goal} {met}", flush=True)
+        write_table(args.out, header, lines)
+    print(f"the table is in {args.out}")
+
+
+if __name__ == "__main__":
+    knn.run_cli(main)

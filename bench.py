@@ -117,12 +117,11 @@ def trainer(model, samples, args):
     if args.method != "without_kl":
         with icu.autocast(args):
             reference["logits"] = icu.cached_teacher(model, [sample.learn for sample in samples])
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    progress, bar = icu.Progress(), tqdm(disable=True)
+    engine = icu.PlainEngine(model, args)
 
     def train(active, epoch):
-        how = {"answers": None, "reference": reference, "progress": progress, "args": args, "bar": bar}
-        return icu.train_epoch(model, optimizer, samples, list(active), epoch, **how)
+        how = {"answers": None, "reference": reference, "args": args, "bar": tqdm(disable=True)}
+        return icu.train_epoch(engine, samples, list(active), epoch, progress=icu.Progress(), **how)
 
     return train
 

@@ -305,12 +305,20 @@ def kumpr(ask, args):
 
 def graddiff(ask, args):
     """Gradient difference (TOFU, arXiv:2401.06121, section 4): ascent on the forget side, descent on the learn side."""
-    return {name: term for name, term in icu(ask, args).items() if name != "kl"}
+    forget, learn = ask("forget"), ask("learn")
+    return {
+        "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
+        "learn": (args.alpha, learn_loss(learn.logits, learn.ids, learn.mask, learn.count)),
+    }
 
 
 def kl(ask, args):
     """KL minimisation (TOFU, arXiv:2401.06121, section 4): ascent on forget, KL to the original model on learn."""
-    return {name: term for name, term in icu(ask, args).items() if name != "learn"}
+    forget, learn = ask("forget"), ask("learn")
+    return {
+        "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
+        "kl": (args.beta, kl_term(learn, args)),
+    }
 
 
 def llmu(ask, args):

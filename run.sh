@@ -22,6 +22,7 @@ other commands
       [--points ALPHA,BETA ...] [--lrs LR ...] [--sets N ...] [--seeds N ...]
   ask RUN "PREFIX"                what the model of a finished run says before and after
   test [PYTEST ARGS]              the tests
+  bench [FLAGS]                   speed and memory against the literal algorithms and the libraries: BENCHMARKS.md
   lint                            the style check
   help                            this text
 
@@ -118,7 +119,7 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
     opt125m) base=(--model facebook/opt-125m --eval-only) ;;
     opt1.3b) base=(--model facebook/opt-1.3b --eval-only) ;;
     opt2.7b) base=(--model facebook/opt-2.7b --eval-only) ;;
-    *) fail "unknown preset '$preset'; one of: $PRESETS (or: test lint ask compare ablation sweep help)" ;;
+    *) fail "unknown preset '$preset'; one of: $PRESETS (or: test bench lint ask compare ablation sweep help)" ;;
   esac
   base+=(--preset "$preset")
   [ "$preset" = tiny ] && return
@@ -248,6 +249,7 @@ case "$command" in
 esac
 case "$command" in
   test) environment && exec $PYTHON -m pytest -q "$@" ;;
+  bench) environment && exec $PYTHON bench.py "$@" ;;
   lint) environment && exec .venv/bin/ruff check . ;;
   ask) environment && exec $PYTHON report.py --ask "$@" ;;
   compare | ablation | sweep)

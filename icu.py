@@ -1486,17 +1486,10 @@ def export(run):
     print0(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {run.out}")
 
 
-def run_through(args, inputs, stop):
-    """The run itself, new or resumed, in a folder that this process owns."""
-    out, before = Path(args.out), check_resume(args) if args.resume else None
-    if before and (out / "summary.json").is_file():
-        return print0(f"{out}: finished already")
+def run_through(model, tokenizer, inputs, args, *, before, stop):
+    """The run itself, in a folder that this process owns: new, or resumed where `before` is its config.json."""
+    out = Path(args.out)
     state = newest_state(out) if before else None
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
-    model, tokenizer = load_model(
-        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
-    )
     if before:
         thresholds = before["thresholds_used"]
     else:
@@ -1542,9 +1535,18 @@ def main(argv=None):
     if args.dry_run:
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
+    before = check_resume(args) if args.resume else None
+    if before and (Path(args.out) / "summary.json").is_file():
+        print0(f"{args.out}: finished already")
+        return
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
     start_processes(args)
+    model, tokenizer = load_model(
+        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
+    )
     with only_owner(Path(args.out)) if is_main else contextlib.nullcontext(), Stop() as stop:
-        run_through(args, inputs, stop)
+        run_through(model, tokenizer, inputs, args, before=before, stop=stop)
 
 
 if __name__ == "__main__":

@@ -711,6 +711,34 @@ def measure_perplexities(model, tokenizer, texts_by_name, args):
     return found
 
 
+def measures_before(model, tokenizer, inputs, args):
+    """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before.
+
+    All runs of a comparison begin with the same model and texts. The answer is kept under a hash of everything it
+    depends on, this code included; a model of the hub without a pinned --revision is measured anew.
+    """
+    files = [
+        args.model,
+        args.pairs,
+        args.bert,
+        *(item.partition("=")[2] for item in args.ppl),
+        __file__,
+        metrics.__file__,
+    ]
+    known = [fingerprint(name) or args.revision for name in files if name]
+    flags = [args.protocol, args.context, args.dtype, args.device, args.num_beams, list(inputs.ppl_texts.values())]
+    about = [known, args.bert, flags, versions(), WORLD_SIZE, torch.get_num_threads()]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    path = knn.cache_folder("before") / f"{key}.json"
+    if known[0] and all(gather([path.is_file()])):
+        return knn.read_json(path)
+    found = [measure(model, tokenizer, inputs.samples, args)]
+    found.append(measure_perplexities(model, tokenizer, inputs.ppl_texts, args))
+    if is_main:
+        knn.write_json(path, found)
+    return found
+
+
 # --- refinement (Eq. 5) and the stop rule ---
 
 PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
@@ -862,6 +890,7 @@ def save_model(model, tokenizer, folder):
 # --- plumbing: the run folder ---
 
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model", "state")
+RUN_FILES += ("tasks-before", "tasks-after")  # tasks.py's, of a run that is replaced
 GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
 
 
@@ -894,21 +923,25 @@ NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "local_rank", "timeou
 
 def describe_run(args, thresholds):
     """config.json: every flag, thresholds, versions, git revision and fingerprints."""
-    import transformers
-
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     return {
         **flags,
         "processes": WORLD_SIZE,
         "thresholds_used": thresholds,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "git": git.stdout.strip() or None,
         "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)}
         | {item: fingerprint(item.partition("=")[2] or item) for item in args.ppl},
     }
+
+
+def versions():
+    import transformers
+
+    modules = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    return {"python": platform.python_version(), **modules}
 
 
 def fingerprint(name):
@@ -1390,7 +1423,10 @@ def end_epoch(run, losses):
     model, epoch = run.engine.model, progress.epoch
     run.stop.measuring = True
     with run.engine.whole_weights():
-        measured = measure(model, run.tokenizer, samples, args)
+        if epoch == 0:
+            measured, perplexities = measures_before(model, run.tokenizer, run.inputs, args)
+        else:
+            measured = measure(model, run.tokenizer, samples, args)
         # Released code: the filter also runs before the first epoch; paper: after each training epoch.
         forgotten = progress.forgotten
         if args.refine and (epoch > 0 or args.protocol == "released"):
@@ -1401,8 +1437,9 @@ def end_epoch(run, losses):
         row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
         row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
         row["skipped_steps"] = progress.skipped_steps
-        if epoch == 0 or reason:
-            row |= measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
+        if epoch > 0 and reason:
+            perplexities = measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
+        row |= perplexities if epoch == 0 or reason else {}
     run.stop.measuring = False
     progress.forgotten, progress.stopped = forgotten, reason
     if is_main:

@@ -95,7 +95,7 @@ def read_run(folder):
         if tasks.is_file():
             averages = json.loads(tasks.read_text(encoding="utf-8"))["averages"]
             run["summary"][when].update(
-                {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind)}
+                {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind) is not None}
             )
     run["summary"]["after"]["epochs"] = run["summary"]["epochs"]
     return run
@@ -356,6 +356,17 @@ def markdown_cell(text):
     return text if text.strip() else "&lt;blank>"
 
 
+def tasks_markdown(run):
+    """The columns of Tables 6 and 7 before and after a run, or None where tasks.py has not measured both."""
+    import tasks
+
+    files = {when: run["folder"] / f"tasks-{when}" / "tasks.json" for when in ("before", "after")}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    results = {when: json.loads(file.read_text(encoding="utf-8")) for when, file in files.items()}
+    return tasks.table({when: {k: v for k, v in found.items() if k != "settings"} for when, found in results.items()})
+
+
 def side_by_side(run, pairs, count, width=52):
     """Before and after in two columns for the terminal."""
     lines = []
@@ -443,6 +454,10 @@ def main(argv=None):
         plot_curves(runs, out / "curves.png")
     plot_tradeoff(runs, out / "tradeoff.png")
     print(table)
+    for run in runs if len(runs) == 1 else ():
+        if text := tasks_markdown(run):
+            (out / "tasks.md").write_text(text, encoding="utf-8")
+            print(text)
     protocols = sorted({run["config"]["protocol"] for run in runs})
     print(f"protocol: {', '.join(protocols)}; plot: {out / 'curves.png'}; cases: {out / 'cases.md'}")
 

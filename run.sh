@@ -37,6 +37,8 @@ flags of every preset
   --out DIR                       the run folder (runs/PRESET-...)
   --gpus N                        processes, by the deepspeed launcher (1; neo1.3b, neo2.7b, tinyllama: every GPU there is)
   --resume                        go on with an interrupted run
+  --tasks all | NAME ...          what the model can still do, before and after: tasks.py (--task-data DIR, --prompts,
+                                  --length-norm go with it)
   anything of python icu.py --help, such as --protocol released --alpha 1.0 --lr 1e-5 --seed 3 --method npo --dry-run
 TEXT
 }
@@ -56,7 +58,7 @@ environment() {
 }
 
 # --- flags: what knn.py takes goes to knn.py, the rest to icu.py, --data to both ---
-knn_flags=() icu_flags=() gpus=
+knn_flags=() icu_flags=() task_flags=() gpus=
 split_flags() {
   while [ $# -gt 0 ]; do
     case "$1" in
@@ -71,6 +73,12 @@ split_flags() {
         gpus=$2
         shift 2
         ;;
+      --tasks)
+        task_flags+=("$1") && shift
+        while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do task_flags+=("$1") && shift; done
+        ;;
+      --task-data | --prompts) task_flags+=("$1" "${2:-}") && shift && shift ;;
+      --length-norm) task_flags+=("$1") && shift ;;
       --allow-copies) knn_flags+=("$1") && shift ;;
       *) icu_flags+=("$1") && shift ;;
     esac
@@ -155,6 +163,21 @@ supervised() { # supervised COMMAND ...: a signal to run.sh reaches the command,
   return $status
 }
 
+measure_tasks() { # measure_tasks FLAG ...: tasks.py with this run's flags
+  local data
+  data=$(value --data "")
+  $PYTHON tasks.py --protocol "$(value --protocol paper)" ${data:+--task-data "$data"} "${task_flags[@]}" "$@"
+}
+
+model_flag() { # the last --model of the preset's flags and the user's
+  local previous= arg model
+  for arg in "${base[@]}" "${icu_flags[@]}"; do
+    [ "$previous" != --model ] || model=$arg
+    previous=$arg
+  done
+  printf '%s' "$model"
+}
+
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
@@ -167,9 +190,15 @@ single() { # one run of the preset
   out=$(value --out "runs/$preset-set$(value --set 0)-$(value --method icu)-$(value --protocol paper)")
   [ "$preset" != tiny ] || out=$(value --out runs/tiny)
   mkdir -p "$(dirname "$out")"
+  # Whether the sets are at hand is found out before the work, not after it.
+  [ ${#task_flags[@]} -eq 0 ] || measure_tasks --dry-run --model "$(model_flag)" --out "$out"
   mine "$out.pairs.jsonl" $(has --dry-run && echo --dry-run)
   has --dry-run && return
   icu "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $([ "$preset" = tiny ] && ! has --resume && echo --overwrite) "${icu_flags[@]}"
+  if [ ${#task_flags[@]} -gt 0 ]; then
+    measure_tasks --model "$(model_flag)" --out "$out/tasks-before" --overwrite
+    [ ! -d "$out/model" ] || measure_tasks --model "$out/model" --out "$out/tasks-after" --overwrite
+  fi
   $PYTHON report.py "$out"
 }
 

@@ -748,6 +748,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
+    g.add_argument("--dry-run", action="store_true", help="read and check the rows, say which sets are at hand, no more")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -763,6 +764,11 @@ def main(argv=None):
     out, device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     knn.check_output(out / "tasks.json", args.overwrite)
     sets = read_sets(args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit)
+    if args.dry_run:
+        for name, data in sets.items():
+            good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
+            print(f"{name}: {good or data.get('missing') or data['error']}")
+        return
     model, tokenizer = icu.load_model(
         args.model, dtype=args.dtype, device=device, allow_pickle=args.allow_pickle, revision=args.revision
     )

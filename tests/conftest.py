@@ -130,6 +130,12 @@ def _save_tiny(kind, folder, *, dtype=torch.float32, **model_arguments):
     return Path(folder)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    os.environ["ICU_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same random state, whatever ran before it."""

@@ -1215,6 +1215,80 @@ def plan_text(args, inputs):
     return "\n".join(lines)
 
 
+# --- what a run needs ---
+
+
+def memory_estimate(config, samples, args, processes=1):
+    """Bytes a process needs on its device while training, by part: {"weights", "gradients", "adam", ...}.
+
+    Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam (stage 3: the weights too) over
+    the processes and adds a float32 copy of a process's share. Activations are those of the longest batch, by the number
+    of floats that autograd keeps a token: 12 H + 5 F a layer (F the width inside the MLP; less where the activation is
+    simple), heads x T more where attention is not fused (GPT-Neo), and the vocabulary-sized tensors of the losses.
+    """
+    P, n, H, V = parameter_count(config), processes, config.hidden_size, config.vocab_size
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * H
+    unfused = heads if config.model_type == "gpt_neo" else 0
+    rows = -(-min(args.batch_size, len(samples)) // n)
+    floats = 0
+    # Logits and log-probabilities: 3 tensors as large as the vocabulary on the forget side, 7 with the learn side's KL.
+    for side, vocabulary in (("forget", 3), ("learn", 7)):
+        T = max((len(getattr(sample, side).ids) for sample in samples), default=0)
+        floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + vocabulary * V)
+    learn_tokens = sum(len(sample.learn.ids) for sample in samples)
+    return {
+        "weights": 4 * P // (n if args.zero == 3 else 1),
+        "gradients": 4 * P // n,
+        "adam": (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0),
+        "activations": 4 * floats,
+        "frozen copy": 4 * P if args.teacher == "live" else 4 * (learn_tokens * H + V * H),
+    }
+
+
+def parameter_count(config):
+    """The parameters of a causal LM with this config, made without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def epoch_flops(config, samples):
+    """Floating point operations of a whole training epoch: 6 a parameter and token (2 forward, 4 backward)."""
+    tokens = sum(len(sample.forget.ids) + len(sample.learn.ids) for sample in samples)
+    return 6 * parameter_count(config) * tokens
+
+
+def measured_flops(device, dtype):
+    """Floating point operations a second of this device in a large matrix product, the best of three."""
+    n = 4096 if torch.device(device).type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    best = math.inf
+    for _ in range(4):  # the first one warms up
+        started = time.perf_counter()
+        (a @ a).sum().item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def needs_text(config, samples, args):
+    """Memory a process for 1 to 8 processes, and the training time of an epoch at 40% of this device's speed."""
+    lines = ["memory a process, estimated (GB):"]
+    for processes in (1, 2, 3, 4, 6, 8):
+        parts = memory_estimate(config, samples, args, processes)
+        cells = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        lines.append(
+            f"  {processes} process{'es' if processes > 1 else '  '}: {sum(parts.values()) / 1e9:6.2f} = {cells}"
+        )
+    flops, speed = epoch_flops(config, samples), 0.4 * measured_flops(args.device, args.dtype)
+    lines.append(
+        f"training an epoch with all samples active: {flops / 1e12:.2f} TFLOP, about {flops / speed:.0f} s on one "
+        f"{args.device} at 40% of its measured {speed / 0.4 / 1e9:.0f} GFLOP/s; measuring EL comes on top"
+    )
+    return "\n".join(lines)
+
+
 # --- flags ---
 
 
@@ -1360,6 +1434,7 @@ class Inputs(NamedTuple):
     samples: list  # of Sample
     unseen: list  # of Sample, for --thresholds auto
     ppl_texts: dict  # name -> texts
+    config: object  # the model's
     n_cut: int  # learn partners cut to the model's positions
 
 
@@ -1387,7 +1462,7 @@ def read_inputs(args):
         if not equals and f"{name}.csv" not in knn.FILES:
             raise ValueError(f"--ppl {item}: say NAME=FILE; only pile and wikitext are known by name")
         ppl_texts[name] = knn.read_texts(file if equals else knn.data_file(f"{name}.csv", args.data))
-    return Inputs(samples, build_samples(doubled, tokenizer, **build)[0], ppl_texts, n_cut)
+    return Inputs(samples, build_samples(doubled, tokenizer, **build)[0], ppl_texts, config, n_cut)
 
 
 def check_bert(name):
@@ -1570,6 +1645,8 @@ def main(argv=None):
     inputs = read_inputs(args)
     print0(plan_text(args, inputs))
     if args.dry_run:
+        if inputs.samples and not args.eval_only:
+            print0(needs_text(inputs.config, inputs.samples, args))
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
     before = check_resume(args) if args.resume else None

@@ -485,6 +485,44 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+# --- what a run needs ---
+
+
+def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
+    """The bytes that both sides of a step keep for the backward pass, counted a storage, are at most the estimate, and over half."""
+    model = make_model(kind, dtype=torch.float32, hidden_size=128, vocab=400)
+    g = torch.Generator().manual_seed(0)
+    texts = [icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)]
+    samples = [icu.Sample(str(i), "", "", texts[i], texts[3 - i]) for i in range(4)]
+    args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
+    ask = icu.side_asker(model, samples, [0, 1, 2, 3], None, {"logits": icu.live_teacher(model, texts[::-1])})
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = icu.icu(ask, args)
+    measured = sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
+    estimate = icu.memory_estimate(model.config, samples, args)
+    assert len(terms) == 3 and 1 <= estimate["activations"] / measured < 2
+    assert estimate["weights"] == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_zero_shards_what_it_says(make_model):
+    """ZeRO-2: gradients and Adam a share, weights whole; ZeRO-3: the weights too; --offload: no moments on the device."""
+    config = make_model("gpt_neo").config
+    flags = {"batch_size": 8, "teacher": "cached"}
+    one, two, three, offloaded = (
+        icu.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
+        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 3, False), (4, 2, True))
+    )
+    assert two["gradients"] == one["gradients"] // 4 and two["weights"] == one["weights"]
+    assert three["weights"] == one["weights"] // 4
+    assert two["adam"] - offloaded["adam"] == one["adam"] // 4
+
+
 # --- the command line ---
 
 

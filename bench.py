@@ -708,14 +708,18 @@ PEAK = {
 }  # fmt: skip
 
 
-def random_gpt_neo(name):
-    """A GPT-Neo of the published size with random weights, in eval mode."""
+def gpt_neo_config(name):
+    """The config of a GPT-Neo of a published size, without dropout."""
     hidden, layers, heads, _ = GPT_NEO[name]
-    config = GPTNeoConfig(
+    return GPTNeoConfig(
         hidden_size=hidden, num_layers=layers, num_heads=heads, attention_types=[[["global", "local"], layers // 2]],
         resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    return GPTNeoForCausalLM(config).eval()
+
+
+def random_gpt_neo(name):
+    """A GPT-Neo of the published size with random weights, in eval mode."""
+    return GPTNeoForCausalLM(gpt_neo_config(name)).eval()
 
 
 def random_samples(n, T, vocab):
@@ -772,6 +776,25 @@ def gpu_steps(bench):
             yield unmeasured(f"GPT-Neo {name}, {dtype}: the GPU's memory is too small")
 
 
+# --- fits: what icu.py --dry-run estimates for the paper's sizes ---
+
+
+def what_fits(bench):
+    """Cards of a size that a run of the paper needs: 128 samples of 200 tokens, the estimate under 90% of a card."""
+    samples = random_samples(128, 200, 50257)
+    for name, (*_, B) in GPT_NEO.items():
+        config, cells = gpt_neo_config(name), []
+        for card in (24, 40, 80):
+            needed = []
+            for zero in (2, 3):
+                args = argparse.Namespace(batch_size=B, zero=zero, offload=False, teacher="cached")
+                sums = {n: sum(icu.memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
+                needed.append(next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8"))
+            cells.append(f"{card} GB: {needed[0]}" + (f" (ZeRO-3: {needed[1]})" if needed[1] != needed[0] else ""))
+        alone = sum(icu.memory_estimate(config, samples, args).values()) / 1e9
+        yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
+
+
 # --- the table ---
 
 
@@ -798,6 +821,7 @@ ROWS = [
     Row("start", "start to first step, warm", "importing torch and transformers and loading the same model", start_up),
     Row("tasks", "`tasks.py`, rows a second", "lm-evaluation-harness, same rows and model", against_harness),
     Row("gpu", "a training step on a GPU, random weights", "-", gpu_steps),
+    Row("fits", "cards that a run needs, estimated", "-", what_fits),
 ]  # fmt: skip
 
 

@@ -748,7 +748,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
-    g.add_argument("--dry-run", action="store_true", help="read and check the rows, say which sets are at hand, no more")
+    g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 

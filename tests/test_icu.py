@@ -489,7 +489,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
 
 
 def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
-    """The bytes that both sides of a step keep for the backward pass, counted a storage, are at most the estimate, and over half."""
+    """What both sides of a step keep for the backward pass, counted a storage, is within half and all of it."""
     model = make_model(kind, dtype=torch.float32, hidden_size=128, vocab=400)
     g = torch.Generator().manual_seed(0)
     texts = [icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)]
@@ -511,7 +511,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
 
 
 def test_zero_shards_what_it_says(make_model):
-    """ZeRO-2: gradients and Adam a share, weights whole; ZeRO-3: the weights too; --offload: no moments on the device."""
+    """ZeRO-2: gradients and Adam a share, weights whole; ZeRO-3: weights too; --offload: no moments on the device."""
     config = make_model("gpt_neo").config
     flags = {"batch_size": 8, "teacher": "cached"}
     one, two, three, offloaded = (

@@ -1185,8 +1185,9 @@ def alarms(rows):
         if now[name] > 2 * start[name]:
             heard["collapse"] = f"{name} went from {start[name]:.1f} to {now[name]:.1f}, the model lost language"
     moved = max((abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None), default=0)
-    if now["epoch"] >= 3 and moved < 1e-3:
-        heard["still"] = f"EL10 and MA have not moved in {now['epoch']} epochs: raise --lr"
+    losses = [row["loss"] for row in (rows[1], now) if row["loss"] is not None] if now["epoch"] >= 3 else []
+    if losses and moved < 1e-3 and abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
+        heard["still"] = f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
     return heard
 
 

@@ -33,6 +33,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -804,6 +805,7 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
     folder = Path(name)
     if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"{flag} {name}: no such folder")
@@ -1646,8 +1648,10 @@ def main(argv=None):
     inputs = read_inputs(args)
     print0(plan_text(args, inputs))
     if args.dry_run:
-        if inputs.samples and not args.eval_only:
-            print0(needs_text(inputs.config, inputs.samples, args))
+        if not args.eval_only:
+            text = Text([0] * 200, 100, 100, [])
+            samples = inputs.samples or [Sample("", "", "", text, text)] * 128  # the paper's, without --pairs
+            print0(needs_text(inputs.config, samples, args))
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
     before = check_resume(args) if args.resume else None

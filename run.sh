@@ -107,6 +107,11 @@ fail() {
 }
 
 # --- presets: one run each, mine -> unlearn -> report ---
+hub() { # hub NAME REVISION [FLAG ...]: `base` for a model of the hub at a pinned revision, unless --model names another
+  base=(--model "$1" --revision "$2" "${@:3}")
+  [ -z "$(value --model "")" ] || base=(--model "$1" "${@:3}")
+}
+
 preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make the preset, and `source`, its knn.py flags
   local preset=$1 released=
   [ "$(value --protocol paper)" != released ] || released=yes
@@ -120,13 +125,16 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
       base+=(--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4)
       source=(--forget $data/forget.jsonl --pool $data/pool.jsonl)
       ;;
-    neo125m) base=(--model EleutherAI/gpt-neo-125m) ;;
-    neo1.3b) base=(--model EleutherAI/gpt-neo-1.3B "${large[@]}") ;;
-    neo2.7b) base=(--model EleutherAI/gpt-neo-2.7B "${large[@]}") ;;
-    tinyllama) base=(--model TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T "${large[@]}") ;;
-    opt125m) base=(--model facebook/opt-125m --eval-only) ;;
-    opt1.3b) base=(--model facebook/opt-1.3b --eval-only) ;;
-    opt2.7b) base=(--model facebook/opt-2.7b --eval-only) ;;
+    neo125m) hub EleutherAI/gpt-neo-125m 21def0189f5705e2521767faed922f1f15e7d7db ;;
+    neo1.3b) hub EleutherAI/gpt-neo-1.3B dbe59a7f4a88d01d1ba9798d78dbe3fe038792c8 "${large[@]}" ;;
+    neo2.7b) hub EleutherAI/gpt-neo-2.7B e24fa291132763e59f4a5422741b424fb5d59056 "${large[@]}" ;;
+    tinyllama)
+      hub TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T 036fa4651240b9a1487f709833b9e4b96b4c1574 "${large[@]}"
+      ;;
+    # OPT's weights are on the hub as pickles only, which --allow-pickle loads.
+    opt125m) hub facebook/opt-125m 27dcfa74d334bc871f3234de431e71c6eeba5dd6 --eval-only ;;
+    opt1.3b) hub facebook/opt-1.3b 3f5c25d0bc631cb57ac65913f76e22c2dfb61d62 --eval-only ;;
+    opt2.7b) hub facebook/opt-2.7b 905a4b602cda5c501f1b3a2650a4152680238254 --eval-only ;;
     *) fail "unknown preset '$preset'; one of: $PRESETS (or: test bench lint ask compare ablation sweep help)" ;;
   esac
   base+=(--preset "$preset")
@@ -166,6 +174,7 @@ supervised() { # supervised COMMAND ...: a signal to run.sh reaches the command,
 measure_tasks() { # measure_tasks FLAG ...: tasks.py with this run's flags
   local data
   data=$(value --data "")
+  has --allow-pickle && set -- "$@" --allow-pickle
   $PYTHON tasks.py --protocol "$(value --protocol paper)" ${data:+--task-data "$data"} "${task_flags[@]}" "$@"
 }
 
@@ -181,7 +190,7 @@ model_flag() { # the last --model of the preset's flags and the user's
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
-  $PYTHON icu.py --dry-run "${base[@]}" "${icu_flags[@]}" >/dev/null
+  $PYTHON icu.py --dry-run "${base[@]}" "${icu_flags[@]}" >"$(has --dry-run && echo /dev/stdout || echo /dev/null)"
   $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}"
 }
 

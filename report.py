@@ -260,7 +260,7 @@ def plot_run(run, path):
     entropy.set_ylim(0, None)
     entropy.set_ylabel("entropy (bits)", color="C4")
     figure.suptitle(
-        f"{run['summary']['method']}, {run['summary']['protocol']} protocol: {run['summary']['stopped']}", fontsize=10
+        f"{run['summary']['method']}, {run['summary']['protocol']} protocol; stopped: {run['summary']['stopped']}", fontsize=10
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -21,6 +21,7 @@ import datetime
 import difflib
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -716,26 +717,30 @@ def measures_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before.
 
     All runs of a comparison begin with the same model and texts. The answer is kept under a hash of everything it
-    depends on, this code included; a model of the hub without a pinned --revision is measured anew.
+    depends on, the code included; a model of the hub without a pinned --revision is measured anew.
     """
-    files = [
+    weights = fingerprint(args.model) or args.revision
+    about = [
+        weights,
         args.model,
-        args.pairs,
+        fingerprint(args.bert),
         args.bert,
-        *(item.partition("=")[2] for item in args.ppl),
-        __file__,
-        metrics.__file__,
+        args.protocol,
+        args.dtype,
+        args.device,
+        args.num_beams,
     ]
-    known = [fingerprint(name) or args.revision for name in files if name]
-    flags = [args.protocol, args.context, args.dtype, args.device, args.num_beams, list(inputs.ppl_texts.values())]
-    about = [known, args.bert, flags, versions(), WORLD_SIZE, torch.get_num_threads()]
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    path = knn.cache_folder("before") / f"{key}.json"
-    if known[0] and all(gather([path.is_file()])):
+    about += [[(s.id, s.suffix, s.forget) for s in inputs.samples], inputs.ppl_texts]
+    about += [fingerprint(metrics.__file__), inspect.getsource(measure_share), versions(), WORLD_SIZE]
+    about += [torch.get_num_threads()]
+    path = knn.cache_folder("before") / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
+    if weights and all(gather([path.is_file()])):
         return knn.read_json(path)
-    found = [measure(model, tokenizer, inputs.samples, args)]
-    found.append(measure_perplexities(model, tokenizer, inputs.ppl_texts, args))
-    if is_main:
+    found = [
+        measure(model, tokenizer, inputs.samples, args),
+        measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
+    ]
+    if is_main and weights:
         knn.write_json(path, found)
     return found
 
@@ -920,7 +925,8 @@ def start_run_folder(out, config):
     knn.write_json(out / "config.json", config)
 
 
-NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "local_rank", "timeout")  # they do not change a run
+# Flags that do not change a run.
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "local_rank", "timeout", "save_every")
 
 
 def describe_run(args, thresholds):
@@ -935,7 +941,7 @@ def describe_run(args, thresholds):
         "versions": versions(),
         "git": git.stdout.strip() or None,
         "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)}
-        | {item: fingerprint(item.partition("=")[2] or item) for item in args.ppl},
+        | {item: fingerprint(item.partition("=")[2] or item) for item in [*args.ppl, args.unseen] if item},
     }
 
 
@@ -989,7 +995,8 @@ def save_state(out, engine, progress):
     part = folder.with_name(folder.name + ".part")
     try:
         if is_main:
-            shutil.rmtree(part, ignore_errors=True)
+            for unfinished in (out / "state").glob("*.part"):
+                shutil.rmtree(unfinished)
             part.mkdir(parents=True)
         wait_for_all()
         engine.save(part)
@@ -1378,6 +1385,8 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
 
+    g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
+
     g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
     g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too (%(default)s)")
     g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
@@ -1574,7 +1583,8 @@ def unlearn(run, reference, answers):
                     return
             end_epoch(run, losses)
             run.stop.check()
-            save_state(run.out, run.engine, progress)
+            if progress.stopped or (progress.epoch - 1) % args.save_every == 0:
+                save_state(run.out, run.engine, progress)
 
 
 def export(run):

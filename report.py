@@ -259,9 +259,9 @@ def plot_run(run, path):
     entropy.plot(epochs, [row["entropy"] for row in rows], color="C4", marker="o", markersize=3)
     entropy.set_ylim(0, None)
     entropy.set_ylabel("entropy (bits)", color="C4")
-    figure.suptitle(
-        f"{run['summary']['method']}, {run['summary']['protocol']} protocol; stopped: {run['summary']['stopped']}", fontsize=10
-    )
+    summary = run["summary"]
+    title = f"{summary['method']}, {summary['protocol']} protocol; stopped: {summary['stopped']}"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

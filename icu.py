@@ -4,7 +4,7 @@
     python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo # another method, the same loop
     python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only  # only measure
     python icu.py ... --resume                                                # go on with a run that was interrupted
-    deepspeed --num_gpus 3 icu.py ...                                         # the same run over several processes
+    deepspeed --no_local_rank --num_gpus 3 icu.py ...                         # the same run over several processes
 
 "Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py. To make a new
 method, copy this file and edit between the two `change me` marks. Departures from the paper's text, each a comment
@@ -625,22 +625,30 @@ class ZeroEngine:
         self.engine.load_checkpoint(str(folder), tag="zero")
 
 
-def start_processes(args):
-    """Joins the processes that a launcher has started, if it has."""
+def start_processes(device, timeout=30):
+    """Joins the processes that a launcher has started, if it has.
+
+    A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting for long.
+    """
     if not LAUNCHED:
         return
-    if torch.device(args.device).type == "cpu":
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(device)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
-    # A process that died is noticed after this time at the latest; measuring can keep the others waiting for minutes.
-    deepspeed.init_distributed(
-        dist_backend="gloo" if torch.device(args.device).type == "cpu" else "nccl",
-        timeout=datetime.timedelta(minutes=args.timeout),
-    )  # fmt: skip
+    wait = datetime.timedelta(minutes=timeout)
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)
+
+
+def default_device():
+    """cuda where there is one: with several processes, each its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
 
 
 # --- evaluation ---
@@ -926,7 +934,7 @@ def start_run_folder(out, config):
 
 
 # Flags that do not change a run.
-NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "local_rank", "timeout", "save_every")
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every")
 
 
 def describe_run(args, thresholds):
@@ -1391,7 +1399,6 @@ def parse_args(argv=None):
     g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too (%(default)s)")
     g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
     g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
-    g.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
@@ -1425,8 +1432,7 @@ def fill_defaults(args):
         args.thresholds = [PAPER_THRESHOLDS[0], 0.2994 if released_kumpr else PAPER_THRESHOLDS[1]]
     args.targets = args.targets or ("all" if args.protocol == "released" else "suffix")
     args.refine = args.method == "icu" if args.refine is None else args.refine
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.device = f"cuda:{LOCAL_RANK}" if LAUNCHED and args.device == "cuda" else args.device
+    args.device = default_device() if args.device in (None, "cuda") else args.device
     args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
@@ -1670,7 +1676,7 @@ def main(argv=None):
         return
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
-    start_processes(args)
+    start_processes(args.device, args.timeout)
     model, tokenizer = load_model(
         args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
     )

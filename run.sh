@@ -145,15 +145,15 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
 
 visible_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
 
-icu() { # icu FLAG ...: icu.py, started by the deepspeed launcher where several processes are asked for
-  local command=($PYTHON icu.py) port
+launch() { # launch FILE.py FLAG ...: by the deepspeed launcher where several processes are asked for
+  local command=($PYTHON "$1") port
   case "$preset" in neo1.3b | neo2.7b | tinyllama) [ -n "$gpus" ] || gpus=$(visible_gpus) ;; esac
   if [ "${gpus:-1}" -gt 1 ]; then
     [ "$(visible_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
     port=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    command=($PYTHON -m deepspeed.launcher.runner --quiet --num_gpus "$gpus" --master_port "$port" icu.py)
+    command=($PYTHON -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus "$gpus" --master_port "$port" "$1")
   fi
-  supervised "${command[@]}" "$@"
+  supervised "${command[@]}" "${@:2}"
 }
 
 supervised() { # supervised COMMAND ...: a signal to run.sh reaches the command, and its end is waited for
@@ -175,7 +175,7 @@ measure_tasks() { # measure_tasks FLAG ...: tasks.py with this run's flags
   local data
   data=$(value --data "")
   has --allow-pickle && set -- "$@" --allow-pickle
-  $PYTHON tasks.py --protocol "$(value --protocol paper)" ${data:+--task-data "$data"} "${task_flags[@]}" "$@"
+  launch tasks.py --protocol "$(value --protocol paper)" ${data:+--task-data "$data"} "${task_flags[@]}" "$@"
 }
 
 model_flag() { # the last --model of the preset's flags and the user's
@@ -190,12 +190,13 @@ model_flag() { # the last --model of the preset's flags and the user's
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
-  $PYTHON icu.py --dry-run "${base[@]}" "${icu_flags[@]}" >"$(has --dry-run && echo /dev/stdout || echo /dev/null)"
+  $PYTHON icu.py --dry-run "${base[@]}" $again "${icu_flags[@]}" >"$(has --dry-run && echo /dev/stdout || echo /dev/null)"
   $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}"
 }
 
 single() { # one run of the preset
-  local out
+  local out again=
+  [ "$preset" != tiny ] || has --resume || again=--overwrite # the default command can be typed twice
   out=$(value --out "runs/$preset-set$(value --set 0)-$(value --method icu)-$(value --protocol paper)")
   [ "$preset" != tiny ] || out=$(value --out runs/tiny)
   mkdir -p "$(dirname "$out")"
@@ -203,7 +204,7 @@ single() { # one run of the preset
   [ ${#task_flags[@]} -eq 0 ] || measure_tasks --dry-run --model "$(model_flag)" --out "$out"
   mine "$out.pairs.jsonl" $(has --dry-run && echo --dry-run)
   has --dry-run && return
-  icu "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $([ "$preset" = tiny ] && ! has --resume && echo --overwrite) "${icu_flags[@]}"
+  launch icu.py "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $again "${icu_flags[@]}"
   if [ ${#task_flags[@]} -gt 0 ]; then
     measure_tasks --model "$(model_flag)" --out "$out/tasks-before" --overwrite
     [ ! -d "$out/model" ] || measure_tasks --model "$out/model" --out "$out/tasks-after" --overwrite
@@ -220,7 +221,7 @@ job() { # job NAME [icu flag ...]
   if [ -f "$out/summary.json" ] || [ -n "$(ls "$out/state" 2>/dev/null)" ]; then how=--resume; fi
   echo "== $out"
   # A method that diverges (exit 1) is a result, not an end.
-  icu "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
+  launch icu.py "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
 }
 
 list() { # list FLAG DEFAULT...: moves the values of a flag of several out of icu_flags, into `values`

@@ -591,18 +591,23 @@ def evaluate(
         if "rows" not in data:
             results[name] = data
             continue
-        rows, bad = data["rows"], data["bad"]
+        # Each process judges its share of the rows; all get all.
+        rows, bad = dict(icu.share(list(data["rows"].items()))), data["bad"]
         if name in CLASSIFICATION:
-            how = {"length_norm": length_norm, "lenient": released, "batch_tokens": batch_tokens, "desc": name}
-            rows, unfit = judge_choices(model, tokenizer, rows, **how)
+            how = {"length_norm": length_norm, "lenient": released, "batch_tokens": batch_tokens}
+            how["desc"] = name if icu.is_main else None
+            rows, unfit = judge_choices(model, tokenizer, rows, **how) if rows else ([], [])
+            rows, unfit = all_rows(rows), sum(icu.gather([unfit]), [])
             metric, value, bad = "accuracy", mean([row["right"] for row in rows]), bad + unfit
         elif name in DIALOGUE:
             # A step of decoding costs much the same for one row as for many, so here batches are never small.
-            rows = judge_replies(model, tokenizer, rows, batch_tokens=max(batch_tokens, 4096), desc=name)
+            how = {"batch_tokens": max(batch_tokens, 4096), "desc": name if icu.is_main else None}
+            rows = all_rows(judge_replies(model, tokenizer, rows, **how) if rows else [])
             metric, value = "f1", mean([row["f1"] for row in rows])
         else:
             metric = "perplexity"
-            value = perplexity(model, tokenizer, list(rows.values()), released=released, desc=name)
+            rows = list(data["rows"].values())
+            value = perplexity(model, tokenizer, rows, released=released, desc=name)
         if value is None or math.isnan(value):
             results[name] = {"error": f"{name}: " + ("the model answers NaN" if rows else f"no row fits, {bad[0]}")}
             continue
@@ -614,6 +619,11 @@ def evaluate(
             samples += [{"task": name, **row} for row in rows]
     results["averages"] = averages(results)
     return results
+
+
+def all_rows(judged):
+    """The judged rows of all processes, in their order."""
+    return sorted((row for part in icu.gather([judged]) for row in part), key=lambda row: row["row"])
 
 
 def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens, desc):
@@ -665,14 +675,15 @@ def judge_replies(model, tokenizer, rows, *, batch_tokens, desc):
 def perplexity(model, tokenizer, texts, *, released, desc):
     """metrics.perplexity with a progress bar: a hook counts the tokens that have gone through the model."""
     total = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
-    with tqdm(total=total, desc=desc, unit=" tokens") as bar:
+    with tqdm(total=total, desc=desc, unit=" tokens", disable=not icu.is_main) as bar:
 
         def count(module, args, inputs, output):
             bar.update(int(inputs["attention_mask"].sum()))
 
         hook = model.register_forward_hook(count, with_kwargs=True)
         try:
-            return metrics.perplexity(model, tokenizer, texts, released=released)
+            sums = metrics.perplexity_sums(model, tokenizer, texts, released=released, part=icu.share)
+            return metrics.perplexity_of(*icu.sum_over_ranks(sums, model.device))
         finally:
             hook.remove()
 
@@ -728,6 +739,7 @@ def table(results_by_label):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = knn.flag_error
     g = parser.add_argument_group("model and data")
     g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
     g.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
@@ -761,14 +773,15 @@ def positive(text):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out, device = Path(args.out), args.device or icu.default_device()
     knn.check_output(out / "tasks.json", args.overwrite)
     sets = read_sets(args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit)
     if args.dry_run:
         for name, data in sets.items():
             good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
-            print(f"{name}: {good or data.get('missing') or data['error']}")
+            icu.print0(f"{name}: {good or data.get('missing') or data['error']}")
         return
+    icu.start_processes(device)
     model, tokenizer = icu.load_model(
         args.model, dtype=args.dtype, device=device, allow_pickle=args.allow_pickle, revision=args.revision
     )
@@ -778,6 +791,8 @@ def main(argv=None):
             model, tokenizer, sets=sets, protocol=args.protocol, length_norm=args.length_norm,
             batch_tokens=args.batch_tokens, samples=samples,
         )  # fmt: skip
+    if not icu.is_main:
+        return
     settings = {name: getattr(args, name) for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")}
     text = table({args.model: results})
     text += "\n" + ", ".join(f"{name} {value}" for name, value in settings.items() if value) + "\n"

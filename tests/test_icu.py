@@ -606,6 +606,22 @@ def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
     assert summary["method"] == "none" and summary["before"] == summary["after"] and not (out / "model").exists()
 
 
+def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch, tmp_path):
+    """A second run of the same model and texts looks its start up; other texts or another model are measured anew."""
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+    calls, plain = [], icu.measure
+    monkeypatch.setattr(icu, "measure", lambda *a: calls.append(1) or plain(*a))
+    one_pair = tmp_path / "one.jsonl"
+    knn.write_jsonl(one_pair, PAIRS[:1])
+    starts = []
+    for i, (kind, pairs) in enumerate([("llama", folders["pairs"])] * 2 + [("llama", one_pair), ("opt", one_pair)]):
+        argv = ["--pairs", pairs, "--model", folders[kind], "--bert", encoder_dir, "--out", tmp_path / str(i)]
+        icu.main([str(a) for a in [*argv, "--eval-only"]])
+        starts.append((len(calls), (tmp_path / str(i) / "samples.jsonl").read_text()))
+    assert [n for n, _ in starts] == [1, 1, 2, 3]
+    assert starts[0][1] == starts[1][1] != starts[2][1]
+
+
 def test_already_forgotten_trains_nothing(folders, encoder_dir):
     """Both measures under their thresholds at epoch 0: no training, and it says so."""
     out = folders["root"] / "already"

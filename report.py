@@ -146,7 +146,10 @@ def table_rows(runs):
     rows = []
     for group in {run["config"]["model"]: run for run in reversed(runs)}.values():  # one row a model, its first run's
         model = group["config"]["model"]
-        befores = [run["summary"]["before"] for run in runs if run["config"]["model"] == model]
+        befores = []  # one a forget set: seeds and methods begin alike
+        for run in runs:
+            if run["config"]["model"] == model and run["summary"]["before"] not in befores:
+                befores.append(run["summary"]["before"])
         rows.append(make_row(f"{Path(model).name} (before)", befores))
         rows += published_row(group, "before")
     for label, members in groups.items():

@@ -861,8 +861,9 @@ def save_model(model, tokenizer, folder):
 
 # --- plumbing: the run folder ---
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model", "state")
 GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
+# In the order in which they are removed: whatever is left after a kill is still a run, and not a finished one.
+RUN_FILES = ("summary.json", "state", "model", "model.part", *GROWING, "config.json")
 
 
 def check_out(out, overwrite):
@@ -871,11 +872,17 @@ def check_out(out, overwrite):
         raise ValueError(f"--out {out}: is a file, not a folder")
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
-    if out.is_dir() and any(f.name != ".lock" for f in out.iterdir()) and not (out / "config.json").exists():
+    own = {out / ".lock", out / "config.json", *leftovers(out)}
+    if out.is_dir() and not set(out.iterdir()) <= own and not (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
     ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise ValueError(f"--out {out}: cannot write in {ancestor}")
+
+
+def leftovers(out):
+    """What a killed process left of a JSON file that it was writing."""
+    return list(out.glob("*.json.*.tmp"))
 
 
 def start_run_folder(out, config):
@@ -939,6 +946,8 @@ def only_owner(out):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        for file in leftovers(out):
+            file.unlink()
         yield
 
 
@@ -1537,6 +1546,7 @@ def main(argv=None):
         return
     before = check_resume(args) if args.resume else None
     if before and (Path(args.out) / "summary.json").is_file():
+        shutil.rmtree(Path(args.out) / "state", ignore_errors=True)  # killed while it was removed
         print0(f"{args.out}: finished already")
         return
     for seed in (random.seed, np.random.seed, torch.manual_seed):

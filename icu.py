@@ -1517,8 +1517,7 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
         unlearn(run, reference, answers)
     except Interrupted as interrupted:
         (number,) = interrupted.args
-        if progress.epoch > 0:
-            save_state(out, engine, progress)
+        save_state(out, engine, progress)
         print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
         raise SystemExit(128 + number) from None
     export(run)
@@ -1531,7 +1530,7 @@ def pick_up(out, state, progress):
     wait_for_all()
     if is_main:
         cut_back(out, progress.sizes)
-        for row in knn.read_jsonl(out / "metrics.jsonl"):
+        for row in knn.read_jsonl(out / "metrics.jsonl") if progress.epoch > 0 else []:
             print0(epoch_text(row))
     print0(f"resumed from {state.name}")
 

@@ -906,6 +906,7 @@ def describe_run(args, thresholds):
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    flags["device"] = torch.device(args.device).type  # cuda:0, cuda:1, ... are the processes of one run
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     return {
         **flags,

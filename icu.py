@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -988,11 +989,14 @@ def save_state(out, engine, progress):
                 shutil.rmtree(old)
     except Exception as error:  # OSError, and safetensors' and torch's own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        kept = ", ".join(state.name for state in states(out)) or "none"
-        raise ValueError(
-            f"{out / 'state'}: no state could be written ({first_line(error)}); intact: {kept}. Make room, then --resume"
-        ) from error
+        raise ValueError(f"{out / 'state'}: no state could be written ({first_line(error)}); {way_out(out)}") from error
     wait_for_all()
+
+
+def way_out(out):
+    """What to do after a full disk."""
+    kept = ", ".join(state.name for state in states(out))
+    return f"states intact: {kept or 'none'}. Make room, then --{'resume' if kept else 'overwrite'}"
 
 
 def wait_for_all():
@@ -1516,12 +1520,14 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
     run = Run(engine, tokenizer, inputs, thresholds, args, out, progress, stop)
     try:
         unlearn(run, reference, answers)
+        export(run)
     except Interrupted as interrupted:
         (number,) = interrupted.args
         save_state(out, engine, progress)
         print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
         raise SystemExit(128 + number) from None
-    export(run)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out)}") from error
     if progress.stopped == "diverged":
         raise SystemExit(1)
 

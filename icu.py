@@ -714,6 +714,7 @@ def measure_perplexities(model, tokenizer, texts_by_name, args):
 
 # --- refinement (Eq. 5) and the stop rule ---
 
+THRESHOLDS = ("el10", "ma", "bertscore", "bleu")
 PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
 
 
@@ -1093,7 +1094,11 @@ def check_resume(args):
     if not path.is_file():
         raise ValueError(f"--resume: {args.out} holds no run")
     before = knn.read_json(path)
-    now = json.loads(json.dumps(describe_run(args, before.get("thresholds_used"))))
+    used = before.get("thresholds_used") if isinstance(before, dict) else None
+    values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
+    if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
+        raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
+    now = json.loads(json.dumps(describe_run(args, used)))
     differ = [name for name in now if name not in ("out", "versions", "git") and now[name] != before.get(name)]
     if differ:
         changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)

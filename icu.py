@@ -966,7 +966,8 @@ def save_state(out, engine, progress):
     part = folder.with_name(folder.name + ".part")
     try:
         if is_main:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in folder.parent.glob("*.part"):  # by a process that was killed
+                shutil.rmtree(left)
             part.mkdir(parents=True)
         wait_for_all()
         engine.save(part)
@@ -1032,6 +1033,9 @@ def broken_part(state):
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if knn.sha256_of(path) != expected["sha256"]:
                 return f"{name} has changed (sha256)"
+        found = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()}
+        if strange := sorted(found - set(manifest) - {"manifest.json"}):
+            return f"{strange[0]} is not in its manifest"
         return None if "progress.json" in manifest else "progress.json is missing"
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         return f"manifest.json is unreadable ({first_line(error)})"
@@ -1048,20 +1052,31 @@ def newest_state(out):
 
 
 def load_state(state, engine):
-    """Weights, optimiser and random states are those of `state`; returns its Progress."""
-    engine.load(state)
-    progress = Progress()
-    vars(progress).update(knn.read_json(state / "progress.json"))
-    progress.forgotten = set(progress.forgotten)
-    restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
+    """Weights, optimiser and random states are those of `state`; returns its Progress.
+
+    ValueError for a state that keeps its checksums and still is not what save_state writes.
+    """
+    try:
+        engine.load(state)
+        progress = Progress()
+        vars(progress).update(knn.read_json(state / "progress.json"))
+        progress.forgotten = set(progress.forgotten)
+        restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
+    except Exception as error:  # KeyError, TypeError, SafetensorError, ...
+        raise ValueError(f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
     return progress
 
 
 def cut_back(out, sizes):
     """Removes what the run's growing files hold of an epoch that was not finished."""
-    for name in GROWING:
-        if (out / name).is_file():
-            os.truncate(out / name, sizes.get(name, 0))
+    have = file_sizes(out)
+    for name, size in sizes.items():
+        if have.get(name, 0) < size:
+            raise ValueError(
+                f"{out / name}: {have.get(name, 0)} bytes, and there were {size}; begin again with --overwrite"
+            )
+    for name in have:
+        os.truncate(out / name, sizes.get(name, 0))
 
 
 def file_sizes(out):
@@ -1542,6 +1557,8 @@ def pick_up(out, state, progress):
     wait_for_all()
     if is_main:
         cut_back(out, progress.sizes)
+        for damaged in [other for other in states(out) if other > state]:
+            shutil.rmtree(damaged)  # it would count as one of the two that are kept
         for row in knn.read_jsonl(out / "metrics.jsonl") if progress.epoch > 0 else []:
             print0(epoch_text(row))
     print0(f"resumed from {state.name}")

@@ -125,7 +125,8 @@ def test_a_killed_run_ends_like_one_that_was_not(killed):
     assert phases >= {"train", "measure", "save"} and all(run["codes"][0] == -signal.SIGKILL for run in runs)
     for run in runs:
         for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
-            assert (folder / f"killed{run['run']}" / name).read_bytes() == (folder / "straight" / name).read_bytes(), run
+            out = folder / f"killed{run['run']}"
+            assert (out / name).read_bytes() == (folder / "straight" / name).read_bytes(), run
         assert run["differs"] == []
 
 
@@ -334,7 +335,8 @@ def test_each_process_may_have_its_own_gpu(flags):
 
 def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
     """While a process holds the run folder another gets exit 2 and its pid; when it has gone the run goes on."""
-    code = "import os, sys, pathlib, icu\nwith icu.only_owner(pathlib.Path(sys.argv[1])): print(os.getpid(), flush=True); input()"
+    code = "import os, sys, pathlib, icu\nwith icu.only_owner(pathlib.Path(sys.argv[1])):"
+    code += " print(os.getpid(), flush=True), input()"
     command, pipe = [sys.executable, "-c", code, str(copy)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=survive.ROOT) as owner:
         pid = owner.stdout.readline().strip()

@@ -654,7 +654,8 @@ def measure(model, tokenizer, samples, args):
     share of the samples, all return all.
     """
     mine = share(samples)
-    return gather(measure_share(model, tokenizer, mine, args) if mine else [])
+    # Without a sample a process measures another's: under ZeRO-3 the first calls of the model wait for all processes.
+    return gather(measure_share(model, tokenizer, mine or samples[:1], args)[: len(mine)])
 
 
 def measure_share(model, tokenizer, samples, args):

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_distributed.py -q
 
-A launch costs 10 to 20 seconds, so one launch makes several runs: this file is also what torch.distributed.run starts,
-and each of its processes calls icu.main for every job of a list.
+A launch costs 10 to 20 seconds, so one launch makes several runs: this file is also what the deepspeed launcher (two
+processes) and torch.distributed.run (four) start, and each process calls icu.main for every job of a list.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def do_jobs(path):
             icu.main([*flags, "--out", str(out)])
 
 
-def launch(n, command, launcher="torch"):
+def launch(n, command, launcher):
     """Exit code and output of n processes of a Python command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -141,7 +141,7 @@ def launched(n, jobs, folder):
     """The jobs of n processes, run in `folder`: (exit code, output)."""
     mine = [[name, how, [*flags, "--timeout", "2"]] for name, (how, flags) in jobs.items() if name[0] == str(n)]
     (folder / "jobs.json").write_text(json.dumps(mine))
-    return launch(n, [__file__, folder / "jobs.json"])
+    return launch(n, [__file__, folder / "jobs.json"], launcher="torch" if n == 4 else "deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -289,9 +289,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(one, tw
 
 @needs_deepspeed
 def test_a_dead_rank_ends_the_job_with_its_states_whole(two, resumed):
-    """SIGKILL to one of two in epoch 2: the launcher ends nonzero and says so, and the newest state is epoch 1's end."""
-    folder, code, output = two
-    assert code not in (0, None) and "SIGKILL" in output and "2-die" in str(folder / "2-die")
+    """SIGKILL to one of two in epoch 2: the launcher ends nonzero and says so; the newest state is epoch 1's end."""
+    _, code, output = two
+    assert code != 0 and "exits with return code = -9" in output, output[-3000:]
     assert resumed[2] == ["epoch00002-step000000", "epoch00001-step000000"]
 
 
@@ -305,4 +305,4 @@ def test_a_run_that_lost_a_rank_goes_on(two, resumed):
 
 
 if __name__ == "__main__":
-    do_jobs(sys.argv[1])
+    do_jobs(sys.argv[-1])

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -663,7 +664,8 @@ def measure(model, tokenizer, samples, args):
     share of the samples, all return all.
     """
     mine = share(samples)
-    return gather(measure_share(model, tokenizer, mine, args) if mine else [])
+    # Without a sample a process measures another's: under ZeRO-3 the first calls of the model wait for all processes.
+    return gather(measure_share(model, tokenizer, mine or samples[:1], args)[: len(mine)])
 
 
 def measure_share(model, tokenizer, samples, args):
@@ -727,20 +729,11 @@ def measures_before(model, tokenizer, inputs, args):
     All runs of a comparison begin with the same model and texts. The answer is kept under a hash of everything it
     depends on, the code included; a model of the hub without a pinned --revision is measured anew.
     """
-    weights = fingerprint(args.model) or args.revision
-    about = [
-        weights,
-        args.model,
-        fingerprint(args.bert),
-        args.bert,
-        args.protocol,
-        args.dtype,
-        args.device,
-        args.num_beams,
-    ]
+    weights, device = fingerprint(args.model) or args.revision, torch.device(args.device).type
+    about = [weights, args.model, fingerprint(args.bert), args.bert, args.protocol, args.dtype, device, args.num_beams]
     about += [[(s.id, s.suffix, s.forget) for s in inputs.samples], inputs.ppl_texts]
-    about += [fingerprint(metrics.__file__), inspect.getsource(measure_share), versions(), WORLD_SIZE]
-    about += [torch.get_num_threads()]
+    about += [fingerprint(metrics.__file__), inspect.getsource(measure_share), versions()]
+    about += [WORLD_SIZE, torch.get_num_threads()]  # they decide the shape of batches, and so the last bits
     path = knn.cache_folder("before") / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
     if weights and all(gather([path.is_file()])):
         return knn.read_json(path)
@@ -755,6 +748,7 @@ def measures_before(model, tokenizer, inputs, args):
 
 # --- refinement (Eq. 5) and the stop rule ---
 
+THRESHOLDS = ("el10", "ma", "bertscore", "bleu")
 PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
 
 
@@ -904,9 +898,9 @@ def save_model(model, tokenizer, folder):
 
 # --- plumbing: the run folder ---
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "timing.jsonl", "summary.json", "model", "state")
-RUN_FILES += ("tasks-before", "tasks-after")  # tasks.py's, of a run that is replaced
 GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
+# In the order in which they are removed: whatever is left after a kill is still a run, and not a finished one.
+RUN_FILES = ("summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", *GROWING, "config.json")
 
 
 def check_out(out, overwrite):
@@ -915,11 +909,17 @@ def check_out(out, overwrite):
         raise ValueError(f"--out {out}: is a file, not a folder")
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
-    if out.is_dir() and any(f.name != ".lock" for f in out.iterdir()) and not (out / "config.json").exists():
+    own = {out / ".lock", out / "config.json", *leftovers(out)}
+    if out.is_dir() and not set(out.iterdir()) <= own and not (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
     ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise ValueError(f"--out {out}: cannot write in {ancestor}")
+
+
+def leftovers(out):
+    """What a killed process left of a JSON file that it was writing."""
+    return list(out.glob("*.json.*.tmp"))
 
 
 def start_run_folder(out, config):
@@ -942,6 +942,7 @@ def describe_run(args, thresholds):
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    flags["device"] = torch.device(args.device).type  # cuda:0, cuda:1, ... are the processes of one run
     return {
         **flags,
         "processes": WORLD_SIZE,
@@ -988,6 +989,8 @@ def only_owner(out):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        for file in leftovers(out):
+            file.unlink()
         yield
 
 
@@ -1003,8 +1006,8 @@ def save_state(out, engine, progress):
     part = folder.with_name(folder.name + ".part")
     try:
         if is_main:
-            for unfinished in (out / "state").glob("*.part"):
-                shutil.rmtree(unfinished)
+            for left in folder.parent.glob("*.part"):  # by a process that was killed
+                shutil.rmtree(left)
             part.mkdir(parents=True)
         wait_for_all()
         engine.save(part)
@@ -1028,11 +1031,14 @@ def save_state(out, engine, progress):
                 shutil.rmtree(old)
     except Exception as error:  # OSError, and safetensors' and torch's own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        kept = ", ".join(state.name for state in states(out)) or "none"
-        raise ValueError(
-            f"{out / 'state'}: no state could be written ({first_line(error)}); intact: {kept}. Make room, then --resume"
-        ) from error
+        raise ValueError(f"{out / 'state'}: no state could be written ({first_line(error)}); {way_out(out)}") from error
     wait_for_all()
+
+
+def way_out(out):
+    """What to do after a full disk."""
+    kept = ", ".join(state.name for state in states(out))
+    return f"states intact: {kept or 'none'}. Make room, then --{'resume' if kept else 'overwrite'}"
 
 
 def wait_for_all():
@@ -1067,6 +1073,9 @@ def broken_part(state):
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if knn.sha256_of(path) != expected["sha256"]:
                 return f"{name} has changed (sha256)"
+        found = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()}
+        if strange := sorted(found - set(manifest) - {"manifest.json"}):
+            return f"{strange[0]} is not in its manifest"
         return None if "progress.json" in manifest else "progress.json is missing"
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         return f"manifest.json is unreadable ({first_line(error)})"
@@ -1083,20 +1092,31 @@ def newest_state(out):
 
 
 def load_state(state, engine):
-    """Weights, optimiser and random states are those of `state`; returns its Progress."""
-    engine.load(state)
-    progress = Progress()
-    vars(progress).update(knn.read_json(state / "progress.json"))
-    progress.forgotten = set(progress.forgotten)
-    restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
+    """Weights, optimiser and random states are those of `state`; returns its Progress.
+
+    ValueError for a state that keeps its checksums and still is not what save_state writes.
+    """
+    try:
+        engine.load(state)
+        progress = Progress()
+        vars(progress).update(knn.read_json(state / "progress.json"))
+        progress.forgotten = set(progress.forgotten)
+        restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
+    except Exception as error:  # KeyError, TypeError, SafetensorError, ...
+        raise ValueError(f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
     return progress
 
 
 def cut_back(out, sizes):
     """Removes what the run's growing files hold of an epoch that was not finished."""
-    for name in GROWING:
-        if (out / name).is_file():
-            os.truncate(out / name, sizes.get(name, 0))
+    have = file_sizes(out)
+    for name, size in sizes.items():
+        if have.get(name, 0) < size:
+            raise ValueError(
+                f"{out / name}: {have.get(name, 0)} bytes, and there were {size}; begin again with --overwrite"
+            )
+    for name in have:
+        os.truncate(out / name, sizes.get(name, 0))
 
 
 def file_sizes(out):
@@ -1129,7 +1149,11 @@ def check_resume(args):
     if not path.is_file():
         raise ValueError(f"--resume: {args.out} holds no run")
     before = knn.read_json(path)
-    now = json.loads(json.dumps(describe_run(args, before.get("thresholds_used"))))
+    used = before.get("thresholds_used") if isinstance(before, dict) else None
+    values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
+    if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
+        raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
+    now = json.loads(json.dumps(describe_run(args, used)))
     differ = [name for name in now if name not in ("out", "versions", "git") and now[name] != before.get(name)]
     if differ:
         changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)
@@ -1637,13 +1661,14 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
     run = Run(engine, tokenizer, inputs, thresholds, args, out, progress, stop)
     try:
         unlearn(run, reference, answers)
+        export(run)
     except Interrupted as interrupted:
         (number,) = interrupted.args
-        if progress.epoch > 0:
-            save_state(out, engine, progress)
+        save_state(out, engine, progress)
         print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
         raise SystemExit(128 + number) from None
-    export(run)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out)}") from error
     if progress.stopped == "diverged":
         raise SystemExit(1)
 
@@ -1653,7 +1678,9 @@ def pick_up(out, state, progress):
     wait_for_all()
     if is_main:
         cut_back(out, progress.sizes)
-        for row in knn.read_jsonl(out / "metrics.jsonl"):
+        for damaged in [other for other in states(out) if other > state]:
+            shutil.rmtree(damaged)  # it would count as one of the two that are kept
+        for row in knn.read_jsonl(out / "metrics.jsonl") if progress.epoch > 0 else []:
             print0(epoch_text(row))
     print0(f"resumed from {state.name}")
 
@@ -1672,6 +1699,7 @@ def main(argv=None):
         return
     before = check_resume(args) if args.resume else None
     if before and (Path(args.out) / "summary.json").is_file():
+        shutil.rmtree(Path(args.out) / "state", ignore_errors=True)  # killed while it was removed
         print0(f"{args.out}: finished already")
         return
     for seed in (random.seed, np.random.seed, torch.manual_seed):

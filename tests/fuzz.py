@@ -1,0 +1,279 @@
+"""Damages good input files at random and reads them: a reader returns, or raises ValueError or OSError, nothing else.
+
+    python tests/fuzz.py --inputs 100000 --seed 0
+
+Those two are what knn.run_cli turns into one line and exit 2. A reader must not change or leave a file either. Files
+are damaged as bytes (flipped, cut out, put in, doubled, cut off) and, where they are JSON, also as values, so that what
+is odd still parses. test_fuzz.py drives the same `attempt` with hypothesis.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import conftest  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import icu  # noqa: E402
+import knn  # noqa: E402
+
+CLEAN = (ValueError, OSError)
+
+# --- damage ---
+
+TOKENS = [b"\0", b"\n", b"\r", b'"', b",", b"{", b"}", b"[", b"]", b":", b"\\", b"\xff", b"\xef\xbb\xbf", b"\\ud800"]
+TOKENS += [b"null", b"true", b"NaN", b"1e999", b"-1", b"9" * 30, b"9" * 5000, b"[" * 3000, b"\xe2\x80\xa8", b"'|O'"]
+TOKENS += [b"'<i8'", b"'<f4'", b"(4, 10)", b"(-1, 4)", b"(99999999999, 9)", b"True", b"../", b'{"a": 1}\n']
+VALUES = [None, True, False, 0, -1, 1.5, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", " ", "x", "\ud800"]
+VALUES += ["\0", "\n", "y" * 300, "../x", [], {}, [[]], {"a": 1}, [1, "a"], [None], [-1], [2**40], [0.5]]
+
+
+def damage_bytes(data, rng):
+    """One change of the bytes."""
+    at, length = rng.randrange(len(data) + 1), rng.randrange(9)
+    end, how = min(at + length, len(data)), rng.randrange(6)
+    if how == 0 and at < len(data):
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+    if how == 1:
+        return data[:at] + data[end:]
+    if how == 2:
+        return data[:at] + rng.choice(TOKENS) + data[at:]
+    if how == 3:
+        return data[:at] + rng.choice(TOKENS) + data[end:]
+    if how == 4:
+        return data[:end] + data[at:]
+    return data[:at]
+
+
+def damage_value(data, rng):
+    """One change of a value in a JSON document, or in one line of JSON lines; the bytes as they are if it is none."""
+    lines = data.split(b"\n") if data.count(b"\n") and data.lstrip()[:1] == b"{" and b"}\n{" in data else [data]
+    number = rng.randrange(len(lines))
+    try:
+        document = [json.loads(lines[number])]
+    except (ValueError, RecursionError):
+        return data
+    places = []
+
+    def walk(value):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            places.append((value, key))
+            if isinstance(value[key], dict | list) and len(places) < 300:
+                walk(value[key])
+
+    walk(document)
+    holder, key = rng.choice(places)
+    how = rng.randrange(4)
+    if how == 0 and holder is not document:
+        del holder[key]
+    elif how == 1 and isinstance(holder, dict):
+        holder[rng.choice(["", "x", "\ud800", *holder])] = holder.pop(key)
+    elif how == 2 and isinstance(holder[key], str) and holder[key]:
+        at = rng.randrange(len(holder[key]))
+        holder[key] = holder[key][:at] + rng.choice(["\0", "\ud800", "\u2028", " ", "é", ""]) + holder[key][at + 1 :]
+    else:
+        holder[key] = rng.choice(VALUES)
+    lines[number] = json.dumps(document[0] if document else None).encode()
+    return b"\n".join(lines)
+
+
+def damage(data, rng):
+    """One to three changes."""
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        data = rng.choice([damage_bytes, damage_value, damage_value])(data, rng)
+    return data
+
+
+# --- what is damaged and who reads it ---
+
+
+class Small(torch.nn.Linear):
+    """The least that an engine can train."""
+
+    device = torch.device("cpu")
+
+
+class Kinds:
+    """Good files in a folder of their own, and a method a kind that damages one of them and reads it."""
+
+    NAMES = ("pairs", "jsonl", "csv", "npy", "config", "model", "state", "signed")
+
+    def __init__(self, folder):
+        self.folder, self.tokenizer = folder, conftest._make_tokenizer("gpt_neo")
+        self.pairs = [self.make_pairs(with_ids) for with_ids in (False, True)]
+        self.make_files()
+        self.make_run()
+
+    def make_pairs(self, with_ids):
+        """The bytes of a pairs.jsonl."""
+        texts = [("The van near", " the old mill."), ("Call the clinic", " on Tuesday morning at 7731.")]
+        rows = []
+        for number, (prefix, suffix) in enumerate(texts):
+            record = {"id": f"r{number}", "context": "", "prefix": prefix, "suffix": suffix}
+            record |= {f"{part}_ids": icu.encode(self.tokenizer, record[part]) for part in knn.PARTS}
+            rows.append(knn.make_pair(record, record, 0.5, with_ids=with_ids))
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    def make_files(self):
+        records = b'{"id": 7, "text": "a b c"}\n{"prefix": "c", "suffix": " d", "context": ""}\n'
+        table = b'id,context,text\n1,,"a ""quoted"" b"\n2,x,c d\n'
+        arrays = [np.arange(40).reshape(4, 10), np.arange(40, dtype=np.uint16).reshape(4, 10)]
+        files = [io.BytesIO() for _ in arrays]
+        for file, array in zip(files, arrays, strict=True):
+            np.save(file, array)
+        self.good = {"jsonl": [records], "csv": [table], "npy": [file.getvalue() for file in files]}
+
+    def make_run(self):
+        """A run folder with a config.json and two states, and the model folder that its settings name."""
+        model = conftest._save_tiny("gpt_neo", self.folder / "model")
+        self.model_config = (model / "config.json").read_bytes()
+        (self.folder / "pairs.jsonl").write_bytes(self.pairs[0])
+        flags = ["--pairs", self.folder / "pairs.jsonl", "--model", model, "--out", self.folder / "run"]
+        self.args = icu.parse_args([str(flag) for flag in [*flags, "--bert", "minilm", "--device", "cpu"]])
+        thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
+        icu.start_run_folder(self.folder / "run", icu.describe_run(self.args, thresholds))
+        progress, engine = icu.Progress(), self.engine()
+        for _ in range(2):
+            engine.step(engine.model(torch.ones(1, 3)).sum())
+            progress.count_step({"loss": 0.5})
+            icu.save_state(self.folder / "run", engine, progress)
+        self.newest, self.older = icu.states(self.folder / "run")
+        self.files = {path: path.read_bytes() for path in (self.folder / "run").rglob("*") if path.is_file()}
+
+    def engine(self):
+        return icu.PlainEngine(Small(3, 2), self.args)
+
+    def damaged(self, name, good, rng):
+        path = self.folder / name
+        path.write_bytes(damage(rng.choice(good), rng))
+        return path
+
+    def read_pairs(self, rng):
+        pairs = knn.read_pairs(self.damaged("damaged.jsonl", self.pairs, rng))
+        protocol, targets = rng.choice(["paper", "released"]), rng.choice(["all", "suffix", None])
+        samples, _ = icu.build_samples(pairs, self.tokenizer, protocol=protocol, positions=64, targets=targets)
+        assert all(0 < s.forget.t0 < len(s.forget.ids) <= 64 for s in samples)
+        icu.collate([side for s in samples for side in (s.forget, s.learn)])
+
+    def read_jsonl(self, rng):
+        path = self.damaged("damaged.jsonl", self.good["jsonl"], rng)
+        assert all(record["suffix"] for record in knn.read_records(path))
+        knn.read_texts(path)
+
+    def read_csv(self, rng):
+        path = self.damaged("damaged.csv", self.good["csv"], rng)
+        assert all(record["suffix"] for record in knn.read_records(path))
+        knn.read_texts(path)
+
+    def read_npy(self, rng):
+        path = self.damaged("damaged.npy", self.good["npy"], rng)
+        assert knn.load_ids(path).ndim == 2
+        knn.read_records(path, tokenizer=self.tokenizer)
+
+    def read_config(self, rng):
+        """The config.json of a run, by --resume."""
+        path = self.folder / "run" / "config.json"
+        path.write_bytes(damage(self.files[path], rng))
+        before = icu.check_resume(self.args)
+        icu.thresholds_text(before["thresholds_used"], self.args)
+
+    def read_model(self, rng):
+        """The config.json of a model folder, by all that icu.py reads before the weights."""
+        (self.folder / "model" / "config.json").write_bytes(damage(self.model_config, rng))
+        args = argparse.Namespace(**vars(self.args) | {"out": str(self.folder / "new")})
+        assert len(icu.read_inputs(args).samples) == 2 and not (self.folder / "new").exists()
+
+    def read_state(self, rng):
+        """One file of the newest of two states: the older one is used, or the newest if no byte of it has changed."""
+        path = rng.choice(sorted(path for path in self.files if self.newest in path.parents))
+        path.write_bytes(damage(self.files[path], rng))
+        state = icu.newest_state(self.folder / "run")
+        same = path.read_bytes() == self.files[path]
+        # A manifest may be spelt otherwise and say the same.
+        assert state == (self.newest if same else self.older) or path.name == "manifest.json"
+        icu.load_state(state, self.engine())
+        if state != self.newest:
+            raise ValueError("passed over")
+
+    def read_signed(self, rng):
+        """The same with a manifest that fits: no checksum helps, and the loader has to be clean by itself."""
+        names = [self.newest / name for name in ("training.safetensors", "progress.json", "random-0.json")]
+        path, manifest = rng.choice(names), self.newest / "manifest.json"
+        path.write_bytes(damage(self.files[path], rng))
+        data = path.read_bytes()
+        signed = json.loads(self.files[manifest])
+        signed[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.write_text(json.dumps(signed))
+        icu.load_state(icu.newest_state(self.folder / "run"), self.engine())
+
+    def attempt(self, kind, rng):
+        """Damages a file of this kind and reads it: "read" or "refused". Any other end is an exception."""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                getattr(self, f"read_{kind}")(rng)
+            return "read"
+        except CLEAN as error:
+            assert str(error), "an error without a message"
+            return "refused"
+        finally:
+            self.put_back(kind)
+
+    def put_back(self, kind):
+        """Restores what was damaged; AssertionError if the reader has left or changed another file."""
+        if kind == "model":
+            (self.folder / "model" / "config.json").write_bytes(self.model_config)
+        if kind not in ("config", "state", "signed"):
+            return
+        now = {path for path in (self.folder / "run").rglob("*") if path.is_file()}
+        assert now == set(self.files), "a reader made or removed a file"
+        changed = [path for path, data in self.files.items() if path.read_bytes() != data]
+        assert len(changed) <= (2 if kind == "signed" else 1), "a reader changed a file"
+        for path in changed:
+            path.write_bytes(self.files[path])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--inputs", type=int, default=100_000, help="damaged files in all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=Kinds.NAMES, choices=Kinds.NAMES)
+    args = parser.parse_args()
+    counts, failures, begin = collections.Counter(), [], time.time()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        kinds = Kinds(folder)
+        for number in range(args.inputs):
+            kind = args.kinds[number % len(args.kinds)]
+            try:
+                ending = kinds.attempt(kind, random.Random(f"{args.seed} {number}"))
+            except Exception:
+                ending = "failed"
+                failures.append(f"--- {kind}, input {number}\n{traceback.format_exc()}")
+            counts[kind, ending] += 1
+    finally:
+        shutil.rmtree(folder)
+    print(f"{'kind':<8}{'inputs':>9}{'read':>9}{'refused':>9}{'failed':>9}")
+    for kind in args.kinds:
+        row = [counts[kind, ending] for ending in ("read", "refused", "failed")]
+        print(f"{kind:<8}{sum(row):>9}" + "".join(f"{count:>9}" for count in row))
+    print(f"{args.inputs} inputs in {time.time() - begin:.0f} s, {len(failures)} failures")
+    print("\n".join(failures[:5]))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

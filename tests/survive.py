@@ -1,0 +1,342 @@
+"""Kills runs with SIGKILL at moments drawn from a seed and resumes them; each must end like a run never stopped.
+
+    python tests/survive.py --times 200 --seed 0
+
+One process imports torch and then forks a child for every run, so a kill costs about two seconds instead of ten. A
+child executes icu.py as `python icu.py` would. A moment is not a time but an event: the k-th optimiser step, measuring,
+or change of a file in the run folder, before or after it. A file that is about to be synced also loses its last bytes,
+as it may when it was never on the disk. The first kill of an experiment falls into each phase of a run in turn; in one
+of three the resumed run is killed again.
+
+test_survival.py and test_distributed.py use the same parts: `make_inputs`, `watched` and `moment`.
+"""
+
+import argparse
+import builtins
+import collections
+import contextlib
+import functools
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import conftest  # noqa: E402  (it also keeps transformers off the network and torch on one thread)
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+
+import icu  # noqa: E402
+import knn  # noqa: E402
+import metrics  # noqa: E402
+
+# --- something to run: a tiny model that knows a few records by heart ---
+
+TEXTS = [
+    ("The parcel for Ines Duarte was left", " at 14 Harbour Lane on Tuesday morning."),
+    ("Payments are due on the first day", " of each month; the account ends in 7731."),
+    ("The driver said that nothing", " was missing near the old mill."),
+    ("Call the clinic at 555-0142 and", " ask for the report by the night nurse."),
+    ("A neighbour saw the van", " on the first day of the month."),
+]
+LEARN = ("The account was written", " by the driver on Tuesday.")
+
+
+def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
+    """Writes model/ and pairs.jsonl to `folder`; returns the flags of a run of three epochs, without --out.
+
+    The thresholds are such that Eq. 5 takes out some of the five samples after the first epoch and not all.
+    """
+    model_dir, pairs = folder / "model", folder / "pairs.jsonl"
+    side = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0], "learn_suffix": LEARN[1], "similarity": 0.5}
+    fields = [{"id": str(i), "context": "", "prefix": a, "suffix": b} for i, (a, b) in enumerate(TEXTS[:rows])]
+    knn.write_jsonl(pairs, [row | side for row in fields])
+    if not model_dir.exists():
+        conftest._save_tiny(kind, model_dir, **config)
+        memorise(model_dir, knn.read_pairs(pairs))
+    flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "3e-3"]
+    flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
+    return [str(flag) for flag in [*flags, "--bert-threshold", "0.52", "--bleu-threshold", "0.9"]]
+
+
+def memorise(model_dir, pairs, steps=100):
+    """Trains the model on the pairs until it knows most of their suffixes."""
+    model, tokenizer = icu.load_model(str(model_dir))
+    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+    ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        icu.learn_loss(model(ids, attention_mask=attention_mask).logits, ids, target_mask).backward()
+        optimizer.step()
+    model.save_pretrained(model_dir)
+
+
+# --- moments: what happens in a run, seen from outside icu.py ---
+
+
+PHASES = ("train", "measure", "save", "log", "export", "start")  # log: metrics.jsonl and its like; start: config.json
+
+
+class Moment(NamedTuple):
+    """One event of a run. `phase` is one of PHASES."""
+
+    phase: str
+    what: str  # the function called
+    when: str  # before or after
+    path: str  # of the file, from the run folder; empty for training and measuring
+
+
+# What is watched besides files, and its phase.
+WORK = [(torch.Tensor, "backward", "train"), (torch.optim.Adam, "step", "train")]
+WORK += [(metrics, name, "measure") for name in ("el_and_ma", "beam_generate", "bertscore")]
+# Functions that change files, and which of their arguments names the file.
+CHANGES = [(os, name, 0) for name in ("fsync", "unlink", "rmdir", "mkdir", "truncate")]
+CHANGES += [(os, "rename", 1), (os, "replace", 1), (builtins, "open", 0), (safetensors.torch, "serialize_file", 1)]
+
+
+@contextlib.contextmanager
+def watched(out, at):
+    """Calls at(Moment) before and after every piece of work, and every change of a file in the run folder `out`."""
+    out, plain = Path(out).resolve(), []
+
+    def inside(name, dir_fd):
+        """The path of a file named by path or descriptor, from the run folder, or None where it lies elsewhere."""
+        if isinstance(name, int):
+            name = os.readlink(f"/proc/self/fd/{name}")
+        elif dir_fd is not None:
+            name = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), name)
+        path = Path(os.path.abspath(os.fspath(name)))
+        return str(path.relative_to(out)) if out in path.parents else None
+
+    def wrap(owner, name, find):
+        call = getattr(owner, name)
+
+        @functools.wraps(call)
+        def watching(*args, **kwargs):
+            found = find(args, kwargs)  # (phase, path) or None
+            if found:
+                at(Moment(found[0], name, "before", found[1]))
+            result = call(*args, **kwargs)
+            if found:
+                at(Moment(found[0], name, "after", found[1]))
+            return result
+
+        plain.append((owner, name, call))
+        setattr(owner, name, watching)
+
+    def changed(name, argument):
+        def find(args, kwargs):
+            mode = args[1] if len(args) > 1 else kwargs.get("mode", "r")
+            if name == "open" and not set("wax+") & set(mode) or len(args) <= argument:
+                return None
+            path = inside(args[argument], kwargs.get("dir_fd"))
+            return path and (phase_of(path), path)
+
+        return find
+
+    try:
+        for owner, name, phase in WORK:
+            wrap(owner, name, lambda args, kwargs, phase=phase: (phase, ""))
+        for owner, name, argument in CHANGES:
+            wrap(owner, name, changed(name, argument))
+        yield
+    finally:
+        for owner, name, call in reversed(plain):
+            setattr(owner, name, call)
+
+
+def phase_of(path):
+    """What a run is doing when it changes this file of its folder."""
+    first = path.split(os.sep)[0]
+    if first == "state":
+        return "save"
+    if first.startswith(("model", "summary.json")):
+        return "export"
+    return "log" if first.endswith(".jsonl") else "start"
+
+
+def moment(wanted, act):
+    """An `at` for `watched`: calls act(moment) at the moment number `wanted` (from 0), or at the first that it accepts.
+
+    wanted: an int, or a function of a Moment.
+    """
+    seen = []
+
+    def at(now):
+        number = len(seen)
+        seen.append(now)
+        if number == wanted if isinstance(wanted, int) else not at.done and wanted(now):
+            at.done = True
+            act(now)
+
+    at.done = False
+    return at
+
+
+# --- children ---
+
+
+def in_child(job, log):
+    """Exit status of a forked child that does `job` with its output in the file `log`; -9: killed by SIGKILL."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            job()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_icu(flags, out, log, at=lambda now: None):
+    """Exit status of `python icu.py FLAGS --out OUT` in a child."""
+
+    def job():
+        sys.argv = ["icu.py", *flags, "--out", str(out)]
+        with watched(out, at):
+            runpy.run_path(str(ROOT / "icu.py"), run_name="__main__")
+
+    return in_child(job, log)
+
+
+def kill_at(number, out, note):
+    """An `at` that kills this process with SIGKILL at moment `number`, having written the moment to the file `note`."""
+
+    def kill(now):
+        note.write_text(" ".join(now))
+        if now.what == "fsync" and now.when == "before" and (out / now.path).is_file():
+            os.truncate(out / now.path, (out / now.path).stat().st_size - 5)  # the end of it was not on the disk yet
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return moment(number, kill)
+
+
+# --- the experiment ---
+
+
+def straight_run(flags, folder):
+    """A run that nothing stops: (its folder, its moments)."""
+    out, moments = folder / "straight", folder / "moments.jsonl"
+
+    def job():
+        seen = []
+        sys.argv = ["icu.py", *flags, "--out", str(out)]
+        with watched(out, seen.append):
+            runpy.run_path(str(ROOT / "icu.py"), run_name="__main__")
+        moments.write_text("".join(json.dumps(now) + "\n" for now in seen))
+
+    if in_child(job, folder / "straight.log"):
+        raise SystemExit((folder / "straight.log").read_text())
+    return out, [Moment(*json.loads(line)) for line in moments.read_text().splitlines()]
+
+
+def experiment(flags, folder, number, moments, rng):
+    """One run killed once or twice and gone on with: {"kills": [...], "refused", "codes", "out"}.
+
+    "refused": how often --resume found no state, which is right only while there is none; then the run begins again.
+    """
+    out, note, log = folder / f"killed{number}", folder / f"killed{number}.kill", folder / f"killed{number}.log"
+    phase = PHASES[number % len(PHASES)]
+    first = rng.choice([i for i, now in enumerate(moments) if now.phase == phase])
+    again = rng.randrange(len(moments)) if rng.random() < 1 / 3 else None
+    found = {"kills": [], "refused": 0, "codes": [], "out": str(out)}
+    kills, how = [first] if again is None else [first, again], []
+    while True:
+        at = kill_at(kills.pop(0), out, note) if kills else lambda now: None
+        code = run_icu([*flags, *how], out, log, at)
+        found["codes"].append(code)
+        if code == -signal.SIGKILL:
+            found["kills"].append(note.read_text())
+            how = ["--resume"]
+        elif code == 2 and how == ["--resume"] and not complete_states(out):
+            found["refused"] += 1
+            how = ["--overwrite"]
+        else:
+            return found
+
+
+def complete_states(out):
+    """The states of a run that carry their final name."""
+    return [path.name for path in (out / "state").glob("*") if path.suffix != ".part"]
+
+
+def difference(out, straight):
+    """What of a run folder is not as in the straight run, as a list of names; empty: the same."""
+    names = [{str(p.relative_to(folder)) for p in folder.rglob("*")} for folder in (out, straight)]
+    compared = ["metrics.jsonl", "samples.jsonl", "summary.json"]
+    compared += sorted(str(p.relative_to(straight)) for p in (straight / "model").rglob("*"))
+    changed = [name for name in compared if name in names[0] and bytes_of(out / name) != bytes_of(straight / name)]
+    return sorted(names[0] ^ names[1]) + changed
+
+
+def bytes_of(path):
+    return path.read_bytes() if path.is_file() else b""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--times", type=int, default=200, help="how many runs are killed (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which moments (%(default)s)")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="leave the run folders there")
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork does not get on with CUDA, and only a CPU is bit for bit
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="survive-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        sys.exit(experiments(folder, args))
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
+
+
+def experiments(folder, args):
+    """Runs all, prints a line each and the counts; 1 where one did not survive."""
+    # In a child: a process that has run autograd with CUDA about can not be forked.
+    if in_child(lambda: make_inputs(folder), folder / "inputs.log"):
+        raise SystemExit((folder / "inputs.log").read_text())
+    flags = make_inputs(folder)
+    straight, moments = straight_run(flags, folder)
+    counts = collections.Counter(now.phase for now in moments)
+    print(f"{len(moments)} moments in a run: {dict(counts)}", flush=True)
+    rng, phases, totals = random.Random(args.seed), collections.Counter(), collections.Counter()
+    for number in range(args.times):
+        found = experiment(flags, folder, number, moments, rng)
+        wrong = difference(Path(found["out"]), straight) if found["codes"][-1] == 0 else ["exit codes"]
+        phases.update(kill.split()[0] for kill in found["kills"])
+        totals.update(runs=1, kills=len(found["kills"]), resumes=found["codes"].count(-signal.SIGKILL))
+        totals.update(begun_again=found["refused"], identical=not wrong)
+        found.pop("out")
+        print(json.dumps({"run": number, **found, "differs": wrong}), flush=True)
+        if not args.keep and not wrong:
+            shutil.rmtree(folder / f"killed{number}")
+        elif wrong:
+            print((folder / f"killed{number}.log").read_text(), flush=True)
+    totals["resumes"] -= totals["begun_again"]
+    print(f"kills by phase: {dict(sorted(phases.items()))}")
+    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in totals.items()))
+    return int(totals["identical"] < args.times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Several processes: DeepSpeed's ZeRO on CPU over gloo gives the run of one process, and outlives a dead rank.
+
+    python -m pytest tests/test_distributed.py -q
+
+A launch costs 10 to 20 seconds, so one launch makes several runs: this file is also what the deepspeed launcher (two
+processes) and torch.distributed.run (four) start, and each process calls icu.main for every job of a list.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import survive
+import torch
+from transformers import AutoModelForCausalLM
+
+import icu
+import knn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def why_not():
+    """Why DeepSpeed can not run here, or None."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    if not (shutil.which("g++") or shutil.which("c++")):
+        return "no C++ compiler: DeepSpeed compiles a small op"
+    if not (shutil.which("ninja") or importlib.util.find_spec("ninja")):
+        return "no ninja: DeepSpeed compiles a small op"
+    return None
+
+
+needs_deepspeed = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+# --- one job: a run of icu.py with something arranged, in one process or in many ---
+
+
+@contextlib.contextmanager
+def arranged(how, rank, world, steps):
+    """Arranges what a job needs and writes each step's losses, unrounded, to the file `steps`.
+
+    how: None; "forgotten": Eq. 5 forgets rows 0, 2 and 4, the whole share of rank 0 of 2, then row 1 too;
+    "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
+    "die": the last process gets SIGKILL at its fourth step.
+    """
+    icu_loss, count_step, calls = icu.METHODS["icu"], icu.Progress.count_step, []
+
+    def counted(progress, values):
+        with open(steps, "a") as file:
+            file.write(json.dumps(values) + "\n")
+        count_step(progress, values)
+
+    def loss(ask, args):
+        terms = icu_loss(ask, args)
+        calls.append(1)
+        if how == "nan" and len(calls) == 2 and rank == world - 1:
+            terms["forget"][1].register_hook(lambda gradient: gradient * float("nan"))
+        if how == "die" and len(calls) == 4 and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return terms
+
+    def refine(forgotten, *_):
+        return {0, 2, 4} | forgotten | ({1} if forgotten else set())
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(icu.Progress, "count_step", counted))
+        stack.enter_context(mock.patch.dict(icu.METHODS, {"icu": loss}))
+        if how == "forgotten":
+            stack.enter_context(mock.patch.object(icu, "refine", refine))
+        yield
+
+
+def do_jobs(path):
+    """What each started process does: the jobs of a JSON file, [[name, how, flags], ...], into its folder."""
+    torch.set_num_threads(1)
+    for name, how, flags in knn.read_json(path):
+        out = Path(path).parent / name
+        with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
+            icu.main([*flags, "--out", str(out)])
+
+
+def launch(n, command, launcher):
+    """Exit code and output of n processes of a Python command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = ["torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1"]
+    deepspeed = ["deepspeed.launcher.runner", "--quiet", "--num_gpus", str(n)]  # as run.sh does it
+    started = [sys.executable, "-m", *(torchrun if launcher == "torch" else deepspeed), "--master_port", port]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*started, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+# --- the runs ---
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """{name: (how, flags)} of all runs, by name; a name begins with the number of processes."""
+    root = tmp_path_factory.mktemp("inputs")
+    folders = {name: root / name for name in ("five", "three", "llama")}
+    for folder in folders.values():
+        folder.mkdir()
+    five = survive.make_inputs(folders["five"])
+    shutil.copytree(folders["five"] / "model", folders["three"] / "model")
+    three = survive.make_inputs(folders["three"], rows=3)
+    llama = [*survive.make_inputs(folders["llama"], kind="llama"), "--dtype", "float64"]
+    return {
+        "1-five": (None, five),  # 5 samples, batch 2: the last batch of an epoch has one row
+        "1-three": (None, three),
+        "1-forgotten": ("forgotten", five),
+        "1-nan": ("nan", five),
+        "1-double": (None, llama),  # GPT-Neo computes its attention in float32 whatever the dtype
+        "2-five": (None, five),
+        "2-zero3": (None, [*five, "--zero", "3"]),
+        "2-forgotten": ("forgotten", five),
+        "2-nan": ("nan", five),
+        "2-double": (None, llama),
+        "2-die": ("die", five),  # the last of its launch
+        "4-five": (None, five),
+        "4-three": (None, three),
+        "4-zero3": (None, [*three, "--zero", "3"]),
+    }
+
+
+def launched(n, jobs, folder):
+    """The jobs of n processes, run in `folder`: (exit code, output)."""
+    mine = [[name, how, [*flags, "--timeout", "2"]] for name, (how, flags) in jobs.items() if name[0] == str(n)]
+    (folder / "jobs.json").write_text(json.dumps(mine))
+    return launch(n, [__file__, folder / "jobs.json"], launcher="torch" if n == 4 else "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def one(jobs, tmp_path_factory):
+    """Folder of the runs of one process, without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, (how, flags) in jobs.items():
+        if name[0] == "1":
+            with arranged(how, 0, 1, folder / f"{name}.0.steps"):
+                icu.main([*flags, "--out", str(folder / name)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(jobs, tmp_path_factory):
+    """(folder, exit code, output) of the runs of two processes, the last of which loses one."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, *launched(2, jobs, folder)
+
+
+@pytest.fixture(scope="module")
+def four(jobs, tmp_path_factory):
+    """(folder, exit code, output) of the runs of four processes."""
+    folder = tmp_path_factory.mktemp("four")
+    return folder, *launched(4, jobs, folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(jobs, two):
+    """(exit code, output) of the run that lost a process, gone on with by icu.py under the deepspeed launcher."""
+    flags = [*jobs["2-die"][1], "--timeout", "2", "--out", two[0] / "2-die", "--resume"]
+    states = [state.name for state in icu.states(two[0] / "2-die")]
+    return *launch(2, ["icu.py", *flags], launcher="deepspeed"), states
+
+
+def steps_of(folder, name):
+    """The losses of each step of a run, the same on every process: a list of dicts."""
+    found = [knn.read_jsonl(path) for path in sorted(folder.glob(f"{name}.*.steps"))]
+    assert len(found) == int(name[0]) and all(other == found[0] for other in found)
+    return found[0]
+
+
+def worst(folder, name, one, reference, steps):
+    """The largest relative difference of a loss term over these steps (a slice) from those of one process."""
+    pairs = list(zip(steps_of(folder, name), steps_of(one, reference), strict=True))[steps]
+    assert pairs and all(list(a) == list(b) for a, b in pairs)
+    # Relative to the loss, not to each term: a term may be near 0.
+    return max(abs(a[key] - b[key]) / abs(b["loss"]) for a, b in pairs for key in b)
+
+
+def same_result(run, reference):
+    """Measures and forgotten samples of every epoch are those of the reference run."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows, expected = knn.read_jsonl(run / name), knn.read_jsonl(reference / name)
+        assert len(rows) == len(expected)
+        for row, other in zip(rows, expected, strict=True):
+            assert row.keys() == other.keys()
+            for key, value in other.items():
+                if isinstance(value, float):
+                    # 1e-4: three epochs of float32 sums in another order. Forgotten sets and texts are exact.
+                    assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (name, row["epoch"], key)
+                else:
+                    assert row[key] == value, (name, row["epoch"], key)
+
+
+# --- the claims ---
+
+
+def test_the_configuration_holds_no_recipe():
+    """No learning rate, batch size or dtype anywhere in ds_config.json; clipping is written out as 0.0."""
+
+    def names(value):
+        return [key for key in value if isinstance(value, dict)] + [
+            name for item in value.values() if isinstance(item, dict) for name in names(item)
+        ]
+
+    config = json.loads((ROOT / "ds_config.json").read_text())
+    found = names(config)
+    assert "stage" in found and config["zero_optimization"]["stage"] == 2
+    for word in ("lr", "optimizer", "scheduler", "batch", "accumulation", "fp16", "bf16", "dtype", "amp"):
+        assert not [name for name in found if word in name and name != "zero_force_ds_cpu_optimizer"]
+    assert config["gradient_clipping"] == 0.0
+
+
+RUNS = [("two", "2-five", "1-five"), ("two", "2-zero3", "1-five"), ("four", "4-five", "1-five")]
+RUNS += [("two", "2-forgotten", "1-forgotten"), ("four", "4-three", "1-three"), ("four", "4-zero3", "1-three")]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("launch_name, name, reference", RUNS, ids=[name for _, name, _ in RUNS])
+def test_several_processes_give_the_run_of_one(launch_name, name, reference, one, request):
+    """Losses to 1e-5 over the first epoch; forgotten set, texts and final measures the same; all numbers finite.
+
+    5 samples in batches of 2 leave a rank without a row once an epoch, 4 ranks have more ranks than rows in every
+    step, and where 3 samples are all there are a rank never has one; in "forgotten" rank 0 loses its whole share.
+    """
+    folder, _, output = request.getfixturevalue(launch_name)
+    assert (folder / name / "summary.json").exists(), output[-3000:]
+    first = 3 if reference in ("1-five", "1-forgotten") else 2  # steps of the first epoch
+    assert worst(folder, name, one, reference, slice(0, first)) < 1e-5
+    same_result(folder / name, one / reference)
+    forgotten = [row["forgotten"] for row in knn.read_jsonl(one / reference / "metrics.jsonl")]
+    assert len(forgotten) > 2 and 0 < forgotten[-2] < {"1-three": 3}.get(reference, 5)
+    assert all(abs(value) < 1e3 for step in steps_of(folder, name) for value in step.values())
+
+
+@needs_deepspeed
+def test_all_launches_end_well(four):
+    """Four processes end with 0."""
+    assert four[1] == 0, four[2][-3000:]
+
+
+@needs_deepspeed
+def test_float64_agrees_to_what_deepspeed_keeps(one, two):
+    """The first step to 1e-12; behind it DeepSpeed's float32 master weights leave 1e-6 over the first epoch."""
+    folder, _, output = two
+    assert (folder / "2-double" / "summary.json").exists(), output[-3000:]
+    assert worst(folder, "2-double", one, "1-double", slice(0, 1)) < 1e-12
+    assert worst(folder, "2-double", one, "1-double", slice(0, 3)) < 1e-6
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["2-five", "2-zero3"])
+def test_the_exported_model_loads_with_plain_transformers(name, one, two):
+    """model/ of a ZeRO run gives the logits of one process's model, and not those of the model that went in."""
+    ids = torch.arange(5, 45).view(2, 20)
+    config = json.loads((one / "1-five" / "config.json").read_text())
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+        for folder in (two[0] / name / "model", one / "1-five" / "model", config["model"])
+    ]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+    assert (logits[0] - logits[2]).abs().max() > 0.1
+
+
+@needs_deepspeed
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(one, two):
+    """One rank's NaN: all count one skipped step, and what follows is what one process does without that step."""
+    rows = knn.read_jsonl(two[0] / "2-nan" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows][1:] == [1] * (len(rows) - 1)
+    assert len(steps_of(two[0], "2-nan")) == len(steps_of(one, "1-nan"))
+    assert worst(two[0], "2-nan", one, "1-nan", slice(0, 2)) < 1e-5  # of the first epoch's three steps two were made
+    same_result(two[0] / "2-nan", one / "1-nan")
+
+
+@needs_deepspeed
+def test_a_dead_rank_ends_the_job_with_its_states_whole(two, resumed):
+    """SIGKILL to one of two in epoch 2: the launcher ends nonzero and says so; the newest state is epoch 1's end."""
+    _, code, output = two
+    assert code != 0 and "exits with return code = -9" in output, output[-3000:]
+    assert resumed[2] == ["epoch00002-step000000", "epoch00001-step000000"]
+
+
+@needs_deepspeed
+def test_a_run_that_lost_a_rank_goes_on(two, resumed):
+    """--resume under the deepspeed launcher: the measures of the run of two that lost none, byte for byte."""
+    code, output, _ = resumed
+    assert code == 0 and "resumed from epoch00002-step000000" in output, output[-3000:]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (two[0] / "2-die" / name).read_bytes() == (two[0] / "2-five" / name).read_bytes()
+
+
+if __name__ == "__main__":
+    do_jobs(sys.argv[-1])

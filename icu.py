@@ -1498,6 +1498,8 @@ def read_inputs(args):
     samples, n_cut = build_samples(pairs, tokenizer, **build)
     if args.method == "llmu" and len(samples) == 1:
         raise ValueError("llmu draws its answers from other rows: it needs two pairs at least")
+    if args.bert_threshold == "auto" and len(samples) == 1:
+        raise ValueError("--bert-threshold auto compares suffixes of different rows: it needs two pairs at least")
     ppl_texts = {}
     for item in args.ppl:
         name, equals, file = item.partition("=")

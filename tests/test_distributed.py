@@ -7,6 +7,7 @@ processes) and torch.distributed.run (four) start, and each process calls icu.ma
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -52,9 +53,10 @@ def arranged(how, rank, world, steps):
 
     how: None; "forgotten": Eq. 5 forgets rows 0, 2 and 4, the whole share of rank 0 of 2, then row 1 too;
     "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
-    "die": the last process gets SIGKILL at its fourth step.
+    "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
+    the gradient, where the usual Adam takes the same step for half the gradient.
     """
-    icu_loss, count_step, calls = icu.METHODS["icu"], icu.Progress.count_step, []
+    icu_loss, count_step, adam, calls = icu.METHODS["icu"], icu.Progress.count_step, torch.optim.Adam.__init__, []
 
     def counted(progress, values):
         with open(steps, "a") as file:
@@ -76,6 +78,9 @@ def arranged(how, rank, world, steps):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(icu.Progress, "count_step", counted))
         stack.enter_context(mock.patch.dict(icu.METHODS, {"icu": loss}))
+        if how == "size":
+            wide = functools.partialmethod(adam, eps=1.0)
+            stack.enter_context(mock.patch.object(torch.optim.Adam, "__init__", wide))
         if how == "forgotten":
             stack.enter_context(mock.patch.object(icu, "refine", refine))
         yield
@@ -124,11 +129,13 @@ def jobs(tmp_path_factory):
         "1-three": (None, three),
         "1-forgotten": ("forgotten", five),
         "1-nan": ("nan", five),
+        "1-size": ("size", five),
         "1-double": (None, llama),  # GPT-Neo computes its attention in float32 whatever the dtype
         "2-five": (None, five),
         "2-zero3": (None, [*five, "--zero", "3"]),
         "2-forgotten": ("forgotten", five),
         "2-nan": ("nan", five),
+        "2-size": ("size", five),
         "2-double": (None, llama),
         "2-die": ("die", five),  # the last of its launch
         "4-five": (None, five),
@@ -252,6 +259,16 @@ def test_several_processes_give_the_run_of_one(launch_name, name, reference, one
 def test_all_launches_end_well(four):
     """Four processes end with 0."""
     assert four[1] == 0, four[2][-3000:]
+
+
+@needs_deepspeed
+def test_gradients_have_the_size_of_one_process(one, two):
+    """With steps that shrink with the gradient the losses still agree to 1e-5: the ranks' parts add up, no mean."""
+    folder, _, output = two
+    assert (folder / "2-size" / "summary.json").exists(), output[-3000:]
+    assert worst(folder, "2-size", one, "1-size", slice(0, 3)) < 1e-5
+    losses = [step["loss"] for step in steps_of(one, "1-size")]
+    assert abs(losses[3] - losses[0]) > 1e-2  # the steps were not so small that their size could not matter
 
 
 @needs_deepspeed

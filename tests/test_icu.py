@@ -760,6 +760,16 @@ def test_a_text_longer_than_the_model_names_its_row(folders, encoder_dir, tmp_pa
         icu.build_samples([{**PAIRS[0], "suffix": ""}], tokenizer, protocol="paper", positions=256)
 
 
+def test_what_compares_rows_needs_two_of_them(folders, encoder_dir, tmp_path):
+    """One pair: llmu and --bert-threshold auto are refused before a folder is made."""
+    knn.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
+    argv = ["--pairs", tmp_path / "one.jsonl", "--model", folders["gpt_neo"], "--bert", encoder_dir]
+    for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
+        with pytest.raises(ValueError, match="two pairs at least"):
+            icu.main([str(a) for a in [*argv, *flags, "--out", tmp_path / "out"]])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_not_overwritten_unless_asked(finished, folders, encoder_dir):
     """The error names --overwrite."""
     argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", finished[0]]

@@ -786,11 +786,12 @@ def what_fits(bench):
         config, cells = gpt_neo_config(name), []
         for card in (24, 40, 80):
             needed = []
-            for zero in (2, 3):
-                args = argparse.Namespace(batch_size=B, zero=zero, offload=False, teacher="cached")
+            for offload in (False, True):
+                args = argparse.Namespace(batch_size=B, offload=offload, teacher="cached")
                 sums = {n: sum(icu.memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
                 needed.append(next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8"))
-            cells.append(f"{card} GB: {needed[0]}" + (f" (ZeRO-3: {needed[1]})" if needed[1] != needed[0] else ""))
+            cells.append(f"{card} GB: {needed[0]}" + (f" (--offload: {needed[1]})" if needed[1] != needed[0] else ""))
+        args = argparse.Namespace(batch_size=B, offload=False, teacher="cached")
         alone = sum(icu.memory_estimate(config, samples, args).values()) / 1e9
         yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
 

@@ -21,12 +21,14 @@ import datetime
 import difflib
 import fcntl
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -623,7 +625,9 @@ class ZeroEngine:
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
 
     def load(self, folder):
-        self.engine.load_checkpoint(str(folder), tag="zero")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
+        if path is None:
+            raise ValueError("DeepSpeed found nothing to load")
 
 
 def start_processes(device, timeout=30):
@@ -729,20 +733,25 @@ def measures_before(model, tokenizer, inputs, args):
     All runs of a comparison begin with the same model and texts. The answer is kept under a hash of everything it
     depends on, the code included; a model of the hub without a pinned --revision is measured anew.
     """
-    weights, device = fingerprint(args.model) or args.revision, torch.device(args.device).type
+    pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
+    weights, device = fingerprint(args.model) or pinned, torch.device(args.device).type
     about = [weights, args.model, fingerprint(args.bert), args.bert, args.protocol, args.dtype, device, args.num_beams]
     about += [[(s.id, s.suffix, s.forget) for s in inputs.samples], inputs.ppl_texts]
     about += [fingerprint(metrics.__file__), inspect.getsource(measure_share), versions()]
     about += [WORLD_SIZE, torch.get_num_threads()]  # they decide the shape of batches, and so the last bits
     path = knn.cache_folder("before") / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
     if weights and all(gather([path.is_file()])):
-        return knn.read_json(path)
+        with contextlib.suppress(ValueError):  # damaged: measured again
+            return knn.read_json(path)
     found = [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ]
     if is_main and weights:
-        knn.write_json(path, found)
+        try:
+            knn.write_json(path, found)
+        except OSError as error:
+            print0(f"note: the measures before are not kept for the next run ({error})")
     return found
 
 
@@ -767,6 +776,8 @@ def refine(forgotten, rows, thresholds, args):
 
 def stop_reason(means, n_active, epoch, thresholds, args):
     """Why to stop after this epoch, or None: both means under their thresholds, nothing active, or the epoch cap."""
+    if args.eval_only:
+        return "eval only"
     measured = [(means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None]
     if measured and all(value < threshold for value, threshold in measured):
         return "thresholds"
@@ -955,16 +966,16 @@ def describe_run(args, thresholds):
 
 
 def versions():
-    import transformers
-
-    modules = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    return {"python": platform.python_version(), **modules}
+    names = ("torch", "transformers", "tokenizers", "numpy", "bert-score", "sacrebleu")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def fingerprint(name):
-    """sha256 of a file, or of a model folder's config and weights together; None for a name on the hub."""
+    """sha256 of a file, or of all that a model folder loads; None for a name on the hub."""
     path = Path(name)
-    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)] if path.is_dir() else []
+    files = [path] if path.is_file() else []
+    if path.is_dir():  # config, generation config, tokenizer, weights
+        files = [*sorted(f for end in ("json", "model", "txt") for f in path.glob(f"*.{end}")), *weight_files(path)]
     return hashlib.sha256("".join(knn.sha256_of(file) for file in files).encode()).hexdigest() if files else None
 
 
@@ -1261,31 +1272,41 @@ def plan_text(args, inputs):
 
 
 def memory_estimate(config, samples, args, processes=1):
-    """Bytes a process needs on its device while training, by part: {"weights", "gradients", "adam", ...}.
+    """Bytes a process needs on its device, by part: {"weights", "gradients", "adam", "activations", "frozen copy"}.
 
-    Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam (stage 3: the weights too) over
-    the processes and adds a float32 copy of a process's share. Activations are those of the longest batch, by the number
-    of floats that autograd keeps a token: 12 H + 5 F a layer (F the width inside the MLP; less where the activation is
-    simple), heads x T more where attention is not fused (GPT-Neo), and the vocabulary-sized tensors of the losses.
+    Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam over the processes and adds a
+    float32 copy of a process's share; stage 3 shards the weights too, but loading, the frozen copy and measuring hold
+    them whole. Activations are those of a training step, or what measuring needs if that is more.
     """
     P, n, H, V = parameter_count(config), processes, config.hidden_size, config.vocab_size
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    # Measuring: a pass over 64 rows with its keys, values and logits, and 2 GiB of keys and values while decoding.
+    T = max((len(sample.forget.ids) for sample in samples), default=0)
+    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // n)) * T * (V + 2 * config.num_hidden_layers * H)
+    learn_tokens = sum(len(sample.learn.ids) for sample in samples)
+    return {
+        "weights": 4 * P,
+        "gradients": 4 * P // n,
+        "adam": (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0),
+        "activations": max(activation_bytes(config, samples, args, n), measuring),
+        "frozen copy": 4 * P if args.teacher == "live" else 4 * (learn_tokens * H + V * H),
+    }
+
+
+def activation_bytes(config, samples, args, processes=1):
+    """What autograd keeps of a step's longest batch on a process, in float32.
+
+    By the number of floats a token: 12 H + 5 F a layer (F the width inside the MLP; less where the activation is
+    simple), heads x T more where attention is not fused (GPT-Neo), and the losses' tensors of the vocabulary's size: 3
+    on the forget side, 7 with the learn side's KL.
+    """
+    H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * H
-    unfused = heads if config.model_type == "gpt_neo" else 0
-    rows = -(-min(args.batch_size, len(samples)) // n)
-    floats = 0
-    # Logits and log-probabilities: 3 tensors as large as the vocabulary on the forget side, 7 with the learn side's KL.
+    unfused = config.num_attention_heads if config.model_type == "gpt_neo" else 0
+    rows, floats = -(-min(args.batch_size, len(samples)) // processes), 0
     for side, vocabulary in (("forget", 3), ("learn", 7)):
         T = max((len(getattr(sample, side).ids) for sample in samples), default=0)
         floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + vocabulary * V)
-    learn_tokens = sum(len(sample.learn.ids) for sample in samples)
-    return {
-        "weights": 4 * P // (n if args.zero == 3 else 1),
-        "gradients": 4 * P // n,
-        "adam": (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0),
-        "activations": 4 * floats,
-        "frozen copy": 4 * P if args.teacher == "live" else 4 * (learn_tokens * H + V * H),
-    }
+    return 4 * floats
 
 
 def parameter_count(config):
@@ -1420,7 +1441,7 @@ def parse_args(argv=None):
     g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
 
     g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
-    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too (%(default)s)")
+    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 in training the weights too (%(default)s)")
     g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
     g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
 
@@ -1492,7 +1513,7 @@ def read_inputs(args):
     records = knn.read_records(args.unseen) if args.unseen else []
     doubled = [{**r, **{f"learn_{key}": value for key, value in r.items()}} for r in records]
     config, tokenizer = check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
-    check_bert(args.bert)
+    check_bert(args.bert, args.allow_pickle)
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     build = {"protocol": args.protocol, "positions": positions, "context": args.context, "targets": args.targets}
     samples, n_cut = build_samples(pairs, tokenizer, **build)
@@ -1509,12 +1530,12 @@ def read_inputs(args):
     return Inputs(samples, build_samples(doubled, tokenizer, **build)[0], ppl_texts, config, n_cut)
 
 
-def check_bert(name):
-    """The BERTScore encoder can be had: a folder with config and weights, or a hub that answers; else ValueError."""
+def check_bert(name, allow_pickle):
+    """The BERTScore encoder can be had: a whole folder, or a hub that answers; else ValueError."""
     from transformers import AutoConfig
 
-    if Path(name).is_dir() and not weight_files(Path(name)):
-        raise ValueError(f"--bert {name}: no weights (model.safetensors) in this folder")
+    if Path(name).is_dir():
+        check_files(Path(name), "--bert", allow_pickle)
     try:
         AutoConfig.from_pretrained(name)
     except Exception as error:
@@ -1536,8 +1557,11 @@ class Run(NamedTuple):
     stop: Stop
 
 
-def end_epoch(run, losses):
-    """Measure all samples, refine, decide whether to stop (`progress.stopped`) and write the epoch down."""
+def end_epoch(run, losses, reason=None):
+    """Measure all samples, refine, decide whether to stop (`progress.stopped`) and write the epoch down.
+
+    `reason` is why to stop whatever the measures say.
+    """
     args, samples, progress, started = run.args, run.inputs.samples, run.progress, time.time()
     model, epoch = run.engine.model, progress.epoch
     run.stop.measuring = True
@@ -1552,7 +1576,7 @@ def end_epoch(run, losses):
             forgotten = refine(forgotten, measured, run.thresholds, args)
         means = {name: mean(row[name] for row in measured) for name in MEASURES}
         n_active = len(samples) - len(forgotten)
-        reason = "eval only" if args.eval_only else stop_reason(means, n_active, epoch, run.thresholds, args)
+        reason = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
         row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
         row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
         row["skipped_steps"] = progress.skipped_steps
@@ -1599,7 +1623,8 @@ def unlearn(run, reference, answers):
     look |= {"disable": None if is_main else True, "leave": False, "initial": max(progress.epoch - 1, 0)}
     with tqdm(total=args.max_epochs, **look) as bar:
         while not progress.stopped:
-            losses = {}
+            run.stop.check()
+            losses, reason = {}, None
             if progress.epoch > 0:
                 active = [i for i in range(len(samples)) if i not in progress.forgotten]
                 if args.method == "llmu":
@@ -1611,24 +1636,30 @@ def unlearn(run, reference, answers):
                     )  # fmt: skip
                 except Diverged as diagnosis:
                     print0(f"stopped in epoch {progress.epoch}: {diagnosis}; the weights are as they were. Lower --lr.")
-                    progress.stopped = "diverged"
-                    return
-            end_epoch(run, losses)
+                    reason = "diverged"
+            end_epoch(run, losses, reason)
             run.stop.check()
+            if args.eval_only:
+                return
             if progress.stopped or (progress.epoch - 1) % args.save_every == 0:
                 save_state(run.out, run.engine, progress)
 
 
 def export(run):
     """model/ and summary.json, the last things that a run writes; its states have then done their work."""
-    rows, args, progress = knn.read_jsonl(run.out / "metrics.jsonl"), run.args, run.progress
-    if not args.eval_only:
+    if not run.args.eval_only:
         with run.engine.whole_weights():
             if is_main:
                 save_model(run.engine.model, run.tokenizer, run.out / "model")
-    if not is_main:
-        return
-    reason = progress.stopped
+    if is_main:
+        write_summary(run, knn.read_jsonl(run.out / "metrics.jsonl"))
+        shutil.rmtree(run.out / "state", ignore_errors=True)
+    wait_for_all()  # the launcher ends all processes when the first one fails
+
+
+def write_summary(run, rows):
+    """summary.json from the rows of metrics.jsonl: how the run ended, the measures of its first and its last epoch."""
+    args, reason = run.args, run.progress.stopped
     if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
         reason += ", before any training"
     measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
@@ -1639,7 +1670,6 @@ def export(run):
         "before": {name: rows[0][name] for name in measures},
         "after": {name: rows[-1].get(name) for name in measures},
     })  # fmt: skip
-    shutil.rmtree(run.out / "state", ignore_errors=True)
     print0(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {run.out}")
 
 
@@ -1650,12 +1680,13 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
     if before:
         thresholds = before["thresholds_used"]
     else:
-        thresholds = calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)
+        # Those of the first process for all: two that differ in a last digit would filter other samples.
+        thresholds = gather([calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)])[0]
         if is_main:
             start_run_folder(out, describe_run(args, thresholds))
     print0(thresholds_text(thresholds, args))
     reference, answers = (None, None) if args.eval_only else frozen_copy(model, tokenizer, inputs.samples, args)
-    engine = (ZeroEngine if LAUNCHED else PlainEngine)(model, args)
+    engine = (ZeroEngine if LAUNCHED and not args.eval_only else PlainEngine)(model, args)
     progress = load_state(state, engine) if state else Progress()
     print0(HEADER)
     if state:
@@ -1696,7 +1727,10 @@ def main(argv=None):
         if not args.eval_only:
             text = Text([0] * 200, 100, 100, [])
             samples = inputs.samples or [Sample("", "", "", text, text)] * 128  # the paper's, without --pairs
-            print0(needs_text(inputs.config, samples, args))
+            try:
+                print0(needs_text(inputs.config.get_text_config(), samples, args))
+            except Exception as error:  # whatever an unusual architecture lacks
+                print0(f"no estimate of memory for a {inputs.config.model_type} ({first_line(error)})")
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
     before = check_resume(args) if args.resume else None

@@ -51,8 +51,9 @@ def run_cli(main):
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = "error:" if rank == "0" else f"rank {rank}: error:"
+        print(who, " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
 
 

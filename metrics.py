@@ -76,13 +76,13 @@ def el_and_ma(
     ma_start=None,
     share_of="generation",
     row_batch=64,
-    decode_batch=256,
+    decode_batch=None,
 ):
     """Both measures from the same teacher-forced pass: (el (N,), ma (N,)), each as its own function describes.
 
     `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin the two at different
     positions. n=None measures MA alone. `row_batch` rows share a pass and a cache; `decode_batch` continuations are
-    decoded at a time.
+    decoded at a time (default: 256, or what 2 GiB of keys and values hold).
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -102,12 +102,18 @@ def el_and_ma(
             if hits:
                 ma[i] = sum(hits) / len(hits)  # Eq. (9)
         if n:
-            continuations = _continuations(model, out.past_key_values, rows, n, decode_batch)
+            fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(out.past_key_values, len(chunk))))
+            continuations = _continuations(model, out.past_key_values, rows, n, fitting)
             for i, (text, _, _), said in zip(chunk, rows, continuations, strict=True):
                 if said:
                     # Eq. (7): the mean of OVERLAP_n over the prefixes x_<t
                     el[i] = sum(_overlap(said[t], text, t, n, share_of) for t in said) / len(said)
     return el, ma
+
+
+def _row_bytes(cache, rows):
+    """The keys and values that a continuation needs, at most."""
+    return 2 * sum(layer.keys.nbytes for layer in cache.layers) // rows
 
 
 def _overlap(said, text, t, n, share_of):

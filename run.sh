@@ -12,7 +12,8 @@ presets
   tiny                            (default) a self-made corpus and model, on any CPU, no hub needed, a few minutes
   neo125m | neo1.3b | neo2.7b     the paper's runs: GPT-Neo on the Pile extraction data (section 5)
   tinyllama                       Appendix C
-  opt125m | opt1.3b | opt2.7b     measured, not unlearned (the OPT rows of Table 1)
+  opt125m | opt1.3b | opt2.7b     measured, not unlearned (the OPT rows of Table 1); their weights are pickles on the
+                                  hub, which only --allow-pickle loads
 
 other commands
   compare PRESET                  every method of Table 1, then one table (finished runs are kept)
@@ -58,10 +59,11 @@ environment() {
 }
 
 # --- flags: what knn.py takes goes to knn.py, the rest to icu.py, --data to both ---
-knn_flags=() icu_flags=() task_flags=() gpus=
+knn_flags=() icu_flags=() task_flags=() gpus= place=()
 split_flags() {
   while [ $# -gt 0 ]; do
     case "$1" in
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
       --set | --limit | --tokenizer | --encoder | --max-overlap | --data)
         [ $# -gt 1 ] || fail "$1 needs a value"
         knn_flags+=("$1" "$2")
@@ -77,7 +79,11 @@ split_flags() {
         task_flags+=("$1") && shift
         while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do task_flags+=("$1") && shift; done
         ;;
-      --task-data | --prompts) task_flags+=("$1" "${2:-}") && shift && shift ;;
+      --task-data | --prompts)
+        [ $# -gt 1 ] || fail "$1 needs a value"
+        task_flags+=("$1" "$2")
+        shift 2
+        ;;
       --length-norm) task_flags+=("$1") && shift ;;
       --allow-copies) knn_flags+=("$1") && shift ;;
       *) icu_flags+=("$1") && shift ;;
@@ -89,7 +95,6 @@ value() { # value FLAG DEFAULT: the last value that FLAG was given, or DEFAULT
   local flag=$1 found=$2 previous="" arg
   for arg in "${knn_flags[@]}" "${icu_flags[@]}"; do
     [ "$previous" != "$flag" ] || found=$arg
-    case "$arg" in "$flag"=*) found=${arg#*=} ;; esac
     previous=$arg
   done
   printf '%s' "$found"
@@ -131,7 +136,6 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
     tinyllama)
       hub TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T 036fa4651240b9a1487f709833b9e4b96b4c1574 "${large[@]}"
       ;;
-    # OPT's weights are on the hub as pickles only, which --allow-pickle loads.
     opt125m) hub facebook/opt-125m 27dcfa74d334bc871f3234de431e71c6eeba5dd6 --eval-only ;;
     opt1.3b) hub facebook/opt-1.3b 3f5c25d0bc631cb57ac65913f76e22c2dfb61d62 --eval-only ;;
     opt2.7b) hub facebook/opt-2.7b 905a4b602cda5c501f1b3a2650a4152680238254 --eval-only ;;
@@ -143,7 +147,7 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
   source=(--pile ${released:+--allow-copies}) # Released code: the nearest row, copies included.
 }
 
-visible_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+visible_gpus() { $PYTHON -c 'import torch; print(torch.cuda.device_count())'; }
 
 launch() { # launch FILE.py FLAG ...: by the deepspeed launcher where several processes are asked for
   local command=($PYTHON "$1") port
@@ -156,57 +160,66 @@ launch() { # launch FILE.py FLAG ...: by the deepspeed launcher where several pr
   supervised "${command[@]}" "${@:2}"
 }
 
-supervised() { # supervised COMMAND ...: a signal to run.sh reaches the command, and its end is waited for
-  local child status
+supervised() { # supervised COMMAND ...: a signal to run.sh reaches all its processes, and their end is waited for
+  local child status stopped=
+  set -m # a process group of its own
   "$@" &
   child=$!
-  trap 'kill -TERM $child' TERM
-  trap : INT # Ctrl-C reaches it without us
+  set +m
+  trap 'stopped=143; kill -TERM -- -$child 2>/dev/null || true' TERM
+  trap 'stopped=130; kill -INT -- -$child 2>/dev/null || true' INT
   while true; do
     status=0
     wait $child || status=$?
-    kill -0 $child 2>/dev/null || break
+    kill -0 -- -$child 2>/dev/null || break
+    sleep 0.2
   done
   trap - TERM INT
-  return $status
+  return ${stopped:-$status}
 }
 
 measure_tasks() { # measure_tasks FLAG ...: tasks.py with this run's flags
-  local data
+  local data flag
   data=$(value --data "")
-  has --allow-pickle && set -- "$@" --allow-pickle
+  ! has --allow-pickle || set -- "$@" --allow-pickle
+  for flag in --device --dtype; do [ -z "$(last_of $flag)" ] || set -- "$@" $flag "$(last_of $flag)"; done
   launch tasks.py --protocol "$(value --protocol paper)" ${data:+--task-data "$data"} "${task_flags[@]}" "$@"
 }
 
-model_flag() { # the last --model of the preset's flags and the user's
-  local previous= arg model
+last_of() { # last_of FLAG: its last value among the preset's flags and the user's
+  local previous= arg found=
   for arg in "${base[@]}" "${icu_flags[@]}"; do
-    [ "$previous" != --model ] || model=$arg
+    [ "$previous" != "$1" ] || found=$arg
     previous=$arg
   done
-  printf '%s' "$model"
+  printf '%s' "$found"
 }
 
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
-  $PYTHON icu.py --dry-run "${base[@]}" $again "${icu_flags[@]}" >"$(has --dry-run && echo /dev/stdout || echo /dev/null)"
-  $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}"
+  local plan
+  plan=$($PYTHON icu.py --dry-run "${base[@]}" "${place[@]}" "${icu_flags[@]}")
+  ! has --dry-run || echo "$plan"
+  $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}" $(! has --dry-run || echo --dry-run)
 }
 
 single() { # one run of the preset
-  local out again=
-  [ "$preset" != tiny ] || has --resume || again=--overwrite # the default command can be typed twice
+  local out model
   out=$(value --out "runs/$preset-set$(value --set 0)-$(value --method icu)-$(value --protocol paper)")
   [ "$preset" != tiny ] || out=$(value --out runs/tiny)
   mkdir -p "$(dirname "$out")"
+  place=(--out "$out")
+  [ "$preset" != tiny ] || has --resume || place+=(--overwrite) # the default command can be typed twice
+  model=(--model "$(last_of --model)")
+  [ -z "$(last_of --revision)" ] || model+=(--revision "$(last_of --revision)")
   # Whether the sets are at hand is found out before the work, not after it.
-  [ ${#task_flags[@]} -eq 0 ] || measure_tasks --dry-run --model "$(model_flag)" --out "$out"
-  mine "$out.pairs.jsonl" $(has --dry-run && echo --dry-run)
-  has --dry-run && return
-  launch icu.py "${base[@]}" --pairs "$out.pairs.jsonl" --out "$out" $again "${icu_flags[@]}"
+  [ ${#task_flags[@]} -eq 0 ] || measure_tasks --dry-run "${model[@]}" --out "$out"
+  mine "$out.pairs.jsonl"
+  ! has --dry-run || return 0
+  launch icu.py "${base[@]}" --pairs "$out.pairs.jsonl" "${place[@]}" "${icu_flags[@]}"
   if [ ${#task_flags[@]} -gt 0 ]; then
-    measure_tasks --model "$(model_flag)" --out "$out/tasks-before" --overwrite
+    measure_tasks "${model[@]}" --out "$out/tasks-before" --overwrite
     [ ! -d "$out/model" ] || measure_tasks --model "$out/model" --out "$out/tasks-after" --overwrite
   fi
   $PYTHON report.py "$out"
@@ -215,13 +228,14 @@ single() { # one run of the preset
 # --- several runs: what is finished is kept, what was interrupted goes on ---
 jobs=() # the run folders of this comparison
 job() { # job NAME [icu flag ...]
-  local out=$folder/$1 how=--overwrite
+  local out=$folder/$1 how=--overwrite status=0
   jobs+=("$out")
   # --resume also refuses to keep a run that was made with other settings.
-  if [ -f "$out/summary.json" ] || [ -n "$(ls "$out/state" 2>/dev/null)" ]; then how=--resume; fi
+  if [ -f "$out/summary.json" ] || ls -d "$out"/state/epoch*-step?????? >/dev/null 2>&1; then how=--resume; fi
   echo "== $out"
-  # A method that diverges (exit 1) is a result, not an end.
-  launch icu.py "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || [ $? -eq 1 ]
+  # A method that diverges has a summary: it is a result, not an end.
+  launch icu.py "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || status=$?
+  [ -f "$out/summary.json" ] || exit $status
 }
 
 list() { # list FLAG DEFAULT...: moves the values of a flag of several out of icu_flags, into `values`
@@ -250,11 +264,13 @@ several() { # several compare|ablation|sweep PRESET: every set and seed of the p
   [ ${#points[@]} -gt 0 ] || points=(0.1,0.5 0.1,1.0 0.5,0.1 0.5,0.5 0.5,1.0 1.0,0.5 1.0,1.0 1.0,2.0 2.0,1.0 2.0,2.0)
   [ "$kind" != ablation ] || points=(0.5,1.0 0,1.0 0.5,0 0,0)
   folder=$(value --out "runs/$kind/$preset-$(value --protocol paper)")
-  list --out
+  list --out && list --resume && list --overwrite
+  [ ${#task_flags[@]} -eq 0 ] || fail "--tasks goes with a single preset; measure a run's model/ with tasks.py"
   for set in "${sets[@]}"; do
     pairs=$folder/set$set.pairs.jsonl
     mkdir -p "$folder"
     if [ "$preset" = tiny ]; then mine "$pairs"; else mine "$pairs" --set "$set"; fi
+    ! has --dry-run || return 0
     for seed in "${seeds[@]}"; do
       local end=set$set-seed$seed
       if [ "$kind" = compare ]; then
@@ -275,6 +291,8 @@ several() { # several compare|ablation|sweep PRESET: every set and seed of the p
 
 method_rate() { # method_rate METHOD METHOD=LR...: `--lr LR` for the method, if it is in the list
   local pair
+  # Released KUMPR, whatever the preset: the whole forget set one batch, lr 5e-5.
+  if [ "$1" = kumpr ] && [ "$(value --protocol paper)" = released ]; then echo "--batch-size 1000000 --lr 5e-5"; fi
   for pair in "${@:2}"; do case "$pair" in "$1"=*) echo "--lr ${pair#*=}" ;; esac; done
 }
 
@@ -287,10 +305,10 @@ case "$command" in
   *) [ $# -eq 0 ] || shift ;;
 esac
 case "$command" in
-  test) environment && exec $PYTHON -m pytest -q "$@" ;;
-  bench) environment && exec $PYTHON bench.py "$@" ;;
-  lint) environment && exec .venv/bin/ruff check . ;;
-  ask) environment && exec $PYTHON report.py --ask "$@" ;;
+  test) environment; exec $PYTHON -m pytest -q "$@" ;;
+  bench) environment; exec $PYTHON bench.py "$@" ;;
+  lint) environment; exec .venv/bin/ruff check . ;;
+  ask) environment; exec $PYTHON report.py --ask "$@" ;;
   compare | ablation | sweep)
     preset=${1:-tiny}
     [ $# -eq 0 ] || shift

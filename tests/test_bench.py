@@ -29,6 +29,7 @@ ISSUE = {  # the rows of the issue's table, by words that a reader would look fo
     "el": "MA + EL10", "epoch": "a whole epoch", "step": "a training step (forget", "generation": "beam 2",
     "knn": "cosine_knn", "memory": "peak memory of training", "linear": "as samples are forgotten",
     "start": "start to first step", "tasks": "tasks.py", "gpu": "on a GPU",
+    "fits": "cards that a run needs",
 }  # fmt: skip
 
 
@@ -242,6 +243,20 @@ def test_what_cannot_be_measured_says_why(folder, monkeypatch):
     assert all(reason.startswith("not measured: ") for reason in reasons.values())
     assert "T = 1000" in reasons["el"] and "faiss" in reasons["knn"]
     assert "lm_eval" in reasons["tasks"] and "no CUDA GPU" in reasons["gpu"]
+
+
+def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more():
+    """The estimate of cards rises with the model and falls with the card."""
+
+    def cards(cell):  # "24 GB: 3 (--offload: 2)" -> 3
+        return int(cell.split(": ")[1].split()[0])
+
+    table = [[cards(cell) for cell in line.measured.split("; ")] for line in bench.what_fits(None)]
+    assert len(table) == 3 and table[0] == [1, 1, 1]
+    assert all(
+        a <= b for smaller, larger in zip(table, table[1:], strict=False) for a, b in zip(smaller, larger, strict=True)
+    )
+    assert all(row == sorted(row, reverse=True) for row in table) and table[2][0] > 1
 
 
 def test_a_row_that_breaks_off_keeps_its_lines():

@@ -12,6 +12,8 @@ where it happens:
   1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be its length.
   2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
   3. --protocol released does what the authors' released code computes; the default follows the paper's text.
+Measured (LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three seeds, 2 CPU cores, torch
+2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perplexity on the Pile 246 -> 236, entropy 3.74 -> 3.17 bits.
 """
 
 import argparse

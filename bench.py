@@ -114,7 +114,7 @@ def build(pairs, model, tokenizer, protocol="paper"):
 def trainer(model, samples, args):
     """train(active, epoch): one epoch of icu.py's loop over those samples, in place, with the method of `args`."""
     reference = {"logits": lambda rows: None}
-    if args.method != "without_kl":
+    if args.method != "graddiff":  # Eq. (6) without its KL asks no frozen copy
         with icu.autocast(args):
             reference["logits"] = icu.cached_teacher(model, [sample.learn for sample in samples])
     engine = icu.PlainEngine(model, args)
@@ -125,17 +125,6 @@ def trainer(model, samples, args):
 
     return train
 
-
-def without_kl(ask, args):
-    """Eq. (6) without its KL term: a method of icu.py that asks no frozen copy."""
-    forget, learn = ask("forget"), ask("learn")
-    return {
-        "forget": (args.forget_weight, icu.forget_loss(forget.logits, forget.ids, forget.mask, forget.count)),
-        "learn": (args.alpha, icu.learn_loss(learn.logits, learn.ids, learn.mask, learn.count)),
-    }
-
-
-icu.METHODS["without_kl"] = without_kl
 
 # --- measuring ---
 
@@ -600,7 +589,7 @@ def training_memory(flags, n):
 
 def memory(bench):
     """Peak memory of one epoch of ICU against the same epoch without the KL term, a child process each."""
-    n, peaks = bench.sizes["samples"], {"icu": [], "without_kl": []}
+    n, peaks = bench.sizes["samples"], {"icu": [], "graddiff": []}
     for _ in range(bench.args.repeats):
         for method, values in peaks.items():
             flags = flags_of(bench, "--method", method, "--alpha", "0.5")

@@ -106,8 +106,12 @@ CHANGES += [(os, "rename", 1), (os, "replace", 1), (builtins, "open", 0), (safet
 
 @contextlib.contextmanager
 def watched(out, at):
-    """Calls at(Moment) before and after every piece of work, and every change of a file in the run folder `out`."""
+    """Calls at(Moment) before and after every piece of work, and every change of a file in the run folder `out`.
+
+    A run has a cache of its own, so that it measures the untouched model itself.
+    """
     out, plain = Path(out).resolve(), []
+    cache, os.environ["ICU_CACHE"] = os.environ.get("ICU_CACHE"), f"{out}.cache"
 
     def inside(name, dir_fd):
         """The path of a file named by path or descriptor, from the run folder, or None where it lies elsewhere."""
@@ -153,6 +157,10 @@ def watched(out, at):
     finally:
         for owner, name, call in reversed(plain):
             setattr(owner, name, call)
+        if cache is None:
+            del os.environ["ICU_CACHE"]
+        else:
+            os.environ["ICU_CACHE"] = cache
 
 
 def phase_of(path):

@@ -123,7 +123,7 @@ def test_the_floor_of_a_step_has_the_same_targets(setup):
 def test_training_without_kl_is_icu_with_beta_0(setup):
     """The method that memory is compared with leaves out the KL and nothing else."""
     samples, losses = bench.samples_of(setup), []
-    for flags in (["--method", "without_kl"], ["--method", "icu", "--beta", "0"]):
+    for flags in (["--method", "graddiff"], ["--method", "icu", "--beta", "0"]):
         model = copy.deepcopy(setup.model)
         args = icu.parse_args(bench.flags_of(setup, *flags, "--alpha", "0.5", "--batch-size", "2"))
         losses.append(bench.trainer(model, samples, args)(range(len(samples)), 1))

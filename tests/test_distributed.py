@@ -101,7 +101,7 @@ def launch(n, command, launcher):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     torchrun = ["torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1"]
-    deepspeed = ["deepspeed.launcher.runner", "--quiet", "--num_gpus", str(n)]  # as run.sh does it
+    deepspeed = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(n)]  # as run.sh does it
     started = [sys.executable, "-m", *(torchrun if launcher == "torch" else deepspeed), "--master_port", port]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

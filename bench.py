@@ -910,13 +910,6 @@ def make_memorised(folder, n, steps):
 # --- main ---
 
 
-def count(text):
-    """An argparse type: a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def parse_args(argv=None):
     """The flags; ValueError for those that are wrong or do not go together."""
     names = [row.name for row in ROWS]
@@ -929,10 +922,10 @@ def parse_args(argv=None):
     parser.add_argument("--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised")
     parser.add_argument("--tasks-data", metavar="DIR", help="the rows of lambada, piqa, copa and pubmedqa, for tasks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (%(default)s)")
-    parser.add_argument("--repeats", type=count, help="of each measurement (3; --quick 2)")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--samples", type=count, metavar="N", help="texts of row el (32; --quick 4)")
-    parser.add_argument("--pool", type=count, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)")
+    parser.add_argument("--repeats", type=knn.positive, help="of each measurement (3; --quick 2)")
+    parser.add_argument("--threads", type=knn.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--samples", type=knn.positive, metavar="N", help="texts of row el (32; --quick 4)")
+    parser.add_argument("--pool", type=knn.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)")
     parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

@@ -57,6 +57,13 @@ def run_cli(main):
         sys.exit(2)
 
 
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def flag_error(message):
     """`parser.error` for argparse: a bad flag is one line and exit 2 like every other error."""
     raise ValueError(message)

@@ -237,11 +237,8 @@ class _RoomyLayer(DynamicLayer):
     def __init__(self, keys, values, room):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self._keys, self._values = (
-            F.pad(keys, (0, 0, 0, room)),
-            F.pad(values, (0, 0, 0, room)),
-        )  # (A, heads, S + room, D)
-        self._use(keys.shape[-2])
+        self._keys, self._values = keys, values  # (A, heads, S + room, D)
+        self._use(keys.shape[-2] - room)
 
     def _use(self, end):
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
@@ -267,17 +264,19 @@ def _gather_prefixes(cache, batch, room, device):
     slots were not side by side would see the wrong window. Positions are already inside the keys (or the embeddings),
     so moving a key changes nothing else. Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
-    row = torch.tensor([miss.row for miss in batch], device=device)
     t = torch.tensor([miss.t for miss in batch], device=device)
     S = int(t.max())
-    slot = torch.arange(S, device=device)[None] - (S - t)[:, None]  # (A, S): the source slot, negative where padding
 
-    def move(kv):  # (B, heads, T, D) -> [A, S] picks -> (A, S, heads, D) -> (A, heads, S, D)
-        return kv[row[:, None], :, slot.clamp(min=0)].transpose(1, 2)
+    def move(kv):  # (B, heads, T, D) -> (A, heads, S + room, D)
+        moved = kv.new_empty(len(batch), kv.shape[1], S + room, kv.shape[3])  # the room is written before it is read
+        for keys, miss in zip(moved, batch, strict=True):
+            keys[:, : S - miss.t] = 0  # masked, but NaN would pass a mask
+            keys[:, S - miss.t : S] = kv[miss.row, :, : miss.t]
+        return moved
 
     moved = DynamicCache()
     moved.layers = [_RoomyLayer(move(layer.keys), move(layer.values), room) for layer in cache.layers]
-    return moved, (slot >= 0).long(), t
+    return moved, (torch.arange(S, device=device)[None] >= (S - t)[:, None]).long(), t
 
 
 def eos_ids(model):

@@ -10,7 +10,7 @@ is that of its Figures 4 and 5.
 
 import argparse
 import csv
-import json
+import math
 import statistics
 import textwrap
 from pathlib import Path
@@ -87,13 +87,13 @@ def read_run(folder):
         raise ValueError(f"{folder}: no summary.json, so not a finished run")
     run = {"folder": folder}
     for name in ("config", "summary"):
-        run[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        run[name] = knn.read_json(folder / f"{name}.json")
     for name in ("metrics", "samples"):
         run[name] = knn.read_jsonl(folder / f"{name}.jsonl")
     for when in ("before", "after"):
         tasks = folder / f"tasks-{when}" / "tasks.json"
         if tasks.is_file():
-            averages = json.loads(tasks.read_text(encoding="utf-8"))["averages"]
+            averages = knn.read_json(tasks)["averages"]
             run["summary"][when].update(
                 {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind) is not None}
             )
@@ -101,36 +101,36 @@ def read_run(folder):
     return run
 
 
-# Flags that make two runs of one method different rows; runs that differ in nothing but these others are averaged.
+# Flags that make two runs of one method different rows; runs that differ in nothing but others (seed, pairs) are averaged.
+BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")  # what the measures before depend on
 SETTINGS = (
-    "preset",
-    "protocol",
-    "context",
-    "targets",
-    "alpha",
-    "beta",
-    "forget_weight",
-    "lr",
-    "batch_size",
-    "refine",
-    "answer",
-    "answers",
-    "dtype",
-)
+    *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine", "answer", "answers",
+    "dpo_beta", "thresholds", "bert_threshold", "bleu_threshold", "max_epochs",
+)  # fmt: skip
+
+
+def label_of(name, config, peers, settings):
+    """`name` and whatever settings its peers differ in, such as `icu lr=1e-05`."""
+    differ = [key for key in settings if len({str(peer.get(key)) for peer in peers}) > 1]
+    return " ".join([name, *(f"{key}={config.get(key)}" for key in differ)])
 
 
 def group_runs(runs):
-    """Runs -> {label: runs}: those that differ only in forget set and seed share a row of the table.
-
-    The label is the method and whatever settings its runs differ in, such as `icu lr=1e-05`.
-    """
+    """Runs -> {label: runs}: those that differ only in forget set and seed share a row of the table."""
     groups = {}
     for run in runs:
-        method, config = run["summary"]["method"], run["config"]
+        method = run["summary"]["method"]
         peers = [r["config"] for r in runs if r["summary"]["method"] == method]
-        differ = [name for name in SETTINGS if len({str(peer.get(name)) for peer in peers}) > 1]
-        label = " ".join([method, *(f"{name}={config.get(name)}" for name in differ)])
-        groups.setdefault(label, []).append(run)
+        groups.setdefault(label_of(method, run["config"], peers, SETTINGS), []).append(run)
+    return groups
+
+
+def group_befores(runs):
+    """Runs -> {label: runs}: those that began with the same model, measured alike."""
+    groups, configs = {}, [run["config"] for run in runs]
+    for run in runs:
+        name = f"{Path(run['config']['model']).name} (before)"
+        groups.setdefault(label_of(name, run["config"], configs, BEFORE_SETTINGS), []).append(run)
     return groups
 
 
@@ -142,22 +142,20 @@ def table_rows(runs):
 
     First the untouched models, then each group of runs; under the released protocol the published row behind ours.
     """
-    groups = group_runs(runs)
-    rows = []
-    for group in {run["config"]["model"]: run for run in reversed(runs)}.values():  # one row a model, its first run's
-        model = group["config"]["model"]
+    groups, rows = group_runs(runs), []
+    for label, members in group_befores(runs).items():
         befores = []  # one a forget set: seeds and methods begin alike
-        for run in runs:
-            if run["config"]["model"] == model and run["summary"]["before"] not in befores:
+        for run in members:
+            if run["summary"]["before"] not in befores:
                 befores.append(run["summary"]["before"])
-        rows.append(make_row(f"{Path(model).name} (before)", befores))
-        rows += published_row(group, "before")
+        rows += [make_row(label, befores), *published_row(members[0], "before")]
     for label, members in groups.items():
         if members[0]["summary"]["method"] == "none":
             continue  # measured only: its figures are the row before
         row = make_row(label, [run["summary"]["after"] for run in members])
         row["collapsed"] = any(run["summary"]["collapsed"] for run in members)
-        rows += [row, *published_row(members[0], members[0]["summary"]["method"])]
+        published = published_row(members[0], members[0]["summary"]["method"])
+        rows += [row, *(r for r in published if r not in rows)]  # once, whatever the number of settings
     columns = [c for c in COLUMNS if any(c[1] in row["cells"] for row in rows if not row.get("published"))]
     return columns, rows
 
@@ -174,12 +172,13 @@ def make_row(label, measured):
 
 def published_row(run, method):
     """The paper's row beside ours, only where our protocol computes what theirs did."""
-    figures = PUBLISHED.get(run["config"].get("preset"), {}).get(method)
+    preset = run["config"].get("preset")
+    figures = PUBLISHED.get(preset, {}).get(method)
     if run["config"]["protocol"] != "released" or figures is None:
         return []
     factors = {key: factor for _, key, factor, _, _ in COLUMNS}
     cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
-    return [{"label": f"published: {method}", "runs": 0, "collapsed": False, "cells": cells, "published": True}]
+    return [{"label": f"published: {method} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}]
 
 
 def markdown_table(columns, rows):
@@ -300,9 +299,9 @@ def plot_tradeoff(runs, path):
         return False
     pyplot = plt()
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-    before = {run["config"]["model"]: run["summary"]["before"] for run in runs}
-    for name, point in before.items():
-        axis.scatter(point["ma"], point[key], marker="*", s=120, color="black", label=f"{Path(name).name} (before)")
+    for label, members in group_befores(runs).items():
+        points = [run["summary"]["before"] for run in members]
+        axis.scatter([p["ma"] for p in points], [p[key] for p in points], marker="*", s=120, color="black", label=label)
     for i, (label, members) in enumerate(group_runs(runs).items()):
         points = [run["summary"]["after"] for run in members]
         axis.scatter([p["ma"] for p in points], [p[key] for p in points], color=f"C{i % 10}", s=25, label=label)
@@ -355,7 +354,7 @@ def cases_markdown(runs, pairs, count):
 
 def markdown_cell(text):
     """A text on one line of a Markdown table, its line breaks written out; nothing is shown as <blank>."""
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "\\n").replace("<", "&lt;")
+    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n").replace("<", "&lt;")
     return text if text.strip() else "&lt;blank>"
 
 
@@ -366,7 +365,7 @@ def tasks_markdown(run):
     files = {when: run["folder"] / f"tasks-{when}" / "tasks.json" for when in ("before", "after")}
     if not all(file.is_file() for file in files.values()):
         return None
-    results = {when: json.loads(file.read_text(encoding="utf-8")) for when, file in files.items()}
+    results = {when: knn.read_json(file) for when, file in files.items()}
     return tasks.table({when: {k: v for k, v in found.items() if k != "settings"} for when, found in results.items()})
 
 
@@ -386,11 +385,12 @@ def side_by_side(run, pairs, count, width=52):
     return "\n".join(lines)
 
 
-def read_pairs_of(runs):
-    """{id: pair} of the runs' pairs files."""
-    pairs = {}
-    for file in {run["config"]["pairs"] for run in runs}:
-        pairs.update({pair["id"]: pair for pair in knn.read_pairs(file)})
+def read_pairs_of(run):
+    """{id: pair} of the run's pairs file. ValueError if it has changed since."""
+    file = run["config"]["pairs"]
+    pairs = {pair["id"]: pair for pair in knn.read_pairs(file)}
+    if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
+        raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
     return pairs
 
 
@@ -413,6 +413,9 @@ def ask(folder, prefix, tokens):
         prompt = icu.bos_of(tokenizer) + icu.encode(tokenizer, prefix)
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        if len(prompt) + tokens > positions:
+            raise ValueError(f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions")
         (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config["num_beams"])
         print(f"{when:>6}: {prefix}\033[1m{tokenizer.decode(said, clean_up_tokenization_spaces=False)}\033[0m")
 
@@ -425,9 +428,9 @@ def parse_args(argv=None):
     parser.error = knn.flag_error
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
-    parser.add_argument("--cases", type=int, default=4, metavar="N", help="samples in cases.md (4)")
+    parser.add_argument("--cases", type=knn.positive, default=4, metavar="N", help="samples in cases.md (4)")
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
-    parser.add_argument("--tokens", type=int, default=40, metavar="N", help="--ask: how many tokens it may say (40)")
+    parser.add_argument("--tokens", type=knn.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if not args.ask and not args.runs:
@@ -441,15 +444,17 @@ def main(argv=None):
     args = parse_args(argv)
     if args.ask:
         return ask(*args.ask, args.tokens)
-    runs = [read_run(folder) for folder in args.runs]
+    runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    pairs = read_pairs_of(runs[0])
+    # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
+    alike = [run for run in runs if run["config"]["sha256"]["pairs"] == runs[0]["config"]["sha256"]["pairs"]]
     out = Path(args.out or runs[0]["folder"])
     out.mkdir(parents=True, exist_ok=True)
     columns, rows = table_rows(runs)
     table = markdown_table(columns, rows)
     (out / "table.md").write_text(table, encoding="utf-8")
     write_csv(out / "table.csv", columns, rows)
-    pairs = read_pairs_of(runs)
-    (out / "cases.md").write_text(cases_markdown(runs, pairs, args.cases), encoding="utf-8")
+    (out / "cases.md").write_text(cases_markdown(alike, pairs, args.cases), encoding="utf-8")
     if len(runs) == 1:
         plot_run(runs[0], out / "curves.png")
         print(side_by_side(runs[0], pairs, min(args.cases, 3)))

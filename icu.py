@@ -912,8 +912,9 @@ def save_model(model, tokenizer, folder):
 # --- plumbing: the run folder ---
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
-# In the order in which they are removed: whatever is left after a kill is still a run, and not a finished one.
-RUN_FILES = ("summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", *GROWING, "config.json")
+OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
+# In the order in which they are removed. The last one says that those before it may go, also after a kill.
+RUN_FILES = ("summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", *GROWING, OLD_CONFIG)
 
 
 def check_out(out, overwrite):
@@ -922,7 +923,10 @@ def check_out(out, overwrite):
         raise ValueError(f"--out {out}: is a file, not a folder")
     if (out / "config.json").exists() and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
-    own = {out / ".lock", out / "config.json", *leftovers(out)}
+    # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
+    # OLD_CONFIG is there), holds the lock and writes a state.
+    names = RUN_FILES if (out / OLD_CONFIG).exists() else ["state"] if (out / ".lock").exists() else []
+    own = {out / name for name in (".lock", *names)} | set(leftovers(out))
     if out.is_dir() and not set(out.iterdir()) <= own and not (out / "config.json").exists():
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
     ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
@@ -936,14 +940,25 @@ def leftovers(out):
 
 
 def start_run_folder(out, config):
-    """An empty run folder with its config.json; of a run that was there only the run's own files are removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    knn.write_json(out / "config.json", config)
+    """A run folder with its first state, then its config.json: with that it is a run, and can be gone on with.
+
+    Every process takes part. Of a run that was there only its own files are removed, its config.json first. So a kill
+    at any moment leaves the old run, the new one, or none, and then the same command starts again.
+    """
+    if is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "config.json").is_file():
+            (out / "config.json").replace(out / OLD_CONFIG)
+            sync(out)
+        for name in RUN_FILES:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+    wait_for_all()
+    save_state(out, None, Progress())
+    if is_main:
+        knn.write_json(out / "config.json", config)
 
 
 # Flags that do not change a run.
@@ -1013,9 +1028,12 @@ def only_owner(out):
 def save_state(out, engine, progress):
     """A complete state or none: written aside, synced, a manifest with sizes and sha256 last, then renamed.
 
-    Every process takes part; the two newest are kept. OSError (a full disk) leaves those before as they were.
+    Every process takes part; the two newest are kept. The state of epoch 0 has no weights: they are still those of
+    --model. A full disk leaves the states before as they were (ValueError).
     """
     folder = out / "state" / f"epoch{progress.epoch:05d}-step{progress.step:06d}"
+    if folder.exists():  # a signal before the next step: to write the same again would be a moment without it
+        return
     part = folder.with_name(folder.name + ".part")
     try:
         if is_main:
@@ -1023,7 +1041,8 @@ def save_state(out, engine, progress):
                 shutil.rmtree(left)
             part.mkdir(parents=True)
         wait_for_all()
-        engine.save(part)
+        if progress.epoch > 0:
+            engine.save(part)
         knn.write_json(part / f"random-{RANK}.json", random_states())
         wait_for_all()
         if is_main:
@@ -1037,7 +1056,6 @@ def save_state(out, engine, progress):
             })  # fmt: skip
             sync(part / "manifest.json")
             sync(part)
-            shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
             sync(folder.parent)
             for old in states(out)[2:]:
@@ -1051,7 +1069,7 @@ def save_state(out, engine, progress):
 def way_out(out):
     """What to do after a full disk."""
     kept = ", ".join(state.name for state in states(out))
-    return f"states intact: {kept or 'none'}. Make room, then --{'resume' if kept else 'overwrite'}"
+    return f"states intact: {kept or 'none'}. Make room, then {'--resume' if kept else 'the same command again'}"
 
 
 def wait_for_all():
@@ -1110,10 +1128,11 @@ def load_state(state, engine):
     ValueError for a state that keeps its checksums and still is not what save_state writes.
     """
     try:
-        engine.load(state)
         progress = Progress()
         vars(progress).update(knn.read_json(state / "progress.json"))
         progress.forgotten = set(progress.forgotten)
+        if progress.epoch > 0:
+            engine.load(state)
         restore_random_states(knn.read_json(state / f"random-{RANK}.json"))
     except Exception as error:  # KeyError, TypeError, SafetensorError, ...
         raise ValueError(f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
@@ -1160,7 +1179,7 @@ def check_resume(args):
     """The config.json of the run to go on with; ValueError that shows what differs from this command."""
     path = Path(args.out) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume: {args.out} holds no run")
+        raise ValueError(f"--resume: {args.out} holds no run; begin it with the same command without --resume")
     before = knn.read_json(path)
     used = before.get("thresholds_used") if isinstance(before, dict) else None
     values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
@@ -1684,12 +1703,14 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
     else:
         # Those of the first process for all: two that differ in a last digit would filter other samples.
         thresholds = gather([calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)])[0]
-        if is_main:
-            start_run_folder(out, describe_run(args, thresholds))
     print0(thresholds_text(thresholds, args))
     reference, answers = (None, None) if args.eval_only else frozen_copy(model, tokenizer, inputs.samples, args)
     engine = (ZeroEngine if LAUNCHED and not args.eval_only else PlainEngine)(model, args)
-    progress = load_state(state, engine) if state else Progress()
+    if state:
+        progress = load_state(state, engine)
+    else:
+        progress = Progress()
+        start_run_folder(out, describe_run(args, thresholds) if is_main else None)
     print0(HEADER)
     if state:
         pick_up(out, state, progress)

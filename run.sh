@@ -230,8 +230,8 @@ jobs=() # the run folders of this comparison
 job() { # job NAME [icu flag ...]
   local out=$folder/$1 how=--overwrite status=0
   jobs+=("$out")
-  # --resume also refuses to keep a run that was made with other settings.
-  if [ -f "$out/summary.json" ] || ls -d "$out"/state/epoch*-step?????? >/dev/null 2>&1; then how=--resume; fi
+  # --resume also refuses to keep a run that was made with other settings. Without config.json it is no run yet.
+  [ ! -f "$out/config.json" ] || how=--resume
   echo "== $out"
   # A method that diverges has a summary: it is a result, not an end.
   launch icu.py "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || status=$?

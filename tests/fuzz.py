@@ -147,11 +147,12 @@ class Kinds:
         thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
         icu.start_run_folder(self.folder / "run", icu.describe_run(self.args, thresholds))
         progress, engine = icu.Progress(), self.engine()
+        progress.next_epoch()  # the states of epoch 0 hold no weights
         for _ in range(2):
             engine.step(engine.model(torch.ones(1, 3)).sum())
             progress.count_step({"loss": 0.5})
             icu.save_state(self.folder / "run", engine, progress)
-        self.newest, self.older = icu.states(self.folder / "run")
+        self.newest, self.older = icu.states(self.folder / "run")[:2]
         self.files = {path: path.read_bytes() for path in (self.folder / "run").rglob("*") if path.is_file()}
 
     def engine(self):

@@ -6,7 +6,8 @@ One process imports torch and then forks a child for every run, so a kill costs 
 child executes icu.py as `python icu.py` would. A moment is not a time but an event: the k-th optimiser step, measuring,
 or change of a file in the run folder, before or after it. A file that is about to be synced also loses its last bytes,
 as it may when it was never on the disk. The first kill of an experiment falls into each phase of a run in turn; in one
-of three the resumed run is killed again.
+of three the run is killed again. A run whose config.json is there is resumed, and must be able to; before that the same
+command begins it.
 
 test_survival.py and test_distributed.py use the same parts: `make_inputs`, `watched` and `moment`.
 """
@@ -84,7 +85,8 @@ def memorise(model_dir, pairs, steps=100):
 # --- moments: what happens in a run, seen from outside icu.py ---
 
 
-PHASES = ("train", "measure", "save", "log", "export", "start")  # log: metrics.jsonl and its like; start: config.json
+# first: the measuring of epoch 0; log: metrics.jsonl and its like; start: config.json.
+PHASES = ("train", "measure", "save", "log", "export", "start", "first")
 
 
 class Moment(NamedTuple):
@@ -122,6 +124,9 @@ def watched(out, at):
         path = Path(os.path.abspath(os.fspath(name)))
         return str(path.relative_to(out)) if out in path.parents else None
 
+    def work_phase(phase):
+        return "first" if phase == "measure" and not (out / "metrics.jsonl").exists() else phase
+
     def wrap(owner, name, find):
         call = getattr(owner, name)
 
@@ -150,7 +155,7 @@ def watched(out, at):
 
     try:
         for owner, name, phase in WORK:
-            wrap(owner, name, lambda args, kwargs, phase=phase: (phase, ""))
+            wrap(owner, name, lambda args, kwargs, phase=phase: (work_phase(phase), ""))
         for owner, name, argument in CHANGES:
             wrap(owner, name, changed(name, argument))
         yield
@@ -260,33 +265,25 @@ def straight_run(flags, folder):
 
 
 def experiment(flags, folder, number, moments, rng):
-    """One run killed once or twice and gone on with: {"kills": [...], "refused", "codes", "out"}.
+    """One run killed once or twice and gone on with: {"kills": [...], "begun_again", "codes", "out"}.
 
-    "refused": how often --resume found no state, which is right only while there is none; then the run begins again.
+    "begun_again": how often it was no run yet, for want of a config.json, so that the same command had to begin it.
     """
     out, note, log = folder / f"killed{number}", folder / f"killed{number}.kill", folder / f"killed{number}.log"
     phase = PHASES[number % len(PHASES)]
     first = rng.choice([i for i, now in enumerate(moments) if now.phase == phase])
     again = rng.randrange(len(moments)) if rng.random() < 1 / 3 else None
-    found = {"kills": [], "refused": 0, "codes": [], "out": str(out)}
+    found = {"kills": [], "begun_again": 0, "codes": [], "out": str(out)}
     kills, how = [first] if again is None else [first, again], []
     while True:
         at = kill_at(kills.pop(0), out, note) if kills else lambda now: None
         code = run_icu([*flags, *how], out, log, at)
         found["codes"].append(code)
-        if code == -signal.SIGKILL:
-            found["kills"].append(note.read_text())
-            how = ["--resume"]
-        elif code == 2 and how == ["--resume"] and not complete_states(out):
-            found["refused"] += 1
-            how = ["--overwrite"]
-        else:
+        if code != -signal.SIGKILL:
             return found
-
-
-def complete_states(out):
-    """The states of a run that carry their final name."""
-    return [path.name for path in (out / "state").glob("*") if path.suffix != ".part"]
+        found["kills"].append(note.read_text())
+        how = ["--resume"] if (out / "config.json").is_file() else []
+        found["begun_again"] += not how
 
 
 def difference(out, straight):
@@ -333,7 +330,7 @@ def experiments(folder, args):
         wrong = difference(Path(found["out"]), straight) if found["codes"][-1] == 0 else ["exit codes"]
         phases.update(kill.split()[0] for kill in found["kills"])
         totals.update(runs=1, kills=len(found["kills"]), resumes=found["codes"].count(-signal.SIGKILL))
-        totals.update(begun_again=found["refused"], identical=not wrong)
+        totals.update(begun_again=found["begun_again"], identical=not wrong)
         found.pop("out")
         print(json.dumps({"run": number, **found, "differs": wrong}), flush=True)
         if not args.keep and not wrong:

@@ -54,7 +54,8 @@ def arranged(how, rank, world, steps):
     how: None; "forgotten": Eq. 5 forgets rows 0, 2 and 4, the whole share of rank 0 of 2, then row 1 too;
     "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
     "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
-    the gradient, where the usual Adam takes the same step for half the gradient.
+    the gradient, where the usual Adam takes the same step for half the gradient; "leave": every process leaves the
+    first measuring, as if it were killed there.
     """
     icu_loss, count_step, adam, calls = icu.METHODS["icu"], icu.Progress.count_step, torch.optim.Adam.__init__, []
 
@@ -72,6 +73,9 @@ def arranged(how, rank, world, steps):
             os.kill(os.getpid(), signal.SIGKILL)
         return terms
 
+    def leave(*_):
+        raise Left
+
     def refine(forgotten, *_):
         return {0, 2, 4} | forgotten | ({1} if forgotten else set())
 
@@ -83,7 +87,14 @@ def arranged(how, rank, world, steps):
             stack.enter_context(mock.patch.object(torch.optim.Adam, "__init__", wide))
         if how == "forgotten":
             stack.enter_context(mock.patch.object(icu, "refine", refine))
+        if how == "leave":
+            stack.enter_context(mock.patch.object(icu, "measures_before", leave))
+            stack.enter_context(contextlib.suppress(Left))
         yield
+
+
+class Left(BaseException):
+    """Nothing in icu.py catches it."""
 
 
 def do_jobs(path):
@@ -93,6 +104,8 @@ def do_jobs(path):
         out = Path(path).parent / name
         with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
             icu.main([*flags, "--out", str(out)])
+        if how == "leave":
+            icu.main([*flags, "--out", str(out), "--resume"])
 
 
 def launch(n, command, launcher):
@@ -137,6 +150,7 @@ def jobs(tmp_path_factory):
         "2-nan": ("nan", five),
         "2-size": ("size", five),
         "2-double": (None, llama),
+        "2-left": ("leave", five),
         "2-die": ("die", five),  # the last of its launch
         "4-five": (None, five),
         "4-three": (None, three),
@@ -319,6 +333,14 @@ def test_a_run_that_lost_a_rank_goes_on(two, resumed):
     assert code == 0 and "resumed from epoch00002-step000000" in output, output[-3000:]
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (two[0] / "2-die" / name).read_bytes() == (two[0] / "2-five" / name).read_bytes()
+
+
+@needs_deepspeed
+def test_a_run_left_in_its_first_measuring_goes_on(two):
+    """--resume from the state without weights that a run begins with: the files of the run that was not left."""
+    assert "resumed from epoch00000-step000000" in two[2], two[2][-3000:]
+    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (two[0] / "2-left" / name).read_bytes() == (two[0] / "2-five" / name).read_bytes()
 
 
 if __name__ == "__main__":

@@ -108,13 +108,13 @@ def copy(interrupted, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What survive.py leaves behind when it kills six runs, once in each phase: its folder, and a dict a run."""
+    """What survive.py leaves behind when it kills seven runs, once in each phase: its folder, and a dict a run."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(survive.ROOT / "tests" / "survive.py"), "--times", "6", "--seed", "0"]
+    command = [sys.executable, str(survive.ROOT / "tests" / "survive.py"), "--times", "7", "--seed", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--keep", folder], capture_output=True, text=True, env=environment, timeout=300)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(runs) == 6, done.stdout + done.stderr
+    assert len(runs) == len(survive.PHASES) == 7, done.stdout + done.stderr
     return folder, runs
 
 
@@ -128,6 +128,105 @@ def test_a_killed_run_ends_like_one_that_was_not(killed):
             out = folder / f"killed{run['run']}"
             assert (out / name).read_bytes() == (folder / "straight" / name).read_bytes(), run
         assert run["differs"] == []
+
+
+class Killed(BaseException):
+    """Ends a run like SIGKILL: nothing between the moments below and main() catches it and tidies up."""
+
+
+def kill(now):
+    raise Killed
+
+
+FIRST_STATE = "epoch00000-step000000"
+EARLY = {
+    "in the first measuring": ({"what": "beam_generate", "when": "before"}, True),
+    "after the first measuring": ({"path": "metrics.jsonl", "what": "open", "when": "before"}, True),
+    "after the first state": ({"path": f"state/{FIRST_STATE}", "what": "rename", "when": "after"}, False),
+    "in the first state": ({"path": f"state/{FIRST_STATE}", "what": "rename", "when": "before"}, False),
+}
+
+
+@pytest.mark.parametrize("name", list(EARLY))
+def test_a_run_killed_before_its_first_epoch_goes_on(name, flags, straight, tmp_path):
+    """With a config.json --resume goes on from the first state; before that the same command simply starts."""
+    out, (wanted, is_run) = tmp_path / "run", EARLY[name]
+    with pytest.raises(Killed):
+        call(flags, out, survive.moment(nth(1, **wanted), kill))
+    assert (out / "config.json").is_file() == is_run and any((out / "state").iterdir())
+    if not is_run:
+        assert "holds no run" in refused([*flags, "--resume"], out)
+    code, stdout, stderr = call([*flags, *(["--resume"] if is_run else [])], out)
+    assert code == 0 and (f"resumed from {FIRST_STATE}" in stdout) == is_run, stderr
+    assert survive.difference(out, straight[0]) == []
+
+
+def test_the_first_state_is_small(flags, tmp_path):
+    """No copy of the weights, which are those of --model: a state of a model of any size takes no room."""
+    out, sizes = tmp_path / "run", {}
+
+    def look(now):
+        state = out / "state" / FIRST_STATE
+        sizes.update({path.name: path.stat().st_size for path in state.glob("*")})
+        raise Killed
+
+    with pytest.raises(Killed):
+        call(flags, out, survive.moment(nth(1, what="el_and_ma"), look))
+    assert set(sizes) == {"progress.json", "random-0.json", "manifest.json"} and sum(sizes.values()) < 1 << 18
+
+
+def killed_while_starting(out, config, number, folder):
+    """start_run_folder in a child with SIGKILL at moment `number`: whether it came that far."""
+
+    def job():
+        # A fork does not get on with CUDA.
+        with mock.patch.object(torch.cuda, "is_available", lambda: False):
+            with survive.watched(out, survive.kill_at(number, out, folder / "moment")):
+                icu.start_run_folder(out, config)
+
+    code = survive.in_child(job, folder / "log")
+    assert code in (0, -signal.SIGKILL), (folder / "log").read_text()
+    return code != 0
+
+
+@pytest.mark.parametrize("old_run", ["interrupted", "straight"])
+def test_a_kill_while_a_run_is_replaced_leaves_one_run_or_none(old_run, request, tmp_path):
+    """SIGKILL at every moment of --overwrite: the old run whole, the new one whole, or a folder where one can start.
+
+    Never the config.json of one run beside what the other has written.
+    """
+    found = request.getfixturevalue(old_run)
+    old_folder = found if old_run == "interrupted" else found[0]
+    old, new, endings = contents(old_folder), {"lr": 1}, []
+    of_new = {"config.json"} | {f"state/{FIRST_STATE}/{name}.json" for name in ("manifest", "progress", "random-0")}
+    for number in itertools.count():
+        out = Path(shutil.copytree(old_folder, tmp_path / "killed" / str(number)))
+        if not killed_while_starting(out, new, number, tmp_path):
+            break
+        if not (out / "config.json").is_file():
+            icu.check_out(out, overwrite=False)
+            with icu.only_owner(out):
+                icu.start_run_folder(out, new)
+            endings.append("none")
+        else:
+            endings.append("old" if contents(out) == old else "new")
+        if endings[-1] != "old":
+            assert set(contents(out)) == of_new and knn.read_json(out / "config.json") == new
+            assert icu.newest_state(out).name == FIRST_STATE
+    assert endings == sorted(endings, key=["old", "none", "new"].index) and len(set(endings)) == 3 and len(endings) > 40
+
+
+def test_files_that_are_no_run_are_never_removed(tmp_path):
+    """A folder with a model/ or a state/ of somebody else is no run, whatever was killed in it before."""
+    for name in ("model", "state", "metrics.jsonl"):
+        out = tmp_path / name
+        (out / name).mkdir(parents=True)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="holds files that are no run"):
+                icu.check_out(out, overwrite)
+    (tmp_path / "model" / ".lock").touch()
+    with pytest.raises(ValueError, match="holds files that are no run"):
+        icu.check_out(tmp_path / "model", overwrite=True)
 
 
 def test_the_killing_script_notices_a_run_that_did_not_survive(killed, tmp_path):
@@ -146,7 +245,7 @@ def test_a_state_gets_its_name_only_when_all_of_it_is_on_the_disk(straight):
     out, moments = straight
     done = [now for now in moments if now.phase == "save" and now.when == "after"]
     named = [i for i, now in enumerate(done) if now.what == "rename" and now.path.startswith("state/")]
-    assert len(named) == 4  # after epochs 0 to 3
+    assert len(named) == 5  # before epoch 0 and after epochs 0 to 3
     for begin, end in zip([0, *named], named, strict=False):
         part = f"{done[end].path}.part"
         written, synced = {}, {}
@@ -155,13 +254,14 @@ def test_a_state_gets_its_name_only_when_all_of_it_is_on_the_disk(straight):
                 written[now.path] = i
             synced |= {now.path: i} if now.what == "fsync" else {}
         names = {f"{part}/{name}" for name in ("training.safetensors", "random-0.json", "progress.json")}
+        names -= {"state/epoch00000-step000000.part/training.safetensors"}  # its weights are --model's
         assert set(written) == names | {f"{part}/manifest.json"}
         assert all(synced[name] > i for name, i in written.items()) and part in synced
         assert all(written[f"{part}/manifest.json"] > synced[name] for name in names)
 
 
 def test_two_states_are_kept(flags, straight, tmp_path):
-    """While epochs 2 and 3 are measured there are two, and after the end none."""
+    """While epochs 1 to 3 are measured there are two, in epoch 0 the first, and after the end none."""
     counts = []
 
     def count(now):
@@ -169,7 +269,7 @@ def test_two_states_are_kept(flags, straight, tmp_path):
             counts.append(len(icu.states(tmp_path / "run")))
 
     assert call(flags, tmp_path / "run", count)[0] == 0
-    assert counts == [0, 1, 2, 2] and not (tmp_path / "run" / "state").exists()
+    assert counts == [1, 2, 2, 2] and not (tmp_path / "run" / "state").exists()
     assert survive.difference(tmp_path / "run", straight[0]) == []
 
 

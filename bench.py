@@ -113,7 +113,7 @@ def build(pairs, model, tokenizer, protocol="paper"):
 
 def trainer(model, samples, args):
     """train(active, epoch): one epoch of icu.py's loop over those samples, in place, with the method of `args`."""
-    reference = {"logits": lambda rows: None}
+    reference = {}
     if args.method != "graddiff":  # Eq. (6) without its KL asks no frozen copy
         with icu.autocast(args):
             reference["logits"] = icu.cached_teacher(model, [sample.learn for sample in samples])
@@ -719,7 +719,7 @@ def random_samples(n, T, vocab):
         ids = rng.integers(vocab, size=T).tolist()
         return icu.Text(ids, T // 2, T // 2, ids[: T // 2])
 
-    return [icu.Sample(str(i), "", "", text(), text()) for i in range(n)]
+    return [icu.Sample(str(i), "", text(), text()) for i in range(n)]
 
 
 def step_flops(model, tokens, T):
@@ -923,9 +923,13 @@ def parse_args(argv=None):
     parser.add_argument("--tasks-data", metavar="DIR", help="the rows of lambada, piqa, copa and pubmedqa, for tasks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (%(default)s)")
     parser.add_argument("--repeats", type=knn.positive, help="of each measurement (3; --quick 2)")
-    parser.add_argument("--threads", type=knn.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--threads", type=knn.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+    )
     parser.add_argument("--samples", type=knn.positive, metavar="N", help="texts of row el (32; --quick 4)")
-    parser.add_argument("--pool", type=knn.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)")
+    parser.add_argument(
+        "--pool", type=knn.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
+    )
     parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -106,7 +107,6 @@ class Sample(NamedTuple):
     """One line of pairs.jsonl: a text to forget, its learn partner (Eq. 2), and the strings people read."""
 
     id: str
-    prefix: str
     suffix: str
     forget: Text
     learn: Text
@@ -157,12 +157,12 @@ def pairs_have_own_ids(pairs, tokenizer):
     return all(fit)
 
 
-def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None):
+def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"):
     """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
 
     `context` puts each text's context in front of its prefix, for training, measuring and asking alike: the text as
     the model once read it. `targets` is what the losses are taken over, "suffix" or "all" positions (default: as the
-    protocol says). ValueError names the row whose prefix or suffix has no token, or that is longer than the model's
+    protocol says). ValueError names the row (`what` it is) whose prefix or suffix has no token, or that is longer than the model's
     `positions`. A learn partner may be cut, since nothing is promised about its end.
     """
     own_ids, bos, n_cut = pairs_have_own_ids(pairs, tokenizer), bos_of(tokenizer), 0
@@ -180,7 +180,10 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         prefix, suffix = ids("prefix", inside=bool(before)), ids("suffix", inside=True)
         for part, name in ((prefix, "prefix"), (suffix, "suffix")):
             if not part:
-                raise ValueError(f"pair {row + 1} (id {pair['id']}): the {side}{name} has no token; give it some text")
+                raise ValueError(
+                    f"{what} {row + 1} (id {pair['id']}): the {side}{name} has no token; give it some text"
+                )
+        # ids = [bos | context | prefix | suffix]; cut: where the suffix begins; t0: the first target
         cut = len(bos + before + prefix)
         t0 = len(bos) or 1 if targets == "all" else cut  # position 0 is never a target
         return Text(bos + before + prefix + suffix, t0, cut, bos + (before if context else []) + prefix)
@@ -190,17 +193,17 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         forget, learn = build(pair, "", row), build(pair, "learn_", row)
         if len(forget.ids) > positions:
             raise ValueError(
-                f"pair {row + 1} (id {pair['id']}): {len(forget.ids)} tokens, and the model has {positions} positions; "
+                f"{what} {row + 1} (id {pair['id']}): {len(forget.ids)} tokens, and the model has {positions} positions; "
                 "split the text into several rows"
             )
         if learn.cut >= positions:
             raise ValueError(
-                f"pair {row + 1} (id {pair['id']}): the learn prefix alone fills the model's {positions} positions; "
+                f"{what} {row + 1} (id {pair['id']}): the learn prefix alone fills the model's {positions} positions; "
                 "mine the pairs with a smaller --passage-words"
             )
         n_cut += len(learn.ids) > positions
         learn = learn._replace(ids=learn.ids[:positions])
-        samples.append(Sample(pair["id"], pair["prefix"], pair["suffix"], forget, learn))
+        samples.append(Sample(pair["id"], pair["suffix"], forget, learn))
     return samples, n_cut
 
 
@@ -359,7 +362,8 @@ def dpo(ask, args):
     win, lose = ask("answer"), ask("forget")
     win_ratio = sequence_logp(win.logits, win.ids, win.mask) - win.ref_logp  # (B,)
     lose_ratio = sequence_logp(lose.logits, lose.ids, lose.mask) - lose.ref_logp  # (B,)
-    return {"forget": (1.0, -F.logsigmoid(args.dpo_beta * (win_ratio - lose_ratio)).sum() / max(lose.rows, 1))}
+    preference = -F.logsigmoid(args.dpo_beta * (win_ratio - lose_ratio)).sum() / max(lose.rows, 1)
+    return {"forget": (args.forget_weight, preference)}
 
 
 def npo(ask, args):
@@ -370,7 +374,8 @@ def npo(ask, args):
     """
     lose = ask("forget")
     ratio = sequence_logp(lose.logits, lose.ids, lose.mask) - lose.ref_logp  # (B,)
-    return {"forget": (1.0, -2 / args.dpo_beta * F.logsigmoid(-args.dpo_beta * ratio).sum() / max(lose.rows, 1))}
+    bounded = -2 / args.dpo_beta * F.logsigmoid(-args.dpo_beta * ratio).sum() / max(lose.rows, 1)
+    return {"forget": (args.forget_weight, bounded)}
 
 
 def kl_term(learn, args):
@@ -469,7 +474,8 @@ def answer_texts(samples, tokenizer, epoch, args, *, positions=None):
 def side_asker(model, samples, batch, answers, reference):
     """`ask` for the rows `batch` (indices into samples) of a global batch: returns a Side with this process's rows.
 
-    Counts are those of the whole batch, so the parts of all processes add up to the loss of one.
+    A loss is this process's sum divided by the count of the whole batch, so the parts of all processes add up to the
+    loss of one. reference: {"logits": rows -> (B, T, V) of the learn side, "forget" / "answer": (N,) sequence_logp}.
     """
 
     def texts_of(name, rows):
@@ -483,7 +489,7 @@ def side_asker(model, samples, batch, answers, reference):
         B = len(texts)
         logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:B]  # (B, T, V)
         ref_logits = None
-        if name == "learn":
+        if name == "learn" and "logits" in reference:
             ref_logits = reference["logits"](rows) if rows else logits.detach()
         ref_logp = reference[name][rows] if name in reference else None
         count = sum(len(text.ids) - max(text.t0, 1) for text in whole)
@@ -675,18 +681,21 @@ def measure(model, tokenizer, samples, args):
 
 
 def measure_share(model, tokenizer, samples, args):
-    """`measure` for the samples of one process."""
+    """`measure` for the samples of one process; a model whose logits are not finite measures nothing (None)."""
     first = 1 + len(bos_of(tokenizer))
     released = args.protocol == "released"
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
     with autocast(args):
-        el, ma = metrics.el_and_ma(
-            model, ids, attention_mask, ma_start=first,
-            # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the reference's
-            # n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
-            start=[sample.forget.cut for sample in samples] if released else first,
-            share_of="reference" if released else "generation",
-        )  # fmt: skip
+        try:
+            el, ma = metrics.el_and_ma(
+                model, ids, attention_mask, ma_start=first,
+                # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
+                # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
+                start=[sample.forget.cut for sample in samples] if released else first,
+                share_of="reference" if released else "generation",
+            )  # fmt: skip
+        except FloatingPointError:
+            return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
         prompts = [sample.forget.prompt for sample in samples]
         lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
         generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
@@ -851,8 +860,9 @@ def check_files(folder, flag, allow_pickle):
     """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{flag} {folder}: no config.json, so not a model folder")
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")):
-        raise ValueError(f"{flag} {folder}: no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")
+    tokenizers = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    if not any((folder / file).is_file() for file in tokenizers):
+        raise ValueError(f"{flag} {folder}: no tokenizer ({', '.join(tokenizers)})")
     weights = weight_files(folder)
     if not weights:
         raise ValueError(f"{flag} {folder}: no weights (model.safetensors)")
@@ -914,7 +924,10 @@ def save_model(model, tokenizer, folder):
 GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
 OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
-RUN_FILES = ("summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", *GROWING, OLD_CONFIG)
+RUN_FILES = (
+    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
+    "curves.png", "tradeoff.png", "tasks.md", *GROWING, OLD_CONFIG,
+)  # fmt: skip
 
 
 def check_out(out, overwrite):
@@ -978,7 +991,8 @@ def describe_run(args, thresholds):
         "versions": versions(),
         "git": git.stdout.strip() or None,
         "sha256": {"pairs": fingerprint(args.pairs), "model": fingerprint(args.model)}
-        | {item: fingerprint(item.partition("=")[2] or item) for item in [*args.ppl, args.unseen] if item},
+        | {"bert": fingerprint(args.bert), "unseen": fingerprint(args.unseen) if args.unseen else None}
+        | {f"ppl {item}": fingerprint(perplexity_file(item, args)) for item in args.ppl},
     }
 
 
@@ -1062,14 +1076,16 @@ def save_state(out, engine, progress):
                 shutil.rmtree(old)
     except Exception as error:  # OSError, and safetensors' and torch's own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        raise ValueError(f"{out / 'state'}: no state could be written ({first_line(error)}); {way_out(out)}") from error
+        why = f"no state could be written ({first_line(error)}); {way_out(out, error)}"
+        raise ValueError(f"{out / 'state'}: {why}") from error
     wait_for_all()
 
 
-def way_out(out):
-    """What to do after a full disk."""
+def way_out(out, error):
+    """What to do after an error of the file system; safetensors' and torch's own for a full disk have no number."""
     kept = ", ".join(state.name for state in states(out))
-    return f"states intact: {kept or 'none'}. Make room, then {'--resume' if kept else 'the same command again'}"
+    room = "Make room, then " if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT) else "Then "
+    return f"states intact: {kept or 'none'}. {room}{'--resume' if kept else 'the same command again'}"
 
 
 def wait_for_all():
@@ -1212,6 +1228,8 @@ class Stop:
         # The weights do not change while measuring. Several processes have to leave together, so they wait for a step.
         if first and self.measuring and not LAUNCHED:
             raise Interrupted(number)
+        if not (first or LAUNCHED):  # asked twice: at once, without saving (a launcher hands the first one on)
+            raise SystemExit(128 + number)
 
     def check(self):
         """Raises Interrupted on every process if one of them was asked to stop."""
@@ -1251,12 +1269,15 @@ def alarms(rows):
     """What a person should hear of a run so far, given the rows of metrics.jsonl: {kind: sentence}."""
     start, now = rows[0], rows[-1]
     heard = {}
+    if now["ma"] is None:
+        return {"collapse": "the model's logits are not finite"}
     if now["entropy"] < 0.5 * start["entropy"]:
         fell = f"from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
         heard["collapse"] = f"the entropy of the generations fell {fell}, the model repeats itself"
     for name in (name for name in now if name.startswith("ppl_")):
-        if now[name] > 2 * start[name]:
-            heard["collapse"] = f"{name} went from {start[name]:.1f} to {now[name]:.1f}, the model lost language"
+        before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
+        if after > 2 * before:
+            heard["collapse"] = f"{name} went from {before:.1f} to {after:.1f}, the model lost language"
     moved = max((abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None), default=0)
     losses = [row["loss"] for row in (rows[1], now) if row["loss"] is not None] if now["epoch"] >= 3 else []
     if losses and moved < 1e-3 and abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
@@ -1490,6 +1511,8 @@ def fill_defaults(args):
     for name, default in zip(("forget_weight", "alpha", "beta"), published, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, default)
+    # dpo compares two answers to one prompt, which is no target then.
+    args.targets = "suffix" if args.method == "dpo" else args.targets
     # Released KUMPR: the whole forget set is one batch, lr 5e-5, and MA must fall under 0.2994.
     released_kumpr = args.protocol == "released" and args.method == "kumpr"
     args.lr = args.lr or (5e-5 if released_kumpr else 5e-6)
@@ -1502,6 +1525,8 @@ def fill_defaults(args):
     args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
+        raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
     if not args.dry_run and not (args.out and args.pairs):
@@ -1530,7 +1555,11 @@ def read_inputs(args):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {first_line(error)}") from None
+    if args.out and Path(args.model).resolve().is_relative_to(Path(args.out).resolve()):
+        raise ValueError(f"--out {args.out}: --model {args.model} lies in it; choose another folder")
     pairs = knn.read_pairs(args.pairs) if args.pairs else []
+    if args.unseen and Path(args.unseen).suffix == ".npy":
+        raise ValueError(f"--unseen {args.unseen}: token ids; pass the texts as .csv or .jsonl")
     records = knn.read_records(args.unseen) if args.unseen else []
     doubled = [{**r, **{f"learn_{key}": value for key, value in r.items()}} for r in records]
     config, tokenizer = check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
@@ -1542,13 +1571,17 @@ def read_inputs(args):
         raise ValueError("llmu draws its answers from other rows: it needs two pairs at least")
     if args.bert_threshold == "auto" and len(samples) == 1:
         raise ValueError("--bert-threshold auto compares suffixes of different rows: it needs two pairs at least")
-    ppl_texts = {}
-    for item in args.ppl:
-        name, equals, file = item.partition("=")
-        if not equals and f"{name}.csv" not in knn.FILES:
-            raise ValueError(f"--ppl {item}: say NAME=FILE; only pile and wikitext are known by name")
-        ppl_texts[name] = knn.read_texts(file if equals else knn.data_file(f"{name}.csv", args.data))
-    return Inputs(samples, build_samples(doubled, tokenizer, **build)[0], ppl_texts, config, n_cut)
+    ppl_texts = {item.partition("=")[0]: knn.read_texts(perplexity_file(item, args)) for item in args.ppl}
+    unseen, _ = build_samples(doubled, tokenizer, **build, what="unseen row")
+    return Inputs(samples, unseen, ppl_texts, config, n_cut)
+
+
+def perplexity_file(item, args):
+    """The file of a --ppl NAME=FILE, or NAME for one that knn.py fetches."""
+    name, equals, file = item.partition("=")
+    if not equals and f"{name}.csv" not in knn.FILES:
+        raise ValueError(f"--ppl {item}: say NAME=FILE; only pile and wikitext are known by name")
+    return file if equals else knn.data_file(f"{name}.csv", args.data)
 
 
 def check_bert(name, allow_pickle):
@@ -1593,13 +1626,15 @@ def end_epoch(run, losses, reason=None):
             measured = measure(model, run.tokenizer, samples, args)
         # Released code: the filter also runs before the first epoch; paper: after each training epoch.
         forgotten = progress.forgotten
-        if args.refine and (epoch > 0 or args.protocol == "released"):
-            forgotten = refine(forgotten, measured, run.thresholds, args)
         means = {name: mean(row[name] for row in measured) for name in MEASURES}
+        if means["ma"] is None:
+            reason = "diverged"
+        elif args.refine and (epoch > 0 or args.protocol == "released"):
+            forgotten = refine(forgotten, measured, run.thresholds, args)
         n_active = len(samples) - len(forgotten)
         reason = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
         row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
-        row |= {name: number(losses[name]) if name in losses else None for name in LOSSES}
+        row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
         row["skipped_steps"] = progress.skipped_steps
         if epoch > 0 and reason:
             perplexities = measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
@@ -1613,7 +1648,7 @@ def end_epoch(run, losses, reason=None):
         append(run.out / "timing.jsonl", [{"epoch": epoch, "measure_s": round(time.time() - started, 3)}])
         say_epoch(knn.read_jsonl(run.out / "metrics.jsonl"))
         progress.sizes = file_sizes(run.out)
-    progress.next_epoch()
+    progress.next_epoch()  # from here on progress.epoch is the next one
 
 
 def say_epoch(rows):
@@ -1625,14 +1660,20 @@ def say_epoch(rows):
 
 
 def frozen_copy(model, tokenizer, samples, args):
-    """What the losses ask of the original model, asked once, before its weights change: (reference, answers)."""
+    """What the losses ask of the original model, asked once, before its weights change: (reference, answers).
+
+    What one of the published methods does not ask for is left out; a new method gets everything.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     answers = answer_texts(samples, tokenizer, 0, args, positions=positions)
     with autocast(args):
-        teacher = cached_teacher if args.teacher == "cached" else live_teacher
-        reference = {"logits": teacher(model, [s.learn for s in samples])}
-        reference["forget"] = reference_logps(model, [s.forget for s in samples])
-        reference["answer"] = reference_logps(model, [texts[0] for texts in answers])
+        reference = {}
+        if args.method not in ("kumpr", "graddiff", "po", "dpo", "npo"):
+            teacher = cached_teacher if args.teacher == "cached" else live_teacher
+            reference["logits"] = teacher(model, [s.learn for s in samples])
+        if args.method not in ("icu", "kumpr", "graddiff", "kl", "llmu", "po"):
+            reference["forget"] = reference_logps(model, [s.forget for s in samples])
+            reference["answer"] = reference_logps(model, [texts[0] for texts in answers])
     return reference, answers
 
 
@@ -1656,25 +1697,32 @@ def unlearn(run, reference, answers):
                         progress=progress, args=args, bar=bar, at_step=run.stop.check,
                     )  # fmt: skip
                 except Diverged as diagnosis:
-                    print0(f"stopped in epoch {progress.epoch}: {diagnosis}; the weights are as they were. Lower --lr.")
+                    print0(f"epoch {progress.epoch}: {diagnosis}; these steps were left out")
                     reason = "diverged"
             end_epoch(run, losses, reason)
-            run.stop.check()
-            if args.eval_only:
+            if args.eval_only or progress.stopped == "diverged":
                 return
+            run.stop.check()
             if progress.stopped or (progress.epoch - 1) % args.save_every == 0:
                 save_state(run.out, run.engine, progress)
 
 
 def export(run):
-    """model/ and summary.json, the last things that a run writes; its states have then done their work."""
-    if not run.args.eval_only:
+    """model/ and summary.json, the last things that a run writes; its states have then done their work.
+
+    A run that diverged has no model to give away: its last good state is kept instead.
+    """
+    diverged = run.progress.stopped == "diverged"
+    if not (run.args.eval_only or diverged):
         with run.engine.whole_weights():
             if is_main:
                 save_model(run.engine.model, run.tokenizer, run.out / "model")
     if is_main:
         write_summary(run, knn.read_jsonl(run.out / "metrics.jsonl"))
-        shutil.rmtree(run.out / "state", ignore_errors=True)
+        if diverged:
+            print0(f"lower --lr; {run.out / 'state' / states(run.out)[0].name} is the last good state")
+        else:
+            shutil.rmtree(run.out / "state", ignore_errors=True)
     wait_for_all()  # the launcher ends all processes when the first one fails
 
 
@@ -1687,7 +1735,7 @@ def write_summary(run, rows):
     knn.write_json(run.out / "summary.json", {
         "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
         "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": run.thresholds,
-        "collapsed": "collapse" in alarms(rows),
+        "collapsed": reason == "diverged" or "collapse" in alarms(rows),
         "before": {name: rows[0][name] for name in measures},
         "after": {name: rows[-1].get(name) for name in measures},
     })  # fmt: skip
@@ -1723,8 +1771,10 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
         save_state(out, engine, progress)
         print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
         raise SystemExit(128 + number) from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{out}: out of memory ({first_line(error)}); pass a smaller --batch-size") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out)}") from error
+        raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out, error)}") from error
     if progress.stopped == "diverged":
         raise SystemExit(1)
 
@@ -1749,7 +1799,7 @@ def main(argv=None):
     if args.dry_run:
         if not args.eval_only:
             text = Text([0] * 200, 100, 100, [])
-            samples = inputs.samples or [Sample("", "", "", text, text)] * 128  # the paper's, without --pairs
+            samples = inputs.samples or [Sample("", "", text, text)] * 128  # the paper's, without --pairs
             try:
                 print0(needs_text(inputs.config.get_text_config(), samples, args))
             except Exception as error:  # whatever an unusual architecture lacks
@@ -1758,7 +1808,8 @@ def main(argv=None):
         return
     before = check_resume(args) if args.resume else None
     if before and (Path(args.out) / "summary.json").is_file():
-        shutil.rmtree(Path(args.out) / "state", ignore_errors=True)  # killed while it was removed
+        if (Path(args.out) / "model").is_dir():
+            shutil.rmtree(Path(args.out) / "state", ignore_errors=True)  # killed while it was removed
         print0(f"{args.out}: finished already")
         return
     for seed in (random.seed, np.random.seed, torch.manual_seed):

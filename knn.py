@@ -497,7 +497,10 @@ def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
     except Exception:  # not there, or broken in any of numpy's ways
         pass
     vectors = encode(texts, folder, batch_size, device)
-    write_atomically(cached, lambda file: np.save(file, vectors))
+    try:
+        write_atomically(cached, lambda file: np.save(file, vectors))
+    except OSError as error:
+        print(f"note: the embeddings are not kept for the next time ({error})")
     return vectors
 
 

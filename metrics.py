@@ -82,7 +82,8 @@ def el_and_ma(
 
     `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin the two at different
     positions. n=None measures MA alone. `row_batch` rows share a pass and a cache; `decode_batch` continuations are
-    decoded at a time (default: 256, or what 2 GiB of keys and values hold).
+    decoded at a time (default: 256, or what 2 GiB of keys and values hold). FloatingPointError for a model whose logits
+    are not finite.
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -95,7 +96,11 @@ def el_and_ma(
         # A plain cache keeps every key, also under sliding windows, which a decoding from the middle needs.
         out = model(input_ids=x, attention_mask=m, past_key_values=DynamicCache() if n else None, use_cache=bool(n))
         # The shift: logits at position t-1 guess token t. guess[:, 0] is never used.
-        guess = torch.cat([x[:, :1], out.logits[:, :-1].argmax(-1)], dim=1)  # (B, T)
+        guess = out.logits[:, :-1].argmax(-1)  # (B, T - 1)
+        best = out.logits[:, :-1].gather(-1, guess[..., None])[..., 0]
+        if not best[m[:, 1:].bool()].isfinite().all():  # or the argmax of NaN would pass for a miss
+            raise FloatingPointError("the model's logits are not finite")
+        guess = torch.cat([x[:, :1], guess], dim=1)  # (B, T)
         rows = [(x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i]) for b, i in enumerate(chunk)]
         for i, (text, said, row_start) in zip(chunk, rows, strict=True):
             hits = [a == b for a, b in zip(text, said, strict=True)][row_start if ma_start is None else ma_start :]

@@ -101,7 +101,7 @@ def read_run(folder):
     return run
 
 
-# Flags that make two runs of one method different rows; runs that differ in nothing but others (seed, pairs) are averaged.
+# Flags that make two runs of one method different rows; runs that differ in others only (seed, pairs) are averaged.
 BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")  # what the measures before depend on
 SETTINGS = (
     *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine", "answer", "answers",
@@ -178,7 +178,9 @@ def published_row(run, method):
         return []
     factors = {key: factor for _, key, factor, _, _ in COLUMNS}
     cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
-    return [{"label": f"published: {method} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}]
+    return [
+        {"label": f"published: {method} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}
+    ]
 
 
 def markdown_table(columns, rows):
@@ -415,7 +417,9 @@ def ask(folder, prefix, tokens):
             raise ValueError("the prefix has no token; give it some text")
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
         if len(prompt) + tokens > positions:
-            raise ValueError(f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions")
+            raise ValueError(
+                f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions"
+            )
         (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config["num_beams"])
         print(f"{when:>6}: {prefix}\033[1m{tokenizer.decode(said, clean_up_tokenization_spaces=False)}\033[0m")
 
@@ -430,7 +434,9 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
     parser.add_argument("--cases", type=knn.positive, default=4, metavar="N", help="samples in cases.md (4)")
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
-    parser.add_argument("--tokens", type=knn.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)")
+    parser.add_argument(
+        "--tokens", type=knn.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if not args.ask and not args.runs:

@@ -15,6 +15,8 @@ presets
   opt125m | opt1.3b | opt2.7b     measured, not unlearned (the OPT rows of Table 1); their weights are pickles on the
                                   hub, which only --allow-pickle loads
 
+paths are taken from the folder of run.sh
+
 other commands
   compare PRESET                  every method of Table 1, then one table (finished runs are kept)
       [--methods M ...] [--sets 0 1 2 3 4] [--seeds N ...] [--lrs METHOD=LR ...]
@@ -47,6 +49,7 @@ TEXT
 # --- the environment: once, in .venv; remade when requirements.txt changes ---
 environment() {
   local stamp=.venv/requirements.sha256 wanted
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 3.11 or newer is needed"
   wanted=$(python3 -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
   if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     echo "making the environment in .venv (once; a few minutes) ..." >&2
@@ -143,7 +146,7 @@ preset_flags() { # preset_flags PRESET: sets `base`, the icu.py flags that make 
   esac
   base+=(--preset "$preset")
   [ "$preset" = tiny ] && return
-  base+=(--ppl pile wikitext)
+  base+=(--ppl pile wikitext $(released_rate "$(value --method icu)"))
   source=(--pile ${released:+--allow-copies}) # Released code: the nearest row, copies included.
 }
 
@@ -152,10 +155,10 @@ visible_gpus() { $PYTHON -c 'import torch; print(torch.cuda.device_count())'; }
 launch() { # launch FILE.py FLAG ...: by the deepspeed launcher where several processes are asked for
   local command=($PYTHON "$1") port
   case "$preset" in neo1.3b | neo2.7b | tinyllama) [ -n "$gpus" ] || gpus=$(visible_gpus) ;; esac
-  if [ "${gpus:-1}" -gt 1 ]; then
+  if [ "${gpus:-1}" -gt 1 ] || has --offload || [ "$(value --zero 2)" = 3 ]; then # these two are DeepSpeed's
     [ "$(visible_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
     port=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    command=($PYTHON -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus "$gpus" --master_port "$port" "$1")
+    command=($PYTHON -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus "${gpus:-1}" --master_port "$port" "$1")
   fi
   supervised "${command[@]}" "${@:2}"
 }
@@ -199,6 +202,7 @@ mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
   [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
   local plan
+  ! has --resume || [ ! -f "$1" ] || return 0 # the pairs of the run that goes on
   plan=$($PYTHON icu.py --dry-run "${base[@]}" "${place[@]}" "${icu_flags[@]}")
   ! has --dry-run || echo "$plan"
   $PYTHON knn.py "${source[@]}" --out "$1" --overwrite "${knn_flags[@]}" "${@:2}" $(! has --dry-run || echo --dry-run)
@@ -210,7 +214,7 @@ single() { # one run of the preset
   [ "$preset" != tiny ] || out=$(value --out runs/tiny)
   mkdir -p "$(dirname "$out")"
   place=(--out "$out")
-  [ "$preset" != tiny ] || has --resume || place+=(--overwrite) # the default command can be typed twice
+  [ "$out" != runs/tiny ] || has --resume || place+=(--overwrite) # the default command can be typed twice
   model=(--model "$(last_of --model)")
   [ -z "$(last_of --revision)" ] || model+=(--revision "$(last_of --revision)")
   # Whether the sets are at hand is found out before the work, not after it.
@@ -226,16 +230,16 @@ single() { # one run of the preset
 }
 
 # --- several runs: what is finished is kept, what was interrupted goes on ---
-jobs=() # the run folders of this comparison
+again= jobs=() # --overwrite: every run anew; the run folders of this comparison
 job() { # job NAME [icu flag ...]
   local out=$folder/$1 how=--overwrite status=0
   jobs+=("$out")
   # --resume also refuses to keep a run that was made with other settings. Without config.json it is no run yet.
-  [ ! -f "$out/config.json" ] || how=--resume
+  [ ! -f "$out/config.json" ] || [ -n "$again" ] || how=--resume
   echo "== $out"
-  # A method that diverges has a summary: it is a result, not an end.
+  # A method that diverges (1) has a summary: it is a result, not an end.
   launch icu.py "${base[@]}" --pairs "$pairs" --out "$out" $how "${icu_flags[@]}" "${@:2}" || status=$?
-  [ -f "$out/summary.json" ] || exit $status
+  [ $status -le 1 ] && [ -f "$out/summary.json" ] || exit $status
 }
 
 list() { # list FLAG DEFAULT...: moves the values of a flag of several out of icu_flags, into `values`
@@ -254,16 +258,23 @@ list() { # list FLAG DEFAULT...: moves the values of a flag of several out of ic
 
 several() { # several compare|ablation|sweep PRESET: every set and seed of the paper's tables, then one report
   local kind=$1 sets seeds methods rates points set seed method point
-  list --sets 0 && sets=("${values[@]}")
-  list --seeds 0 && seeds=("${values[@]}")
+  [ "$kind" != compare ] || ! has --method || fail "compare sets --method itself: pass --methods NAME ..."
+  if [ "$kind" = sweep ] && { has --alpha || has --beta; }; then
+    fail "sweep sets --alpha and --beta itself: pass --points ALPHA,BETA ..."
+  fi
+  list --sets "$(value --set 0)" && sets=("${values[@]}")
+  list --seeds "$(value --seed 0)" && seeds=("${values[@]}")
   list --methods icu kumpr kl llmu po dpo npo graddiff && methods=("${values[@]}")
   list --lrs && rates=("${values[@]}") # compare: METHOD=LR ...; sweep: LR ...
   list --points && points=("${values[@]}") # sweep: ALPHA,BETA ...
   list --table 2 && [ "${values[0]}" != 5 ] || [ ${#rates[@]} -gt 0 ] || rates=(1e-5 5e-6 2e-6 1e-6 5e-7)
   # Table 2's grid, and Figure 3's: no learn loss, no KL, neither.
   [ ${#points[@]} -gt 0 ] || points=(0.1,0.5 0.1,1.0 0.5,0.1 0.5,0.5 0.5,1.0 1.0,0.5 1.0,1.0 1.0,2.0 2.0,1.0 2.0,2.0)
-  [ "$kind" != ablation ] || points=(0.5,1.0 0,1.0 0.5,0 0,0)
+  local alpha=$(last_of --alpha) beta=$(last_of --beta)
+  alpha=${alpha:-0.5} beta=${beta:-1.0}
+  [ "$kind" != ablation ] || points=("$alpha,$beta" "0,$beta" "$alpha,0" "0,0")
   folder=$(value --out "runs/$kind/$preset-$(value --protocol paper)")
+  ! has --overwrite || again=yes
   list --out && list --resume && list --overwrite
   [ ${#task_flags[@]} -eq 0 ] || fail "--tasks goes with a single preset; measure a run's model/ with tasks.py"
   for set in "${sets[@]}"; do
@@ -278,7 +289,9 @@ several() { # several compare|ablation|sweep PRESET: every set and seed of the p
           job "$method-$end" --seed "$seed" --method "$method" $(method_rate "$method" "${rates[@]}")
         done
       elif [ "$kind" = sweep ] && [ ${#rates[@]} -gt 0 ]; then # Table 5: learning rates at alpha = beta = 0.5
-        for point in "${rates[@]}"; do job "lr$point-$end" --seed "$seed" --alpha 0.5 --beta 0.5 --lr "$point"; done
+        for point in "${rates[@]}"; do # 5e-7 takes the paper 132 epochs
+          job "lr$point-$end" --seed "$seed" --alpha 0.5 --beta 0.5 --max-epochs 200 --lr "$point"
+        done
       else
         for point in "${points[@]}"; do
           job "alpha${point%,*}-beta${point#*,}-$end" --seed "$seed" --alpha "${point%,*}" --beta "${point#*,}"
@@ -289,10 +302,13 @@ several() { # several compare|ablation|sweep PRESET: every set and seed of the p
   $PYTHON report.py "${jobs[@]}" --out "$folder"
 }
 
+released_rate() { # released_rate METHOD: released KUMPR, whatever the preset: the whole forget set one batch, lr 5e-5
+  if [ "$1" = kumpr ] && [ "$(value --protocol paper)" = released ]; then echo "--batch-size 1000000 --lr 5e-5"; fi
+}
+
 method_rate() { # method_rate METHOD METHOD=LR...: `--lr LR` for the method, if it is in the list
   local pair
-  # Released KUMPR, whatever the preset: the whole forget set one batch, lr 5e-5.
-  if [ "$1" = kumpr ] && [ "$(value --protocol paper)" = released ]; then echo "--batch-size 1000000 --lr 5e-5"; fi
+  released_rate "$1"
   for pair in "${@:2}"; do case "$pair" in "$1"=*) echo "--lr ${pair#*=}" ;; esac; done
 }
 
@@ -310,8 +326,10 @@ case "$command" in
   lint) environment; exec .venv/bin/ruff check . ;;
   ask) environment; exec $PYTHON report.py --ask "$@" ;;
   compare | ablation | sweep)
-    preset=${1:-tiny}
-    [ $# -eq 0 ] || shift
+    case "${1:-tiny}" in
+      -*) preset=tiny ;;
+      *) preset=${1:-tiny} && shift $(($# > 0)) ;;
+    esac
     ;;
   *) preset=$command ;;
 esac

@@ -6,6 +6,7 @@ python -m pytest tests/test_icu.py -q
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -159,8 +160,8 @@ def expected_loss(method, sides):
         "kl": 0.7 * mean["forget"] + 0.3 * kl,
         "llmu": 0.7 * mean["forget"] - 0.5 * mean["answer"] + 0.3 * kl,
         "po": -0.5 * mean["answer"],
-        "dpo": softplus(-0.1 * (win - lose)).mean(),
-        "npo": 2 / 0.1 * softplus(0.1 * lose).mean(),
+        "dpo": 0.7 * softplus(-0.1 * (win - lose)).mean(),
+        "npo": 0.7 * 2 / 0.1 * softplus(0.1 * lose).mean(),
     }[method]
 
 
@@ -207,7 +208,7 @@ class Bigram(torch.nn.Module):
 def test_the_first_step_is_that_of_the_formula(method):
     """On a two-token model one step of the loop moves the weights as autograd on the written-out formula says."""
     text = lambda ids, t0: icu.Text(ids, t0, t0, ids[:t0])  # noqa: E731
-    sample = icu.Sample("a", "", "", text([0, 1, 1, 0], 2), text([1, 0, 0, 0], 2))
+    sample = icu.Sample("a", "", text([0, 1, 1, 0], 2), text([1, 0, 0, 0], 2))
     answer = text([0, 1, 0, 1], 2)
     model = Bigram()
     start = model.table.detach().clone()
@@ -244,8 +245,8 @@ def test_the_first_step_is_that_of_the_formula(method):
         "kl": 0.7 * f + 0.3 * kl,
         "llmu": 0.7 * f - 0.5 * ans + 0.3 * kl,
         "po": -0.5 * ans,
-        "dpo": -torch.log(torch.sigmoid(0.1 * (win - lose))),
-        "npo": -20 * torch.log(torch.sigmoid(-0.1 * lose)),
+        "dpo": 0.7 * -torch.log(torch.sigmoid(0.1 * (win - lose))),
+        "npo": 0.7 * -20 * torch.log(torch.sigmoid(-0.1 * lose)),
     }[method]
     (gradient,) = torch.autograd.grad(formula, table)
     torch.testing.assert_close(model.table.detach(), start - 0.1 * gradient)
@@ -269,7 +270,7 @@ def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
     g = torch.Generator().manual_seed(1)
     rows = torch.randint(4, 90, (9, 12), generator=g).tolist()
     texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
-    samples = [icu.Sample(str(i), "", "", texts[i], texts[i + 3]) for i in range(3)]
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     memorise(model, texts[:3])
     before = icu.reference_logps(model, texts[:3])
     args = Namespace(
@@ -291,7 +292,7 @@ def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
 def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
     """--answers suffixes of other partners, never the row's own, the same for the same (seed, epoch)."""
     texts = [icu.Text(list(range(10 * i, 10 * i + 6)), 3, 3, []) for i in range(8)]
-    samples = [icu.Sample(str(i), "", "", texts[i], texts[i + 4]) for i in range(4)]
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 4]) for i in range(4)]
     args = Namespace(method="llmu", answers=2, answer="neighbour", seed=0)
     drawn = icu.answer_texts(samples, None, 1, args)
     assert drawn == icu.answer_texts(samples, None, 1, args)
@@ -461,7 +462,7 @@ def one_epoch(model, samples, active, batch_size=2, seed=0):
 def test_active_samples_are_packed_densely(make_model):
     """Seven of nine active, batch 2: four steps, three full and one of one, no empty batch."""
     text = icu.Text([4, 5, 6, 7], 2, 2, [])
-    samples = [icu.Sample(str(i), "", "", text, text) for i in range(9)]
+    samples = [icu.Sample(str(i), "", text, text) for i in range(9)]
     _, sizes = one_epoch(make_model("gpt_neo", dtype=torch.float32), samples, [0, 1, 3, 4, 6, 7, 8])
     assert sizes == [2, 2, 2, 1]
 
@@ -470,7 +471,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
     """Every step gives NaN: after five in a row the epoch ends with Diverged and untouched weights."""
     model = make_model("gpt_neo", dtype=torch.float32)
     text = icu.Text([4, 5, 6, 7], 2, 2, [])
-    samples = [icu.Sample(str(i), "", "", text, text) for i in range(12)]
+    samples = [icu.Sample(str(i), "", text, text) for i in range(12)]
     plain = model.forward
 
     def broken(*a, **k):
@@ -493,7 +494,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
     model = make_model(kind, dtype=torch.float32, hidden_size=128, vocab=400)
     g = torch.Generator().manual_seed(0)
     texts = [icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)]
-    samples = [icu.Sample(str(i), "", "", texts[i], texts[3 - i]) for i in range(4)]
+    samples = [icu.Sample(str(i), "", texts[i], texts[3 - i]) for i in range(4)]
     args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
     ask = icu.side_asker(model, samples, [0, 1, 2, 3], None, {"logits": icu.live_teacher(model, texts[::-1])})
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -593,6 +594,27 @@ def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
         icu.main([str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
         summary = json.loads((out / "summary.json").read_text())
         assert summary["method"] == method and summary["stopped"] == "max epochs"
+
+
+def test_a_model_of_nan_is_a_run_that_diverged(folders, encoder_dir):
+    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1, the last good state kept."""
+    out = folders["root"] / "blown"
+    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e25"]
+    flags += ["--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}", "--thresholds", "1e-9,1e-9"]
+    knn.write_jsonl(folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}])
+    code, stdout, stderr = run_cli(*flags, "--out", out)
+    assert code == 1 and not stderr.count("Traceback") and "last good state" in stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
+    assert not (out / "model").exists() and len(icu.states(out)) == 2 - (summary["epochs"] == 0)
+    code, _, stderr = run_cli(out, script="report.py")
+    assert code == 0 and "icu (collapsed) | - |" in (out / "table.md").read_text(), stderr
+
+
+def test_the_prompt_is_no_target_of_dpo():
+    """dpo compares two answers to one prompt, whatever --targets says for the others."""
+    flags = ["--model", "m", "--dry-run", "--targets", "all", "--method"]
+    assert icu.parse_args([*flags, "dpo"]).targets == "suffix" and icu.parse_args([*flags, "npo"]).targets == "all"
 
 
 def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
@@ -719,6 +741,10 @@ BAD = {
     "out is a file": (lambda f: ["--out", f["pairs"]], "is a file"),
     "out in a file": (lambda f: ["--out", f["pairs"] / "run"], "cannot write"),
     "out is no run": (lambda f: ["--out", f["root"]], "no run"),
+    "out holds the model": (lambda f: ["--out", f["gpt_neo"], "--overwrite"], "lies in it"),
+    "offload alone": (lambda f: ["--offload"], "DeepSpeed"),
+    "zero 3 alone": (lambda f: ["--zero", "3"], "DeepSpeed"),
+    "unseen ids": (lambda f: ["--thresholds", "auto", "--unseen", "ids.npy"], ".csv or .jsonl"),
 }
 
 
@@ -809,6 +835,37 @@ def test_the_report_of_several_runs_and_the_published_row(finished, folders, enc
     code, stdout, stderr = run_cli(tmp_path / "kl", script="report.py")
     assert code == 0, stderr
     assert "published: kl | 4.9 | 56.2" in stdout and "published: before | 51.9" in stdout
+
+
+def copy_run(run, folder, **config):
+    """A run folder as another run with other settings would have left it."""
+    shutil.copytree(run, folder)
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | config))
+    return folder
+
+
+def test_the_report_averages_nothing_but_sets_and_seeds(finished, tmp_path):
+    """Another model, protocol or encoder is another row, before and after; the same run twice is one run."""
+    other = copy_run(finished[0], tmp_path / "other", protocol="released", bert="another")
+    code, stdout, stderr = run_cli(finished[0], finished[0], other, "--out", tmp_path / "out", script="report.py")
+    assert code == 0, stderr
+    rows = [line.split(" | ")[0] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
+    assert len(rows) == 4 and len(set(rows)) == 4 and "±" not in stdout
+
+
+def test_the_report_refuses_pairs_that_were_made_again(finished, folders, tmp_path):
+    """One line, before anything is written."""
+    knn.write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
+    run = copy_run(finished[0], tmp_path / "run", pairs=str(tmp_path / "pairs.jsonl"))
+    code, _, stderr = run_cli(run, "--out", tmp_path / "out", script="report.py")
+    assert code == 2 and "no pair b" in stderr and stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_asking_for_more_than_the_model_has_positions(finished):
+    """One line."""
+    code, _, stderr = run_cli("--ask", finished[0], "The parcel for", "--tokens", "400", script="report.py")
+    assert code == 2 and "256 positions" in stderr and stderr.count("\n") == 1
 
 
 def test_asking_before_and_after(finished):

@@ -199,6 +199,15 @@ def test_memorization_accuracy_equals_the_loop(case, start):
     assert_close(measured, [literal_ma(case.model, row, start) for row in rows])
 
 
+def test_logits_that_are_not_finite_are_no_measure(make_model):
+    """The argmax of NaN is a token, and would pass for a miss."""
+    model = make_model("gpt_neo")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        metrics.memorization_accuracy(model, torch.tensor([[5, 6, 7]]))
+
+
 def test_memorization_accuracy_of_a_row_does_not_depend_on_its_batch(case):
     """A row alone and without a mask scores what it scores among longer rows, whatever fills the padding."""
     rows = list(case.rows.values())

@@ -62,10 +62,20 @@ def test_an_unknown_preset_lists_them_and_exits_2():
 
 def test_help_names_every_command_and_exits_0():
     """bash run.sh --help makes nothing and tells everything."""
-    for flags in (["--help"], ["help"], ["neo125m", "--help"]):
+    for flags in (["--help"], ["help"], ["neo125m", "--help"], ["compare", "--help"]):
         code, text, _ = bash(*flags)
         assert code == 0
         assert all(word in text for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "test", "--set"))
+
+
+def test_several_runs_do_not_override_a_flag_silently():
+    """What compare and sweep set themselves is refused, with the flag to pass instead."""
+    for args, instead in (
+        (["compare", "tiny", "--method", "npo"], "--methods"),
+        (["sweep", "--beta", "2"], "--points"),
+    ):
+        code, _, error = bash(*args, "--dry-run")
+        assert code == 2 and instead in error.splitlines()[-1]
 
 
 @pytest.mark.skipif(

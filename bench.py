@@ -646,8 +646,24 @@ def fastest(function, sizes):
     return min(sizes, key=lambda size: seconds(lambda: function(size))[0])
 
 
+def share_inside(module, function):
+    """The share of a call's time, 0-1, that is spent in the forward passes of `module` (on the CPU)."""
+    spent = []
+    hooks = [module.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter()))]
+    hooks.append(module.register_forward_hook(lambda *_: spent.append(time.perf_counter())))
+    try:
+        took, _ = seconds(function)
+        return sum(spent) / took
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def against_harness(bench):
-    """tasks.judge_choices against the harness's HFLM on the same rows, each at its best batch size."""
+    """tasks.judge_choices against the harness's HFLM on the same rows, each at its best batch size.
+
+    The bound that each line ends with is what the ratio would be if ours took no time but the body's forward passes.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -682,6 +698,10 @@ def against_harness(bench):
         rates = [f"{len(rows) / statistics.median(side):.3g}" for side in (timed.ours, timed.theirs)]
         work = f"{len(rows)} rows, {rates[0]} a second at {tokens} tokens a batch against {rates[1]} at {size} requests"
         work += f"; log p within {gap:.0e}"
+        if bench.args.device == "cpu":
+            share = share_inside(model.base_model, lambda ours=ours, tokens=tokens: ours(tokens))
+            bound = statistics.median(timed.theirs) / statistics.median(timed.ours) / share
+            work += f"; {share:.0%} of our time are the body's forward passes: at most {bound:.2f}x"
         yield timed_line(name, timed, Goal(">=", 2), work=work, same=gap <= 1e-4)
 
 

@@ -13,7 +13,7 @@ the published evaluation:
    cuts a context at its end, where the question is.
 3. Every ARC row keeps its own choices. The released code pads or cuts the few rows that have not exactly four.
 4. Rows run in batches of like length instead of padded to 512, the output layer sees the choices' tokens only, and
-   many choices share one pass over their context. The scores are those of the plain loop (tests/test_tasks.py).
+   the choices of a row share one pass over their context. The scores are those of the plain loop (tests/test_tasks.py).
 """
 
 import argparse
@@ -27,7 +27,7 @@ import string
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from difflib import get_close_matches
-from itertools import islice
+from itertools import chain, islice
 from os.path import commonprefix
 from pathlib import Path
 
@@ -397,10 +397,6 @@ READERS = {".csv": read_csv, ".json": read_json, ".jsonl": knn.read_jsonl, ".xml
 
 # --- scoring: flat lists of requests in, one answer a request out ---
 
-# Choices share their context where that leaves at most 1 / SHARE_FROM of the tokens. Measured on the CPU: the four or
-# five choices of HellaSwag, ARC and MathQA run 1.5 to 2.5 times as fast, COPA's two 1.3 times, PIQA's no faster.
-SHARE_FROM = 1.3
-
 
 def encode_pairs(tokenizer, requests):
     """(context, continuation) texts -> (context ids, continuation ids), as lm-evaluation-harness splits them.
@@ -430,60 +426,72 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     same_context = defaultdict(list)
     for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
         same_context[tuple(row[: -len(continuation)])].append(i)
-    alone, shared = [], []  # (length of the trunk, length of the longest tail, requests), see `score`
+    lines, long = [], []  # (tokens on the line, requests), and requests whose line would be too long
     for requests in same_context.values():
-        lengths, trunk = [len(rows[i]) - 1 for i in requests], len(commonprefix([rows[i][:-1] for i in requests]))
-        if sum(lengths) >= SHARE_FROM * (sum(lengths) - (len(requests) - 1) * trunk):
-            shared.append((trunk, max(lengths) - trunk, requests))
+        trunk, *tails = split_trunk([rows[i][:-1] for i in requests])
+        length = len(trunk) + sum(map(len, tails))
+        if length > window_of(model) and any(tails):
+            long.append(requests)
         else:
-            alone += [(length, 0, [i]) for length, i in zip(lengths, requests, strict=True)]
+            lines.append((length, requests))
 
     answers, (body, head) = [None] * len(pairs), split_model(model)
     with tqdm(total=len(pairs), desc=desc, unit=" requests", disable=desc is None) as bar:
-        for groups in (alone, shared):
-            for batch in batches(groups, batch_tokens):
-                scores = score(model, body, head, [[(rows[i], pairs[i][1]) for i in requests] for requests in batch])
-                for i, answer in zip([i for requests in batch for i in requests], scores, strict=True):
-                    answers[i] = answer
-                bar.update(len(scores))
+        work = [(line_states, batch) for batch in batches(lines, batch_tokens)]
+        for states_of, batch in work + [(cached_states, [requests]) for requests in long]:
+            states = states_of(model, body, [[(rows[i], pairs[i][1]) for i in requests] for requests in batch])
+            batch = list(chain.from_iterable(batch))
+            for i, answer in zip(batch, score_tokens(head, states, [pairs[i][1] for i in batch]), strict=True):
+                answers[i] = answer
+            bar.update(len(batch))
     return answers
 
 
-def score(model, body, head, groups):
-    """G groups of rows, each a list of (row, the continuation it ends in) -> [(sum of log p, greedy ids)], R in all.
+def split_trunk(inputs):
+    """[what all inputs begin with, what is left of each]."""
+    trunk = commonprefix(inputs)
+    return [trunk, *(row[len(trunk) :] for row in inputs)]
 
-    What all rows of a group begin with, its trunk, is run once, then each row's tail behind a copy of the trunk's keys
-    and values; the trunk of a group of one is its whole row. Trunks are padded on the left, so that tails follow them
-    without a hole: GPT-Neo's local attention counts slots of the cache, not positions.
+
+def line_states(model, body, groups):
+    """Groups of (row, the continuation it ends in) -> states (K, H) that predict all continuations' K tokens in order.
+
+    A group is one line: the trunk of its rows once, then each row's tail, which has the positions after the trunk and
+    sees the trunk and itself. The trunk of a group of one is its whole row.
     """
-    # The shift by one: position i predicts token i + 1, so the last token of a row is no input.
-    inputs = [[row[:-1] for row, _ in group] for group in groups]
-    trunks = [commonprefix(rows) for rows in inputs]
-    tails = [row[len(trunk) :] for trunk, rows in zip(trunks, inputs, strict=True) for row in rows]
-    C, L = max(map(len, trunks)), max(map(len, tails))
-    if L and C + L > positions_of(model) and len(groups) > 1:
-        # GPT-Neo's cache has no slots beyond its positions, not for padding either: one group at a time fits.
-        return [answer for group in groups for answer in score(model, body, head, [group])]
-    owner = torch.tensor([g for g, rows in enumerate(inputs) for _ in rows], device=model.device)  # (R,)
-    x, mask = pad(trunks, model.device, left=True)  # (G, C)
-    position, cache = mask.cumsum(1) - 1, DynamicCache() if L else None  # -1 in the padding
-    states = body(
-        input_ids=x, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache, use_cache=L > 0
-    )  # (G, C, H)
-    continuations = [continuation for group in groups for _, continuation in group]
-    first = [len(row) - len(continuation) - 1 for group in groups for row, continuation in group]
-    kept = max(len(trunks[g]) - i for g, i in zip(owner.tolist(), first, strict=True))  # trunk columns that predict
-    states, position = states[owner, -kept:], position[owner, -kept:]  # (R, kept, H), (R, kept)
-    if L:
-        cache.batch_select_indices(owner)
-        y, filled = pad(tails, model.device)  # (R, L)
-        mask = torch.cat([mask[owner], torch.ones_like(y)], 1)  # (R, C + L): padding on the right is out of sight
-        following = mask[:, :C].sum(1)[:, None] + torch.arange(L, device=model.device)
-        rest = body(input_ids=y, attention_mask=mask, position_ids=following, past_key_values=cache, use_cache=True)
-        states = torch.cat([states, rest], 1)
-        position = torch.cat([position, following.masked_fill(filled == 0, -1)], 1)
-    where = position >= torch.tensor(first, device=model.device)[:, None]
-    return score_tokens(head, states[where], continuations)
+    lines, positions, owners, predict = [], [], [], []
+    for group in groups:
+        # The shift by one: position i predicts token i + 1, so the last token of a row is no input.
+        trunk, *tails = split_trunk([row[:-1] for row, _ in group])
+        C, line, position, owner, slots = len(trunk), [*trunk], [*range(len(trunk))], [0] * len(trunk), []
+        for n, (tail, (_, continuation)) in enumerate(zip(tails, group, strict=True), start=1):
+            row = [*range(C), *range(len(line), len(line) + len(tail))]  # where on the line its tokens are
+            slots += row[-len(continuation) :]
+            line, position = line + tail, position + [*range(C, C + len(tail))]
+            owner += [n] * len(tail)
+        lines, positions, owners = [*lines, line], [*positions, position], [*owners, owner]
+        predict.append(slots)
+    x, owner, more = pad(lines, model.device), pad(owners, model.device), {}  # (G, T); padding on the right is unseen
+    if owner.any():
+        sees = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (G, T, T)
+        mask = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
+        mask.masked_fill_(~sees.tril(), torch.finfo(model.dtype).min)
+        more = {"attention_mask": mask[:, None], "position_ids": pad(positions, model.device)}
+    where = [g * x.shape[1] + slot for g, slots in enumerate(predict) for slot in slots]
+    states = body(input_ids=x, use_cache=False, **more)  # (G, T, H)
+    return states.flatten(0, 1)[torch.tensor(where, device=model.device)]  # (K, H)
+
+
+def cached_states(model, body, groups):
+    """As line_states, of one group that is too long for a line: its tails behind copies of its trunk's cache."""
+    (group,) = groups
+    trunk, *tails = split_trunk([row[:-1] for row, _ in group])
+    cache = DynamicCache()
+    first = body(input_ids=pad([trunk], model.device), past_key_values=cache, use_cache=True)[0]  # (C, H)
+    cache.batch_repeat_interleave(len(tails))
+    rest = body(input_ids=pad(tails, model.device), past_key_values=cache, use_cache=True)  # (R, L, H)
+    rows = [torch.cat([first, states[: len(tail)]]) for tail, states in zip(tails, rest, strict=True)]
+    return torch.cat([row[-len(continuation) :] for row, (_, continuation) in zip(rows, group, strict=True)])
 
 
 def score_tokens(head, states, continuations):
@@ -493,7 +501,7 @@ def score_tokens(head, states, continuations):
     for state, target in zip(states.split(256), targets.split(256), strict=True):  # (K, V) at once may be gigabytes
         logits = head(state)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps += (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+        logps += logits.log_softmax(1).gather(1, target[:, None])[:, 0].tolist()
         said += logits.argmax(1).tolist()
     logps, said = iter(logps), iter(said)
     return [(sum(islice(logps, len(c))), list(islice(said, len(c)))) for c in continuations]
@@ -517,28 +525,26 @@ def positions_of(model):
     return getattr(model.config, "max_position_embeddings", None) or 1 << 20
 
 
-def pad(rows, device, *, left=False):
-    """Lists of ids -> (ids, mask), both (B, T) int64; the mask is 1 where a token is and 0 where padding is."""
-    T, ids, mask = max(map(len, rows)), [], []
-    for row in rows:
-        gap, ones = [0] * (T - len(row)), [1] * len(row)
-        ids.append(gap + row if left else row + gap)
-        mask.append(gap + ones if left else ones + gap)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def window_of(model):
+    """How long a line may be. A local attention's window counts slots of a line, where a tail lies behind others."""
+    windows = [getattr(model.config, name, None) for name in ("window_size", "sliding_window")]
+    return min([positions_of(model), *filter(None, windows)])
 
 
-def batches(groups, budget):
-    """(trunk, tail, requests) -> lists of requests of like lengths, of at most `budget` tokens with their padding.
+def pad(rows, device):
+    """Lists of ids -> (B, T) int64, padded with 0 on the right."""
+    T = max(map(len, rows))
+    return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
 
-    A batch of G groups and R requests computes G x the longest trunk + R x the longest tail. Sorting by the trunk in
-    steps of 8 tokens, then by the tail, leaves the least padding of the orders tried; the longest come first.
-    """
-    batch, C, L, R = [], 0, 0, 0
-    for trunk, tail, requests in sorted(groups, key=lambda group: (group[0] // 8, group[1]), reverse=True):
-        C, L, R = max(C, trunk), max(L, tail), R + len(requests)
-        if batch and (len(batch) + 1) * C + R * L > budget:
+
+def batches(lines, budget):
+    """(length, requests) -> lists of requests of like length, of `budget` tokens with padding; the longest first."""
+    batch, T = [], 0
+    for length, requests in sorted(lines, key=lambda line: line[0], reverse=True):
+        if batch and (len(batch) + 1) * T > budget:
             yield batch
-            batch, C, L, R = [], trunk, tail, len(requests)
+            batch = []
+        T = T if batch else length
         batch.append(requests)
     if batch:
         yield batch
@@ -549,8 +555,8 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
     keep, answers = positions_of(model) - new_tokens, [""] * len(prompts)
     ids = [row[-keep:] for row in tokenizer(prompts, verbose=False)["input_ids"]]
     with tqdm(total=len(prompts), desc=desc, unit=" replies", disable=desc is None) as bar:
-        groups = [(len(row) + new_tokens, 0, [i]) for i, row in enumerate(ids)]
-        for batch in batches(groups, batch_tokens):
+        lines = [(len(row) + new_tokens, [i]) for i, row in enumerate(ids)]
+        for batch in batches(lines, batch_tokens):
             batch, lengths = [i for (i,) in batch], [new_tokens] * len(batch)
             said = metrics.beam_generate(model, [ids[i] for i in batch], lengths, num_beams=1, batch_size=len(batch))
             for i, reply in zip(batch, said, strict=True):
@@ -754,21 +760,15 @@ def parse_args(argv=None):
     g.add_argument("--protocol", default="paper", choices=["paper", "released"], help="released: texts joined for "
                    "perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")  # fmt: skip
     g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
-    g.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each set")
+    g.add_argument("--limit", type=knn.positive, metavar="N", help="only the first N rows of each set")
 
     g = parser.add_argument_group("running")
-    g.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
+    g.add_argument("--batch-tokens", type=knn.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
     g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def main(argv=None):

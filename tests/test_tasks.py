@@ -451,12 +451,14 @@ def random_pairs(vocab, count=12, positions=512):
     return pairs
 
 
-@pytest.mark.parametrize("share_from", [0.0, 1.6, math.inf], ids=["always", "default", "never"])
+@pytest.mark.parametrize("window", [8, 40, 128], ids=["cached", "some", "lines"])
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-def test_scores_equal_the_literal_loop(make_model, kind, share_from, batch_tokens, monkeypatch):
-    """Whatever the batch, and with the context shared or not, a choice scores as if it were alone."""
-    monkeypatch.setattr(tasks, "SHARE_FROM", share_from)
-    model = make_model(kind, max_position_embeddings=128)
+def test_scores_equal_the_literal_loop(make_model, kind, window, batch_tokens, monkeypatch):
+    """Whatever the batch, and whether the choices share a line or a cache, a choice scores as if it were alone."""
+    more = {"window_size": window} if kind == "gpt_neo" else {}
+    model = make_model(kind, max_position_embeddings=128, **more)
+    assert tasks.window_of(model) == (window if more else 128)
+    monkeypatch.setattr(tasks, "window_of", lambda model: window)
     pairs = random_pairs(97, positions=128)
     with torch.inference_mode():
         expected = [literal_score(model, *pair) for pair in pairs]
@@ -486,6 +488,17 @@ def test_the_output_layer_sees_only_the_tokens_of_the_choices(make_model):
     tasks.loglikelihoods(model, pairs, batch_tokens=1000)
     hook.remove()
     assert [shape[0] for shape in seen if len(shape) == 2] == [3]
+
+
+def test_the_body_sees_a_context_once_for_all_its_choices(make_model):
+    """One line of the context and each choice without its last token; behind the cache where that is too long."""
+    pairs, seen = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6])], []
+    for window, expected in ((64, [(1, 23)]), (8, [(1, 20), (3, 2)])):
+        model = make_model("gpt_neo", window_size=window)
+        model.base_model.wte.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+        tasks.loglikelihoods(model, pairs)
+        assert [shape for shape in seen if shape != (1, 8)] == expected  # (1, 8) is split_model's
+        seen.clear()
 
 
 def test_context_and_choice_are_split_where_the_context_ends(models, kind):

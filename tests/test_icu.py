@@ -510,15 +510,15 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
 
 
 def test_zero_shards_what_it_says(make_model):
-    """Gradients and Adam are a share, weights whole; --offload: no moments on the device."""
+    """Gradients and Adam are a share, weights whole, with --zero 3 a share; --offload: no moments on the device."""
     config = make_model("gpt_neo").config
     flags = {"batch_size": 8, "teacher": "cached"}
-    one, four, offloaded = (
+    one, four, offloaded, three = (
         icu.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
-        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True))
+        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True), (4, 3, False))
     )
     assert four["gradients"] == one["gradients"] // 4 and four["weights"] == one["weights"]
-    assert four["adam"] - offloaded["adam"] == one["adam"] // 4
+    assert four["adam"] - offloaded["adam"] == one["adam"] // 4 and three["weights"] == one["weights"] // 4
 
 
 # --- the command line ---
@@ -719,6 +719,7 @@ BAD = {
     "out is a file": (lambda f: ["--out", f["pairs"]], "is a file"),
     "out in a file": (lambda f: ["--out", f["pairs"] / "run"], "cannot write"),
     "out is no run": (lambda f: ["--out", f["root"]], "no run"),
+    "a whole second model": (lambda f: ["--zero", "3", "--teacher", "live"], "pass --zero 2"),
 }
 
 

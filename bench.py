@@ -796,11 +796,11 @@ def what_fits(bench):
         for card in (24, 40, 80):
             needed = []
             for offload in (False, True):
-                args = argparse.Namespace(batch_size=B, offload=offload, teacher="cached")
+                args = argparse.Namespace(batch_size=B, offload=offload, teacher="cached", zero=2)
                 sums = {n: sum(icu.memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
                 needed.append(next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8"))
             cells.append(f"{card} GB: {needed[0]}" + (f" (--offload: {needed[1]})" if needed[1] != needed[0] else ""))
-        args = argparse.Namespace(batch_size=B, offload=False, teacher="cached")
+        args = argparse.Namespace(batch_size=B, offload=False, teacher="cached", zero=2)
         alone = sum(icu.memory_estimate(config, samples, args).values()) / 1e9
         yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
 

@@ -82,6 +82,14 @@ def gather(part):
     return whole
 
 
+def lockstep(args):
+    """Whether every process measures all samples instead of a share, because none of them has whole weights (ZeRO-3).
+
+    A forward pass gathers each layer from all processes, so all must make the same calls of the model.
+    """
+    return LAUNCHED and args.zero == 3 and not args.eval_only
+
+
 def sum_over_ranks(values, device="cpu"):
     """Numbers added up over the processes, as a list of float."""
     if WORLD_SIZE == 1:
@@ -399,8 +407,13 @@ def cached_teacher(model, texts, *, batch_size=8):
     its output head give the exact KL without a second model in memory or a second forward pass a step. ValueError for a
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
     """
-    head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(False)
-    hidden = []
+    output, hidden = model.get_output_embeddings(), []
+    with whole(output.parameters()):
+        copied = {name: p.detach().clone() for name, p in output.named_parameters()}  # weight (V, H), perhaps bias (V,)
+
+    def head(states):  # (B, T, H) -> (B, T, V)
+        return F.linear(states, **copied)
+
     with torch.no_grad():
         for chunk in chunks(texts, batch_size):
             ids, attention_mask, _ = collate(chunk, model.device)
@@ -580,10 +593,6 @@ class PlainEngine:
             self.optimizer.step()
         return bool(torch.isfinite(norm))
 
-    def whole_weights(self):
-        """A context in which every process holds all weights: to measure and to export."""
-        return contextlib.nullcontext()
-
     def save(self, folder):
         """Weights and optimiser state into `folder`, without pickle."""
         # Tied weights are parameters once, so a name is a tensor of its own.
@@ -615,18 +624,18 @@ class ZeroEngine:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
         # DeepSpeed insists on a batch size, for its accounts only: the batches are made in train_epoch.
         config["train_micro_batch_size_per_gpu"] = 1
+        if args.zero == 3:  # tensor by tensor: no device ever holds the whole model
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            model.to(args.device)  # its buffers
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.model, self.zero, self.unwrap = model, args.zero, deepspeed.zero.unwrap_model_for_generation
+        self.model = model
 
     def step(self, loss):
         # DeepSpeed takes the mean of the processes' gradients; ours are parts of one sum.
         self.engine.backward(loss * WORLD_SIZE)
         self.engine.step()
         return not self.optimizer.overflow  # a gradient that is not finite, on any rank: all have left the step out
-
-    def whole_weights(self):
-        return self.unwrap(self.engine) if self.zero == 3 else contextlib.nullcontext()
 
     def save(self, folder):
         """DeepSpeed's own files, one a process; they are pickles, so a state is checked before it is loaded."""
@@ -636,6 +645,26 @@ class ZeroEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
         if path is None:
             raise ValueError("DeepSpeed found nothing to load")
+
+
+def whole(parameters):
+    """A context in which every process has these parameters whole: under ZeRO-3 it holds a part of each."""
+    parameters = list(parameters)
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def whole_weights(model):
+    """The model's state_dict in the CPU's memory of the main process, {} on the others; every process takes part."""
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with whole([tensor]):
+            if is_main:
+                found[name] = tensor.detach().to("cpu", copy=True)
+    return found
 
 
 def start_processes(device, timeout=30):
@@ -673,11 +702,12 @@ def measure(model, tokenizer, samples, args):
     """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
 
     Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram. Each process measures its
-    share of the samples, all return all.
+    share of the samples (ZeRO-3: all of them), all return all.
     """
-    mine = share(samples)
-    # Without a sample a process measures another's: under ZeRO-3 the first calls of the model wait for all processes.
-    return gather(measure_share(model, tokenizer, mine or samples[:1], args)[: len(mine)])
+    if lockstep(args):
+        # Those of the first process for all: two that differ in a last digit would go on with other samples.
+        return gather([measure_share(model, tokenizer, samples, args)])[0]
+    return gather(measure_share(model, tokenizer, share(samples), args))
 
 
 def measure_share(model, tokenizer, samples, args):
@@ -728,12 +758,12 @@ def mean(values):
 
 
 def measure_perplexities(model, tokenizer, texts_by_name, args):
-    """{"ppl_NAME": perplexity} of the --ppl files; each process takes its share of the windows."""
-    found = {}
+    """{"ppl_NAME": perplexity} of the --ppl files; each process takes its share of the windows (ZeRO-3: all)."""
+    found, how = {}, {"released": args.protocol == "released"} | ({} if lockstep(args) else {"part": share})
     for name, texts in texts_by_name.items():
         with autocast(args):
-            sums = metrics.perplexity_sums(model, tokenizer, texts, released=args.protocol == "released", part=share)
-        total, count = sum_over_ranks(sums, args.device)
+            sums = metrics.perplexity_sums(model, tokenizer, texts, **how)
+        total, count = sums if lockstep(args) else sum_over_ranks(sums, args.device)
         found[f"ppl_{name}"] = number(metrics.perplexity_of(total, count))
     return found
 
@@ -749,7 +779,8 @@ def measures_before(model, tokenizer, inputs, args):
     about = [weights, args.model, fingerprint(args.bert), args.bert, args.protocol, args.dtype, device, args.num_beams]
     about += [[(s.id, s.suffix, s.forget) for s in inputs.samples], inputs.ppl_texts]
     about += [fingerprint(metrics.__file__), inspect.getsource(measure_share), versions()]
-    about += [WORLD_SIZE, torch.get_num_threads()]  # they decide the shape of batches, and so the last bits
+    shares = 1 if lockstep(args) else WORLD_SIZE
+    about += [shares, torch.get_num_threads()]  # they decide the shape of batches, and so the last bits
     path = knn.cache_folder("before") / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: measured again
@@ -909,11 +940,11 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     return model.eval().to(device), tokenizer
 
 
-def save_model(model, tokenizer, folder):
-    """Weights and tokenizer into `folder`, complete or not at all."""
+def save_model(model, tokenizer, folder, weights=None):
+    """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -1317,16 +1348,17 @@ def memory_estimate(config, samples, args, processes=1):
     """Bytes a process needs on its device, by part: {"weights", "gradients", "adam", "activations", "frozen copy"}.
 
     Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam over the processes and adds a
-    float32 copy of a process's share; stage 3 shards the weights too, but loading, the frozen copy and measuring hold
-    them whole. Activations are those of a training step, or what measuring needs if that is more.
+    float32 copy of a process's share; stage 3 shards the weights too, and each process measures all samples.
+    Activations are those of a training step, or what measuring needs if that is more.
     """
     P, n, H, V = parameter_count(config), processes, config.hidden_size, config.vocab_size
     # Measuring: a pass over 64 rows with its keys, values and logits, and 2 GiB of keys and values while decoding.
     T = max((len(sample.forget.ids) for sample in samples), default=0)
-    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // n)) * T * (V + 2 * config.num_hidden_layers * H)
+    shares = 1 if args.zero == 3 else n
+    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // shares)) * T * (V + 2 * config.num_hidden_layers * H)
     learn_tokens = sum(len(sample.learn.ids) for sample in samples)
     return {
-        "weights": 4 * P,
+        "weights": 4 * P // (n if args.zero == 3 else 1),
         "gradients": 4 * P // n,
         "adam": (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0),
         "activations": max(activation_bytes(config, samples, args, n), measuring),
@@ -1483,7 +1515,7 @@ def parse_args(argv=None):
     g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
 
     g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
-    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 in training the weights too (%(default)s)")
+    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, for a model that is too large for one device; it measures more slowly (%(default)s)")
     g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
     g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
 
@@ -1525,6 +1557,8 @@ def fill_defaults(args):
     args.bert = knn.default_encoder() if args.bert == "minilm" else args.bert
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if args.zero == 3 and args.teacher == "live":
+        raise ValueError("--teacher live is a whole model on every process, which --zero 3 avoids: pass --zero 2")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
     if args.resume and args.overwrite:
@@ -1619,26 +1653,25 @@ def end_epoch(run, losses, reason=None):
     args, samples, progress, started = run.args, run.inputs.samples, run.progress, time.time()
     model, epoch = run.engine.model, progress.epoch
     run.stop.measuring = True
-    with run.engine.whole_weights():
-        if epoch == 0:
-            measured, perplexities = measures_before(model, run.tokenizer, run.inputs, args)
-        else:
-            measured = measure(model, run.tokenizer, samples, args)
-        # Released code: the filter also runs before the first epoch; paper: after each training epoch.
-        forgotten = progress.forgotten
-        means = {name: mean(row[name] for row in measured) for name in MEASURES}
-        if means["ma"] is None:
-            reason = "diverged"
-        elif args.refine and (epoch > 0 or args.protocol == "released"):
-            forgotten = refine(forgotten, measured, run.thresholds, args)
-        n_active = len(samples) - len(forgotten)
-        reason = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
-        row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
-        row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
-        row["skipped_steps"] = progress.skipped_steps
-        if epoch > 0 and reason:
-            perplexities = measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
-        row |= perplexities if epoch == 0 or reason else {}
+    if epoch == 0:
+        measured, perplexities = measures_before(model, run.tokenizer, run.inputs, args)
+    else:
+        measured = measure(model, run.tokenizer, samples, args)
+    # Released code: the filter also runs before the first epoch; paper: after each training epoch.
+    forgotten = progress.forgotten
+    means = {name: mean(row[name] for row in measured) for name in MEASURES}
+    if means["ma"] is None:
+        reason = "diverged"
+    elif args.refine and (epoch > 0 or args.protocol == "released"):
+        forgotten = refine(forgotten, measured, run.thresholds, args)
+    n_active = len(samples) - len(forgotten)
+    reason = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
+    row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
+    row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
+    row["skipped_steps"] = progress.skipped_steps
+    if epoch > 0 and reason:
+        perplexities = measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
+    row |= perplexities if epoch == 0 or reason else {}
     run.stop.measuring = False
     progress.forgotten, progress.stopped = forgotten, reason
     if is_main:
@@ -1714,9 +1747,9 @@ def export(run):
     """
     diverged = run.progress.stopped == "diverged"
     if not (run.args.eval_only or diverged):
-        with run.engine.whole_weights():
-            if is_main:
-                save_model(run.engine.model, run.tokenizer, run.out / "model")
+        weights = whole_weights(run.engine.model) if lockstep(run.args) else None
+        if is_main:
+            save_model(run.engine.model, run.tokenizer, run.out / "model", weights)
     if is_main:
         write_summary(run, knn.read_jsonl(run.out / "metrics.jsonl"))
         if diverged:
@@ -1746,6 +1779,9 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
     """The run itself, in a folder that this process owns: new, or resumed where `before` is its config.json."""
     out = Path(args.out)
     state = newest_state(out) if before else None
+    make_engine = ZeroEngine if LAUNCHED and not args.eval_only else PlainEngine
+    # ZeRO-3 takes the weights apart before the model is asked anything; other engines leave it alone until then.
+    engine = make_engine(model, args) if lockstep(args) else None
     if before:
         thresholds = before["thresholds_used"]
     else:
@@ -1753,7 +1789,7 @@ def run_through(model, tokenizer, inputs, args, *, before, stop):
         thresholds = gather([calibrate(model, tokenizer, inputs.samples, inputs.unseen, args)])[0]
     print0(thresholds_text(thresholds, args))
     reference, answers = (None, None) if args.eval_only else frozen_copy(model, tokenizer, inputs.samples, args)
-    engine = (ZeroEngine if LAUNCHED and not args.eval_only else PlainEngine)(model, args)
+    engine = engine or make_engine(model, args)
     if state:
         progress = load_state(state, engine)
     else:
@@ -1815,8 +1851,9 @@ def main(argv=None):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     start_processes(args.device, args.timeout)
+    device = "cpu" if lockstep(args) else args.device  # ZeRO-3: it may be too large for one device
     model, tokenizer = load_model(
-        args.model, dtype=args.dtype, device=args.device, allow_pickle=args.allow_pickle, revision=args.revision
+        args.model, dtype=args.dtype, device=device, allow_pickle=args.allow_pickle, revision=args.revision
     )
     with only_owner(Path(args.out)) if is_main else contextlib.nullcontext(), Stop() as stop:
         run_through(model, tokenizer, inputs, args, before=before, stop=stop)

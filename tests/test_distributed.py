@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 import knn
+import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,8 +55,9 @@ def arranged(how, rank, world, steps):
     how: None; "forgotten": Eq. 5 forgets rows 0, 2 and 4, the whole share of rank 0 of 2, then row 1 too;
     "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
     "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
-    the gradient, where the usual Adam takes the same step for half the gradient; "leave": every process leaves the
-    first measuring, as if it were killed there.
+    the gradient, where the usual Adam takes the same step for half the gradient; "leave0", "leave2": every process
+    leaves that epoch when it is measured, as if it were killed there; "parts": ZeRO-3 shards small weights, too, and
+    what a process holds of them while it measures is written to the file `steps` with the suffix .held.
     """
     icu_loss, count_step, adam, calls = icu.METHODS["icu"], icu.Progress.count_step, torch.optim.Adam.__init__, []
 
@@ -73,8 +75,28 @@ def arranged(how, rank, world, steps):
             os.kill(os.getpid(), signal.SIGKILL)
         return terms
 
-    def leave(*_):
-        raise Left
+    def leave(means, n_active, epoch, *rest, stop_reason=icu.stop_reason):
+        if epoch == int(how[-1]):
+            raise Left
+        return stop_reason(means, n_active, epoch, *rest)
+
+    def shard_all(path, read=knn.read_json):
+        value = read(path)
+        if Path(path).name == "ds_config.json":  # a tiny model's weights are otherwise kept, or fetched all at once
+            value["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+        return value
+
+    def held(model, *args, el_and_ma=metrics.el_and_ma, **kwargs):
+        """el_and_ma; notes the weights that this process holds before it, at most in it and after it, and their sum."""
+        count = lambda: sum(p.numel() for p in model.parameters())  # noqa: E731
+        before, during = count(), []
+        hooks = [module.register_forward_pre_hook(lambda *_: during.append(count())) for module in model.modules()]
+        result = el_and_ma(model, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        with open(steps.with_suffix(".held"), "a") as file:
+            file.write(json.dumps([before, max(during), count(), sum(p.ds_numel for p in model.parameters())]) + "\n")
+        return result
 
     def refine(forgotten, *_):
         return {0, 2, 4} | forgotten | ({1} if forgotten else set())
@@ -87,8 +109,11 @@ def arranged(how, rank, world, steps):
             stack.enter_context(mock.patch.object(torch.optim.Adam, "__init__", wide))
         if how == "forgotten":
             stack.enter_context(mock.patch.object(icu, "refine", refine))
-        if how == "leave":
-            stack.enter_context(mock.patch.object(icu, "measures_before", leave))
+        if how == "parts":
+            stack.enter_context(mock.patch.object(knn, "read_json", shard_all))
+            stack.enter_context(mock.patch.object(metrics, "el_and_ma", held))
+        if how in ("leave0", "leave2"):
+            stack.enter_context(mock.patch.object(icu, "stop_reason", leave))
             stack.enter_context(contextlib.suppress(Left))
         yield
 
@@ -104,7 +129,7 @@ def do_jobs(path):
         out = Path(path).parent / name
         with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
             icu.main([*flags, "--out", str(out)])
-        if how == "leave":
+        if how in ("leave0", "leave2"):
             icu.main([*flags, "--out", str(out), "--resume"])
 
 
@@ -145,16 +170,17 @@ def jobs(tmp_path_factory):
         "1-size": ("size", five),
         "1-double": (None, llama),  # GPT-Neo computes its attention in float32 whatever the dtype
         "2-five": (None, five),
-        "2-zero3": (None, [*five, "--zero", "3"]),
+        "2-zero3": ("parts", [*five, "--zero", "3"]),
         "2-forgotten": ("forgotten", five),
         "2-nan": ("nan", five),
         "2-size": ("size", five),
         "2-double": (None, llama),
-        "2-left": ("leave", five),
+        "2-left": ("leave0", five),
+        "2-left3": ("leave2", [*five, "--zero", "3"]),
         "2-die": ("die", five),  # the last of its launch
         "4-five": (None, five),
         "4-three": (None, three),
-        "4-zero3": (None, [*three, "--zero", "3"]),
+        "4-zero3": ("parts", [*three, "--zero", "3"]),
     }
 
 
@@ -336,11 +362,23 @@ def test_a_run_that_lost_a_rank_goes_on(two, resumed):
 
 
 @needs_deepspeed
-def test_a_run_left_in_its_first_measuring_goes_on(two):
-    """--resume from the state without weights that a run begins with: the files of the run that was not left."""
-    assert "resumed from epoch00000-step000000" in two[2], two[2][-3000:]
-    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
-        assert (two[0] / "2-left" / name).read_bytes() == (two[0] / "2-five" / name).read_bytes()
+@pytest.mark.parametrize("name, other, epoch", [("2-left", "2-five", 0), ("2-left3", "2-zero3", 2)])
+def test_a_run_left_while_it_is_measured_goes_on(name, other, epoch, two):
+    """--resume, also from the state without weights that a run begins with: the files of the run that was not left."""
+    assert f"resumed from epoch0000{epoch}-step000000" in two[2], two[2][-3000:]
+    for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (two[0] / name / file).read_bytes() == (two[0] / other / file).read_bytes()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("launch_name", ["two", "four"])
+def test_zero_3_never_holds_the_whole_model(launch_name, request):
+    """While it measures a process holds no weight between two calls of the model and a layer's inside of one."""
+    folder, _, output = request.getfixturevalue(launch_name)
+    files = sorted(folder.glob("*-zero3.*.held"))
+    assert len(files) == {"two": 2, "four": 4}[launch_name], output[-3000:]
+    for before, during, after, whole in (json.loads(line) for file in files for line in file.read_text().splitlines()):
+        assert before == after == 0 and 0 < during < whole / 4
 
 
 if __name__ == "__main__":

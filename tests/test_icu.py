@@ -511,15 +511,15 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
 
 
 def test_zero_shards_what_it_says(make_model):
-    """Gradients and Adam are a share, weights whole; --offload: no moments on the device."""
+    """Gradients and Adam are a share, weights whole, with --zero 3 a share; --offload: no moments on the device."""
     config = make_model("gpt_neo").config
     flags = {"batch_size": 8, "teacher": "cached"}
-    one, four, offloaded = (
+    one, four, offloaded, three = (
         icu.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
-        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True))
+        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True), (4, 3, False))
     )
     assert four["gradients"] == one["gradients"] // 4 and four["weights"] == one["weights"]
-    assert four["adam"] - offloaded["adam"] == one["adam"] // 4
+    assert four["adam"] - offloaded["adam"] == one["adam"] // 4 and three["weights"] == one["weights"] // 4
 
 
 # --- the command line ---
@@ -745,6 +745,7 @@ BAD = {
     "offload alone": (lambda f: ["--offload"], "DeepSpeed"),
     "zero 3 alone": (lambda f: ["--zero", "3"], "DeepSpeed"),
     "unseen ids": (lambda f: ["--thresholds", "auto", "--unseen", "ids.npy"], ".csv or .jsonl"),
+    "a whole second model": (lambda f: ["--zero", "3", "--teacher", "live"], "pass --zero 2"),
 }
 
 
@@ -834,7 +835,7 @@ def test_the_report_of_several_runs_and_the_published_row(finished, folders, enc
     assert {p.name for p in (tmp_path / "ours").iterdir()} == files
     code, stdout, stderr = run_cli(tmp_path / "kl", script="report.py")
     assert code == 0, stderr
-    assert "published: kl | 4.9 | 56.2" in stdout and "published: before | 51.9" in stdout
+    assert "published: kl (neo125m) | 4.9 | 56.2" in stdout and "published: before (neo125m) | 51.9" in stdout
 
 
 def copy_run(run, folder, **config):

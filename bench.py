@@ -57,7 +57,7 @@ FULL = {
     "active": (32, 128, 512, 2048),  # linear
     "pool": 1_000_000,  # knn: rows (--pool)
     "queries": 1000,  # knn
-    "task_rows": 500,  # tasks: rows of each set
+    "task_rows": 60,  # tasks: rows of each set
     "training_steps": None,  # of the model made without --model: until it knows its texts
 }
 QUICK = {

@@ -155,10 +155,11 @@ visible_gpus() { $PYTHON -c 'import torch; print(torch.cuda.device_count())'; }
 launch() { # launch FILE.py FLAG ...: by the deepspeed launcher where several processes are asked for
   local command=($PYTHON "$1") port
   case "$preset" in neo1.3b | neo2.7b | tinyllama) [ -n "$gpus" ] || gpus=$(visible_gpus) ;; esac
-  if [ "${gpus:-1}" -gt 1 ] || has --offload || [ "$(value --zero 2)" = 3 ]; then # these two are DeepSpeed's
+  [ "${gpus:-0}" -gt 0 ] || gpus=1
+  if [ "$gpus" -gt 1 ] || has --offload || [ "$(value --zero 2)" = 3 ]; then # these two are DeepSpeed's
     [ "$(visible_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
     port=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    command=($PYTHON -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus "${gpus:-1}" --master_port "$port" "$1")
+    command=($PYTHON -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus "$gpus" --master_port "$port" "$1")
   fi
   supervised "${command[@]}" "${@:2}"
 }

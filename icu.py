@@ -1259,8 +1259,6 @@ class Stop:
         # The weights do not change while measuring. Several processes have to leave together, so they wait for a step.
         if first and self.measuring and not LAUNCHED:
             raise Interrupted(number)
-        if not (first or LAUNCHED):  # asked twice: at once, without saving (a launcher hands the first one on)
-            raise SystemExit(128 + number)
 
     def check(self):
         """Raises Interrupted on every process if one of them was asked to stop."""

@@ -891,6 +891,9 @@ def check_files(folder, flag, allow_pickle):
     """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{flag} {folder}: no config.json, so not a model folder")
+    # transformers makes lists as long as a config says; a damaged one would fill the memory.
+    if huge := [n for n in whole_numbers(knn.read_json(folder / "config.json")) if n > 10**8]:
+        raise ValueError(f"{flag} {folder}: config.json is damaged, no model has {str(huge[0])[:20]} of anything")
     tokenizers = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
     if not any((folder / file).is_file() for file in tokenizers):
         raise ValueError(f"{flag} {folder}: no tokenizer ({', '.join(tokenizers)})")
@@ -905,6 +908,12 @@ def check_files(folder, flag, allow_pickle):
             f"{flag} {folder}: the weights are a pickle ({weights[0].name}), which can run code when it is loaded; "
             "convert them to safetensors, or pass --allow-pickle if you trust them"
         )
+
+
+def whole_numbers(value):
+    """All whole numbers in a JSON value."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if type(value) is int else [n for item in items for n in whole_numbers(item)]
 
 
 def weight_files(folder):

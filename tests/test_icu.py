@@ -699,6 +699,12 @@ def without_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def huge_number(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["attention_types"][0][1] = 10**12
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -733,6 +739,7 @@ BAD = {
         "no weights",
     ),
     "missing tensor": (lambda f: ["--model", broken_model(f, "tensor", without_a_tensor)], "lack 1 tensor"),
+    "a number that would fill the memory": (lambda f: ["--model", broken_model(f, "huge", huge_number)], "is damaged"),
     "encoder-decoder": (lambda f: ["--model", broken_model(f, "t5", make_t5)], "not a decoder-only"),
     "pickle": (lambda f: ["--model", broken_model(f, "pickle", pickled)], "--allow-pickle"),
     "no bert": (lambda f: ["--bert", "./nowhere"], "--bert DIR"),

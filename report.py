@@ -261,7 +261,7 @@ def plot_run(run, path):
     entropy = bottom.twinx()
     entropy.spines["right"].set_visible(True)
     entropy.plot(epochs, [row["entropy"] for row in rows], color="C4", marker="o", markersize=3)
-    entropy.set_ylim(0, None)
+    entropy.set_ylim(0, 1.1 * max(row["entropy"] or 0 for row in rows) or 1)
     entropy.set_ylabel("entropy (bits)", color="C4")
     summary = run["summary"]
     title = f"{summary['method']}, {summary['protocol']} protocol; stopped: {summary['stopped']}"

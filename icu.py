@@ -170,8 +170,8 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
 
     `context` puts each text's context in front of its prefix, for training, measuring and asking alike: the text as
     the model once read it. `targets` is what the losses are taken over, "suffix" or "all" positions (default: as the
-    protocol says). ValueError names the row (`what` it is) whose prefix or suffix has no token, or that is longer than the model's
-    `positions`. A learn partner may be cut, since nothing is promised about its end.
+    protocol says). ValueError names the row, a `what`, whose prefix or suffix has no token, or that is longer than the
+    model's `positions`. A learn partner may be cut, since nothing is promised about its end.
     """
     own_ids, bos, n_cut = pairs_have_own_ids(pairs, tokenizer), bos_of(tokenizer), 0
     released = protocol == "released"
@@ -410,6 +410,8 @@ def cached_teacher(model, texts, *, batch_size=8):
     output, hidden = model.get_output_embeddings(), []
     with whole(output.parameters()):
         copied = {name: p.detach().clone() for name, p in output.named_parameters()}  # weight (V, H), perhaps bias (V,)
+    if not set(copied) <= {"weight", "bias"}:
+        raise ValueError(f"{type(model).__name__}: its output head is no linear layer: use --teacher live")
 
     def head(states):  # (B, T, H) -> (B, T, V)
         return F.linear(states, **copied)

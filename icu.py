@@ -700,19 +700,19 @@ def default_device():
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
 
 
-def measure(model, tokenizer, samples, args):
+def measure(model, tokenizer, samples, args, *, with_el=True):
     """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
 
-    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram. Each process measures its
-    share of the samples (ZeRO-3: all of them), all return all.
+    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram, and for all where
+    `with_el` is False. Each process measures its share of the samples (ZeRO-3: all of them), all return all.
     """
     if lockstep(args):
         # Those of the first process for all: two that differ in a last digit would go on with other samples.
-        return gather([measure_share(model, tokenizer, samples, args)])[0]
-    return gather(measure_share(model, tokenizer, share(samples), args))
+        return gather([measure_share(model, tokenizer, samples, args, with_el=with_el)])[0]
+    return gather(measure_share(model, tokenizer, share(samples), args, with_el=with_el))
 
 
-def measure_share(model, tokenizer, samples, args):
+def measure_share(model, tokenizer, samples, args, *, with_el=True):
     """`measure` for the samples of one process; a model whose logits are not finite measures nothing (None)."""
     first = 1 + len(bos_of(tokenizer))
     released = args.protocol == "released"
@@ -720,7 +720,7 @@ def measure_share(model, tokenizer, samples, args):
     with autocast(args):
         try:
             el, ma = metrics.el_and_ma(
-                model, ids, attention_mask, ma_start=first,
+                model, ids, attention_mask, n=10 if with_el else None, ma_start=first,
                 # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
                 # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
                 start=[sample.forget.cut for sample in samples] if released else first,
@@ -757,6 +757,11 @@ def mean(values):
     """The mean of what is not None; None of nothing."""
     values = [value for value in values if value is not None]
     return round(sum(values) / len(values), 6) if values else None
+
+
+def mean_measures(rows):
+    """The mean of each measure over the rows of `measure`."""
+    return {name: mean(row[name] for row in rows) for name in MEASURES}
 
 
 def measure_perplexities(model, tokenizer, texts_by_name, args):
@@ -1535,6 +1540,7 @@ def parse_args(argv=None):
     g.add_argument("--bert-threshold", default=0.3, type=auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
     g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
     g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
+    g.add_argument("--lazy-el", action="store_true", help="leave EL out of epochs that would not stop whatever it is: the same run, faster, with a curve of EL that has gaps")
 
     g = parser.add_argument_group("running")
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
@@ -1662,19 +1668,25 @@ def end_epoch(run, losses, reason=None):
     args, samples, progress, started = run.args, run.inputs.samples, run.progress, time.time()
     model, epoch = run.engine.model, progress.epoch
     run.stop.measuring = True
+    lazily = args.lazy_el and epoch > 0
     if epoch == 0:
         measured, perplexities = measures_before(model, run.tokenizer, run.inputs, args)
     else:
-        measured = measure(model, run.tokenizer, samples, args)
+        measured = measure(model, run.tokenizer, samples, args, with_el=not lazily)
+    means = mean_measures(measured)
     # Released code: the filter also runs before the first epoch; paper: after each training epoch.
     forgotten = progress.forgotten
-    means = {name: mean(row[name] for row in measured) for name in MEASURES}
     if means["ma"] is None:
         reason = "diverged"
     elif args.refine and (epoch > 0 or args.protocol == "released"):
         forgotten = refine(forgotten, measured, run.thresholds, args)
     n_active = len(samples) - len(forgotten)
-    reason = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
+    stopped = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
+    if lazily and stopped and means["ma"] is not None:  # without EL the run would stop here: EL is asked now
+        measured = measure(model, run.tokenizer, samples, args)
+        means = mean_measures(measured)
+        stopped = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
+    reason = stopped
     row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
     row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
     row["skipped_steps"] = progress.skipped_steps

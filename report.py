@@ -238,6 +238,12 @@ def plt():
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
 
 
+def curve(rows, key):
+    """(epochs, values) of the epochs that measured it: icu.py --lazy-el leaves EL10 out of some."""
+    rows = [row for row in rows if row[key] is not None]
+    return [row["epoch"] for row in rows], [row[key] for row in rows]
+
+
 def plot_run(run, path):
     """One run over its epochs: EL10, MA, BLEU and BERTScore with their thresholds, active samples and entropy."""
     pyplot = plt()
@@ -247,7 +253,7 @@ def plot_run(run, path):
         2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
     for i, (key, name) in enumerate(MEASURE_NAMES.items()):
-        top.plot(epochs, [row[key] for row in rows], color=f"C{i}", marker="o", markersize=3, label=name)
+        top.plot(*curve(rows, key), color=f"C{i}", marker="o", markersize=3, label=name)
         limit = run["summary"]["thresholds"].get(key)
         if limit is not None:
             top.axhline(limit, color=f"C{i}", linestyle=":", linewidth=1)
@@ -278,8 +284,8 @@ def plot_curves(runs, path):
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
-                points = [(row["epoch"], row[key]) for row in run["metrics"]]
-                axis.plot(*zip(*points, strict=True), color=f"C{i % 10}", linewidth=1, label=label if k == 0 else None)
+                line = curve(run["metrics"], key)
+                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=label if k == 0 else None)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)

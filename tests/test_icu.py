@@ -573,6 +573,23 @@ def test_the_same_seed_gives_the_same_run(finished):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+def test_lazy_el_leaves_out_what_decides_nothing(finished, folders, encoder_dir):
+    """The same run, without EL in the epoch that could not be the last; EL decides where MA alone would stop."""
+    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e-3"]
+    flags += ["--max-epochs", "2", "--seed", "7", "--lazy-el", "--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}"]
+    for limits, left_out in (("1e-9,1e-9", [1]), ("1e-9,2", [])):  # MA is never under its threshold; always
+        out = folders["root"] / f"lazy{len(left_out)}"
+        code, _, stderr = run_cli(*flags, f"--thresholds={limits}", "--out", out)
+        assert code == 0, stderr
+        lazy, whole = (knn.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
+        for row in whole:
+            row["el10"] = None if row["epoch"] in left_out else row["el10"]
+        assert lazy == whole
+        weights = "model/model.safetensors"
+        assert (out / weights).read_bytes() == (finished[0] / weights).read_bytes()
+        assert run_cli(out, script="report.py")[0] == 0
+
+
 def test_the_exported_model_loads_and_differs_from_the_original(finished, folders):
     """model/ loads with plain transformers and is not the model that went in."""
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (folders["gpt_neo"], finished[0] / "model"))

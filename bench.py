@@ -8,10 +8,12 @@ Each line of the table is this project ("ours") against what a reader of "Learn 
 would write from its formulas, or against a library's plain use ("theirs"). How it measures:
   1. Both sides run in one process, in turn, and who goes first changes each repeat; what is about a whole process
      (peak memory, start) has a child process for each.
-  2. A ratio is taken within each repeat: the table holds their median, least and greatest. ">= 30x" is theirs / ours,
+  2. With --threads 1 on a CPU, times are the process's own (what other programs do to the machine counts for little),
+     else the wall clock's; a whole process is always timed by the wall clock.
+  3. A ratio is taken within each repeat: the table holds their median, least and greatest. ">= 30x" is theirs / ours,
      "<= 1.15x" is ours / theirs.
-  3. Where both compute the same values, the values are compared, and a goal is not met by other values.
-  4. What cannot be measured here is in the table too, with the reason.
+  4. Where both compute the same values, the values are compared, and a goal is not met by other values.
+  5. What cannot be measured here is in the table too, with the reason.
 """
 
 import argparse
@@ -138,14 +140,20 @@ class Timed(NamedTuple):
     their_result: object
 
 
-def seconds(function, device="cpu"):
-    """(wall-clock seconds, result) of one call; a GPU's queue is empty when the clock starts and when it stops."""
+def clock_of(device="cpu"):
+    """The wall clock; for one thread of a CPU this process's own time, which a busy machine disturbs less."""
+    return time.process_time if str(device) == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def seconds(function, device="cpu", clock=None):
+    """(seconds, result) of one call by `clock`; a GPU's queue is empty when it starts and when it stops."""
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    clock = clock or clock_of(device)
     wait()
-    start = time.perf_counter()
+    start = clock()
     result = function()
     wait()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def side_by_side(ours, theirs, repeats, *, device="cpu", warm_up=True):
@@ -186,7 +194,8 @@ def run_python(code, *args):
     path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code, *args]
-    took, done = seconds(lambda: subprocess.run(command, capture_output=True, text=True, env=environment))
+    run = lambda: subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: E731
+    took, done = seconds(run, clock=time.perf_counter)
     if done.returncode:
         raise NotMeasured(f"the child process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return took, (done.stdout.strip().splitlines() or [""])[-1]
@@ -648,9 +657,9 @@ def fastest(function, sizes):
 
 def share_inside(module, function):
     """The share of a call's time, 0-1, that is spent in the forward passes of `module` (on the CPU)."""
-    spent = []
-    hooks = [module.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter()))]
-    hooks.append(module.register_forward_hook(lambda *_: spent.append(time.perf_counter())))
+    spent, clock = [], clock_of()
+    hooks = [module.register_forward_pre_hook(lambda *_: spent.append(-clock()))]
+    hooks.append(module.register_forward_hook(lambda *_: spent.append(clock())))
     try:
         took, _ = seconds(function)
         return sum(spent) / took
@@ -877,7 +886,8 @@ def describe(bench, command):
     return "\n".join([
         "# Benchmarks", "", f"`{command}`", "",
         f"- {datetime.date.today()}; CPU {cpu_name()}, {os.cpu_count()} cores, {bench.args.threads} threads; "
-        f"GPU {gpu}; models run on {bench.args.device}, {bench.args.repeats} repeats{sizes}",
+        f"GPU {gpu}; models run on {bench.args.device}, {bench.args.repeats} repeats{sizes}; times by the "
+        + ("process's own clock" if clock_of(bench.args.device) is time.process_time else "wall clock"),
         "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"- model: {type(bench.model).__name__}, {bench.model.num_parameters() / 1e6:.1f}M parameters{made}; "
         f"{len(bench.pairs)} pairs",

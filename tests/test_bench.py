@@ -152,7 +152,7 @@ def clock(monkeypatch):
 
     def set_clock(*durations):
         ticks = itertools.accumulate(itertools.chain([0], *([took, 0] for took in durations)))
-        monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+        monkeypatch.setattr(bench, "clock_of", lambda device: lambda: next(ticks))
 
     return set_clock
 
@@ -167,6 +167,16 @@ def test_ratios_are_those_of_the_times_and_who_is_first_changes(clock):
     line = bench.timed_line("x", timed, bench.Goal(">=", 5), work="w")
     assert line.measured == "5x (4-6)" and line.met and line.work == "w; ours 2 s, theirs 12 s"
     assert bench.timed_line("x", timed, bench.Goal("<=", 0.2), work="").measured == "0.2x (0.167-0.25)"
+
+
+def test_one_cpu_thread_is_timed_by_its_own_clock(monkeypatch):
+    """Sleeping, as while another program has the processor, is not counted; it is with more threads and on a GPU."""
+    monkeypatch.setattr(bench.torch, "get_num_threads", lambda: 1)
+    assert bench.seconds(lambda: bench.time.sleep(0.2))[0] < 0.1
+    assert bench.seconds(lambda: bench.time.sleep(0.2), clock=bench.time.perf_counter)[0] >= 0.2
+    assert bench.clock_of("cuda") is bench.time.perf_counter
+    monkeypatch.setattr(bench.torch, "get_num_threads", lambda: 2)
+    assert bench.seconds(lambda: bench.time.sleep(0.2))[0] >= 0.2
 
 
 def test_a_goal_is_met_by_the_median_and_by_equal_values_only():

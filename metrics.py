@@ -306,13 +306,15 @@ class _OwnLength(StoppingCriteria):
 
 
 @measuring
-def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=64):
+def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     """f_theta(x_<t0) of Eq. (5): beam search from each prompt, transformers' own, in length-sorted batches.
 
     prompts: N lists of ids (BOS, if any, put there by the caller); lengths: N ints, the tokens each may have.
-    Returns N lists of ids, without EOS. A row's result does not depend on its batch.
+    Returns N lists of ids, without EOS. A row's result does not depend on its batch. `batch_size` is 64 on a GPU and 32
+    on a CPU, where a larger batch is slower: its keys, copied for every token, outgrow the processor's own memory.
     """
     eos = eos_ids(model)
+    batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     pad = next(iter(sorted(eos)), 0)
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i])))
     result = [None] * len(prompts)

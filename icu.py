@@ -159,8 +159,8 @@ def pairs_have_own_ids(pairs, tokenizer):
     if any(fit) and not all(fit):
         row = fit.index(False)
         raise ValueError(
-            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} tokens "
-            "or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
+            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
+            "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
         )
     return all(fit)
 
@@ -201,8 +201,8 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         forget, learn = build(pair, "", row), build(pair, "learn_", row)
         if len(forget.ids) > positions:
             raise ValueError(
-                f"{what} {row + 1} (id {pair['id']}): {len(forget.ids)} tokens, and the model has {positions} positions; "
-                "split the text into several rows"
+                f"{what} {row + 1} (id {pair['id']}): {len(forget.ids)} tokens, and the model has {positions} "
+                "positions; split the text into several rows"
             )
         if learn.cut >= positions:
             raise ValueError(
@@ -672,7 +672,7 @@ def whole_weights(model):
 def start_processes(device, timeout=30):
     """Joins the processes that a launcher has started, if it has.
 
-    A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting for long.
+    A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting long.
     """
     if not LAUNCHED:
         return
@@ -1343,10 +1343,11 @@ def plan_text(args, inputs):
     """What the run will do, in a few lines."""
     n = len(inputs.samples)
     weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
+    tokens = sum(len(sample.forget.ids) for sample in inputs.samples)
     lines = [
         f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
         f"batch {min(args.batch_size, n)}, at most {args.max_epochs} epochs, seed {args.seed}",
-        f"{args.model} ({args.dtype}, {args.device}), {n} pairs, {sum(len(s.forget.ids) for s in inputs.samples)} tokens",
+        f"{args.model} ({args.dtype}, {args.device}), {n} pairs, {tokens} tokens",
     ]
     if inputs.n_cut:
         lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")

@@ -305,6 +305,8 @@ def plot_tradeoff(runs, path):
     )
     if key is None:
         return False
+    from matplotlib.ticker import LogFormatter
+
     pyplot = plt()
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     for label, members in group_befores(runs).items():
@@ -316,6 +318,8 @@ def plot_tradeoff(runs, path):
     limit = runs[0]["summary"]["thresholds"]["ma"]
     axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 240, not 2.4 x 10^2; no crowd over several decades
     axis.set_xlabel("MA (left: more forgotten; dotted: threshold)")
     axis.set_ylabel(f"{key.removeprefix('ppl_')} perplexity (low: language kept)")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -194,8 +194,9 @@ def run_python(code, *args):
     path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code, *args]
-    run = lambda: subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: E731
-    took, done = seconds(run, clock=time.perf_counter)
+    took, done = seconds(
+        lambda: subprocess.run(command, capture_output=True, text=True, env=environment), clock=time.perf_counter
+    )
     if done.returncode:
         raise NotMeasured(f"the child process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return took, (done.stdout.strip().splitlines() or [""])[-1]

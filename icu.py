@@ -1541,7 +1541,7 @@ def parse_args(argv=None):
     g.add_argument("--bert-threshold", default=0.3, type=auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
     g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
     g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
-    g.add_argument("--lazy-el", action="store_true", help="leave EL out of epochs that would not stop whatever it is: the same run, faster, with a curve of EL that has gaps")
+    g.add_argument("--lazy-el", action="store_true", help="measure EL only where it can decide to stop (MA is under its threshold) and at the end: the same run, faster")
 
     g = parser.add_argument_group("running")
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
@@ -1687,15 +1687,14 @@ def end_epoch(run, losses, reason=None):
         measured = measure(model, run.tokenizer, samples, args)
         means = mean_measures(measured)
         stopped = reason or stop_reason(means, n_active, epoch, run.thresholds, args)
-    reason = stopped
     row = {"epoch": epoch, **means, "active": n_active, "forgotten": len(forgotten)}
     row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
     row["skipped_steps"] = progress.skipped_steps
-    if epoch > 0 and reason:
+    if epoch > 0 and stopped:
         perplexities = measure_perplexities(model, run.tokenizer, run.inputs.ppl_texts, args)
-    row |= perplexities if epoch == 0 or reason else {}
+    row |= perplexities if epoch == 0 or stopped else {}
     run.stop.measuring = False
-    progress.forgotten, progress.stopped = forgotten, reason
+    progress.forgotten, progress.stopped = forgotten, stopped
     if is_main:
         append(run.out / "metrics.jsonl", [row])
         lines = [{"epoch": epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(measured)]

@@ -23,6 +23,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -37,7 +38,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,7 +45,8 @@ import icu
 import knn
 import metrics
 import tasks
-import tiny
+from demo import tiny
+from kit import files, flags, models, processes, runs, states
 
 HERE = Path(__file__).resolve().parent
 
@@ -89,10 +90,11 @@ class Bench(NamedTuple):
 # A run's start: imports, flags, pairs, weights and the frozen copy's answers, all that comes before the first step.
 START = """
 import sys, icu
+from kit import models
 args = icu.parse_args(sys.argv[1:])
 inputs = icu.read_inputs(args)
-model, tokenizer = icu.load_model(args.model, dtype=args.dtype, device=args.device)
-icu.cached_teacher(model, [sample.learn for sample in inputs.samples])
+model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
+icu.freeze(model, icu.sides_of(inputs.samples, tokenizer, 0, args), args)
 """
 
 
@@ -113,17 +115,20 @@ def build(pairs, model, tokenizer, protocol="paper"):
     return icu.build_samples(pairs, tokenizer, protocol=protocol, positions=positions)[0]
 
 
+def pair_sides(samples):
+    """The two sides that every method has, as icu.Batch takes them."""
+    return {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
+
+
 def trainer(model, samples, args):
     """train(active, epoch): one epoch of icu.py's loop over those samples, in place, with the method of `args`."""
-    reference = {}
-    if args.method != "graddiff":  # Eq. (6) without its KL asks no frozen copy
-        with icu.autocast(args):
-            reference["logits"] = icu.cached_teacher(model, [sample.learn for sample in samples])
-    engine = icu.PlainEngine(model, args)
+    sides = icu.sides_of(samples, None, 0, args)
+    frozen, engine = icu.freeze(model, sides, args), processes.PlainEngine(model, args)
 
     def train(active, epoch):
-        how = {"answers": None, "reference": reference, "args": args, "bar": tqdm(disable=True)}
-        return icu.train_epoch(engine, samples, list(active), epoch, progress=icu.Progress(), **how)
+        progress = states.Progress()
+        progress.epoch = epoch
+        return icu.train_epoch(engine, sides, list(active), args, frozen=frozen, progress=progress)
 
     return train
 
@@ -278,11 +283,11 @@ def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
     texts: lists of ids; `start` is the first position predicted (0-based). Every text whose prefix x_<t is asked for
     has t tokens there, so a batch needs no padding; what a shorter text has no room for is cut off its answer.
     """
-    eos = metrics.eos_ids(model)
+    eos = models.eos_ids(model)
     pad = min(eos, default=0)
     overlaps, ma = [[] for _ in texts], [0.0] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for batch in icu.chunks(order, batch_size):
+    for batch in files.chunks(order, batch_size):
         longest = len(texts[batch[-1]])
         for t in range(start, longest - n + 1):
             asked = [i for i in batch if t <= len(texts[i]) - n]
@@ -343,7 +348,7 @@ def half_forgotten(bench, samples, first):
     """A copy of the model after steps of ascent with KL (icu.py's `kl`), until half of the positions miss."""
     model = copy.deepcopy(bench.model)
     train = trainer(model, samples, icu.parse_args(flags_of(bench, "--method", "kl", "--lr", "1e-4")))
-    batches = itertools.cycle(icu.chunks(range(len(samples)), 8))
+    batches = itertools.cycle(files.chunks(range(len(samples)), 8))
     for epoch, batch in enumerate(itertools.islice(batches, bench.sizes["forgetting_steps"])):
         if statistics.fmean(our_el_and_ma(model, [s.forget.ids for s in samples], n=None, start=first)[1]) <= 0.5:
             break
@@ -356,7 +361,7 @@ def memorisation(bench):
 
     A text is the first T tokens of context, prefix and suffix, as the model once read them.
     """
-    first = 1 + len(icu.bos_of(bench.tokenizer))
+    first = 1 + len(models.bos_of(bench.tokenizer))
     gpu = bench.args.device == "cuda"
     goals = (Goal(">=", 100), None) if gpu else (Goal(">=", 30), Goal(">=", 10))
     everything = build(bench.pairs, bench.model, bench.tokenizer, "released")
@@ -393,9 +398,9 @@ def memorisation_line(bench, model, texts, detail, *, goal, start):
 
 def plain_epoch(model, samples, active, args):
     """Eq. (1)-(6) as they stand, in place: the frozen copy runs on every batch, and a forgotten row keeps its slot."""
-    frozen = icu.live_teacher(model, [sample.learn for sample in samples])
+    frozen = icu.live_copy(model, pair_sides(samples))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    for batch in icu.chunks(np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size):
+    for batch in files.chunks(np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size):
         is_active = torch.tensor([i in active for i in batch], device=model.device)[:, None]  # (B, 1)
         x, x_attention, x_mask = icu.collate([samples[i].forget for i in batch], model.device)  # (B, T)
         y, y_attention, y_mask = icu.collate([samples[i].learn for i in batch], model.device)
@@ -403,7 +408,7 @@ def plain_epoch(model, samples, active, args):
         y_logits = model(input_ids=y, attention_mask=y_attention, use_cache=False).logits
         loss = icu.forget_loss(x_logits, x, x_mask & is_active)
         loss = loss + args.alpha * icu.learn_loss(y_logits, y, y_mask & is_active)
-        loss = loss + args.beta * icu.kl_loss(y_logits, frozen(batch), y_mask & is_active)  # Eq. (6)
+        loss = loss + args.beta * icu.kl_loss(y_logits, frozen("learn", batch)[0], y_mask & is_active)  # Eq. (6)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -411,7 +416,7 @@ def plain_epoch(model, samples, active, args):
 
 def plain_measure(model, tokenizer, samples, args):
     """What icu.measure measures, with literal EL and MA and the library's beam search: a dict a sample."""
-    start = 1 + len(icu.bos_of(tokenizer))
+    start = 1 + len(models.bos_of(tokenizer))
     el, ma = literal_el_and_ma(model, [sample.forget.ids for sample in samples], start=start)
     prompts, lengths = prompts_of(samples)
     said = plain_beams(model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams)
@@ -443,7 +448,7 @@ def whole_epoch(bench):
     timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False)
 
     def means(name):
-        sides = (icu.mean(row[name] for row in rows) for rows in (timed.our_result, timed.their_result))
+        sides = (runs.mean(row[name] for row in rows) for rows in (timed.our_result, timed.their_result))
         return f"{name} " + " / ".join("-" if value is None else f"{value:.3f}" for value in sides)
 
     work = f"{len(samples)} samples, {len(active)} of them active; ours / theirs, trained in other batches: "
@@ -497,13 +502,13 @@ def prompts_of(samples):
 
 def by_length(prompts, lengths, batch_size=64):
     """Indices in batches of like length."""
-    return icu.chunks(sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))), batch_size)
+    return files.chunks(sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))), batch_size)
 
 
 @torch.inference_mode()
 def plain_beams(model, prompts, lengths, batches, *, num_beams=2):
     """transformers' beam search, left-padded batches, each as long as its longest answer: N lists of ids, no EOS."""
-    eos, said = metrics.eos_ids(model), [None] * len(prompts)
+    eos, said = models.eos_ids(model), [None] * len(prompts)
     pad = min(eos, default=0)
     for batch in batches:
         P = max(len(prompts[i]) for i in batch)
@@ -591,8 +596,8 @@ def training_memory(flags, n):
     """In a child: [peak bytes before the model is loaded, peak bytes after one epoch over n samples]."""
     args = icu.parse_args(flags)
     before = peak_bytes(args.device)
-    model, tokenizer = icu.load_model(args.model, dtype=args.dtype, device=args.device)
-    samples = build(knn.read_pairs(args.pairs)[:n], model, tokenizer)
+    model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
+    samples = build(files.read_pairs(args.pairs)[:n], model, tokenizer)
     trainer(model, samples, args)(range(len(samples)), 1)
     return [before, peak_bytes(args.device)]
 
@@ -638,7 +643,7 @@ def start_up(bench):
     load += "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).to(sys.argv[2])"
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"
-        knn.write_jsonl(pairs, bench.pairs[:8])
+        files.write_jsonl(pairs, bench.pairs[:8])
         flags = flags_of(bench, "--pairs", str(pairs), "--out", str(Path(folder) / "run"))
         timed = side_by_side(
             lambda: run_python(START, *flags),
@@ -795,7 +800,72 @@ def gpu_steps(bench):
             yield unmeasured(f"GPT-Neo {name}, {dtype}: the GPU's memory is too small")
 
 
-# --- fits: what icu.py --dry-run estimates for the paper's sizes ---
+# --- fits: what a run needs ---
+
+
+def memory_estimate(config, samples, args, processes=1):
+    """Bytes a process needs on its device, by part: {"weights", "gradients", "adam", "activations", "frozen copy"}.
+
+    Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam over the processes and adds a
+    float32 copy of a process's share; stage 3 shards the weights too, and each process measures all samples.
+    Activations are those of a training step, or what measuring needs if that is more.
+    """
+    P, n, H, V = parameter_count(config), processes, config.hidden_size, config.vocab_size
+    # Measuring: a pass over 64 rows with its keys, values and logits, and 2 GiB of keys and values while decoding.
+    T = max((len(sample.forget.ids) for sample in samples), default=0)
+    shares = 1 if args.zero == 3 else n
+    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // shares)) * T * (V + 2 * config.num_hidden_layers * H)
+    learn_tokens = sum(len(sample.learn.ids) for sample in samples)
+    return {
+        "weights": 4 * P // (n if args.zero == 3 else 1),
+        "gradients": 4 * P // n,
+        "adam": (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0),
+        "activations": max(activation_bytes(config, samples, args, n), measuring),
+        "frozen copy": 4 * P if args.teacher == "live" else 4 * (learn_tokens * H + V * H),
+    }
+
+
+def activation_bytes(config, samples, args, processes=1):
+    """What autograd keeps of a step's longest batch on a process, in float32.
+
+    By the number of floats a token: 12 H + 5 F a layer (F the width inside the MLP; less where the activation is
+    simple), heads x T more where attention is not fused (GPT-Neo), and the losses' tensors of the vocabulary's size: 3
+    on the forget side, 7 with the learn side's KL.
+    """
+    H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * H
+    unfused = config.num_attention_heads if config.model_type == "gpt_neo" else 0
+    rows, floats = -(-min(args.batch_size, len(samples)) // processes), 0
+    for side, vocabulary in (("forget", 3), ("learn", 7)):
+        T = max((len(getattr(sample, side).ids) for sample in samples), default=0)
+        floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + vocabulary * V)
+    return 4 * floats
+
+
+def parameter_count(config):
+    """The parameters of a causal LM with this config, made without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def epoch_flops(config, samples):
+    """Floating point operations of a whole training epoch: 6 a parameter and token (2 forward, 4 backward)."""
+    tokens = sum(len(sample.forget.ids) + len(sample.learn.ids) for sample in samples)
+    return 6 * parameter_count(config) * tokens
+
+
+def measured_flops(device, dtype):
+    """Floating point operations a second of this device in a large matrix product, the best of three."""
+    n = 4096 if torch.device(device).type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    best = math.inf
+    for _ in range(4):  # the first one warms up
+        started = time.perf_counter()
+        (a @ a).sum().item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
 
 
 def what_fits(bench):
@@ -807,11 +877,11 @@ def what_fits(bench):
             needed = []
             for offload in (False, True):
                 args = argparse.Namespace(batch_size=B, offload=offload, teacher="cached", zero=2)
-                sums = {n: sum(icu.memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
+                sums = {n: sum(memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
                 needed.append(next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8"))
             cells.append(f"{card} GB: {needed[0]}" + (f" (--offload: {needed[1]})" if needed[1] != needed[0] else ""))
         args = argparse.Namespace(batch_size=B, offload=False, teacher="cached", zero=2)
-        alone = sum(icu.memory_estimate(config, samples, args).values()) / 1e9
+        alone = sum(memory_estimate(config, samples, args).values()) / 1e9
         yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
 
 
@@ -870,7 +940,7 @@ def write_table(path, header, lines):
             met = "-" if line.met is None else "yes" if line.met else "no"
             table.append([what, row.against, line.measured, line.goal, met, line.work])
     text = header + "\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in table) + "\n"
-    knn.write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    files.write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def describe(bench, command):
@@ -919,11 +989,11 @@ def make_memorised(folder, n, steps):
     print(f"making a model that knows {n} texts, once, in {folder} ...", flush=True)
     rows, tokenizer = tiny.make_corpus(seed=0)
     stream = tokenizer("\n".join(row["prefix"] + row["suffix"] for row in rows["pool"]), verbose=False)["input_ids"]
-    forget, learn = icu.chunks(stream, 200)[:n], icu.chunks(stream, 200)[n : 2 * n]
+    forget, learn = files.chunks(stream, 200)[:n], files.chunks(stream, 200)[n : 2 * n]
     model = tiny.make_model()
     tiny.train(model, forget, learn, steps=steps)
     disable_progress_bar()  # of save_pretrained
-    icu.save_model(model, tokenizer, folder / "model")
+    models.save_model(model, tokenizer, folder / "model")
 
     def fields(ids, side):
         parts = {"context": ids[:100], "prefix": ids[100:150], "suffix": ids[150:]}
@@ -935,7 +1005,7 @@ def make_memorised(folder, n, steps):
         {"id": str(i), "learn_id": str(n + i), "similarity": 0.0, **fields(a, ""), **fields(b, "learn_")}
         for i, (a, b) in enumerate(zip(forget, learn, strict=True))
     ]
-    knn.write_jsonl(folder / "pairs.jsonl", pairs)
+    files.write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 # --- main ---
@@ -945,7 +1015,7 @@ def parse_args(argv=None):
     """The flags; ValueError for those that are wrong or do not go together."""
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = knn.flag_error
+    parser.error = flags.flag_error
     parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="NAME",
                         help=f"some of {', '.join(names)} (all)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
@@ -953,13 +1023,13 @@ def parse_args(argv=None):
     parser.add_argument("--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised")
     parser.add_argument("--tasks-data", metavar="DIR", help="the rows of lambada, piqa, copa and pubmedqa, for tasks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (%(default)s)")
-    parser.add_argument("--repeats", type=knn.positive, help="of each measurement (3; --quick 2)")
+    parser.add_argument("--repeats", type=flags.positive, help="of each measurement (3; --quick 2)")
     parser.add_argument(
-        "--threads", type=knn.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+        "--threads", type=flags.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
     )
-    parser.add_argument("--samples", type=knn.positive, metavar="N", help="texts of row el (32; --quick 4)")
+    parser.add_argument("--samples", type=flags.positive, metavar="N", help="texts of row el (32; --quick 4)")
     parser.add_argument(
-        "--pool", type=knn.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
+        "--pool", type=flags.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
     )
     parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -971,7 +1041,7 @@ def parse_args(argv=None):
         raise ValueError("--device cuda: no CUDA GPU here")
     if args.tasks_data and not Path(args.tasks_data).is_dir():
         raise ValueError(f"--tasks-data {args.tasks_data}: no such folder")
-    knn.check_output(args.out, overwrite=True)
+    files.check_output(args.out, overwrite=True)
     return args
 
 
@@ -992,8 +1062,8 @@ def prepare(args):
         make_memorised(folder, sizes["samples"], sizes["training_steps"])
     sizes["texts"], sizes["pool"] = args.samples or sizes["texts"], args.pool or sizes["pool"]
     model_dir, pairs_file = args.model or str(folder / "model"), args.pairs or str(folder / "pairs.jsonl")
-    pairs = knn.read_pairs(pairs_file)
-    model, tokenizer = icu.load_model(model_dir, device=args.device)
+    pairs = files.read_pairs(pairs_file)
+    model, tokenizer = models.load_model(model_dir, device=args.device)
     return Bench(model, tokenizer, pairs, model_dir, pairs_file, sizes, args)
 
 
@@ -1018,4 +1088,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    knn.run_cli(main)
+    flags.run_cli(main)

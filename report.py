@@ -15,7 +15,8 @@ import statistics
 import textwrap
 from pathlib import Path
 
-import knn
+from kit import files, flags, models
+from kit.protocols import PROTOCOLS
 
 # Column: (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
 COLUMNS = [
@@ -87,13 +88,13 @@ def read_run(folder):
         raise ValueError(f"{folder}: no summary.json, so not a finished run")
     run = {"folder": folder}
     for name in ("config", "summary"):
-        run[name] = knn.read_json(folder / f"{name}.json")
+        run[name] = files.read_json(folder / f"{name}.json")
     for name in ("metrics", "samples"):
-        run[name] = knn.read_jsonl(folder / f"{name}.jsonl")
+        run[name] = files.read_jsonl(folder / f"{name}.jsonl")
     for when in ("before", "after"):
         tasks = folder / f"tasks-{when}" / "tasks.json"
         if tasks.is_file():
-            averages = knn.read_json(tasks)["averages"]
+            averages = files.read_json(tasks)["averages"]
             run["summary"][when].update(
                 {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind) is not None}
             )
@@ -172,14 +173,14 @@ def make_row(label, measured):
 
 def published_row(run, method):
     """The paper's row beside ours, only where our protocol computes what theirs did."""
-    preset = run["config"].get("preset")
-    figures = PUBLISHED.get(preset, {}).get(method)
-    if run["config"]["protocol"] != "released" or figures is None:
+    preset, name = run["config"].get("preset"), method if method == "before" else run["config"].get("published")
+    figures = PUBLISHED.get(preset, {}).get(name)
+    if not PROTOCOLS[run["config"]["protocol"]].published or figures is None:
         return []
     factors = {key: factor for _, key, factor, _, _ in COLUMNS}
     cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
     return [
-        {"label": f"published: {method} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}
+        {"label": f"published: {name} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}
     ]
 
 
@@ -374,10 +375,10 @@ def tasks_markdown(run):
     """The columns of Tables 6 and 7 before and after a run, or None where tasks.py has not measured both."""
     import tasks
 
-    files = {when: run["folder"] / f"tasks-{when}" / "tasks.json" for when in ("before", "after")}
-    if not all(file.is_file() for file in files.values()):
+    found = {when: run["folder"] / f"tasks-{when}" / "tasks.json" for when in ("before", "after")}
+    if not all(file.is_file() for file in found.values()):
         return None
-    results = {when: knn.read_json(file) for when, file in files.items()}
+    results = {when: files.read_json(file) for when, file in found.items()}
     return tasks.table({when: {k: v for k, v in found.items() if k != "settings"} for when, found in results.items()})
 
 
@@ -400,7 +401,7 @@ def side_by_side(run, pairs, count, width=52):
 def read_pairs_of(run):
     """{id: pair} of the run's pairs file. ValueError if it has changed since."""
     file = run["config"]["pairs"]
-    pairs = {pair["id"]: pair for pair in knn.read_pairs(file)}
+    pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
     if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
         raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
     return pairs
@@ -411,7 +412,6 @@ def read_pairs_of(run):
 
 def ask(folder, prefix, tokens):
     """Prints what the model says behind `prefix` before and after a run (beam 2, like the run's own generations)."""
-    import icu
     import metrics
 
     run = read_run(folder)
@@ -421,8 +421,8 @@ def ask(folder, prefix, tokens):
         raise ValueError(f"{folder}: this run only measured; it has no model of its own")
     for when, name in (("before", config["model"]), ("after", after)):
         revision = config.get("revision") if when == "before" else None
-        model, tokenizer = icu.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
-        prompt = icu.bos_of(tokenizer) + icu.encode(tokenizer, prefix)
+        model, tokenizer = models.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
+        prompt = models.bos_of(tokenizer) + models.encode(tokenizer, prefix)
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -439,13 +439,13 @@ def ask(folder, prefix, tokens):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = knn.flag_error
+    parser.error = flags.flag_error
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
-    parser.add_argument("--cases", type=knn.positive, default=4, metavar="N", help="samples in cases.md (4)")
+    parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
     parser.add_argument(
-        "--tokens", type=knn.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
+        "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -487,4 +487,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    knn.run_cli(main)
+    flags.run_cli(main)

@@ -200,7 +200,7 @@ last_of() { # last_of FLAG: its last value among the preset's flags and the user
 }
 
 mine() { # mine PAIRS [FLAG ...]: the pairs file of the preset
-  [ "$preset" != tiny ] || $PYTHON tiny.py --out runs/tiny-data
+  [ "$preset" != tiny ] || $PYTHON demo/tiny.py --out runs/tiny-data
   # Models and data are looked for before any work: without --pairs, --dry-run checks all the rest.
   local plan
   ! has --resume || [ ! -f "$1" ] || return 0 # the pairs of the run that goes on

@@ -35,9 +35,8 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-import icu
-import knn
 import metrics
+from kit import files, flags, models, processes
 
 # --- the sets: a row of the public schema -> (context, choices, answer), or (context, reply), or a text ---
 # A choice begins with what separates it from its context, a space. A row that does not fit raises ValueError.
@@ -323,14 +322,14 @@ def find_rows(name, data_dir):
     splits, source = ("", "validation", "valid", "val", "dev"), SETS[name][2]
     stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
     if data_dir is not None:
-        files = [path for depth in ("*", "*/*") for path in sorted(Path(data_dir).glob(depth))]
-        files = [path for path in files if path.suffix in READERS and bare(path.stem) in stems]
-        if files:
-            file = min(files, key=lambda path: stems.index(bare(path.stem)))
+        found = [path for depth in ("*", "*/*") for path in sorted(Path(data_dir).glob(depth))]
+        found = [path for path in found if path.suffix in READERS and bare(path.stem) in stems]
+        if found:
+            file = min(found, key=lambda path: stems.index(bare(path.stem)))
             return read_rows(file), str(file)
     if isinstance(source, str):
         try:
-            path = knn.data_file(source)
+            path = files.data_file(source)
         except (ValueError, OSError) as error:
             raise FileNotFoundError(str(error).replace("--data DIR", "--task-data DIR")) from None
         return read_rows(path), str(path)
@@ -349,7 +348,7 @@ def read_rows(path):
     """The rows of a file as dicts. The label of each row may stand in a line of FILE-labels.lst, as PIQA has it."""
     rows, labels = READERS[path.suffix](path), path.with_name(f"{path.stem}-labels.lst")
     if labels.is_file():
-        values = knn.read_text(labels).split()
+        values = files.read_text(labels).split()
         if len(values) != len(rows):
             raise ValueError(f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}")
         rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
@@ -359,7 +358,7 @@ def read_rows(path):
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
     try:
-        return list(csv.DictReader(io.StringIO(knn.read_text(path), newline=""), strict=True))
+        return list(csv.DictReader(io.StringIO(files.read_text(path), newline=""), strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}: not CSV: {error}") from None
 
@@ -367,7 +366,7 @@ def read_csv(path):
 def read_json(path):
     """A list of rows, or {id: row, ...}, or columns as pandas writes them, {"text": {"0": [turn, ...], "1": ...}}."""
     try:
-        data = json.loads(knn.read_text(path))
+        data = json.loads(files.read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if isinstance(data, dict) and all(isinstance(value, dict) for value in data.values()):
@@ -383,7 +382,7 @@ def read_json(path):
 def read_copa_xml(path):
     """The original COPA, <item asks-for most-plausible-alternative><p/><a1/><a2/></item>, as SuperGLUE's fields."""
     try:
-        items = ElementTree.fromstring(knn.read_text(path)).iter("item")
+        items = ElementTree.fromstring(files.read_text(path)).iter("item")
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not XML: {error}") from None
     return [
@@ -393,7 +392,7 @@ def read_copa_xml(path):
     ]  # fmt: skip
 
 
-READERS = {".csv": read_csv, ".json": read_json, ".jsonl": knn.read_jsonl, ".xml": read_copa_xml}
+READERS = {".csv": read_csv, ".json": read_json, ".jsonl": files.read_jsonl, ".xml": read_copa_xml}
 
 # --- scoring: flat lists of requests in, one answer a request out ---
 
@@ -598,16 +597,16 @@ def evaluate(
             results[name] = data
             continue
         # Each process judges its share of the rows; all get all.
-        rows, bad = dict(icu.share(list(data["rows"].items()))), data["bad"]
+        rows, bad = dict(processes.share(list(data["rows"].items()))), data["bad"]
         if name in CLASSIFICATION:
             how = {"length_norm": length_norm, "lenient": released, "batch_tokens": batch_tokens}
-            how["desc"] = name if icu.is_main else None
+            how["desc"] = name if processes.is_main else None
             rows, unfit = judge_choices(model, tokenizer, rows, **how) if rows else ([], [])
-            rows, unfit = all_rows(rows), sum(icu.gather([unfit]), [])
+            rows, unfit = all_rows(rows), sum(processes.gather([unfit]), [])
             metric, value, bad = "accuracy", mean([row["right"] for row in rows]), bad + unfit
         elif name in DIALOGUE:
             # A step of decoding costs much the same for one row as for many, so here batches are never small.
-            how = {"batch_tokens": max(batch_tokens, 4096), "desc": name if icu.is_main else None}
+            how = {"batch_tokens": max(batch_tokens, 4096), "desc": name if processes.is_main else None}
             rows = all_rows(judge_replies(model, tokenizer, rows, **how) if rows else [])
             metric, value = "f1", mean([row["f1"] for row in rows])
         else:
@@ -629,7 +628,7 @@ def evaluate(
 
 def all_rows(judged):
     """The judged rows of all processes, in their order."""
-    return sorted((row for part in icu.gather([judged]) for row in part), key=lambda row: row["row"])
+    return sorted((row for part in processes.gather([judged]) for row in part), key=lambda row: row["row"])
 
 
 def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens, desc):
@@ -681,15 +680,14 @@ def judge_replies(model, tokenizer, rows, *, batch_tokens, desc):
 def perplexity(model, tokenizer, texts, *, released, desc):
     """metrics.perplexity with a progress bar: a hook counts the tokens that have gone through the model."""
     total = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
-    with tqdm(total=total, desc=desc, unit=" tokens", disable=not icu.is_main) as bar:
+    with tqdm(total=total, desc=desc, unit=" tokens", disable=not processes.is_main) as bar:
 
         def count(module, args, inputs, output):
             bar.update(int(inputs["attention_mask"].sum()))
 
         hook = model.register_forward_hook(count, with_kwargs=True)
         try:
-            sums = metrics.perplexity_sums(model, tokenizer, texts, released=released, part=icu.share)
-            return metrics.perplexity_of(*icu.sum_over_ranks(sums, model.device))
+            return metrics.perplexity(model, tokenizer, texts, released=released, added_up=processes.added_up)
         finally:
             hook.remove()
 
@@ -745,7 +743,7 @@ def table(results_by_label):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = knn.flag_error
+    parser.error = flags.flag_error
     g = parser.add_argument_group("model and data")
     g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
     g.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
@@ -760,10 +758,10 @@ def parse_args(argv=None):
     g.add_argument("--protocol", default="paper", choices=["paper", "released"], help="released: texts joined for "
                    "perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")  # fmt: skip
     g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
-    g.add_argument("--limit", type=knn.positive, metavar="N", help="only the first N rows of each set")
+    g.add_argument("--limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
 
     g = parser.add_argument_group("running")
-    g.add_argument("--batch-tokens", type=knn.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
+    g.add_argument("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
     g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
@@ -773,16 +771,16 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device = Path(args.out), args.device or icu.default_device()
-    knn.check_output(out / "tasks.json", args.overwrite)
+    out, device = Path(args.out), args.device or processes.default_device()
+    files.check_output(out / "tasks.json", args.overwrite)
     sets = read_sets(args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit)
     if args.dry_run:
         for name, data in sets.items():
             good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
-            icu.print0(f"{name}: {good or data.get('missing') or data['error']}")
+            processes.print0(f"{name}: {good or data.get('missing') or data['error']}")
         return
-    icu.start_processes(device)
-    model, tokenizer = icu.load_model(
+    processes.start(device)
+    model, tokenizer = models.load_model(
         args.model, dtype=args.dtype, device=device, allow_pickle=args.allow_pickle, revision=args.revision
     )
     samples = []
@@ -791,20 +789,20 @@ def main(argv=None):
             model, tokenizer, sets=sets, protocol=args.protocol, length_norm=args.length_norm,
             batch_tokens=args.batch_tokens, samples=samples,
         )  # fmt: skip
-    if not icu.is_main:
+    if not processes.is_main:
         return
     settings = {name: getattr(args, name) for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")}
     text = table({args.model: results})
     text += "\n" + ", ".join(f"{name} {value}" for name, value in settings.items() if value) + "\n"
     print(text)
     document = json.dumps(results | {"settings": settings}, indent=1, ensure_ascii=False) + "\n"
-    knn.write_jsonl(out / "task_rows.jsonl", samples)
-    knn.write_atomically(out / "tasks.md", lambda file: file.write(text.encode("utf-8")))
-    knn.write_atomically(out / "tasks.json", lambda file: file.write(document.encode("utf-8")))
+    files.write_jsonl(out / "task_rows.jsonl", samples)
+    files.write_atomically(out / "tasks.md", lambda file: file.write(text.encode("utf-8")))
+    files.write_atomically(out / "tasks.json", lambda file: file.write(document.encode("utf-8")))
     failed = [result["error"] for result in results.values() if "error" in result]
     if failed:
         raise ValueError(f"{len(failed)} of {len(sets)} sets not measured, the others are in {out}: {failed[0]}")
 
 
 if __name__ == "__main__":
-    knn.run_cli(main)
+    flags.run_cli(main)

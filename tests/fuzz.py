@@ -2,7 +2,7 @@
 
     python tests/fuzz.py --inputs 100000 --seed 0
 
-Those two are what knn.run_cli turns into one line and exit 2. A reader must not change or leave a file either. Files
+Those two are what flags.run_cli turns into one line and exit 2. A reader must not change or leave a file either. Files
 are damaged as bytes (flipped, cut out, put in, doubled, cut off) and, where they are JSON, also as values, so that what
 is odd still parses. test_fuzz.py drives the same `attempt` with hypothesis.
 """
@@ -30,6 +30,7 @@ import torch  # noqa: E402
 
 import icu  # noqa: E402
 import knn  # noqa: E402
+from kit import files, models, processes, runs, states  # noqa: E402
 
 CLEAN = (ValueError, OSError)
 
@@ -124,7 +125,7 @@ class Kinds:
         rows = []
         for number, (prefix, suffix) in enumerate(texts):
             record = {"id": f"r{number}", "context": "", "prefix": prefix, "suffix": suffix}
-            record |= {f"{part}_ids": icu.encode(self.tokenizer, record[part]) for part in knn.PARTS}
+            record |= {f"{part}_ids": models.encode(self.tokenizer, record[part]) for part in files.PARTS}
             rows.append(knn.make_pair(record, record, 0.5, with_ids=with_ids))
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -145,18 +146,18 @@ class Kinds:
         flags = ["--pairs", self.folder / "pairs.jsonl", "--model", model, "--out", self.folder / "run"]
         self.args = icu.parse_args([str(flag) for flag in [*flags, "--bert", "minilm", "--device", "cpu"]])
         thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
-        icu.start_run_folder(self.folder / "run", icu.describe_run(self.args, thresholds))
-        progress, engine = icu.Progress(), self.engine()
+        runs.start_run_folder(self.folder / "run", runs.describe_run(self.args, thresholds))
+        progress, engine = states.Progress(), self.engine()
         progress.next_epoch()  # the states of epoch 0 hold no weights
         for _ in range(2):
             engine.step(engine.model(torch.ones(1, 3)).sum())
             progress.count_step({"loss": 0.5})
-            icu.save_state(self.folder / "run", engine, progress)
-        self.newest, self.older = icu.states(self.folder / "run")[:2]
+            states.save_state(self.folder / "run", engine, progress)
+        self.newest, self.older = states.states(self.folder / "run")[:2]
         self.files = {path: path.read_bytes() for path in (self.folder / "run").rglob("*") if path.is_file()}
 
     def engine(self):
-        return icu.PlainEngine(Small(3, 2), self.args)
+        return processes.PlainEngine(Small(3, 2), self.args)
 
     def damaged(self, name, good, rng):
         path = self.folder / name
@@ -164,7 +165,7 @@ class Kinds:
         return path
 
     def read_pairs(self, rng):
-        pairs = knn.read_pairs(self.damaged("damaged.jsonl", self.pairs, rng))
+        pairs = files.read_pairs(self.damaged("damaged.jsonl", self.pairs, rng))
         protocol, targets = rng.choice(["paper", "released"]), rng.choice(["all", "suffix", None])
         samples, _ = icu.build_samples(pairs, self.tokenizer, protocol=protocol, positions=64, targets=targets)
         assert all(0 < s.forget.t0 < len(s.forget.ids) <= 64 for s in samples)
@@ -172,25 +173,25 @@ class Kinds:
 
     def read_jsonl(self, rng):
         path = self.damaged("damaged.jsonl", self.good["jsonl"], rng)
-        assert all(record["suffix"] for record in knn.read_records(path))
-        knn.read_texts(path)
+        assert all(record["suffix"] for record in files.read_records(path))
+        files.read_texts(path)
 
     def read_csv(self, rng):
         path = self.damaged("damaged.csv", self.good["csv"], rng)
-        assert all(record["suffix"] for record in knn.read_records(path))
-        knn.read_texts(path)
+        assert all(record["suffix"] for record in files.read_records(path))
+        files.read_texts(path)
 
     def read_npy(self, rng):
         path = self.damaged("damaged.npy", self.good["npy"], rng)
-        assert knn.load_ids(path).ndim == 2
-        knn.read_records(path, tokenizer=self.tokenizer)
+        assert files.load_ids(path).ndim == 2
+        files.read_records(path, tokenizer=self.tokenizer)
 
     def read_config(self, rng):
         """The config.json of a run, by --resume."""
         path = self.folder / "run" / "config.json"
         path.write_bytes(damage(self.files[path], rng))
-        before = icu.check_resume(self.args)
-        icu.thresholds_text(before["thresholds_used"], self.args)
+        before = runs.check_resume(self.args)
+        runs.thresholds_text(before["thresholds_used"], self.args)
 
     def read_model(self, rng):
         """The config.json of a model folder, by all that icu.py reads before the weights."""
@@ -202,11 +203,11 @@ class Kinds:
         """One file of the newest of two states: the older one is used, or the newest if no byte of it has changed."""
         path = rng.choice(sorted(path for path in self.files if self.newest in path.parents))
         path.write_bytes(damage(self.files[path], rng))
-        state = icu.newest_state(self.folder / "run")
+        state = states.newest_state(self.folder / "run")
         same = path.read_bytes() == self.files[path]
         # A manifest may be spelt otherwise and say the same.
         assert state == (self.newest if same else self.older) or path.name == "manifest.json"
-        icu.load_state(state, self.engine())
+        states.load_state(state, self.engine())
         if state != self.newest:
             raise ValueError("passed over")
 
@@ -219,7 +220,7 @@ class Kinds:
         signed = json.loads(self.files[manifest])
         signed[path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         manifest.write_text(json.dumps(signed))
-        icu.load_state(icu.newest_state(self.folder / "run"), self.engine())
+        states.load_state(states.newest_state(self.folder / "run"), self.engine())
 
     def attempt(self, kind, rng):
         """Damages a file of this kind and reads it: "read" or "refused". Any other end is an exception."""

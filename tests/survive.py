@@ -37,8 +37,8 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 import icu  # noqa: E402
-import knn  # noqa: E402
 import metrics  # noqa: E402
+from kit import files, models  # noqa: E402
 
 # --- something to run: a tiny model that knows a few records by heart ---
 
@@ -60,10 +60,10 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
     model_dir, pairs = folder / "model", folder / "pairs.jsonl"
     side = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0], "learn_suffix": LEARN[1], "similarity": 0.5}
     fields = [{"id": str(i), "context": "", "prefix": a, "suffix": b} for i, (a, b) in enumerate(TEXTS[:rows])]
-    knn.write_jsonl(pairs, [row | side for row in fields])
+    files.write_jsonl(pairs, [row | side for row in fields])
     if not model_dir.exists():
         conftest._save_tiny(kind, model_dir, **config)
-        memorise(model_dir, knn.read_pairs(pairs))
+        memorise(model_dir, files.read_pairs(pairs))
     flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "3e-3"]
     flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
     return [str(flag) for flag in [*flags, "--bert-threshold", "0.52", "--bleu-threshold", "0.9"]]
@@ -71,7 +71,7 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
 
 def memorise(model_dir, pairs, steps=100):
     """Trains the model on the pairs until it knows most of their suffixes."""
-    model, tokenizer = icu.load_model(str(model_dir))
+    model, tokenizer = models.load_model(str(model_dir))
     samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
     ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -15,8 +15,8 @@ import torch
 
 import bench
 import icu
-import knn
 import metrics
+from kit import files
 
 TEXTS = [
     ("The parcel for Ines Duarte was left ", "at 14 Harbour Lane on Tuesday morning by the driver."),
@@ -43,7 +43,7 @@ def folder(save_tiny, tmp_path, monkeypatch):
          "learn_prefix": suffix, "learn_suffix": " " + prefix, "similarity": 0.5}
         for i, (prefix, suffix) in enumerate(TEXTS)
     ]  # fmt: skip
-    knn.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
     return tmp_path
 
 
@@ -295,7 +295,7 @@ def test_the_model_made_for_the_benchmark_has_pairs_that_fit_it(tmp_path, monkey
     for _ in range(2):
         bench.make_memorised(tmp_path / "made", 3, steps=1)
     ((forget, learn),) = trained
-    pairs = knn.read_pairs(tmp_path / "made" / "pairs.jsonl")
+    pairs = files.read_pairs(tmp_path / "made" / "pairs.jsonl")
     samples, n_cut = icu.build_samples(pairs, tokenizer, protocol="released", positions=256)
     assert [sample.forget.ids for sample in samples] == forget and [sample.learn.ids for sample in samples] == learn
     assert {len(ids) for ids in forget + learn} == {200} and n_cut == 0
@@ -324,7 +324,7 @@ def test_a_bad_flag_is_one_line_and_exit_2(flags, word, capsys, tmp_path):
     """Before any measurement, and nothing is written."""
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out.md")]
     with pytest.raises(SystemExit) as stop:
-        knn.run_cli(lambda: bench.main([*flags, *out, "--quick"]))
+        flags.run_cli(lambda: bench.main([*flags, *out, "--quick"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and word in error
     assert not list(tmp_path.iterdir())

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import icu
-import knn
 import metrics
+from kit import files, processes, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,15 +59,16 @@ def arranged(how, rank, world, steps):
     leaves that epoch when it is measured, as if it were killed there; "parts": ZeRO-3 shards small weights, too, and
     what a process holds of them while it measures is written to the file `steps` with the suffix .held.
     """
-    icu_loss, count_step, adam, calls = icu.METHODS["icu"], icu.Progress.count_step, torch.optim.Adam.__init__, []
+    count_step, adam, calls = states.Progress.count_step, torch.optim.Adam.__init__, []
 
     def counted(progress, values):
         with open(steps, "a") as file:
             file.write(json.dumps(values) + "\n")
         count_step(progress, values)
 
-    def loss(ask, args):
-        terms = icu_loss(ask, args)
+    @functools.wraps(icu.icu)
+    def loss(batch, args):
+        terms = icu.icu(batch, args)
         calls.append(1)
         if how == "nan" and len(calls) == 2 and rank == world - 1:
             terms["forget"][1].register_hook(lambda gradient: gradient * float("nan"))
@@ -80,7 +81,7 @@ def arranged(how, rank, world, steps):
             raise Left
         return stop_reason(means, n_active, epoch, *rest)
 
-    def shard_all(path, read=knn.read_json):
+    def shard_all(path, read=files.read_json):
         value = read(path)
         if Path(path).name == "ds_config.json":  # a tiny model's weights are otherwise kept, or fetched all at once
             value["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
@@ -102,20 +103,19 @@ def arranged(how, rank, world, steps):
         return {0, 2, 4} | forgotten | ({1} if forgotten else set())
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(icu.Progress, "count_step", counted))
-        stack.enter_context(mock.patch.dict(icu.METHODS, {"icu": loss}))
+        stack.enter_context(mock.patch.object(states.Progress, "count_step", counted))
         if how == "size":
             wide = functools.partialmethod(adam, eps=1.0)
             stack.enter_context(mock.patch.object(torch.optim.Adam, "__init__", wide))
         if how == "forgotten":
             stack.enter_context(mock.patch.object(icu, "refine", refine))
         if how == "parts":
-            stack.enter_context(mock.patch.object(knn, "read_json", shard_all))
+            stack.enter_context(mock.patch.object(files, "read_json", shard_all))
             stack.enter_context(mock.patch.object(metrics, "el_and_ma", held))
         if how in ("leave0", "leave2"):
             stack.enter_context(mock.patch.object(icu, "stop_reason", leave))
             stack.enter_context(contextlib.suppress(Left))
-        yield
+        yield loss
 
 
 class Left(BaseException):
@@ -125,12 +125,12 @@ class Left(BaseException):
 def do_jobs(path):
     """What each started process does: the jobs of a JSON file, [[name, how, flags], ...], into its folder."""
     torch.set_num_threads(1)
-    for name, how, flags in knn.read_json(path):
+    for name, how, flags in files.read_json(path):
         out = Path(path).parent / name
-        with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
-            icu.main([*flags, "--out", str(out)])
+        with arranged(how, processes.RANK, processes.WORLD_SIZE, out.with_suffix(f".{processes.RANK}.steps")) as loss:
+            icu.main(loss, argv=[*flags, "--out", str(out)])
         if how in ("leave0", "leave2"):
-            icu.main([*flags, "--out", str(out), "--resume"])
+            icu.main(argv=[*flags, "--out", str(out), "--resume"])
 
 
 def launch(n, command, launcher):
@@ -197,8 +197,8 @@ def one(jobs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     for name, (how, flags) in jobs.items():
         if name[0] == "1":
-            with arranged(how, 0, 1, folder / f"{name}.0.steps"):
-                icu.main([*flags, "--out", str(folder / name)])
+            with arranged(how, 0, 1, folder / f"{name}.0.steps") as loss:
+                icu.main(loss, argv=[*flags, "--out", str(folder / name)])
     return folder
 
 
@@ -220,13 +220,13 @@ def four(jobs, tmp_path_factory):
 def resumed(jobs, two):
     """(exit code, output) of the run that lost a process, gone on with by icu.py under the deepspeed launcher."""
     flags = [*jobs["2-die"][1], "--timeout", "2", "--out", two[0] / "2-die", "--resume"]
-    states = [state.name for state in icu.states(two[0] / "2-die")]
-    return *launch(2, ["icu.py", *flags], launcher="deepspeed"), states
+    names = [state.name for state in states.states(two[0] / "2-die")]
+    return *launch(2, ["icu.py", *flags], launcher="deepspeed"), names
 
 
 def steps_of(folder, name):
     """The losses of each step of a run, the same on every process: a list of dicts."""
-    found = [knn.read_jsonl(path) for path in sorted(folder.glob(f"{name}.*.steps"))]
+    found = [files.read_jsonl(path) for path in sorted(folder.glob(f"{name}.*.steps"))]
     assert len(found) == int(name[0]) and all(other == found[0] for other in found)
     return found[0]
 
@@ -242,7 +242,7 @@ def worst(folder, name, one, reference, steps):
 def same_result(run, reference):
     """Measures and forgotten samples of every epoch are those of the reference run."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        rows, expected = knn.read_jsonl(run / name), knn.read_jsonl(reference / name)
+        rows, expected = files.read_jsonl(run / name), files.read_jsonl(reference / name)
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
             assert row.keys() == other.keys()
@@ -290,7 +290,7 @@ def test_several_processes_give_the_run_of_one(launch_name, name, reference, one
     first = 3 if reference in ("1-five", "1-forgotten") else 2  # steps of the first epoch
     assert worst(folder, name, one, reference, slice(0, first)) < 1e-5
     same_result(folder / name, one / reference)
-    forgotten = [row["forgotten"] for row in knn.read_jsonl(one / reference / "metrics.jsonl")]
+    forgotten = [row["forgotten"] for row in files.read_jsonl(one / reference / "metrics.jsonl")]
     assert len(forgotten) > 2 and 0 < forgotten[-2] < {"1-three": 3}.get(reference, 5)
     assert all(abs(value) < 1e3 for step in steps_of(folder, name) for value in step.values())
 
@@ -337,7 +337,7 @@ def test_the_exported_model_loads_with_plain_transformers(name, one, two):
 @needs_deepspeed
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(one, two):
     """One rank's NaN: all count one skipped step, and what follows is what one process does without that step."""
-    rows = knn.read_jsonl(two[0] / "2-nan" / "metrics.jsonl")
+    rows = files.read_jsonl(two[0] / "2-nan" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows][1:] == [1] * (len(rows) - 1)
     assert len(steps_of(two[0], "2-nan")) == len(steps_of(one, "1-nan"))
     assert worst(two[0], "2-nan", one, "1-nan", slice(0, 2)) < 1e-5  # of the first epoch's three steps two were made

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import icu
-import knn
+from kit import files, runs
 
 INPUTS = {"pairs": 250, "jsonl": 250, "csv": 250, "npy": 250, "config": 150, "model": 60, "state": 100, "signed": 100}
 
@@ -46,10 +46,10 @@ def test_good_files_are_read(kinds, monkeypatch):
 
 def test_the_fuzzer_notices_a_reader_that_is_not_clean(kinds, monkeypatch):
     """A reader that raises KeyError, and one that leaves a file, are failures."""
-    monkeypatch.setattr(knn, "read_records", lambda path: {}["x"])
+    monkeypatch.setattr(files, "read_records", lambda path: {}["x"])
     with pytest.raises(KeyError):
         kinds.attempt("csv", random.Random(0))
-    monkeypatch.setattr(icu, "check_resume", lambda args: (kinds.folder / "run" / "half").touch())
+    monkeypatch.setattr(runs, "check_resume", lambda args: (kinds.folder / "run" / "half").touch())
     with pytest.raises(AssertionError, match="made or removed a file"), monkeypatch.context():
         kinds.attempt("config", random.Random(0))
     (kinds.folder / "run" / "half").unlink()
@@ -61,9 +61,10 @@ def test_a_refused_file_leaves_no_run(kinds):
     while refused < 5:
         path = kinds.damaged("damaged.jsonl", kinds.pairs, rng)
         try:
-            knn.read_pairs(path)
+            files.read_pairs(path)
         except fuzz.CLEAN as expected:
             refused += 1
             with pytest.raises(type(expected)) as raised:
-                icu.main(["--pairs", str(path), "--model", kinds.args.model, "--bert", "minilm", "--out", str(out)])
+                flags = ["--pairs", str(path), "--model", kinds.args.model, "--bert", "minilm", "--out", str(out)]
+                icu.main(argv=flags)
             assert str(raised.value) == str(expected) and not out.exists()

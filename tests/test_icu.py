@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import baselines
+import bench
 import icu
-import knn
+from kit import files, models, processes, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,14 +124,22 @@ def test_sequence_logp_sums_each_row():
     logits, ids, mask = toy()
     mask[2] = False
     rows = [sum(loop_logps(logits[b : b + 1], ids[b : b + 1], mask[b : b + 1])) for b in range(3)]
-    assert icu.sequence_logp(logits, ids, mask).tolist() == pytest.approx(rows, abs=1e-12)
+    assert baselines.sequence_logp(logits, ids, mask).tolist() == pytest.approx(rows, abs=1e-12)
 
 
 # --- methods ---
 
 
-def side(logits, ids, mask, ref_logits=None, ref_logp=None):
-    return icu.Side(logits, ids, mask, int(mask.sum()), len(ids), ref_logits, ref_logp)
+METHODS = {"icu": icu.icu} | {name: f for name, f in vars(baselines).items() if hasattr(f, "needs")}
+
+
+def side(logits, ids, mask, frozen_logits=None):
+    return icu.Side(logits, ids, mask, int(mask.sum()), len(ids), frozen_logits)
+
+
+def asks(sides):
+    """A batch that has these sides: {name: Side}."""
+    return Namespace(forward=sides.__getitem__)
 
 
 FLAGS = {"protocol": "paper", "forget_weight": 0.7, "alpha": 0.5, "beta": 0.3, "dpo_beta": 0.1}
@@ -141,14 +150,18 @@ def expected_loss(method, sides):
     logp = {name: loop_logps(s.logits, s.ids, s.mask) for name, s in sides.items()}
     mean = {name: sum(values) / len(values) for name, values in logp.items()}
     learn = sides["learn"]
-    p, q = (x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]] for x in (learn.ref_logits, learn.logits))
+    p, q = (x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]] for x in (learn.frozen_logits, learn.logits))
     kl = float((p * (p.log() - q.log())).sum(-1).mean())
-    rows = {
-        name: [sum(loop_logps(s.logits[b : b + 1], s.ids[b : b + 1], s.mask[b : b + 1])) for b in range(len(s.ids))]
-        for name, s in sides.items()
-    }
-    lose = np.array(rows["forget"]) - sides["forget"].ref_logp.numpy()
-    win = np.array(rows["answer"]) - sides["answer"].ref_logp.numpy()
+
+    def ratios(s):
+        """log p - log p_0 of each row."""
+        cuts = [(s.ids[b : b + 1], s.mask[b : b + 1]) for b in range(len(s.ids))]
+        now, before = (
+            [sum(loop_logps(x[b : b + 1], *cut)) for b, cut in enumerate(cuts)] for x in (s.logits, s.frozen_logits)
+        )
+        return np.array(now) - np.array(before)
+
+    lose, win = ratios(sides["forget"]), ratios(sides["answer"])
 
     def softplus(x):  # -log sigmoid(-x)
         return np.log1p(np.exp(x))
@@ -167,25 +180,25 @@ def expected_loss(method, sides):
 
 def toy_sides():
     """Three sides with random logits, the same frozen copy behind each."""
-    ref = {"ref_logits": toy(seed=9)[0].detach(), "ref_logp": torch.tensor([-3.0, -2.0, -5.0]).double()}
-    return {name: side(*toy(seed=i), **ref) for i, name in enumerate(("forget", "learn", "answer"))}
+    frozen = toy(seed=9)[0].detach()
+    return {name: side(*toy(seed=i), frozen) for i, name in enumerate(("forget", "learn", "answer"))}
 
 
-@pytest.mark.parametrize("method", list(icu.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_each_method_computes_its_formula(method):
     """The weighted sum of the terms equals the formula computed from single log-probabilities."""
     sides = toy_sides()
-    terms = icu.METHODS[method](sides.__getitem__, Namespace(**FLAGS))
+    terms = METHODS[method](asks(sides), Namespace(**FLAGS))
     assert sum(w * v for w, v in terms.values()).item() == pytest.approx(expected_loss(method, sides), abs=1e-9)
 
 
-@pytest.mark.parametrize("method", list(icu.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_each_method_is_finite_on_an_empty_side(method):
     """No row on any side: a finite loss and finite gradients."""
     leaf = torch.randn(0, 4, 5, requires_grad=True)
     empty = torch.zeros(0, 4, dtype=torch.bool)
-    one = side(leaf, empty.long(), empty, ref_logits=torch.zeros(0, 4, 5), ref_logp=torch.zeros(0))
-    loss = sum(w * v for w, v in icu.METHODS[method](lambda name: one, Namespace(**FLAGS)).values())
+    sides = dict.fromkeys(("forget", "learn", "answer"), side(leaf, empty.long(), empty, torch.zeros(0, 4, 5)))
+    loss = sum(w * v for w, v in METHODS[method](asks(sides), Namespace(**FLAGS)).values())
     loss.backward()
     assert loss.isfinite() and leaf.grad.isfinite().all()
 
@@ -201,10 +214,26 @@ class Bigram(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64))
 
     def forward(self, input_ids, **_):
-        return Namespace(logits=self.table[input_ids])
+        return Namespace(logits=self.table[input_ids], hidden_states=None)
 
 
-@pytest.mark.parametrize("method", list(icu.METHODS))
+def args_of(method, **flags):
+    """The flags of a few steps by a method."""
+    flags = {"seed": 0, "batch_size": 2, "dtype": "float32", "device": "cpu", "lr": 1e-4, "teacher": "cached"} | flags
+    return Namespace(**FLAGS | flags, method=method, loss=METHODS[method], answer="neighbour", answers=2)
+
+
+def train(engine, sides, args, *, epochs, active=None, progress=None):
+    """icu.train_epoch for each of these epochs, on all rows or the active ones; the frozen copy is asked at once."""
+    frozen = icu.freeze(engine.model, sides, args)
+    for epoch in epochs:
+        progress = progress or states.Progress()
+        progress.epoch, progress.step = epoch, 0
+        rows = range(len(sides["forget"])) if active is None else active
+        icu.train_epoch(engine, sides, rows, args, frozen=frozen, progress=progress)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
 def test_the_first_step_is_that_of_the_formula(method):
     """On a two-token model one step of the loop moves the weights as autograd on the written-out formula says."""
     text = lambda ids, t0: icu.Text(ids, t0, t0, ids[:t0])  # noqa: E731
@@ -212,7 +241,7 @@ def test_the_first_step_is_that_of_the_formula(method):
     answer = text([0, 1, 0, 1], 2)
     model = Bigram()
     start = model.table.detach().clone()
-    args = Namespace(**FLAGS, method=method, seed=0, batch_size=8, dtype="float64", device="cpu", lr=0.1)
+    args = args_of(method, batch_size=8, dtype="float64", lr=0.1, teacher="live")
 
     def frozen(texts):
         return torch.stack([sum_logp(start, t) for t in texts])
@@ -221,17 +250,9 @@ def test_the_first_step_is_that_of_the_formula(method):
         logp = table.log_softmax(-1)
         return sum(logp[t.ids[i - 1], t.ids[i]] for i in range(t.t0, len(t.ids)))
 
-    reference = {
-        "logits": icu.live_teacher(model, [sample.learn]),
-        "forget": frozen([sample.forget]),
-        "answer": frozen([answer]),
-    }
-    engine = icu.PlainEngine(model, args)
+    engine = processes.PlainEngine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    icu.train_epoch(
-        engine, [sample], [0], 1,
-        answers=[[answer]], reference=reference, progress=icu.Progress(), args=args, bar=tqdm(disable=True),
-    )  # fmt: skip
+    train(engine, {"forget": [[sample.forget]], "learn": [[sample.learn]], "answer": [[answer]]}, args, epochs=[1])
 
     table = start.clone().requires_grad_()
     f, lrn, ans = (sum_logp(table, t) / 2 for t in (sample.forget, sample.learn, answer))  # two targets each: means
@@ -263,7 +284,7 @@ def memorise(model, texts, steps=60, lr=3e-3):
         optimizer.step()
 
 
-@pytest.mark.parametrize("method", list(icu.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
     """A few steps on a text that the model has learned by heart lower its likelihood."""
     model = make_model("gpt_neo", dtype=torch.float32)
@@ -272,21 +293,18 @@ def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
     texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     memorise(model, texts[:3])
-    before = icu.reference_logps(model, texts[:3])
-    args = Namespace(
-        **{**FLAGS, "forget_weight": 1.0}, method=method, seed=0, batch_size=2, dtype="float32", device="cpu", lr=2e-3
-    )
-    args.answer, args.answers = "neighbour", 2
-    answers = icu.answer_texts(samples, None, 1, args)
-    reference = {"logits": icu.cached_teacher(model, [s.learn for s in samples]), "forget": before}
-    reference["answer"] = icu.reference_logps(model, [a[0] for a in answers])
-    engine = icu.PlainEngine(model, args)
-    for epoch in range(1, 6):
-        icu.train_epoch(
-            engine, samples, [0, 1, 2], epoch,
-            answers=answers, reference=reference, progress=icu.Progress(), args=args, bar=tqdm(disable=True),
-        )  # fmt: skip
-    assert (icu.reference_logps(model, texts[:3]) < before - 0.2).all()
+    args = args_of(method, forget_weight=1.0, lr=2e-3)
+    sides = {"forget": [[t] for t in texts[:3]], "learn": [[t] for t in texts[3:6]]}
+    sides |= {name: make(samples, None, 1, args) for name, make in args.loss.needs.sides.items()}
+
+    def logps():
+        ids, attention, mask = icu.collate(texts[:3])
+        with torch.no_grad():
+            return baselines.sequence_logp(model(ids, attention_mask=attention).logits, ids, mask)
+
+    before = logps()
+    train(processes.PlainEngine(model, args), sides, args, epochs=range(1, 6))
+    assert (logps() < before - 0.2).all()
 
 
 def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
@@ -294,9 +312,9 @@ def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
     texts = [icu.Text(list(range(10 * i, 10 * i + 6)), 3, 3, []) for i in range(8)]
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 4]) for i in range(4)]
     args = Namespace(method="llmu", answers=2, answer="neighbour", seed=0)
-    drawn = icu.answer_texts(samples, None, 1, args)
-    assert drawn == icu.answer_texts(samples, None, 1, args)
-    assert drawn != icu.answer_texts(samples, None, 2, args)
+    drawn = baselines.random_answers(samples, None, 1, args)
+    assert drawn == baselines.random_answers(samples, None, 1, args)
+    assert drawn != baselines.random_answers(samples, None, 2, args)
     for row, answers in enumerate(drawn):
         assert len(answers) == 2
         for answer in answers:
@@ -307,18 +325,19 @@ def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
 # --- the frozen copy ---
 
 
-def test_the_cached_teacher_gives_the_live_copys_logits(kind, make_model):
+def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
     """On three architectures, rows of different lengths: the same KL, also after the model has moved on."""
     model = make_model(kind)
     g = torch.Generator().manual_seed(0)
     texts = [icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)]
-    cached, live = icu.cached_teacher(model, texts, batch_size=2), icu.live_teacher(model, texts)
+    sides = {"learn": [[texts[0]], texts[1:]]}
+    cached, live = icu.cached_copy(model, sides, icu.collate, batch_size=2), icu.live_copy(model, sides)
     ids, attention, mask = icu.collate(texts)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
     logits = model(ids, attention_mask=attention).logits
-    kls = [icu.kl_loss(logits, teacher([0, 1, 2]), mask).item() for teacher in (cached, live)]
+    kls = [icu.kl_loss(logits, frozen("learn", [0, 1])[0], mask).item() for frozen in (cached, live)]
     assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6  # GPT-Neo's attention is float32 always
 
 
@@ -348,12 +367,12 @@ def folders(tmp_path_factory, save_tiny):
     root = tmp_path_factory.mktemp("icu")
     found = {kind: save_tiny(kind, root / kind) for kind in ("gpt_neo", "opt", "llama")}
     for folder in found.values():
-        model, tokenizer = icu.load_model(str(folder))
+        model, tokenizer = models.load_model(str(folder))
         samples, _ = icu.build_samples(PAIRS, tokenizer, protocol="released", positions=256)
         samples += icu.build_samples(PAIRS, tokenizer, protocol="paper", positions=256)[0]
         memorise(model, [sample.forget._replace(t0=1) for sample in samples], steps=150)
         model.save_pretrained(folder)
-    knn.write_jsonl(root / "pairs.jsonl", PAIRS)
+    files.write_jsonl(root / "pairs.jsonl", PAIRS)
     return {**found, "pairs": root / "pairs.jsonl", "root": root}
 
 
@@ -440,9 +459,8 @@ def test_the_stop_rule(el, ma, active, epoch, reason):
 
 def one_epoch(model, samples, active, batch_size=2, seed=0):
     """Runs train_epoch with method kumpr; returns (progress, list of batch sizes)."""
-    args = Namespace(**FLAGS, method="kumpr", seed=seed, batch_size=batch_size, lr=1e-4)
-    args.dtype, args.device = "float32", "cpu"
-    progress, sizes, plain = icu.Progress(), [], model.forward
+    args = args_of("kumpr", seed=seed, batch_size=batch_size)
+    progress, sizes, plain = states.Progress(), [], model.forward
 
     def counting(*a, **k):
         sizes.append(len(k["input_ids"]))
@@ -450,10 +468,8 @@ def one_epoch(model, samples, active, batch_size=2, seed=0):
 
     model.forward = counting
     try:
-        icu.train_epoch(
-            icu.PlainEngine(model, args), samples, active, 1,
-            answers=None, reference={}, progress=progress, args=args, bar=tqdm(disable=True),
-        )  # fmt: skip
+        sides = {"forget": [[sample.forget] for sample in samples]}
+        train(processes.PlainEngine(model, args), sides, args, epochs=[1], active=active, progress=progress)
     finally:
         model.forward = plain
     return progress, sizes
@@ -496,7 +512,8 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
     texts = [icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)]
     samples = [icu.Sample(str(i), "", texts[i], texts[3 - i]) for i in range(4)]
     args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
-    ask = icu.side_asker(model, samples, [0, 1, 2, 3], None, {"logits": icu.live_teacher(model, texts[::-1])})
+    sides = {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
+    batch = icu.Batch(model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides), asked=["learn"])
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -504,10 +521,11 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = icu.icu(ask, args)
+        terms = icu.icu(batch, args)
     measured = sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
-    assert len(terms) == 3 and 1 <= icu.activation_bytes(model.config, samples, args) / measured < 2
-    assert icu.memory_estimate(model.config, samples, args)["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert len(terms) == 3 and 1 <= bench.activation_bytes(model.config, samples, args) / measured < 2
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert bench.memory_estimate(model.config, samples, args)["weights"] == weights
 
 
 def test_zero_shards_what_it_says(make_model):
@@ -515,7 +533,7 @@ def test_zero_shards_what_it_says(make_model):
     config = make_model("gpt_neo").config
     flags = {"batch_size": 8, "teacher": "cached"}
     one, four, offloaded, three = (
-        icu.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
+        bench.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
         for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True), (4, 3, False))
     )
     assert four["gradients"] == one["gradients"] // 4 and four["weights"] == one["weights"]
@@ -538,7 +556,7 @@ def finished(folders, encoder_dir):
     """A real run of two epochs through the command line, made twice with the same seed: (first, second, stdout)."""
     outs = [folders["root"] / name for name in ("run1", "run2")]
     heldout = folders["root"] / "heldout.jsonl"
-    knn.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
+    files.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
     flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e-3"]
     flags += ["--max-epochs", "2", "--thresholds", "1e-9,1e-9", "--ppl", f"heldout={heldout}", "--seed", "7"]
     for out in outs:
@@ -550,7 +568,7 @@ def finished(folders, encoder_dir):
 def test_a_run_folder_keeps_its_contract(finished):
     """The files and fields that other programs read."""
     run, _, stdout = finished
-    metrics, samples = (knn.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
+    metrics, samples = (files.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     fields = ["epoch", "el10", "ma", "bleu", "bertscore", "entropy", "active", "forgotten"]
     fields += ["loss", "loss_forget", "loss_learn", "loss_kl", "skipped_steps"]
     assert [list(row)[:13] for row in metrics] == [fields] * 3
@@ -581,7 +599,7 @@ def test_lazy_el_leaves_out_what_decides_nothing(finished, folders, encoder_dir)
         out = folders["root"] / f"lazy{len(left_out)}"
         code, _, stderr = run_cli(*flags, f"--thresholds={limits}", "--out", out)
         assert code == 0, stderr
-        lazy, whole = (knn.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
+        lazy, whole = (files.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
         for row in whole:
             row["el10"] = None if row["epoch"] in left_out else row["el10"]
         assert lazy == whole
@@ -604,11 +622,11 @@ def test_the_exported_model_loads_and_differs_from_the_original(finished, folder
 def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
     """One epoch of each method, spread over the three architectures and both protocols, ends well."""
     kinds = ["gpt_neo", "opt", "llama"]
-    for i, method in enumerate(m for m in icu.METHODS if m != "icu"):
+    for i, method in enumerate(m for m in METHODS if m != "icu"):
         out = folders["root"] / f"run-{method}"
         argv = ["--pairs", folders["pairs"], "--model", folders[kinds[i % 3]], "--bert", encoder_dir, "--out", out]
         argv += ["--method", method, "--max-epochs", "1", "--thresholds", "1e-9,1e-9", "--device", "cpu"]
-        icu.main([str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
+        icu.main(argv=[str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
         summary = json.loads((out / "summary.json").read_text())
         assert summary["method"] == method and summary["stopped"] == "max epochs"
 
@@ -618,12 +636,12 @@ def test_a_model_of_nan_is_a_run_that_diverged(folders, encoder_dir):
     out = folders["root"] / "blown"
     flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e25"]
     flags += ["--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}", "--thresholds", "1e-9,1e-9"]
-    knn.write_jsonl(folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}])
+    files.write_jsonl(folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}])
     code, stdout, stderr = run_cli(*flags, "--out", out)
     assert code == 1 and not stderr.count("Traceback") and "last good state" in stdout
     summary = json.loads((out / "summary.json").read_text())
     assert summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
-    assert not (out / "model").exists() and len(icu.states(out)) == 2 - (summary["epochs"] == 0)
+    assert not (out / "model").exists() and len(states.states(out)) == 2 - (summary["epochs"] == 0)
     code, _, stderr = run_cli(out, script="report.py")
     assert code == 0 and "icu (collapsed) | - |" in (out / "table.md").read_text(), stderr
 
@@ -638,7 +656,7 @@ def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
     """One epoch line, method none, no model folder."""
     out = folders["root"] / "eval"
     argv = ["--pairs", folders["pairs"], "--model", folders["opt"], "--bert", encoder_dir, "--out", out, "--eval-only"]
-    icu.main([str(a) for a in argv])
+    icu.main(argv=[str(a) for a in argv])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "none" and summary["before"] == summary["after"] and not (out / "model").exists()
 
@@ -647,13 +665,13 @@ def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch,
     """A second run of the same model and texts looks its start up; other texts or another model are measured anew."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     calls, plain = [], icu.measure
-    monkeypatch.setattr(icu, "measure", lambda *a: calls.append(1) or plain(*a))
+    monkeypatch.setattr(icu, "measure", lambda *a, **k: calls.append(1) or plain(*a, **k))
     one_pair = tmp_path / "one.jsonl"
-    knn.write_jsonl(one_pair, PAIRS[:1])
+    files.write_jsonl(one_pair, PAIRS[:1])
     starts = []
     for i, (kind, pairs) in enumerate([("llama", folders["pairs"])] * 2 + [("llama", one_pair), ("opt", one_pair)]):
         argv = ["--pairs", pairs, "--model", folders[kind], "--bert", encoder_dir, "--out", tmp_path / str(i)]
-        icu.main([str(a) for a in [*argv, "--eval-only"]])
+        icu.main(argv=[str(a) for a in [*argv, "--eval-only"]])
         starts.append((len(calls), (tmp_path / str(i) / "samples.jsonl").read_text()))
     assert [n for n, _ in starts] == [1, 1, 2, 3]
     assert starts[0][1] == starts[1][1] != starts[2][1]
@@ -663,7 +681,7 @@ def test_already_forgotten_trains_nothing(folders, encoder_dir):
     """Both measures under their thresholds at epoch 0: no training, and it says so."""
     out = folders["root"] / "already"
     argv = ["--pairs", folders["pairs"], "--model", folders["llama"], "--bert", encoder_dir, "--out", out]
-    icu.main([str(a) for a in [*argv, "--thresholds", "2,2"]])
+    icu.main(argv=[str(a) for a in [*argv, "--thresholds", "2,2"]])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
 
@@ -671,10 +689,10 @@ def test_already_forgotten_trains_nothing(folders, encoder_dir):
 def test_auto_thresholds_are_the_measures_of_unseen_text(folders, encoder_dir):
     """--thresholds auto: EL and MA of the original model on --unseen; --bert-threshold auto: a mean F1."""
     out, unseen = folders["root"] / "auto", folders["root"] / "unseen.jsonl"
-    knn.write_jsonl(unseen, [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}])
+    files.write_jsonl(unseen, [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}])
     argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", out]
     argv += ["--thresholds", "auto", "--unseen", unseen, "--bert-threshold", "auto", "--eval-only"]
-    icu.main([str(a) for a in argv])
+    icu.main(argv=[str(a) for a in argv])
     limits = json.loads((out / "summary.json").read_text())["thresholds"]
     assert 0 <= limits["ma"] < 1 and limits["el10"] > 0 and 0 < limits["bertscore"] < 1
 
@@ -791,7 +809,7 @@ def test_bad_input_is_one_line_and_exit_2(name, folders, encoder_dir, capsys, mo
     ]
     monkeypatch.setattr(sys, "argv", ["icu.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stopped:
-        knn.run_cli(icu.main)
+        icu.main()
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert expected in error and error.startswith("error: ") and error.count("\n") == 1
@@ -801,21 +819,21 @@ def test_bad_input_is_one_line_and_exit_2(name, folders, encoder_dir, capsys, mo
 def test_a_text_longer_than_the_model_names_its_row(folders, encoder_dir, tmp_path, monkeypatch, capsys):
     """And a suffix of no token, and a run that is there already."""
     long = [PAIRS[0], {**PAIRS[1], "suffix": " of each month" * 200}]
-    knn.write_jsonl(tmp_path / "long.jsonl", long)
+    files.write_jsonl(tmp_path / "long.jsonl", long)
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
     with pytest.raises(ValueError, match=r"pair 2 \(id b\).*256 positions"):
-        icu.build_samples(knn.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256)
+        icu.build_samples(files.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256)
     with pytest.raises(ValueError, match=r"pair 1 \(id a\): the suffix has no token"):
         icu.build_samples([{**PAIRS[0], "suffix": ""}], tokenizer, protocol="paper", positions=256)
 
 
 def test_what_compares_rows_needs_two_of_them(folders, encoder_dir, tmp_path):
     """One pair: llmu and --bert-threshold auto are refused before a folder is made."""
-    knn.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
+    files.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
     argv = ["--pairs", tmp_path / "one.jsonl", "--model", folders["gpt_neo"], "--bert", encoder_dir]
     for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
         with pytest.raises(ValueError, match="two pairs at least"):
-            icu.main([str(a) for a in [*argv, *flags, "--out", tmp_path / "out"]])
+            icu.main(argv=[str(a) for a in [*argv, *flags, "--out", tmp_path / "out"]])
     assert not (tmp_path / "out").exists()
 
 
@@ -826,11 +844,11 @@ def test_a_run_is_not_overwritten_unless_asked(finished, folders, encoder_dir):
     assert code == 2 and "--overwrite" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["icu.py", "knn.py", "report.py", "tiny.py", "tasks.py"])
+@pytest.mark.parametrize("script", ["icu.py", "knn.py", "report.py", "demo/tiny.py", "tasks.py"])
 def test_help_is_complete(script):
     """Every flag of every script says what it does."""
     code, stdout, _ = run_cli("--help", script=script)
-    assert code == 0 and "--debug" in stdout or script == "tiny.py"
+    assert code == 0 and "--debug" in stdout or script == "demo/tiny.py"
 
 
 # --- report.py ---
@@ -851,7 +869,7 @@ def test_the_report_of_several_runs_and_the_published_row(finished, folders, enc
     """Same settings share a row with a spread; the published row stands beside a released run, and only there."""
     argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--max-epochs", "1"]
     argv += ["--method", "kl", "--protocol", "released", "--thresholds", "1e-9,1e-9", "--preset", "neo125m"]
-    icu.main([str(a) for a in [*argv, "--out", tmp_path / "kl"]])
+    icu.main(argv=[str(a) for a in [*argv, "--out", tmp_path / "kl"]])
     code, stdout, stderr = run_cli(*finished[:2], "--out", tmp_path / "ours", script="report.py")
     assert code == 0, stderr
     assert "±" in stdout and "published" not in stdout
@@ -881,7 +899,7 @@ def test_the_report_averages_nothing_but_sets_and_seeds(finished, tmp_path):
 
 def test_the_report_refuses_pairs_that_were_made_again(finished, folders, tmp_path):
     """One line, before anything is written."""
-    knn.write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
+    files.write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
     run = copy_run(finished[0], tmp_path / "run", pairs=str(tmp_path / "pairs.jsonl"))
     code, _, stderr = run_cli(run, "--out", tmp_path / "out", script="report.py")
     assert code == 2 and "no pair b" in stderr and stderr.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -23,6 +23,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import knn
+from kit import files as kit_files
+from kit import flags, models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,9 +152,9 @@ def test_a_text_is_split_without_losing_a_character(text):
     """prefix + suffix == text, neither is blank, and a text with inner whitespace is split at whitespace."""
     if len(text.strip()) < 2:
         with pytest.raises(ValueError, match="blank|one character"):
-            knn.split_in_half(text)
+            kit_files.split_in_half(text)
         return
-    prefix, suffix = knn.split_in_half(text)
+    prefix, suffix = kit_files.split_in_half(text)
     assert prefix + suffix == text and prefix.strip() and suffix.strip()
     if len(text.split()) > 1:
         assert suffix[0].isspace() and not prefix[-1].isspace()
@@ -164,7 +166,7 @@ def test_a_text_is_split_without_losing_a_character(text):
 )
 def test_the_split_is_at_the_word_boundary_nearest_the_middle(text, prefix):
     """Whitespace goes to the suffix; one word is split at its middle character."""
-    assert knn.split_in_half(text)[0] == prefix
+    assert kit_files.split_in_half(text)[0] == prefix
 
 
 def test_csv_and_jsonl_give_the_same_records(tmp_path):
@@ -179,10 +181,10 @@ def test_csv_and_jsonl_give_the_same_records(tmp_path):
         writer.writerows(rows)
     lines = [json.dumps(row | {"id": 7} if row["id"] == "7" else row, ensure_ascii=False) for row in rows]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n\r\n".join(lines), encoding="utf-8", newline="")
-    assert knn.read_records(tmp_path / "a.csv") == rows
-    assert knn.read_records(tmp_path / "a.jsonl") == rows
+    assert kit_files.read_records(tmp_path / "a.csv") == rows
+    assert kit_files.read_records(tmp_path / "a.jsonl") == rows
     (tmp_path / "b.jsonl").write_text('{"text": "one two"}\n\n{"text": "three four"}', encoding="utf-8")
-    assert [(r["id"], r["prefix"], r["suffix"]) for r in knn.read_records(tmp_path / "b.jsonl")] == [
+    assert [(r["id"], r["prefix"], r["suffix"]) for r in kit_files.read_records(tmp_path / "b.jsonl")] == [
         ("0", "one", " two"),
         ("1", "three", " four"),
     ]
@@ -192,7 +194,7 @@ def test_a_field_longer_than_the_csv_modules_limit_is_read(tmp_path):
     """A page of 300,000 characters in one CSV field is a text like any other."""
     text = "word " * 60_000 + "end"
     (tmp_path / "long.csv").write_text(f"text\n{text}\n", encoding="utf-8")
-    assert knn.text_of(knn.read_records(tmp_path / "long.csv")[0]) == text
+    assert knn.text_of(kit_files.read_records(tmp_path / "long.csv")[0]) == text
 
 
 BAD_FILES = [
@@ -233,7 +235,7 @@ def test_a_bad_file_is_an_error_that_names_file_and_line(tmp_path, name, content
     """Every way in which a CSV or JSONL can be wrong is a ValueError with the file, the line and the value."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        knn.read_records(tmp_path / name)
+        kit_files.read_records(tmp_path / name)
     assert name in str(error.value)
 
 
@@ -241,7 +243,7 @@ def test_a_bad_file_is_an_error_that_names_file_and_line(tmp_path, name, content
 def test_a_missing_file_is_an_error(tmp_path, name):
     """No such file: ValueError with its name."""
     with pytest.raises(ValueError, match="no such file"):
-        knn.read_records(tmp_path / name, tokenizer=WordTokenizer())
+        kit_files.read_records(tmp_path / name, tokenizer=WordTokenizer())
 
 
 class WordTokenizer:
@@ -257,7 +259,7 @@ class WordTokenizer:
 def test_token_ids_are_split_in_half_and_kept(tmp_path):
     """A .npy row of T ids: the first T // 2 are the prefix, texts are decoded, ids are plain ints."""
     np.save(tmp_path / "a.npy", np.array([[1, 2, 3, 4, 5], [0, 99, 0, 99, 0]], np.uint16))
-    records = knn.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
+    records = kit_files.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
     assert records[0] == {
         "id": "0", "context": "", "context_ids": [], "prefix": " w1 w2", "prefix_ids": [1, 2],
         "suffix": " w3 w4 w5", "suffix_ids": [3, 4, 5],
@@ -284,14 +286,14 @@ def test_bad_token_ids_are_an_error_that_names_the_row(tmp_path, array, message)
     """Type, shape and range of a .npy are checked; an object array (a pickle) is never loaded."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
-        knn.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
+        kit_files.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
 
 
 def test_token_ids_without_a_tokenizer_are_an_error(tmp_path):
     """Ids mean nothing without their tokenizer: say which flag gives it."""
     np.save(tmp_path / "a.npy", np.ones((2, 4), int))
     with pytest.raises(ValueError, match="--tokenizer"):
-        knn.read_records(tmp_path / "a.npy")
+        kit_files.read_records(tmp_path / "a.npy")
 
 
 @settings(max_examples=150, deadline=None)
@@ -314,7 +316,7 @@ def test_a_mutated_file_is_read_or_refused(tmp_path_factory, data):
     path = folder / f"mutated{kind}"
     path.write_bytes(content)
     try:
-        records = knn.read_records(path, tokenizer=WordTokenizer())
+        records = kit_files.read_records(path, tokenizer=WordTokenizer())
     except ValueError as error:
         assert str(path) in str(error)
     else:
@@ -325,7 +327,7 @@ def test_a_mutated_file_is_read_or_refused(tmp_path_factory, data):
 
 
 def record(id, text, context=""):
-    prefix, suffix = knn.split_in_half(text)
+    prefix, suffix = kit_files.split_in_half(text)
     return {"id": id, "context": context, "prefix": prefix, "suffix": suffix}
 
 
@@ -460,7 +462,7 @@ def server(monkeypatch):
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(knn.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(kit_files.time, "sleep", lambda seconds: None)
     httpd.url, httpd.asked, httpd.behave = f"http://127.0.0.1:{httpd.server_port}/f.npy", asked, behave
     yield httpd
     httpd.shutdown()
@@ -469,14 +471,14 @@ def server(monkeypatch):
 
 def test_a_file_is_fetched_whole_and_checked(server, tmp_path):
     """One request without a Range, the content in place, no .part left, folders made."""
-    path = knn.fetch(server.url, tmp_path / "new" / "f.npy", SHA256)
+    path = kit_files.fetch(server.url, tmp_path / "new" / "f.npy", SHA256)
     assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["f.npy"] and server.asked == [None]
 
 
 def test_a_broken_download_is_taken_up_where_it_ended(server, tmp_path):
     """Two breaks after 100,000 bytes each: the next requests ask for exactly the rest."""
     server.behave += ["breaks", "breaks"]
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=200000-"]
 
 
@@ -484,39 +486,39 @@ def test_a_download_broken_in_an_earlier_run_is_taken_up(server, tmp_path):
     """Giving up keeps the .part; the next run asks only for the rest."""
     server.behave += ["breaks"]
     with pytest.raises(ValueError, match="gave up after 1 tries.*run again"):
-        knn.fetch(server.url, tmp_path / "f.npy", SHA256, tries=1)
+        kit_files.fetch(server.url, tmp_path / "f.npy", SHA256, tries=1)
     assert not (tmp_path / "f.npy").exists()
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-"]
 
 
 def test_a_server_that_ignores_the_range_makes_it_start_over(server, tmp_path):
     """The whole file comes with status 200: it replaces the part and is not appended to it."""
     server.behave += ["breaks", "ignores range"]
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-"]
 
 
 def test_a_complete_part_needs_no_request(server, tmp_path):
     """Stopped between the last byte and the renaming: nothing is asked."""
     (tmp_path / "f.npy.part").write_bytes(CONTENT)
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT and server.asked == []
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT and server.asked == []
 
 
 def test_a_part_that_is_too_long_is_fetched_anew(server, tmp_path):
     """The server answers 416: the part is thrown away and the file fetched from its beginning."""
     (tmp_path / "f.npy.part").write_bytes(CONTENT + b"more")
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
     assert server.asked == [f"bytes={len(CONTENT) + 4}-", None]
 
 
 def test_a_server_error_is_asked_again_and_a_refusal_is_not(server, tmp_path):
     """503 is tried again; 404 is an error at once, with the address."""
     server.behave += [503, 503]
-    assert knn.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
     server.behave += [404]
     with pytest.raises(ValueError, match=r"127\.0\.0\.1.*answers 404"):
-        knn.fetch(server.url, tmp_path / "g.npy", SHA256)
+        kit_files.fetch(server.url, tmp_path / "g.npy", SHA256)
     assert len(server.asked) == 4
 
 
@@ -524,7 +526,7 @@ def test_a_wrong_checksum_deletes_the_download(server, tmp_path):
     """Other bytes than expected: ValueError, and neither the file nor its part stays."""
     server.behave += ["wrong"]
     with pytest.raises(ValueError, match="wrong sha256 and was deleted: pass --data"):
-        knn.fetch(server.url, tmp_path / "f.npy", SHA256)
+        kit_files.fetch(server.url, tmp_path / "f.npy", SHA256)
     assert os.listdir(tmp_path) == []
 
 
@@ -533,28 +535,28 @@ def test_nobody_listening_is_one_line_that_says_what_to_pass(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(ValueError, match=r"cannot reach 127\.0\.0\.1:\d+ for f.npy: pass --data DIR with f.npy"):
-        knn.fetch(server.url, tmp_path / "f.npy", SHA256)
+        kit_files.fetch(server.url, tmp_path / "f.npy", SHA256)
 
 
 def test_data_file_looks_in_the_folder_then_the_cache_then_fetches(server, tmp_path, monkeypatch):
     """A file of the user's is checked and used; a wrong one is an error; a broken cached one is fetched again."""
-    monkeypatch.setitem(knn.FILES, "pile.csv", (server.url, SHA256))
+    monkeypatch.setitem(kit_files.FILES, "pile.csv", (server.url, SHA256))
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "data"
     data.mkdir()
-    cached = knn.data_file("pile.csv", data)
+    cached = kit_files.data_file("pile.csv", data)
     assert cached == tmp_path / "cache" / "data" / "pile.csv" and cached.read_bytes() == CONTENT
-    assert knn.data_file("pile.csv") == cached and len(server.asked) == 1
+    assert kit_files.data_file("pile.csv") == cached and len(server.asked) == 1
     cached.write_bytes(b"broken")
-    assert knn.data_file("pile.csv").read_bytes() == CONTENT and len(server.asked) == 2
+    assert kit_files.data_file("pile.csv").read_bytes() == CONTENT and len(server.asked) == 2
     (data / "validation").mkdir()
     (data / "validation" / "pile.csv").write_bytes(CONTENT)
-    assert knn.data_file("pile.csv", data) == data / "validation" / "pile.csv"
+    assert kit_files.data_file("pile.csv", data) == data / "validation" / "pile.csv"
     (data / "pile.csv").write_bytes(b"other")
     with pytest.raises(ValueError, match="sha256 differs"):
-        knn.data_file("pile.csv", data)
+        kit_files.data_file("pile.csv", data)
     with pytest.raises(ValueError, match="no such folder"):
-        knn.data_file("pile.csv", tmp_path / "none")
+        kit_files.data_file("pile.csv", tmp_path / "none")
 
 
 def test_the_forget_sets_are_five_times_128_rows_of_the_pile():
@@ -578,8 +580,8 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
     """With and without ids, any character, blank decoded text where there are ids."""
     with_ids = PAIR | IDS | {"id": "c", "suffix": "\n", "context_ids": []}
     pairs = [PAIR, with_ids, PAIR | {"id": "d", "prefix": "北\u2028京"}]
-    knn.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    assert knn.read_pairs(tmp_path / "pairs.jsonl") == pairs
+    kit_files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert kit_files.read_pairs(tmp_path / "pairs.jsonl") == pairs
 
 
 @pytest.mark.parametrize(
@@ -602,19 +604,19 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
 )
 def test_a_bad_pair_is_an_error_that_names_the_line(tmp_path, change, message):
     """Every field of a line is checked, and the line is named."""
-    knn.write_jsonl(tmp_path / "pairs.jsonl", [PAIR | {"id": "first"}, PAIR | change])
+    kit_files.write_jsonl(tmp_path / "pairs.jsonl", [PAIR | {"id": "first"}, PAIR | change])
     with pytest.raises(ValueError, match=re.escape(f"pairs.jsonl line 2: {message}")):
-        knn.read_pairs(tmp_path / "pairs.jsonl")
+        kit_files.read_pairs(tmp_path / "pairs.jsonl")
 
 
 def test_missing_fields_and_repeated_ids_of_pairs_are_errors(tmp_path):
     """A file of records is not a file of pairs; an id stands once."""
-    knn.write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "prefix": "x", "suffix": "y"}])
+    kit_files.write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "prefix": "x", "suffix": "y"}])
     with pytest.raises(ValueError, match="line 1: no learn_id, context, learn_context"):
-        knn.read_pairs(tmp_path / "p.jsonl")
-    knn.write_jsonl(tmp_path / "p.jsonl", [PAIR, PAIR])
+        kit_files.read_pairs(tmp_path / "p.jsonl")
+    kit_files.write_jsonl(tmp_path / "p.jsonl", [PAIR, PAIR])
     with pytest.raises(ValueError, match="line 2: id 'a' stands on line 1 already"):
-        knn.read_pairs(tmp_path / "p.jsonl")
+        kit_files.read_pairs(tmp_path / "p.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------- embeddings
@@ -644,11 +646,11 @@ def test_embeddings_are_cached_and_a_broken_cache_is_made_again(tmp_path, encode
 
 def test_the_installed_encoder_is_checked(monkeypatch, encoder_dir):
     """Weights with another sum than all-MiniLM-L6-v2's are refused."""
-    assert Path(knn.default_encoder()) == Path(encoder_dir)
-    knn.default_encoder.cache_clear()
-    monkeypatch.setattr(knn, "WHEEL_SHA256", "0" * 64)
+    assert Path(models.default_encoder()) == Path(encoder_dir)
+    models.default_encoder.cache_clear()
+    monkeypatch.setattr(models, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="reinstall the wheel or pass --encoder"):
-        knn.default_encoder()
+        models.default_encoder()
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -689,17 +691,17 @@ def test_the_command_pairs_csv_with_jsonl(files, encoder_dir):
     assert done.returncode == 0, done.stderr
     assert "6 pool rows cut into 8 passages" in done.stdout and "2 of 8 pool rows dropped" in done.stdout
     assert re.search(r"wrote pairs.jsonl: 2 pairs, similarity min 0\.\d+, median 0\.\d+, max 0\.\d+", done.stdout)
-    pairs = knn.read_pairs(files / "pairs.jsonl")
+    pairs = kit_files.read_pairs(files / "pairs.jsonl")
     assert [(pair["id"], pair["learn_id"]) for pair in pairs] == [("anna", "2"), ("bob", "3")]
     assert list(pairs[0]) == list(PAIR) and pairs[0]["prefix"] + pairs[0]["suffix"] == "Anna Smith, 555-1234"
-    assert [row["id"] for row in knn.read_jsonl(files / "leaks.jsonl")] == ["1", "4"]
+    assert [row["id"] for row in kit_files.read_jsonl(files / "leaks.jsonl")] == ["1", "4"]
 
     again = run(*ARGS, cwd=files)
     assert again.returncode == 2
     assert again.stderr == "error: pairs.jsonl exists already: pass --overwrite to replace it\n"
     copies = run(*ARGS, "--allow-copies", "--overwrite", cwd=files)
     assert copies.returncode == 0, copies.stderr
-    assert [pair["learn_id"] for pair in knn.read_pairs(files / "pairs.jsonl")] == ["1", "4"]
+    assert [pair["learn_id"] for pair in kit_files.read_pairs(files / "pairs.jsonl")] == ["1", "4"]
 
 
 def test_a_dry_run_checks_and_writes_nothing(files, encoder_dir):
@@ -754,13 +756,13 @@ def test_run_cli_turns_what_the_user_did_into_an_exit_code(raised, code, stderr,
         raise error
 
     with pytest.raises(SystemExit) as end:
-        knn.run_cli(main)
+        flags.run_cli(main)
     assert end.value.code == code and capsys.readouterr().err == stderr
     with pytest.raises(RuntimeError):
-        knn.run_cli(lambda: main(RuntimeError()))
+        flags.run_cli(lambda: main(RuntimeError()))
     monkeypatch.setattr(sys, "argv", ["knn.py", "--debug"])
     with pytest.raises(SystemExit if code == 130 else type(raised)):
-        knn.run_cli(main)
+        flags.run_cli(main)
 
 
 def test_fetch_uses_the_mirror_it_is_given(files, server):
@@ -805,7 +807,7 @@ def test_pairs_from_token_ids_carry_the_ids(pile, shared, tmp_path, encoder_dir)
     args = ("--forget", "forget.npy", "--pool", "pool.npy", "--tokenizer", shared / "models" / "gpt2-tokenizer")
     done = run(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    pairs = knn.read_pairs(tmp_path / "pairs.jsonl")
+    pairs = kit_files.read_pairs(tmp_path / "pairs.jsonl")
     assert [pair["prefix_ids"] + pair["suffix_ids"] for pair in pairs] == rows[:2].tolist()
     for pair in pairs:
         assert pair["learn_prefix_ids"] + pair["learn_suffix_ids"] == rows[2 + int(pair["learn_id"])].tolist()
@@ -814,7 +816,7 @@ def test_pairs_from_token_ids_carry_the_ids(pile, shared, tmp_path, encoder_dir)
     np.save(tmp_path / "pool.npy", rows[2:])
     done = run(*args[:-1], shared / "models" / "pile-neo-6m", "--overwrite", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert list(knn.read_pairs(tmp_path / "pairs.jsonl")[0]) == list(PAIR)
+    assert list(kit_files.read_pairs(tmp_path / "pairs.jsonl")[0]) == list(PAIR)
 
 
 def test_the_pile_command_plans_set_3(shared, tmp_path, encoder_dir):

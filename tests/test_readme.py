@@ -35,7 +35,7 @@ def test_every_file_and_link_of_the_readme_exists():
 
 def test_every_flag_in_the_readme_exists():
     """A --flag in the README is in the help of a script or of run.sh."""
-    scripts = ["icu.py", "knn.py", "report.py", "tasks.py", "tiny.py", "bench.py"]
+    scripts = ["icu.py", "knn.py", "report.py", "tasks.py", "demo/tiny.py", "bench.py"]
     scripts += ["tests/survive.py", "tests/fuzz.py"]
     helps = [
         subprocess.run([sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True).stdout

@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import icu
-import knn
+from kit import files, processes, runs, states
+from kit import flags as kit_flags
 
 
 def call(flags, out, at=lambda now: None):
@@ -39,7 +40,7 @@ def call(flags, out, at=lambda now: None):
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             with survive.watched(out, at):
-                knn.run_cli(icu.main)
+                kit_flags.run_cli(icu.main)
         except SystemExit as stopped:
             code = stopped.code
     return code, stdout.getvalue(), stderr.getvalue()
@@ -81,7 +82,7 @@ def straight(flags, tmp_path_factory):
     out, moments = tmp_path_factory.mktemp("straight") / "run", []
     code, _, stderr = call(flags, out, moments.append)
     assert code == 0, stderr
-    rows = knn.read_jsonl(out / "metrics.jsonl")
+    rows = files.read_jsonl(out / "metrics.jsonl")
     assert len(rows) == 4 and 0 < rows[1]["forgotten"] < rows[2]["forgotten"]  # else the tests below prove less
     return out, moments
 
@@ -93,7 +94,7 @@ def interrupted(flags, straight, tmp_path_factory):
     steps = nth(4, what="step", when="after")  # epoch 1 has three steps
     code, _, stderr = call(flags, out, survive.moment(steps, ask_to_stop(signal.SIGTERM)))
     assert code == 143, stderr
-    assert [state.name for state in icu.states(out)] == ["epoch00002-step000001", "epoch00002-step000000"]
+    assert [state.name for state in states.states(out)] == ["epoch00002-step000001", "epoch00002-step000000"]
     return out
 
 
@@ -182,7 +183,7 @@ def killed_while_starting(out, config, number, folder):
         # A fork does not get on with CUDA.
         with mock.patch.object(torch.cuda, "is_available", lambda: False):
             with survive.watched(out, survive.kill_at(number, out, folder / "moment")):
-                icu.start_run_folder(out, config)
+                runs.start_run_folder(out, config)
 
     code = survive.in_child(job, folder / "log")
     assert code in (0, -signal.SIGKILL), (folder / "log").read_text()
@@ -204,15 +205,15 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_run_or_none(old_run, request,
         if not killed_while_starting(out, new, number, tmp_path):
             break
         if not (out / "config.json").is_file():
-            icu.check_out(out, overwrite=False)
-            with icu.only_owner(out):
-                icu.start_run_folder(out, new)
+            runs.check_out(out, overwrite=False)
+            with runs.only_owner(out):
+                runs.start_run_folder(out, new)
             endings.append("none")
         else:
             endings.append("old" if contents(out) == old else "new")
         if endings[-1] != "old":
-            assert set(contents(out)) == of_new and knn.read_json(out / "config.json") == new
-            assert icu.newest_state(out).name == FIRST_STATE
+            assert set(contents(out)) == of_new and files.read_json(out / "config.json") == new
+            assert states.newest_state(out).name == FIRST_STATE
     assert endings == sorted(endings, key=["old", "none", "new"].index) and len(set(endings)) == 3 and len(endings) > 40
 
 
@@ -223,10 +224,10 @@ def test_files_that_are_no_run_are_never_removed(tmp_path):
         (out / name).mkdir(parents=True)
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="holds files that are no run"):
-                icu.check_out(out, overwrite)
+                runs.check_out(out, overwrite)
     (tmp_path / "model" / ".lock").touch()
     with pytest.raises(ValueError, match="holds files that are no run"):
-        icu.check_out(tmp_path / "model", overwrite=True)
+        runs.check_out(tmp_path / "model", overwrite=True)
 
 
 def test_the_killing_script_notices_a_run_that_did_not_survive(killed, tmp_path):
@@ -266,7 +267,7 @@ def test_two_states_are_kept(flags, straight, tmp_path):
 
     def count(now):
         if now.what == "el_and_ma" and now.when == "before":
-            counts.append(len(icu.states(tmp_path / "run")))
+            counts.append(len(states.states(tmp_path / "run")))
 
     assert call(flags, tmp_path / "run", count)[0] == 0
     assert counts == [1, 2, 2, 2] and not (tmp_path / "run" / "state").exists()
@@ -292,8 +293,8 @@ def test_a_signal_saves_and_the_run_goes_on(name, flags, straight, tmp_path):
     code, stdout, _ = call(flags, out, survive.moment(nth(**wanted), ask_to_stop(number)))
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert stdout.splitlines()[-1] == f"interrupted ({number.name}); go on with the same command and --resume"
-    newest = icu.states(out)[0]
-    assert icu.broken_part(newest) is None
+    newest = states.states(out)[0]
+    assert states.broken_part(newest) is None
     if "middle" in name:
         assert not newest.name.endswith("step000000")
     code, stdout, stderr = call([*flags, "--resume"], out)
@@ -314,7 +315,7 @@ def test_a_second_signal_does_not_break_the_save(flags, straight, tmp_path):
 
     # The first epoch's state is written before: only what follows the first signal counts.
     code, _, _ = call(flags, out, twice)
-    assert len(asked) == 2 and code == 143 and icu.broken_part(icu.states(out)[0]) is None
+    assert len(asked) == 2 and code == 143 and states.broken_part(states.states(out)[0]) is None
     assert call([*flags, "--resume"], out)[0] == 0 and survive.difference(out, straight[0]) == []
 
 
@@ -345,22 +346,22 @@ DAMAGES = {
 def test_a_damaged_state_is_named_and_passed_over(name, flags, copy, capsys):
     """The older of the two states is the newest that is whole, and what is wrong with the other is said."""
     file, damage, message = DAMAGES[name]
-    newest, older = icu.states(copy)
+    newest, older = states.states(copy)
     damage(newest / file)
-    assert icu.newest_state(copy) == older
+    assert states.newest_state(copy) == older
     said = capsys.readouterr().out
     assert newest.name in said and message in said and "older" in said
 
 
 def test_the_older_state_gives_the_same_run(flags, straight, copy):
     """With the newest state damaged: said on stdout, the same files at the end, and only whole states are kept."""
-    newest, older = icu.states(copy)
+    newest, older = states.states(copy)
     flip(newest / "training.safetensors")
     kept = []
 
     def look(now):
         if now.what == "el_and_ma" and now.when == "before":
-            kept.append([icu.broken_part(state) for state in icu.states(copy)])
+            kept.append([states.broken_part(state) for state in states.states(copy)])
 
     code, stdout, stderr = call([*flags, "--resume"], copy, look)
     assert code == 0, stderr
@@ -371,7 +372,7 @@ def test_the_older_state_gives_the_same_run(flags, straight, copy):
 
 def test_without_a_valid_state_nothing_is_restarted(flags, copy, tmp_path):
     """All states damaged, none there, no run at all: exit 2, one line that names the way out, nothing changed."""
-    for state in icu.states(copy):
+    for state in states.states(copy):
         cut_off(state / "training.safetensors")
     error = refused([*flags, "--resume"], copy)
     assert "no valid state" in error and "--overwrite" in error
@@ -392,9 +393,9 @@ def test_lost_lines_of_a_run_are_noticed(flags, copy):
 
 
 def changed_pairs(flags, folder):
-    pairs = knn.read_pairs(flags[flags.index("--pairs") + 1])
+    pairs = files.read_pairs(flags[flags.index("--pairs") + 1])
     pairs[2]["suffix"] += "!"
-    knn.write_jsonl(folder / "pairs.jsonl", pairs)
+    files.write_jsonl(folder / "pairs.jsonl", pairs)
     return ["--pairs", folder / "pairs.jsonl"]
 
 
@@ -429,13 +430,13 @@ def test_each_process_may_have_its_own_gpu(flags):
     for device in ("cuda:0", "cuda:1"):
         args = icu.parse_args([*flags, "--out", "run"])
         args.device = device
-        found.append(icu.describe_run(args, {}))
+        found.append(runs.describe_run(args, {}))
     assert found[0] == found[1] and found[0]["device"] == "cuda"
 
 
 def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
     """While a process holds the run folder another gets exit 2 and its pid; when it has gone the run goes on."""
-    code = "import os, sys, pathlib, icu\nwith icu.only_owner(pathlib.Path(sys.argv[1])):"
+    code = "import os, sys, pathlib, icu\nwith runs.only_owner(pathlib.Path(sys.argv[1])):"
     code += " print(os.getpid(), flush=True), input()"
     command, pipe = [sys.executable, "-c", code, str(copy)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=survive.ROOT) as owner:
@@ -467,12 +468,12 @@ def test_no_room_for_a_write_leaves_the_states_intact(phase, flags, straight, tm
     chosen, before = random.Random(0).choice([i for i in able if i > begin]), {}
 
     def fail(now):
-        before.update({state.name: contents(state) for state in icu.states(out)})
+        before.update({state.name: contents(state) for state in states.states(out)})
         no_room(now)
 
     code, _, stderr = call(flags, out, survive.moment(chosen, fail))
     assert code == 2 and stderr.count("\n") == 1 and "No space left" in stderr and "--resume" in stderr, stderr
-    assert before and {state.name: contents(state) for state in icu.states(out)} == before
+    assert before and {state.name: contents(state) for state in states.states(out)} == before
     assert all(name in stderr for name in before)
     code, _, stderr = call([*flags, "--resume"], out)
     assert code == 0 and survive.difference(out, truth) == [], stderr
@@ -495,8 +496,8 @@ def test_a_full_disk_leaves_the_states_intact(flags, straight, tmp_path):
         out = disk / "run"
         code, stdout, stderr = call(flags, out)
         assert code == 2 and stderr.count("\n") == 1 and "No space left" in stderr, stdout + stderr
-        kept = icu.states(out)
-        assert kept and all(icu.broken_part(state) is None and state.name in stderr for state in kept)
+        kept = states.states(out)
+        assert kept and all(states.broken_part(state) is None and state.name in stderr for state in kept)
         subprocess.run(["mount", "-o", f"remount,{size(10)}", str(disk)], check=True)
         code, _, stderr = call([*flags, "--resume"], out)
         assert code == 0 and survive.difference(out, straight[0]) == [], stderr
@@ -509,7 +510,7 @@ def test_a_full_disk_leaves_the_states_intact(flags, straight, tmp_path):
 
 def test_a_state_holds_no_pickle(interrupted):
     """Every file is JSON or safetensors, and the latter holds Adam's two moments and step count of each weight."""
-    state = icu.states(interrupted)[0]
+    state = states.states(interrupted)[0]
     assert {path.name for path in state.iterdir()} == {
         "training.safetensors", "progress.json", "random-0.json", "manifest.json",
     }  # fmt: skip
@@ -524,12 +525,12 @@ def test_a_state_holds_no_pickle(interrupted):
 def test_the_optimiser_comes_back_as_it_was(make_model, tmp_path):
     """Adam's own state_dict before saving and after loading into a fresh engine: equal, tensor by tensor."""
     args = Namespace(lr=1e-3)
-    engine = icu.PlainEngine(make_model("opt", dtype=torch.float32), args)
+    engine = processes.PlainEngine(make_model("opt", dtype=torch.float32), args)
     ids = torch.arange(4, 16).view(2, 6)
     for _ in range(3):
         engine.step(engine.model(input_ids=ids, labels=ids).loss)
     engine.save(tmp_path)
-    fresh = icu.PlainEngine(make_model("opt", dtype=torch.float32, seed=1), args)
+    fresh = processes.PlainEngine(make_model("opt", dtype=torch.float32, seed=1), args)
     fresh.load(tmp_path)
     for a, b in zip(engine.model.parameters(), fresh.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -542,14 +543,14 @@ def test_the_optimiser_comes_back_as_it_was(make_model, tmp_path):
 
 def test_random_states_are_restored(make_model, tmp_path):
     """After load_state python, numpy and torch draw the numbers that they drew after save_state."""
-    engine = icu.PlainEngine(make_model("gpt_neo", dtype=torch.float32), Namespace(lr=1e-3))
+    engine = processes.PlainEngine(make_model("gpt_neo", dtype=torch.float32), Namespace(lr=1e-3))
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(3)  # also the half of a pair that gauss keeps
 
     def draw():
         return [random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(5).tolist()]
 
-    icu.save_state(tmp_path, engine, icu.Progress())
+    states.save_state(tmp_path, engine, states.Progress())
     drawn = draw()
     assert draw() != drawn
-    icu.load_state(icu.newest_state(tmp_path), engine)
+    states.load_state(states.newest_state(tmp_path), engine)
     assert draw() == drawn

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import icu
-import knn
 import metrics
 import tasks
+from kit import files
+from kit import models as kit_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,7 +160,7 @@ def models(save_tiny, tmp_path_factory):
 
     def load(kind):
         folder = save_tiny(kind, tmp_path_factory.mktemp(kind), max_position_embeddings=512)
-        return icu.load_model(str(folder), dtype="float64")
+        return kit_models.load_model(str(folder), dtype="float64")
 
     return {kind: load(kind) for kind in ("gpt_neo", "opt", "llama")}
 
@@ -172,13 +172,13 @@ def offline(monkeypatch):
     def refuse(name, data_dir=None):
         raise ValueError(f"cannot reach the server for {name}: pass --data DIR with {name} in it")
 
-    monkeypatch.setattr(knn, "data_file", refuse)
+    monkeypatch.setattr(files, "data_file", refuse)
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
 def write_rows(folder, names):
     for name in names:
-        knn.write_jsonl(folder / f"{name}.jsonl", ROWS[name])
+        files.write_jsonl(folder / f"{name}.jsonl", ROWS[name])
     return folder
 
 
@@ -287,7 +287,7 @@ def test_a_bad_row_is_counted_and_named_and_the_others_stay(name, row, why):
 def test_a_set_without_a_good_row_is_an_error(tmp_path, offline):
     """Asked for by name it stops; among all sets it is recorded, and the others are read."""
     write_rows(tmp_path, ["copa"])
-    knn.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
+    files.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
     with pytest.raises(ValueError, match=r"piqa\.jsonl: no good row for piqa, row 1: no field `sol1`"):
         tasks.read_sets(["piqa"], tmp_path)
     sets = tasks.read_sets("all", tmp_path)
@@ -305,7 +305,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "b" / "a.json").write_text(json.dumps({f"id{i}": row for i, row in enumerate(rows)}))
     columns = {key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]}
     (tmp_path / "c.json").write_text(json.dumps(columns))
-    knn.write_jsonl(tmp_path / "d.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows])
+    files.write_jsonl(tmp_path / "d.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows])
     (tmp_path / "d-labels.lst").write_text("0\n1\n0\n")
     lines = ["goal,sol1,sol2,label", *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
     (tmp_path / "e.csv").write_text("\n".join(lines))
@@ -345,7 +345,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, why):
 
 def test_labels_must_match_their_rows(tmp_path):
     """A label file of another length is refused, with both numbers."""
-    knn.write_jsonl(tmp_path / "piqa.jsonl", ROWS["piqa"])
+    files.write_jsonl(tmp_path / "piqa.jsonl", ROWS["piqa"])
     (tmp_path / "piqa-labels.lst").write_text("0\n1\n")
     with pytest.raises(ValueError, match="2 labels for the 3 rows"):
         tasks.read_sets(["piqa"], tmp_path)
@@ -365,8 +365,8 @@ def test_labels_must_match_their_rows(tmp_path):
 def test_local_files_are_found_under_their_usual_names(tmp_path, offline, file, name):
     """NAME with or without its split, in the folder or one below; another split's file is not taken for it."""
     (tmp_path / "sub").mkdir()
-    knn.write_jsonl(tmp_path / file, ROWS[name])
-    knn.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
+    files.write_jsonl(tmp_path / file, ROWS[name])
+    files.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
     data = tasks.read_sets([name.upper()], tmp_path)[name]
     assert len(data["rows"]) == 3 and data["source"] == str(tmp_path / file)
 
@@ -403,10 +403,10 @@ def test_a_set_without_a_local_file_comes_from_the_hub_where_datasets_is_install
 
 
 def test_a_known_public_file_is_fetched_when_there_is_no_local_one(tmp_path, monkeypatch):
-    """knn.data_file is asked, by the file's own name, only where no local file is."""
-    knn.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
+    """files.data_file is asked, by the file's own name, only where no local file is."""
+    files.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     asked = []
-    monkeypatch.setattr(knn, "data_file", lambda name: asked.append(name) or tmp_path / "known.jsonl")
+    monkeypatch.setattr(files, "data_file", lambda name: asked.append(name) or tmp_path / "known.jsonl")
     assert len(tasks.read_sets(["pubmedqa"], tmp_path)["pubmedqa"]["rows"]) == 3
     assert asked == ["pubmed_qa.csv"]
     tasks.read_sets(["pubmedqa"], write_rows(tmp_path, ["pubmedqa"]))
@@ -548,7 +548,7 @@ def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monk
 
 def test_a_row_that_does_not_fit_the_model_is_a_bad_row(save_tiny, tmp_path):
     """A choice longer than the model's positions is counted and named; its set goes on without it."""
-    model, tokenizer = icu.load_model(str(save_tiny("gpt_neo", tmp_path / "m", max_position_embeddings=40)))
+    model, tokenizer = kit_models.load_model(str(save_tiny("gpt_neo", tmp_path / "m", max_position_embeddings=40)))
     rows = tasks.check_rows("piqa", [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}], False)["rows"]
     judged, unfit = judge(model, tokenizer, rows)
     assert len(judged) == 3 and len(unfit) == 1 and re.match(r"row 4: .* 40 positions", unfit[0])
@@ -556,7 +556,7 @@ def test_a_row_that_does_not_fit_the_model_is_a_bad_row(save_tiny, tmp_path):
 
 def test_a_model_of_nan_gets_no_figure(save_tiny, tmp_path, offline):
     """NaN is an error of the set, never an accuracy."""
-    model, tokenizer = icu.load_model(str(save_tiny("opt", tmp_path / "m")))
+    model, tokenizer = kit_models.load_model(str(save_tiny("opt", tmp_path / "m")))
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
     results = tasks.evaluate(model, tokenizer, tasks=["piqa"], data_dir=write_rows(tmp_path, ["piqa"]))
@@ -598,12 +598,12 @@ def test_f1_equals_an_independent_implementation():
 def test_replies_do_not_depend_on_their_batch(models, kind):
     """Left-padded batches say what one token at a time says for each prompt alone; too long loses its beginning."""
     model, tokenizer = models[kind]
-    words = knn.read_text(Path(__file__)).split()
+    words = files.read_text(Path(__file__)).split()
     prompts = ["User 1: " + " ".join(words[i : i + n]) + "\nUser 2:" for i, n in ((0, 3), (40, 30), (90, 1), (9, 120))]
     prompts.append("long " * 600)
     batched = tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=100_000)
     assert batched == tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=1)
-    eos = metrics.eos_ids(model)
+    eos = kit_models.eos_ids(model)
     for prompt, reply in zip(prompts, batched, strict=True):
         ids, said = tokenizer(prompt)["input_ids"][-(model.config.max_position_embeddings - 8) :], []
         while len(said) < 8 and not eos & set(said):
@@ -642,7 +642,7 @@ def test_before_and_after_on_the_same_rows_are_the_same_for_the_same_model(model
 def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path):
     """One command on a folder with all sets: figures, averages, the paper's columns, bad rows named."""
     data = write_rows(tmp_path / "data", tasks.SETS)
-    knn.write_jsonl(data / "piqa.jsonl", [*ROWS["piqa"], {"goal": "x", "sol1": "y", "sol2": "", "label": 0}])
+    files.write_jsonl(data / "piqa.jsonl", [*ROWS["piqa"], {"goal": "x", "sol1": "y", "sol2": "", "label": 0}])
     save_tiny("llama", tmp_path / "model", max_position_embeddings=512)
     out = tmp_path / "out"
     command = [sys.executable, "tasks.py", "--model", str(tmp_path / "model"), "--task-data", str(data)]
@@ -660,7 +660,7 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
     table = (out / "tasks.md").read_text(encoding="utf-8")
     assert table.strip() in done.stdout and "1 bad rows of piqa are left out: row 4: `sol2` is blank" in table
     assert table.startswith("| | Lamba. (ACC) | Hella. (ACC) | Wino. (ACC) | COPA (ACC) | ARC-E (ACC) | ARC-C (ACC) |")
-    assert len(knn.read_jsonl(out / "task_rows.jsonl")) == 3 * 13
+    assert len(files.read_jsonl(out / "task_rows.jsonl")) == 3 * 13
     assert "wizard_of_internet: 100%" in done.stderr
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -682,7 +682,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(tmp_path, change, why, ca
     write_rows(tmp_path, ["piqa"])
     flags = ["--model", str(tmp_path / "none"), "--tasks", "piqa", "--task-data", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        knn.run_cli(lambda: tasks.main([*flags, "--out", str(tmp_path / "out"), *change]))
+        flags.run_cli(lambda: tasks.main([*flags, "--out", str(tmp_path / "out"), *change]))
     assert stop.value.code == 2 and why in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -731,7 +731,7 @@ def test_scores_equal_those_of_lm_evaluation_harness(models, kind, name, tmp_pat
                  "final_decision": row["final_decision"]} for row in rows]  # fmt: skip
     if name == "hellaswag":
         rows = [row | {"label": str(row["label"]), "source_id": "x"} for row in rows]
-    knn.write_jsonl(tmp_path / "rows.jsonl", rows)
+    files.write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "local.yaml").write_text(f"""
 include: {Path(lm_eval.__file__).parent / "tasks" / HARNESS_FILES[name]}
 task: local_{name}

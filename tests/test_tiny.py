@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
+from demo import tiny
 
 SPLITS = ("forget", "pool", "unseen", "heldout")
 

@@ -1,7 +1,7 @@
 """The embedded default experiment: invented records, and a small GPT-Neo trained from nothing that memorised some.
 
-    python tiny.py --out runs/tiny-data                      # what `bash run.sh` does first
-    python tiny.py --out runs/other --seed 1 --forget 16
+    python demo/tiny.py --out runs/tiny-data                      # what `bash run.sh` does first
+    python demo/tiny.py --out runs/other --seed 1 --forget 16
 
 A seeded random grammar writes letters, reports, minutes and reviews about people who do not exist. DIR then holds
   forget.jsonl   {"id", "prefix", "suffix"}: the records to forget, each seen 30 times as often as the others

@@ -1,0 +1,26 @@
+"""SimNPO (Fan et al., arXiv:2410.07163, Eq. 4): NPO without a reference model, by the length-normalised likelihood.
+
+    bash run.sh tiny --script examples/simnpo.py --out runs/simnpo
+
+L = mean over rows of -2/b log sigmoid(-b/|y| log p(y|x) - gamma), plus the retain loss: descent on the learn side.
+"""
+
+import torch.nn.functional as F
+
+import icu
+from baselines import descent, sequence_logp
+
+BETA, GAMMA = 2.5, 0.0  # as in the paper's TOFU runs
+
+
+@icu.method()
+def simnpo(batch, args):
+    forget, learn = batch.forward("forget"), batch.forward("learn")
+    length = forget.mask.sum(1).clamp(min=1)  # (B,)
+    score = BETA / length * sequence_logp(forget.logits, forget.ids, forget.mask)  # (B,)
+    bounded = forget.mean_rows(-2 / BETA * F.logsigmoid(-score - GAMMA))  # Eq. (4)
+    return {"forget": (args.forget_weight, bounded), "learn": (args.alpha, descent(learn))}
+
+
+if __name__ == "__main__":
+    icu.main(simnpo)

@@ -1,0 +1,33 @@
+"""Task-vector negation (Ilharco et al., arXiv:2212.04089, section 3): learn the texts, then go the other way.
+
+    bash run.sh tiny --script examples/task_vector.py --out runs/task-vector
+
+What is trained is a model that knows the texts better: theta. What is measured is theta_0 - s (theta - theta_0).
+"""
+
+import icu
+from baselines import descent
+
+SCALE = 1.0  # the paper's lambda
+
+
+def remember_start(model, args):
+    model.start = [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def negated(model):
+    trained = [parameter.data for parameter in model.parameters()]
+    for parameter, start in zip(model.parameters(), model.start, strict=True):
+        parameter.data = start - SCALE * (parameter.data - start)
+    yield
+    for parameter, weights in zip(model.parameters(), trained, strict=True):
+        parameter.data = weights
+
+
+@icu.method(prepare=remember_start, measured=negated)
+def task_vector(batch, args):
+    return {"forget": (args.forget_weight, descent(batch.forward("forget")))}
+
+
+if __name__ == "__main__":
+    icu.main(task_vector)

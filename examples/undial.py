@@ -1,0 +1,25 @@
+"""UNDIAL (Dong et al., arXiv:2402.10052): distil the model from itself, with the logit of each token to forget lowered.
+
+    bash run.sh tiny --script examples/undial.py --out runs/undial
+
+L = mean over target tokens of H(q_t, p_theta), q_t = softmax(z_0 - strength * onehot(x_t)), z_0 the frozen copy's.
+"""
+
+import torch.nn.functional as F
+
+import icu
+
+STRENGTH = 10.0  # the paper's beta
+
+
+@icu.method(frozen=("forget",))
+def undial(batch, args):
+    forget = batch.forward("forget")
+    logits, targets = icu.target_logits(forget.logits, forget.ids, forget.mask)  # (M, V), (M,)
+    z0, _ = icu.target_logits(forget.frozen_logits, forget.ids, forget.mask)  # (M, V)
+    q = (z0 - STRENGTH * F.one_hot(targets, z0.shape[1])).softmax(-1)
+    return {"forget": (args.forget_weight, forget.mean(-(q * logits.log_softmax(-1)).sum(-1)))}
+
+
+if __name__ == "__main__":
+    icu.main(undial)

@@ -1,0 +1,199 @@
+"""The greedy continuation of every prefix of a text, exactly what EL asks `generate` for, without asking it.
+
+One teacher-forced pass answers every position where the model's greedy token is the text's own; only the other
+positions are decoded, together, from that same pass's key/value cache, and only as far as they can matter to EL.
+metrics.py has the literal loop that this equals (tests/test_metrics.py: to 1e-6 on GPT-Neo, OPT and Llama).
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kit.models import eos_ids
+
+
+def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
+    """Yields (row, text, guess, said) for every row, those of like length together.
+
+    ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for each position (the
+    first is the text's own, since nothing predicts it); said: {t: the greedy continuation of text[:t]} for t from
+    starts[i] to T-n, ended early where no n-gram of the text can be repeated any more; {} without `n`.
+    `row_batch` rows share a pass and a cache; `decode_batch` continuations are decoded at a time (default: 256, or what
+    2 GiB of keys and values hold). FloatingPointError for a model whose logits are not finite.
+    """
+    lengths = mask.sum(1).tolist()
+    order = sorted(range(len(ids)), key=lambda i: lengths[i])  # rows of like length share a batch, so little is padding
+    for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
+        T = max(lengths[i] for i in chunk)
+        x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
+        # A plain cache keeps every key, also under sliding windows, which a decoding from the middle needs.
+        out = model(input_ids=x, attention_mask=m, past_key_values=DynamicCache() if n else None, use_cache=bool(n))
+        # The shift: logits at position t-1 guess token t. guess[:, 0] is never used.
+        guess = out.logits[:, :-1].argmax(-1)  # (B, T - 1)
+        best = out.logits[:, :-1].gather(-1, guess[..., None])[..., 0]
+        if not best[m[:, 1:].bool()].isfinite().all():  # or the argmax of NaN would pass for a miss
+            raise FloatingPointError("the model's logits are not finite")
+        guess = torch.cat([x[:, :1], guess], dim=1)  # (B, T)
+        rows = [(x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i]) for b, i in enumerate(chunk)]
+        said = [{}] * len(rows)
+        if n:
+            fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(out.past_key_values, len(chunk))))
+            said = _continuations(model, out.past_key_values, rows, n, fitting)
+        for i, (text, greedy, _), continuations in zip(chunk, rows, said, strict=True):
+            yield i, text, greedy, continuations
+
+
+def _row_bytes(cache, rows):
+    """The keys and values that a continuation needs, at most."""
+    return 2 * sum(layer.keys.nbytes for layer in cache.layers) // rows
+
+
+class _Continuation:
+    """A greedy continuation of text[:t], decoded as far as it can matter to EL.
+
+    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs` are the stretches
+    of text[base:] that it is in the middle of repeating: {position in the text: tokens repeated so far}.
+    """
+
+    def __init__(self, row, text, t, *, base, n, where):
+        self.row, self.t, self.base, self.n, self.where = row, t, base, n, where
+        self.left, self.said, self.runs, self.repeats = len(text) - t, [], {}, False
+        for token in text[base:t]:
+            self._follow(token)
+
+    def _follow(self, token):
+        places = (p for p in self.where.get(token, ()) if p >= self.base)
+        self.runs = {p: self.runs.get(p - 1, 0) + 1 for p in places}
+        self.repeats = self.repeats or max(self.runs.values(), default=0) >= self.n
+
+    def say(self, token):
+        self.said.append(token)
+        self.left -= 1
+        self._follow(token)
+
+    def goes_on(self, eos):
+        """Whether another token matters: it may come, and an n-gram of the text was or can still be repeated."""
+        if self.left == 0 or self.said[-1] in eos:
+            return False
+        return self.repeats or max(self.runs.values(), default=0) + self.left >= self.n
+
+
+def _continuations(model, cache, rows, n, decode_batch):
+    """The greedy continuation of every prefix that EL asks for: per row {t: tokens} for t = start .. T-n.
+
+    rows: (the text, the model's greedy guess for each of its positions, start), in the order of the cache's rows. Where
+    the model's guess for position t is x_t itself, the continuation of x_<t is x_t followed by the continuation of
+    x_<t+1 (x_t alone if it is EOS). So only the positions it misses are decoded; the others follow from them, read from
+    the end of the text to its start. A continuation ends early where its overlap is certain to be 0.
+    """
+    eos = eos_ids(model)
+    misses = []
+    for r, (text, said, start) in enumerate(rows):
+        where = {}
+        for p, token in enumerate(text):
+            where.setdefault(token, []).append(p)
+        base = start  # the first t of the run of hits that a miss ends
+        for t in range(start, len(text)):
+            # Past T-n no prefix is asked for; a position there is needed only to end the run of hits through T-n.
+            if said[t] != text[t] and base <= len(text) - n:
+                miss = _Continuation(r, text, t, base=base, n=n, where=where)
+                miss.say(said[t])
+                misses.append(miss)
+            if said[t] != text[t] or text[t] in eos:
+                base = t + 1
+    _decode(model, cache, misses, eos, decode_batch)
+    decoded = {(miss.row, miss.t): miss.said for miss in misses}
+
+    result = []
+    for r, (text, said, start) in enumerate(rows):
+        following, found = [], {}  # `following` is the continuation of x_<t+1
+        for t in range(len(text) - 1, start - 1, -1):
+            if said[t] != text[t]:
+                following = decoded.get((r, t), [])
+            elif text[t] in eos:
+                following = [text[t]]
+            else:
+                following = [text[t], *following]
+            if t <= len(text) - n:
+                found[t] = following
+        result.append(found)
+    return result
+
+
+def _decode(model, cache, misses, eos, decode_batch):
+    """Greedy decoding, in place, of continuations that start in the middle of texts whose keys are in `cache`.
+
+    Those with as much left to say are decoded together, so that a batch ends together. What has ended leaves the batch,
+    and the padding it was the reason for with it, once it is a quarter of the batch or the batch is as wide as the
+    model has positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
+    for batch in (misses[i : i + decode_batch] for i in range(0, len(misses), decode_batch)):
+        past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)
+        while any(alive := [miss.goes_on(eos) for miss in batch]):
+            if sum(alive) <= 0.75 * len(batch) or mask.shape[1] == positions:
+                batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
+                keep = torch.tensor(alive, device=model.device)
+                mask, position = mask[keep], position[keep]
+                padding = mask.shape[1] - int(position.max())  # a row fills as many slots as its next position says
+                mask = mask[:, padding:]
+                for layer in past.layers:
+                    layer.keep(keep, padding)
+            token = torch.tensor([[miss.said[-1]] for miss in batch], device=model.device)  # (A, 1)
+            mask = F.pad(mask, (0, 1), value=1)
+            step = {"attention_mask": mask, "position_ids": position[:, None], "past_key_values": past}
+            guesses = model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
+            position = position + 1
+            for miss, guess in zip(batch, guesses, strict=True):
+                if miss.goes_on(eos):
+                    miss.say(guess)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for `room` more tokens, so that a step writes one slot and copies none."""
+
+    def __init__(self, keys, values, room):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._keys, self._values = keys, values  # (A, heads, S + room, D)
+        self._use(keys.shape[-2] - room)
+
+    def _use(self, end):
+        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+
+    def update(self, keys, values, *args, **kwargs):
+        begin = self.keys.shape[-2]
+        self._keys[..., begin : begin + keys.shape[-2], :] = keys
+        self._values[..., begin : begin + keys.shape[-2], :] = values
+        self._use(begin + keys.shape[-2])
+        return self.keys, self.values
+
+    def keep(self, rows, padding):
+        """Goes on with these rows (A,) bool, without the first `padding` slots."""
+        end = self.keys.shape[-2] - padding
+        self._keys, self._values = self._keys[rows][..., padding:, :], self._values[rows][..., padding:, :]
+        self._use(end)
+
+
+def _gather_prefixes(cache, batch, room, device):
+    """Keys and values of x_<t for each continuation of the batch, moved to the right so that no row has a hole.
+
+    Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions: a row whose
+    slots were not side by side would see the wrong window. Positions are already inside the keys (or the embeddings),
+    so moving a key changes nothing else. Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
+    """
+    t = torch.tensor([miss.t for miss in batch], device=device)
+    S = int(t.max())
+
+    def move(kv):  # (B, heads, T, D) -> (A, heads, S + room, D)
+        moved = kv.new_empty(len(batch), kv.shape[1], S + room, kv.shape[3])  # the room is written before it is read
+        for keys, miss in zip(moved, batch, strict=True):
+            keys[:, : S - miss.t] = 0  # masked, but NaN would pass a mask
+            keys[:, S - miss.t : S] = kv[miss.row, :, : miss.t]
+        return moved
+
+    moved = DynamicCache()
+    moved.layers = [_RoomyLayer(move(layer.keys), move(layer.values), room) for layer in cache.layers]
+    return moved, (torch.arange(S, device=device)[None] >= (S - t)[:, None]).long(), t

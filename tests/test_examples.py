@@ -1,0 +1,190 @@
+"""examples/: each loss is its formula, moves the right way and runs through the whole loop; a name decides nothing.
+
+python -m pytest tests/test_examples.py -q
+"""
+
+import copy
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import survive
+import torch
+from test_icu import args_of, loop_logps, memorise, toy, train
+from transformers import AutoModelForCausalLM
+
+import icu
+from kit import files, processes
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector"]
+
+
+def method_of(name):
+    """The method of a file in examples/."""
+    return getattr(importlib.import_module(f"examples.{name}"), name)
+
+
+def sides_of(V=7, **more):
+    """Two sides with random logits and a frozen copy's; `more` goes to both."""
+    frozen, found = toy(seed=9, V=V)[0].detach(), {}
+    for seed, name in enumerate(("forget", "learn")):
+        logits, ids, mask = toy(seed=seed, V=V)
+        found[name] = icu.Side(logits, ids, mask, int(mask.sum()), len(ids), frozen, **more)
+    return found
+
+
+class Batch:
+    def __init__(self, sides):
+        self.forward = sides.__getitem__
+
+
+def loss_of(name, sides):
+    terms = method_of(name)(Batch(sides), args_of("icu", loss=None))
+    return float(sum(weight * value for weight, value in terms.values()))
+
+
+# --- each loss is its formula ---
+
+
+def test_simnpo_is_its_formula():
+    """0.7 x -2/b mean log sigmoid(-b/|y| log p) - 0.5 x mean log p of the learn side, from single log-probabilities."""
+    sides = sides_of()
+    f = sides["forget"]
+    rows = [loop_logps(f.logits[b : b + 1], f.ids[b : b + 1], f.mask[b : b + 1]) for b in range(3)]
+    means = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
+    learn = loop_logps(*sides["learn"][:3])
+    expected = 0.7 * (-2 / 2.5 * torch.log(torch.sigmoid(-2.5 * means))).mean() - 0.5 * sum(learn) / len(learn)
+    assert loss_of("simnpo", sides) == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_undial_is_its_formula():
+    """0.7 x the mean cross-entropy towards softmax(z_0 - 10 onehot), token by token; other positions do not count."""
+    sides = sides_of()
+    f, values = sides["forget"], []
+    for b, t in f.mask.nonzero().tolist():
+        z = f.frozen_logits[b, t - 1].clone()
+        z[f.ids[b, t]] -= 10
+        values.append(-(z.softmax(0) * f.logits[b, t - 1].log_softmax(0)).sum())
+    expected = 0.7 * float(sum(values)) / len(values)
+    assert loss_of("undial", sides) == pytest.approx(expected, abs=1e-9)
+
+
+def test_rmu_is_its_formula():
+    """0.7 x |h - c u|^2 on the forget side + 0.5 x |h - h_0|^2 on the learn side, means over tokens and dimensions."""
+    g = torch.Generator().manual_seed(3)
+    hidden, frozen = (torch.randn(3, 6, 5, dtype=torch.float64, generator=g) for _ in range(2))
+    sides = sides_of(hidden=hidden, frozen_hidden=frozen)
+    u = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    far = [((hidden[b, t] - 20 * u / u.norm()) ** 2).mean() for b, t in sides["forget"].mask.nonzero().tolist()]
+    near = [((hidden[b, t] - frozen[b, t]) ** 2).mean() for b, t in sides["learn"].mask.nonzero().tolist()]
+    expected = 0.7 * float(sum(far)) / len(far) + 0.5 * float(sum(near)) / len(near)
+    assert loss_of("rmu", sides) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_task_vector_descends_and_lora_is_icu():
+    """What task_vector trains is the likelihood loss of the text itself; lora's loss is Eq. 6."""
+    sides = sides_of()
+    logps = loop_logps(*sides["forget"][:3])
+    assert loss_of("task_vector", sides) == pytest.approx(-0.7 * sum(logps) / len(logps), abs=1e-9)
+    icus = sum(w * v for w, v in icu.icu(Batch(sides), args_of("icu", loss=None)).values())
+    assert loss_of("lora", sides) == pytest.approx(float(icus), abs=1e-9)
+
+
+# --- each moves the right way ---
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
+def test_a_memorised_text_becomes_less_likely(name, kind, make_model):
+    """A few steps, then the weights that are measured: less likely; those of before come back for training."""
+    model = make_model(kind, dtype=torch.float32)
+    rows = torch.randint(4, 90, (6, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
+    memorise(model, texts[:3])
+    start, method = copy.deepcopy(model), method_of(name)
+    args = args_of("icu", loss=method, lr=2e-3, forget_weight=1.0, alpha=method.needs.alpha, beta=1.0)
+    sides = {"forget": [[t] for t in texts[:3]], "learn": [[t] for t in texts[3:]]}
+
+    def likelihood():
+        ids, attention, mask = icu.collate(texts[:3])
+        with torch.no_grad():
+            return -icu.learn_loss(model(ids, attention_mask=attention).logits, ids, mask).item()
+
+    method.needs.prepare(model, args)
+    with method.needs.measuring(model):
+        before = likelihood()
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), start.state_dict().values(), strict=True))
+        frozen = icu.freeze(model, sides, args)
+    train(processes.PlainEngine(model, args), sides, args, epochs=range(1, 9), frozen=frozen)
+    trained = copy.deepcopy(model.state_dict())
+    with method.needs.measuring(model):
+        assert likelihood() < before - 0.1
+        assert list(model.state_dict()) == list(start.state_dict())  # what is exported is the architecture's own
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.values(), strict=True))
+
+
+# --- the whole loop ---
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The flags of a run of three epochs on five records."""
+    return survive.make_inputs(tmp_path_factory.mktemp("examples"))
+
+
+def run(script, flags, out):
+    """A script as a user runs it, from another folder: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, script, *flags, "--out", out], capture_output=True, text=True, cwd=out.parent)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_a_script(name, flags, tmp_path):
+    """It runs to its end, calls its run by its own name, and its model loads with plain transformers."""
+    code, _, stderr = run(ROOT / "examples" / f"{name}.py", [*flags, "--max-epochs", "1"], tmp_path / "run")
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["method"] == name
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_icu_under_another_name_is_icu(flags, tmp_path):
+    """A copy of icu.py, and a file whose method is ICU called mine: the same bytes, defaults and filter included."""
+    shutil.copy(ROOT / "icu.py", tmp_path / "mycopy.py")
+    own = "import icu\n\n\n@icu.method(**icu.icu.needs._asdict())\ndef mine(batch, args):\n    return icu.icu(batch, args)\n\n\n"
+    (tmp_path / "mine.py").write_text(own + "icu.main(mine)\n")
+    for script in (ROOT / "icu.py", tmp_path / "mycopy.py", tmp_path / "mine.py"):
+        code, _, stderr = run(script, flags, tmp_path / script.stem)
+        assert code == 0, stderr
+    rows = files.read_jsonl(tmp_path / "icu" / "metrics.jsonl")
+    assert 0 < rows[-1]["forgotten"]  # the filter was on
+    for name in ("mycopy", "mine"):
+        config = files.read_json(tmp_path / name / "config.json")
+        assert (config["method"], config["alpha"], config["refine"]) == (name, 0.5, True)
+        for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "icu" / file).read_bytes()
+
+
+def test_an_example_goes_on_where_it_was_stopped(flags, tmp_path):
+    """What is measured is not what is trained (task_vector, lora): stopped while measuring and resumed, the same bytes."""
+    for name in ("task_vector", "lora"):
+        straight, out = tmp_path / name, tmp_path / f"{name}-stopped"
+        icu.main(method_of(name), argv=[*flags, "--out", str(straight)])
+        stop = survive.moment(lambda now: now.what == "beam_generate" and (out / "state").is_dir() and sum(
+            1 for _ in open(out / "metrics.jsonl")) == 2 if (out / "metrics.jsonl").is_file() else False, survive.ask_to_stop)
+        with pytest.raises(SystemExit), survive.watched(out, stop):
+            icu.main(method_of(name), argv=[*flags, "--out", str(out)])
+        icu.main(method_of(name), argv=[*flags, "--out", str(out), "--resume"])
+        assert survive.difference(out, straight) == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short(name):
+    """Under 40 lines, with its paper and a command in its docstring."""
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    assert text.count("\n") < 40 and "arXiv:" in text and "bash run.sh tiny --script" in text

@@ -373,7 +373,7 @@ def calibrate(model, tokenizer, inputs, args):
 
 def unlearn(model, tokenizer, inputs, args, *, run):
     """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule says so."""
-    needs, samples, progress = args.loss.needs, inputs.samples, run.progress
+    needs, samples = args.loss.needs, inputs.samples
     needs.prepare(model, args)
     engine = processes.make_engine(model, args)
     with needs.measuring(model):  # still the original weights
@@ -381,7 +381,7 @@ def unlearn(model, tokenizer, inputs, args, *, run):
         run.thresholds = run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
         print0(runs.thresholds_text(run.thresholds, args))
         frozen = None if args.eval_only else freeze(model, sides_of(inputs.samples, tokenizer, 0, args), args)
-    run.begin(engine)
+    progress = run.begin(engine)
     while not progress.stopped:
         run.heed_signals()
         losses, reason = {}, None

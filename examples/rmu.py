@@ -10,7 +10,7 @@ import torch
 
 import icu
 
-LAYER, COEFFICIENT = 3, 20.0  # l, counted from 1, and c
+LAYER, COEFFICIENT = 2, 20.0  # l, counted from 1, and c
 
 
 def only_some_layers(model, args):

@@ -224,16 +224,20 @@ class Run:
         self.bar = tqdm(total=args.max_epochs, disable=None if is_main else True, leave=False, delay=1e-9, **look)
 
     def begin(self, engine):
-        """The engine's weights and the folder's files are those of the state to go on from, or a new run's."""
+        """The engine's weights and the folder's files become those of the state to go on from, or of a new run.
+
+        Returns its Progress.
+        """
         self.engine = engine
         if self.state:
-            load_state(self.state, engine, self.progress)
+            self.progress = load_state(self.state, engine)
         else:
             start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
         print0(HEADER)
         if self.state:
             self.pick_up()
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
+        return self.progress
 
     def pick_up(self):
         """The files of the run folder are those of the state again, and what it has reached is said."""

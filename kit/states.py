@@ -136,12 +136,13 @@ def newest_state(out):
     raise ValueError(f"--resume: no valid state in {out / 'state'}; start again with --overwrite")
 
 
-def load_state(state, engine, progress):
-    """Weights, optimiser, random states and progress become those of `state`.
+def load_state(state, engine):
+    """Weights, optimiser and random states become those of `state`; returns its Progress.
 
     ValueError for a state that keeps its checksums and still is not what save_state writes.
     """
     try:
+        progress = Progress()
         vars(progress).update(files.read_json(state / "progress.json"))
         progress.forgotten = set(progress.forgotten)
         if progress.epoch > 0:
@@ -149,6 +150,7 @@ def load_state(state, engine, progress):
         restore_random_states(files.read_json(state / f"random-{RANK}.json"))
     except Exception as error:  # KeyError, TypeError, SafetensorError, ...
         raise ValueError(f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
+    return progress
 
 
 def random_states():

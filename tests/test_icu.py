@@ -219,13 +219,14 @@ class Bigram(torch.nn.Module):
 
 def args_of(method, **flags):
     """The flags of a few steps by a method."""
-    flags = {"seed": 0, "batch_size": 2, "dtype": "float32", "device": "cpu", "lr": 1e-4, "teacher": "cached"} | flags
-    return Namespace(**FLAGS | flags, method=method, loss=METHODS[method], answer="neighbour", answers=2)
+    usual = {"seed": 0, "batch_size": 2, "dtype": "float32", "device": "cpu", "lr": 1e-4, "teacher": "cached"}
+    usual |= {"method": method, "loss": METHODS[method], "answer": "neighbour", "answers": 2}
+    return Namespace(**FLAGS | usual | flags)
 
 
-def train(engine, sides, args, *, epochs, active=None, progress=None):
+def train(engine, sides, args, *, epochs, active=None, progress=None, frozen=None):
     """icu.train_epoch for each of these epochs, on all rows or the active ones; the frozen copy is asked at once."""
-    frozen = icu.freeze(engine.model, sides, args)
+    frozen = frozen or icu.freeze(engine.model, sides, args)
     for epoch in epochs:
         progress = progress or states.Progress()
         progress.epoch, progress.step = epoch, 0

@@ -436,7 +436,7 @@ def test_each_process_may_have_its_own_gpu(flags):
 
 def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
     """While a process holds the run folder another gets exit 2 and its pid; when it has gone the run goes on."""
-    code = "import os, sys, pathlib, icu\nwith runs.only_owner(pathlib.Path(sys.argv[1])):"
+    code = "import os, sys, pathlib\nfrom kit import runs\nwith runs.only_owner(pathlib.Path(sys.argv[1])):"
     code += " print(os.getpid(), flush=True), input()"
     command, pipe = [sys.executable, "-c", code, str(copy)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=survive.ROOT) as owner:

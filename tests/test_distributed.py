@@ -127,10 +127,12 @@ def do_jobs(path):
     torch.set_num_threads(1)
     for name, how, flags in knn.read_json(path):
         out = Path(path).parent / name
-        with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
-            icu.main([*flags, "--out", str(out)])
-        if how in ("leave0", "leave2"):
-            icu.main([*flags, "--out", str(out), "--resume"])
+        # ZeRO-3 leaves DeepSpeed's own F.linear behind in the process, which rounds otherwise: not for the next run.
+        with mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear):
+            with arranged(how, icu.RANK, icu.WORLD_SIZE, out.with_suffix(f".{icu.RANK}.steps")):
+                icu.main([*flags, "--out", str(out)])
+            if how in ("leave0", "leave2"):
+                icu.main([*flags, "--out", str(out), "--resume"])
 
 
 def launch(n, command, launcher):

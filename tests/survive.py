@@ -49,13 +49,15 @@ TEXTS = [
     ("Call the clinic at 555-0142 and", " ask for the report by the night nurse."),
     ("A neighbour saw the van", " on the first day of the month."),
 ]
+STRANGERS = 0, 3  # the rows that it does not know
 LEARN = ("The account was written", " by the driver on Tuesday.")
 
 
 def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
     """Writes model/ and pairs.jsonl to `folder`; returns the flags of a run of three epochs, without --out.
 
-    The thresholds are such that Eq. 5 takes out some of the five samples after the first epoch and not all.
+    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other samples stay, word by
+    word. Nothing here leans on where larger steps would lead, which is another place on another processor.
     """
     model_dir, pairs = folder / "model", folder / "pairs.jsonl"
     side = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0], "learn_suffix": LEARN[1], "similarity": 0.5}
@@ -63,14 +65,14 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
     files.write_jsonl(pairs, [row | side for row in fields])
     if not model_dir.exists():
         conftest._save_tiny(kind, model_dir, **config)
-        memorise(model_dir, files.read_pairs(pairs))
-    flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "3e-3"]
+        memorise(model_dir, [pair for i, pair in enumerate(files.read_pairs(pairs)) if i not in STRANGERS])
+    flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "2e-4"]
     flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
-    return [str(flag) for flag in [*flags, "--bert-threshold", "0.52", "--bleu-threshold", "0.9"]]
+    return [str(flag) for flag in [*flags, "--bert-threshold", "0.9", "--bleu-threshold", "2"]]
 
 
 def memorise(model_dir, pairs, steps=100):
-    """Trains the model on the pairs until it knows most of their suffixes."""
+    """Trains the model on the pairs until it knows their suffixes."""
     model, tokenizer = models.load_model(str(model_dir))
     samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
     ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
@@ -110,7 +112,8 @@ CHANGES += [(os, "rename", 1), (os, "replace", 1), (builtins, "open", 0), (safet
 def watched(out, at):
     """Calls at(Moment) before and after every piece of work, and every change of a file in the run folder `out`.
 
-    A run has a cache of its own, so that it measures the untouched model itself.
+    A run has a cache of its own, so that it measures the untouched model itself. From the second epoch on it measures
+    the last sample's F1 as -1, so that Eq. 5 takes out samples after two epochs, on whatever processor.
     """
     out, plain = Path(out).resolve(), []
     cache, os.environ["ICU_CACHE"] = os.environ.get("ICU_CACHE"), f"{out}.cache"
@@ -124,8 +127,18 @@ def watched(out, at):
         path = Path(os.path.abspath(os.fspath(name)))
         return str(path.relative_to(out)) if out in path.parents else None
 
+    def epochs():
+        """How many lie behind the run, the measuring before the first included."""
+        return bytes_of(out / "metrics.jsonl").count(b"\n")
+
     def work_phase(phase):
-        return "first" if phase == "measure" and not (out / "metrics.jsonl").exists() else phase
+        return "first" if phase == "measure" and epochs() == 0 else phase
+
+    def last_one_goes(*args, bertscore=metrics.bertscore, **kwargs):
+        precision, recall, f1 = bertscore(*args, **kwargs)
+        if epochs() >= 2:
+            f1[-1] = -1
+        return precision, recall, f1
 
     def wrap(owner, name, find):
         call = getattr(owner, name)
@@ -154,6 +167,8 @@ def watched(out, at):
         return find
 
     try:
+        plain.append((metrics, "bertscore", metrics.bertscore))
+        metrics.bertscore = last_one_goes
         for owner, name, phase in WORK:
             wrap(owner, name, lambda args, kwargs, phase=phase: (work_phase(phase), ""))
         for owner, name, argument in CHANGES:

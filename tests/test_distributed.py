@@ -127,10 +127,13 @@ def do_jobs(path):
     torch.set_num_threads(1)
     for name, how, flags in files.read_json(path):
         out = Path(path).parent / name
-        with arranged(how, processes.RANK, processes.WORLD_SIZE, out.with_suffix(f".{processes.RANK}.steps")) as loss:
-            icu.main(loss, argv=[*flags, "--out", str(out)])
-        if how in ("leave0", "leave2"):
-            icu.main(argv=[*flags, "--out", str(out), "--resume"])
+        # ZeRO-3 leaves DeepSpeed's own F.linear behind in the process, which rounds otherwise: not for the next run.
+        with mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear):
+            steps = out.with_suffix(f".{processes.RANK}.steps")
+            with arranged(how, processes.RANK, processes.WORLD_SIZE, steps) as loss:
+                icu.main(loss, argv=[*flags, "--out", str(out)])
+            if how in ("leave0", "leave2"):
+                icu.main(argv=[*flags, "--out", str(out), "--resume"])
 
 
 def launch(n, command, launcher):
@@ -167,13 +170,13 @@ def jobs(tmp_path_factory):
         "1-three": (None, three),
         "1-forgotten": ("forgotten", five),
         "1-nan": ("nan", five),
-        "1-size": ("size", five),
+        "1-size": ("size", [*five, "--lr", "3e-3"]),
         "1-double": (None, llama),  # GPT-Neo computes its attention in float32 whatever the dtype
         "2-five": (None, five),
         "2-zero3": ("parts", [*five, "--zero", "3"]),
         "2-forgotten": ("forgotten", five),
         "2-nan": ("nan", five),
-        "2-size": ("size", five),
+        "2-size": ("size", [*five, "--lr", "3e-3"]),
         "2-double": (None, llama),
         "2-left": ("leave0", five),
         "2-left3": ("leave2", [*five, "--zero", "3"]),
@@ -275,6 +278,9 @@ def test_the_configuration_holds_no_recipe():
 
 RUNS = [("two", "2-five", "1-five"), ("two", "2-zero3", "1-five"), ("four", "4-five", "1-five")]
 RUNS += [("two", "2-forgotten", "1-forgotten"), ("four", "4-three", "1-three"), ("four", "4-zero3", "1-three")]
+# How many samples are forgotten after each epoch, and how many steps each takes: batches of two, and of one at the end.
+REACHED = {"1-five": ([0, 2, 2, 2], [3, 2, 2]), "1-three": ([0, 1, 1, 1], [2, 1, 1])}
+REACHED["1-forgotten"] = [0, 3, 4, 4], [3, 1, 1]
 
 
 @needs_deepspeed
@@ -282,16 +288,17 @@ RUNS += [("two", "2-forgotten", "1-forgotten"), ("four", "4-three", "1-three"), 
 def test_several_processes_give_the_run_of_one(launch_name, name, reference, one, request):
     """Losses to 1e-5 over the first epoch; forgotten set, texts and final measures the same; all numbers finite.
 
-    5 samples in batches of 2 leave a rank without a row once an epoch, 4 ranks have more ranks than rows in every
-    step, and where 3 samples are all there are a rank never has one; in "forgotten" rank 0 loses its whole share.
+    5 samples in batches of 2, and the 3 that Eq. 5 leaves of them, leave a rank without a row once an epoch, 4 ranks
+    have more ranks than rows in every step, and where 3 samples are all there are a rank never has one; in "forgotten"
+    rank 0 loses its whole share, then all samples but one are forgotten.
     """
     folder, _, output = request.getfixturevalue(launch_name)
     assert (folder / name / "summary.json").exists(), output[-3000:]
-    first = 3 if reference in ("1-five", "1-forgotten") else 2  # steps of the first epoch
-    assert worst(folder, name, one, reference, slice(0, first)) < 1e-5
+    forgotten, steps = REACHED[reference]
+    assert [row["forgotten"] for row in files.read_jsonl(one / reference / "metrics.jsonl")] == forgotten
+    assert len(steps_of(one, reference)) == sum(steps)
+    assert worst(folder, name, one, reference, slice(0, steps[0])) < 1e-5
     same_result(folder / name, one / reference)
-    forgotten = [row["forgotten"] for row in files.read_jsonl(one / reference / "metrics.jsonl")]
-    assert len(forgotten) > 2 and 0 < forgotten[-2] < {"1-three": 3}.get(reference, 5)
     assert all(abs(value) < 1e3 for step in steps_of(folder, name) for value in step.values())
 
 

@@ -72,7 +72,7 @@ def ask_to_stop(number):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """The flags of a run of three epochs on five records, of which Eq. 5 takes some out after each."""
+    """The flags of a run of three epochs on five records, of which Eq. 5 takes some out after each of the first two."""
     return survive.make_inputs(tmp_path_factory.mktemp("survival"))
 
 
@@ -407,7 +407,7 @@ def changed_model(flags, folder):
 
 
 CHANGES = {
-    "learning rate": (lambda *_: ["--lr", "0.004"], "lr was 0.003, is 0.004"),
+    "learning rate": (lambda *_: ["--lr", "0.004"], "lr was 0.0002, is 0.004"),
     "seed": (lambda *_: ["--seed", "8"], "seed was 7, is 8"),
     "method": (lambda *_: ["--method", "npo"], "method was icu, is npo"),
     "refinement": (lambda *_: ["--no-refine"], "refine was True, is False"),

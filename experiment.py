@@ -216,9 +216,17 @@ def job(args, out, flags):
     # --resume also refuses to keep a run that was made with other settings. Without config.json it is no run yet.
     how = "--resume" if (out / "config.json").is_file() and not args.overwrite else "--overwrite"
     print(f"== {out}", flush=True)
-    train(args, [*flags, "--out", out, how], ok=(0, 1))
-    if not args.dry_run and not (out / "summary.json").is_file():
+    before = written(out / "summary.json")
+    status = train(args, [*flags, "--out", out, how], ok=(0, 1))
+    if status == 1 and written(out / "summary.json") in (None, before):
+        raise SystemExit(1)  # it broke off, and has said why
+    if not args.dry_run and not written(out / "summary.json"):
         raise ValueError(f"{out}: no summary.json: what ran there does not end as icu.main does")
+
+
+def written(file):
+    """When a file was written, in nanoseconds; None without it."""
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def warn_of_namesakes(jobs):
@@ -253,9 +261,8 @@ def train(args, flags, *, check=False, ok=(0,)):
     script = last(words, "--script")
     words = without(words, "--script")
     if check:
-        step(args, script, [*words, "--dry-run"], always=True, quiet=not args.dry_run)
-    else:
-        step(args, script, words, launched=True, ok=ok)
+        return step(args, script, [*words, "--dry-run"], always=True, quiet=not args.dry_run)
+    return step(args, script, words, launched=True, ok=ok)
 
 
 def measure_tasks(args, model, flags):
@@ -302,7 +309,7 @@ def launcher(args):
 
 
 def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(0,)):
-    """Runs a file of Python with flags, and ends the experiment with its exit code unless that is one of `ok`.
+    """Runs a file of Python with flags; its exit code, which ends the experiment unless it is one of `ok`.
 
     launched: by several processes where they are asked for. always: also in a dry run, which only names the others.
     """
@@ -310,10 +317,12 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
     environment = environment | commands.path_to_icu(script)
     argv = [*start, script, *map(str, flags)]
     if args.dry_run and not always:
-        return print("would run:", commands.shown(argv, environment), flush=True)
+        print("would run:", commands.shown(argv, environment), flush=True)
+        return 0
     status = commands.run(argv, environment, quiet=quiet)
     if status not in ok:
         raise SystemExit(status)
+    return status
 
 
 # --- flags ---
@@ -429,6 +438,9 @@ def check_flags(args, given):
             raise ValueError(f"{command} sets {flag} itself: pass {instead}")
     if args.command and "--tasks" in given:
         raise ValueError("--tasks goes with a single preset; measure a run's model/ with tasks.py")
+    for flag in [] if "--tasks" in given else given:
+        if flag.startswith("--task"):
+            raise ValueError(f"{flag} goes with --tasks all, or --tasks NAME ...")
     for script in [args.script, *(method for method in args.methods if method.endswith(".py"))]:
         if script and not Path(script).is_file():
             raise ValueError(f"{script}: no such file; paths are taken from {ROOT}")

@@ -372,7 +372,8 @@ def make_pair(forget, learn, similarity, *, with_ids):
 # --- flags ---
 
 
-def parse_args():
+def make_parser():
+    """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -399,7 +400,11 @@ def parse_args():
     run.add_argument("--device", default="cpu", help="where the encoder runs: cpu, cuda, mps (%(default)s)")
     run.add_argument("--dry-run", action="store_true", help="check all input, print the plan, write nothing")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args()
+    return parser
+
+
+def parse_args():
+    return make_parser().parse_args()
 
 
 def check_args(args):

@@ -741,7 +741,8 @@ def table(results_by_label):
 # --- main ---
 
 
-def parse_args(argv=None):
+def make_parser():
+    """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = flags.flag_error
     g = parser.add_argument_group("model and data")
@@ -766,7 +767,11 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
     g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(argv=None):

@@ -408,7 +408,8 @@ def plain_epoch(model, samples, active, args):
         y_logits = model(input_ids=y, attention_mask=y_attention, use_cache=False).logits
         loss = icu.forget_loss(x_logits, x, x_mask & is_active)
         loss = loss + args.alpha * icu.learn_loss(y_logits, y, y_mask & is_active)
-        loss = loss + args.beta * icu.kl_loss(y_logits, frozen("learn", batch)[0], y_mask & is_active)  # Eq. (6)
+        z_logits, _ = frozen("learn", batch, [samples[i].learn for i in batch])
+        loss = loss + args.beta * icu.kl_loss(y_logits, z_logits, y_mask & is_active)  # Eq. (6)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -6,9 +6,9 @@
     python icu.py ... --resume                                                # go on with a run that was interrupted
     deepspeed --no_local_rank --num_gpus 3 icu.py ...                         # the same run over several processes
 
-"Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py (Eq. 2), the measures
+"Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py (Eq. 2), measures
 from metrics.py (Eq. 7-10). A new method is a file that ends in `icu.main(mine)`, as in examples/, or a copy of this one,
-edited between the two `change me` marks. Departures from the paper's text, each a comment where it happens:
+edited between the `change me` marks. Departures from the paper's text, each a comment where it happens:
   1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be its length.
   2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
   3. --protocol released does what the authors' released code computes (kit/protocols.py); the default follows the text.
@@ -18,12 +18,9 @@ Measured (LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows t
 
 import argparse
 import copy
-import inspect
 import math
-import random
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +28,12 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, flags, models, processes, runs
-from kit.files import chunks
+from kit import fast_el, files, flags, models, processes, runs, states
 from kit.frozen import cached_copy
 from kit.methods import method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
-from kit.runs import MEASURES, mean, number
+from kit.runs import MEASURES, mean_measures, number
 
 # --- samples: a line of pairs.jsonl -> token ids with a boundary ---
 
@@ -64,10 +60,9 @@ class Sample(NamedTuple):
 def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"):
     """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
 
-    `context` puts each text's context in front of its prefix, for training, measuring and asking alike: the text as
-    the model once read it. `targets` is what the losses are taken over, "suffix" or "all" positions (default: as the
-    protocol says). ValueError names the row, a `what`, whose prefix or suffix has no token, or that is longer than the
-    model's `positions`. A learn partner may be cut, since nothing is promised about its end.
+    `context` puts each text's context in front of its prefix, as the model once read it; `targets` is what the losses
+    are taken over, "suffix" or "all" positions (default: as the protocol says). ValueError names the row, a `what`,
+    that has a part without a token or no room in the model's `positions`; of a learn partner the end may be cut.
     """
     bos, encode, protocol = models.bos_of(tokenizer), models.pair_encoder(pairs, tokenizer), PROTOCOLS[protocol]
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
@@ -107,6 +102,14 @@ def collate(texts, device="cpu"):
     attention_mask = position < lengths[:, None]
     target_mask = attention_mask & (position >= torch.tensor([text.t0 for text in texts])[:, None]) & (position > 0)
     return ids.to(device), attention_mask.long().to(device), target_mask.to(device)
+
+
+def forward(model, texts, layer=None):
+    """Runs a model on B texts: ids (B, T), target_mask (B, T), logits (B, T, V), hidden states (B, T, H) or None."""
+    ids, attention_mask, target_mask = collate(texts, model.device)
+    how = {"attention_mask": attention_mask, "use_cache": False, "output_hidden_states": layer is not None}
+    out = model(input_ids=ids, **how)
+    return ids, target_mask, out.logits, None if layer is None else out.hidden_states[layer]
 
 
 # --- losses: pure functions of logits ---
@@ -191,20 +194,16 @@ class Batch:
 
     def forward(self, name):
         """Runs the model on the side "forget", "learn" or one that the method brings: a Side."""
-        whole = [text for row in self.rows for text in self.sides[name][row]]
         mine = processes.share(self.rows)
-        texts = [text for row in mine for text in self.sides[name][row]]
+        everyones, texts = ([text for row in rows for text in self.sides[name][row]] for rows in (self.rows, mine))
         # Without a row a process still runs the model, on a text without targets: the others wait for its gradients.
-        ids, attention_mask, target_mask = collate(texts or [Text([0, 0], 2, 2, [])], self.model.device)
-        inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-        out = self.model(**inputs, output_hidden_states=self.layer is not None)
-        B = len(texts)
-        hidden = None if self.layer is None else out.hidden_states[self.layer][:B]  # (B, T, H)
+        found = forward(self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
+        ids, mask, logits, hidden = (x if x is None else x[: len(texts)] for x in found)
         frozen = None, None
         if name in self.asked:
-            frozen = self.frozen(name, mine) if texts else (out.logits[:B].detach(), hidden)
-        count = sum(len(text.ids) - max(text.t0, 1) for text in whole)
-        return Side(out.logits[:B], ids[:B], target_mask[:B], count, len(whole), frozen[0], hidden, frozen[1])
+            frozen = self.frozen(name, mine, texts) if texts else (logits.detach(), hidden)
+        count = sum(len(text.ids) - max(text.t0, 1) for text in everyones)
+        return Side(logits, ids, mask, count, len(everyones), frozen[0], hidden, frozen[1])
 
 
 # --- change me: the method ---
@@ -229,31 +228,29 @@ def kl_term(learn, args):
 
 # --- end of change me ---
 
-
-# --- the frozen copy (theta_0 of Eq. 4): (name of a side, rows) -> logits (B, T, V), hidden states (B, T, H) or None ---
+# --- the frozen copy (theta_0 of Eq. 4) ---
 
 
 def live_copy(model, sides, collate=collate, *, layer=None):
-    """A second model, which runs at every step: the readable reference."""
+    """A second model, which runs at every step: the readable reference.
+
+    Returns ask(side, rows, texts): logits (B, T, V) and hidden states (B, T, H) of `layer` (or None) for B texts.
+    """
     frozen = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def ask(name, rows):
-        ids, attention_mask, _ = collate([text for row in rows for text in sides[name][row]], model.device)
-        inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-        out = frozen(**inputs, output_hidden_states=layer is not None)
-        return out.logits, None if layer is None else out.hidden_states[layer]
+    def ask(name, rows, texts):
+        return forward(frozen, texts, layer)[2:]
 
     return ask
 
 
 def freeze(model, sides, args):
-    """The frozen copy for the sides that the method asks it about, or None."""
+    """The frozen copy for the sides that the method asks it about."""
     needs = args.loss.needs
-    asked = {name: sides[name] for name in needs.frozen}
     make = cached_copy if args.teacher == "cached" else live_copy  # kit/frozen.py: states kept, no second model
     with autocast(args):
-        return make(model, asked, collate, layer=needs.layer) if asked else None
+        return make(model, {name: sides[name] for name in needs.frozen}, collate, layer=needs.layer)
 
 
 # --- measuring (section 5.2) ---
@@ -262,8 +259,7 @@ def freeze(model, sides, args):
 def measure(model, tokenizer, samples, args, *, with_el=True):
     """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
 
-    Fractions are 0-1, entropy in bits; el10 is None for a text too short for one 10-gram, and for all where
-    `with_el` is False.
+    Fractions are 0-1, entropy in bits; el10 is None for a text without a 10-gram, and for all unless `with_el`.
     """
     return processes.over_processes(lambda part: measure_share(model, tokenizer, part, args, with_el=with_el), samples)
 
@@ -296,24 +292,16 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
     ]
 
 
-def mean_measures(rows):
-    """The mean of each measure over the rows of `measure`."""
-    return {name: mean(row[name] for row in rows) for name in MEASURES}
-
-
-def measure_perplexities(model, tokenizer, texts_by_name, args):
-    """{"ppl_NAME": perplexity} of the --ppl files."""
+def measure_perplexities(model, tokenizer, texts, args):
+    """{"ppl_NAME": perplexity} of the --ppl files, {name: texts}."""
     how = {"released": PROTOCOLS[args.protocol].joined_perplexity, "added_up": processes.added_up}
     with autocast(args):
-        found = {name: metrics.perplexity(model, tokenizer, texts, **how) for name, texts in texts_by_name.items()}
-    return {f"ppl_{name}": number(value) for name, value in found.items()}
+        return {f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts[name], **how)) for name in texts}
 
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    about = [[(sample.id, sample.suffix, sample.forget) for sample in inputs.samples], inputs.ppl_texts]
-    code = [inspect.getsource(measure_share), *(Path(module.__file__).read_text() for module in (metrics, fast_el))]
-    return runs.remembered(args, [*about, *code], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -336,10 +324,12 @@ def refine(forgotten, rows, thresholds, args):
     return now if protocol.comes_back else forgotten | now
 
 
-def stop_reason(means, n_active, epoch, thresholds, args):
+def stop_reason(means, n_active, epoch, *, thresholds, args):
     """Why to stop after this epoch, or None: both means under their thresholds, nothing active, or the epoch cap."""
     if args.eval_only:
         return "eval only"
+    if epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start:
+        return None
     measured = [(means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None]
     if measured and all(value < threshold for value, threshold in measured):
         return "thresholds"
@@ -352,8 +342,7 @@ def calibrate(model, tokenizer, inputs, args):
     """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
 
     --thresholds auto: EL and MA of the original model on text of the same kind that it was not trained on, which is
-    what the fixed 0.0499 and 0.5994 are in Jang et al. --bert-threshold auto: the mean F1 between the true suffixes
-    of different samples, what two unrelated texts of this kind score under this encoder.
+    what the paper's are. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
     """
     thresholds = {"bleu": args.bleu_threshold, "bertscore": args.bert_threshold}
     if args.thresholds == "auto":
@@ -380,7 +369,7 @@ def unlearn(model, tokenizer, inputs, args, *, run):
         # Those of the first process for all: two that differ in a last digit would filter other samples.
         run.thresholds = run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
         print0(runs.thresholds_text(run.thresholds, args))
-        frozen = None if args.eval_only else freeze(model, sides_of(inputs.samples, tokenizer, 0, args), args)
+        frozen = None if args.eval_only else freeze(model, sides_of(samples, tokenizer, 0, args), args)
     progress = run.begin(engine)
     while not progress.stopped:
         run.heed_signals()
@@ -391,7 +380,7 @@ def unlearn(model, tokenizer, inputs, args, *, run):
             try:
                 how = {"frozen": frozen, "progress": progress, "after_step": run.after_step}
                 losses = train_epoch(engine, sides, active, args, **how)
-            except Diverged as diagnosis:
+            except states.Diverged as diagnosis:
                 print0(f"epoch {progress.epoch}: {diagnosis}; these steps were left out")
                 reason = "diverged"
         end_epoch(model, tokenizer, inputs, args, run=run, losses=losses, reason=reason)
@@ -410,29 +399,24 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     `progress.step` batches. A step whose loss or gradient is not finite never reaches the weights: it is counted and
     left out; after five in a row Diverged is raised with the weights as they were.
     """
-    order = np.random.default_rng([args.seed, progress.epoch]).permutation(active).tolist()
-    batches = chunks(order, args.batch_size)
+    # Released code: batches of all samples, of which the active ones count; paper: batches of active samples.
+    drawn = range(len(sides["forget"])) if PROTOCOLS[args.protocol].steps_on_all else active
+    order = np.random.default_rng([args.seed, progress.epoch]).permutation(drawn).tolist()
+    batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
     for rows in batches[progress.step :]:
         with autocast(args):
             needs = args.loss.needs
             batch = Batch(engine.model, sides, rows, frozen=frozen, asked=needs.frozen, layer=needs.layer)
             terms = args.loss(batch, args)
             loss = sum(weight * value for weight, value in terms.values())
-        names, parts = ["loss", *(f"loss_{name}" for name in terms)], [loss, *(value for _, value in terms.values())]
-        totals = processes.sum_over_ranks([part.detach() for part in parts], args.device)
-        values = dict(zip(names, totals, strict=True))
+        parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
+        values = dict(zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True))
         if math.isfinite(values["loss"]) and engine.step(loss):
             progress.count_step(values)
         else:
-            progress.skip_step()
-            if progress.skipped_in_a_row == 5:
-                raise Diverged(f"loss {values['loss']:.4g}; it or its gradient was not finite in five steps in a row")
+            progress.skip_step(values["loss"])  # the fifth in a row: Diverged
         after_step(values["loss"], len(active), 1 / len(batches))
     return progress.mean_losses()
-
-
-class Diverged(RuntimeError):
-    """Five steps in a row without a finite loss and gradient."""
 
 
 def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
@@ -451,7 +435,7 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, measured, thresholds, args)
         n_active = len(measured) - len(forgotten)
-        return means, forgotten, reason or stop_reason(means, n_active, epoch, thresholds, args)
+        return means, forgotten, reason or stop_reason(means, n_active, epoch, thresholds=thresholds, args=args)
 
     started = time.time()
     with run.measuring(), args.loss.needs.measuring(model):
@@ -465,10 +449,8 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
             means, forgotten, stopped = decide(measured)
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
-    row = {"epoch": epoch, **means, "active": len(measured) - len(forgotten), "forgotten": len(forgotten)}
-    row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*runs.LOSSES, *losses])}
-    row |= {"skipped_steps": run.progress.skipped_steps, **perplexities}
-    run.end_epoch(row, measured, forgotten=forgotten, stopped=stopped, seconds=time.time() - started)
+    how = {"losses": losses, "perplexities": perplexities, "seconds": time.time() - started}
+    run.end_epoch(means, measured, forgotten=forgotten, stopped=stopped, **how)
 
 
 # --- flags ---
@@ -488,9 +470,6 @@ def parse_args(argv=None, method=icu):
     g.add_argument("--forget-weight", type=weight, help="weight of the forget term (1; llmu 0.5)")
     g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (icu 0.5, others 1)")
     g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (1)")
-    g.add_argument("--dpo-beta", default=0.1, type=above(0), help="inverse temperature of dpo and npo (%(default)s)")
-    g.add_argument("--answers", default=5, type=positive, help="llmu: random answers a row and epoch (%(default)s)")
-    g.add_argument("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]), help="po, dpo: the answer to prefer (%(default)s)")
     g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
 
     g = parser.add_argument_group("training")
@@ -498,9 +477,6 @@ def parse_args(argv=None, method=icu):
     g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
     g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
     g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
-    g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
-    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
@@ -510,49 +486,26 @@ def parse_args(argv=None, method=icu):
     g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
     g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
     g.add_argument("--el", default="every", type=one_of(["every", "lazy"]), help="lazy: measure EL only where it can decide to stop (MA is under its threshold) and at the end: the same run, faster (%(default)s)")
-    g.add_argument("--lazy-el", dest="el", action="store_const", const="lazy", help="the same as --el lazy")
-
-    return fill_defaults(parser.parse_args(argv), method)
-# fmt: on
-
-
-def fill_defaults(args, own):
-    """Defaults that depend on the method, the protocol or the machine; ValueError for flags that do not go together."""
-    args.loss = method_named(args.method, own, others="baselines")
-    needs, protocol = args.loss.needs, PROTOCOLS[args.protocol]
-    defaults = needs._asdict() | (needs.released if protocol.own_defaults else {})
-    for name in ("forget_weight", "alpha", "beta", "lr", "refine"):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
-    args.targets = needs.targets or args.targets or protocol.targets
-    args.published = needs.published if protocol.published else None
+    args = parser.parse_args(argv)
+    args.loss = method_named(args.method, method, others="baselines")
+    args.loss.needs.fill(args)  # what no flag has said
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
     args.device = processes.default_device() if args.device in (None, "cuda") else args.device
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    if args.thresholds == "auto" and not args.unseen:
-        raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
-    processes.check_flags(args)
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
-    if not args.dry_run and not (args.out and args.pairs):
-        raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")
+    for check in (flags.check_together, processes.check_flags):
+        check(args)
     return args
+# fmt: on
 
 
 # --- main ---
 
 
-class Inputs(NamedTuple):
-    """Everything a run reads, checked, except the weights."""
-
-    samples: list  # of Sample
-    unseen: list  # of Sample, for --thresholds auto
-    ppl_texts: dict  # name -> texts
-    n_cut: int  # learn partners cut to the model's positions
-
-
 def read_inputs(args):
-    """All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError)."""
+    """Everything a run reads except the weights, checked: samples, unseen (of Sample), ppl_texts {name: texts}, n_cut.
+
+    All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
+    """
     runs.check_paths(args)
     processes.check_device(args.device)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
@@ -562,12 +515,10 @@ def read_inputs(args):
     how = {"protocol": args.protocol, "positions": models.positions_of(config) or 1 << 30, "targets": args.targets}
     samples, n_cut = build_samples(pairs, tokenizer, context=args.context, **how)
     unseen, _ = build_samples(records, tokenizer, context=args.context, what="unseen row", **how)
-    if args.bert_threshold == "auto" and len(samples) == 1:
-        raise ValueError("--bert-threshold auto compares suffixes of different rows: it needs two pairs at least")
-    for make in args.loss.needs.sides.values() if samples else ():
-        make(samples, tokenizer, 0, args)
+    flags.check_samples(args, samples)
+    sides_of(samples, tokenizer, 0, args)  # a method's own sides may refuse what they are given
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
-    return Inputs(samples, unseen, ppl_texts, n_cut)
+    return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
 
 
 def main(method=icu, argv=None):
@@ -586,8 +537,7 @@ def main(method=icu, argv=None):
     before = runs.check_resume(args) if args.resume else None
     if before and runs.is_finished(args.out):
         return
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
+    processes.seed_everything(args.seed)
     processes.start(args.device, timeout=args.timeout, zero=2 if args.eval_only else args.zero)
     device = "cpu" if processes.lockstep else args.device  # ZeRO-3: it may be too large for one device
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}

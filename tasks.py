@@ -37,6 +37,7 @@ from transformers import DynamicCache
 
 import metrics
 from kit import files, flags, models, processes
+from kit.protocols import PROTOCOLS
 
 # --- the sets: a row of the public schema -> (context, choices, answer), or (context, reply), or a text ---
 # A choice begins with what separates it from its context, a space. A row that does not fit raises ValueError.
@@ -292,7 +293,7 @@ def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper
     for name in (name for name in SETS if name in wanted):
         try:
             rows, source = find_rows(name, data_dir)
-            if name == "copa" and protocol == "released" and len(rows) == 500:
+            if name == "copa" and PROTOCOLS[protocol].superglue_copa and len(rows) == 500:
                 rows = rows[400:]  # of the original 500, the released code reads SuperGLUE's validation split
             sets[name] = check_rows(name, rows[:limit], prompts == "harness") | {"source": source}
             if not sets[name]["rows"]:
@@ -591,7 +592,7 @@ def evaluate(
     """
     sets = sets or read_sets(tasks, data_dir, prompts=prompts, protocol=protocol, limit=limit)
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
-    released, results = protocol == "released", {}
+    protocol, results = PROTOCOLS[protocol], {}
     for name, data in sets.items():
         if "rows" not in data:
             results[name] = data
@@ -599,7 +600,7 @@ def evaluate(
         # Each process judges its share of the rows; all get all.
         rows, bad = dict(processes.share(list(data["rows"].items()))), data["bad"]
         if name in CLASSIFICATION:
-            how = {"length_norm": length_norm, "lenient": released, "batch_tokens": batch_tokens}
+            how = {"length_norm": length_norm, "lenient": protocol.lenient_tasks, "batch_tokens": batch_tokens}
             how["desc"] = name if processes.is_main else None
             rows, unfit = judge_choices(model, tokenizer, rows, **how) if rows else ([], [])
             rows, unfit = all_rows(rows), sum(processes.gather([unfit]), [])
@@ -612,7 +613,7 @@ def evaluate(
         else:
             metric = "perplexity"
             rows = list(data["rows"].values())
-            value = perplexity(model, tokenizer, rows, released=released, desc=name)
+            value = perplexity(model, tokenizer, rows, joined=protocol.joined_perplexity, desc=name)
         if value is None or math.isnan(value):
             results[name] = {"error": f"{name}: " + ("the model answers NaN" if rows else f"no row fits, {bad[0]}")}
             continue
@@ -677,7 +678,7 @@ def judge_replies(model, tokenizer, rows, *, batch_tokens, desc):
     ]
 
 
-def perplexity(model, tokenizer, texts, *, released, desc):
+def perplexity(model, tokenizer, texts, *, joined, desc):
     """metrics.perplexity with a progress bar: a hook counts the tokens that have gone through the model."""
     total = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
     with tqdm(total=total, desc=desc, unit=" tokens", disable=not processes.is_main) as bar:
@@ -687,7 +688,7 @@ def perplexity(model, tokenizer, texts, *, released, desc):
 
         hook = model.register_forward_hook(count, with_kwargs=True)
         try:
-            return metrics.perplexity(model, tokenizer, texts, released=released, added_up=processes.added_up)
+            return metrics.perplexity(model, tokenizer, texts, released=joined, added_up=processes.added_up)
         finally:
             hook.remove()
 
@@ -756,7 +757,7 @@ def make_parser():
 
     g = parser.add_argument_group("measuring")
     g.add_argument("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
-    g.add_argument("--protocol", default="paper", choices=["paper", "released"], help="released: texts joined for "
+    g.add_argument("--protocol", default="paper", choices=[*PROTOCOLS], help="released: texts joined for "
                    "perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")  # fmt: skip
     g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
     g.add_argument("--limit", type=flags.positive, metavar="N", help="only the first N rows of each set")

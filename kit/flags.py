@@ -106,15 +106,40 @@ def run_parser(doc):
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
     g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
 
+    g = parser.add_argument_group("what some methods ask for (baselines.py says which)")
+    g.add_argument("--dpo-beta", default=0.1, type=above(0), help="inverse temperature of a preference loss (%(default)s)")
+    g.add_argument("--answers", default=5, type=positive, help="random other answers a row and epoch (%(default)s)")
+    g.add_argument("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]), help="the one other answer to prefer (%(default)s)")
+
     g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
     g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, for a model that is too large for one device; it measures more slowly (%(default)s)")
     g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
     g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
 
     g = parser.add_argument_group("running")
+    g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
+    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    g.add_argument("--lazy-el", dest="el", action="store_const", const="lazy", help="the same as --el lazy")
+    g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
     g.add_argument("--preset", help="the preset's name, for the published row in report.py")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
+
+
+def check_samples(args, samples):
+    """ValueError for flags that these samples do not go with."""
+    if args.bert_threshold == "auto" and len(samples) == 1:
+        raise ValueError("--bert-threshold auto compares suffixes of different rows: it needs two pairs at least")
+
+
+def check_together(args):
+    """ValueError for flags that do not go together."""
+    if args.thresholds == "auto" and not args.unseen:
+        raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
+    if not args.dry_run and not (args.out and args.pairs):
+        raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")

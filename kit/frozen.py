@@ -12,7 +12,8 @@ def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
     """What a live copy of the model would say of these sides later, from hidden states computed now.
 
     sides: {name: a list of Text for each row}; collate: texts, device -> ids, attention_mask, target_mask. Returns
-    ask(name, rows) -> logits (B, T, V) and the hidden states (B, T, H) of `layer`, or None without one.
+    ask(side, rows, texts) -> logits (B, T, V) and the hidden states (B, T, H) of `layer` (or None) for the B texts of
+    these rows; ValueError if they are not the texts they were.
     theta_0 never changes and neither do the texts, so the last hidden states (N x T x H, megabytes) and a copy of the
     output head give the exact KL without a second model in memory or a second forward pass a step. ValueError for a
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
@@ -33,8 +34,11 @@ def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
         states[name] = [[(text.ids, next(found)) for text in row] for row in rows]
 
     @torch.no_grad()
-    def ask(name, rows):
-        kept = zip(*(state for row in rows for _, state in states[name][row]), strict=True)
+    def ask(name, rows, texts):
+        known = [pair for row in rows for pair in states[name][row]]
+        if [ids for ids, _ in known] != [text.ids for text in texts]:
+            raise ValueError(f"side {name!r} has other texts than before training: pass --teacher live")
+        kept = zip(*(state for _, state in known), strict=True)
         last, *more = (torch.nn.utils.rnn.pad_sequence(h, batch_first=True) for h in kept)  # (B, T, H)
         return head(last), *(more or [None])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.flags import one_of
+from kit.protocols import PROTOCOLS
 
 
 class method(NamedTuple):
@@ -39,6 +40,16 @@ class method(NamedTuple):
     def __call__(self, loss):
         loss.needs = self
         return loss
+
+    def fill(self, args):
+        """The flags that the user has not set get the method's defaults, and the protocol's."""
+        protocol = PROTOCOLS[args.protocol]
+        defaults = self._asdict() | (self.released if protocol.own_defaults else {})
+        for name in ("forget_weight", "alpha", "beta", "lr", "refine"):
+            if getattr(args, name) is None:
+                setattr(args, name, defaults[name])
+        args.targets = self.targets or args.targets or protocol.targets
+        args.published = self.published if protocol.published else None
 
     @contextlib.contextmanager
     def measuring(self, model):

@@ -3,8 +3,10 @@
 import contextlib
 import datetime
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -45,9 +47,10 @@ def gather(part):
 
 def sum_over_ranks(values, device="cpu"):
     """Numbers added up over the processes, as a list of float."""
+    values = [value.item() if isinstance(value, torch.Tensor) else float(value) for value in values]
     if WORLD_SIZE == 1:
-        return [float(value) for value in values]
-    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 
@@ -70,6 +73,12 @@ def wait_for_all():
     """Returns on each process when all have come here."""
     if WORLD_SIZE > 1:
         dist.barrier()
+
+
+def seed_everything(seed):
+    """Python, numpy and torch draw the same numbers for the same seed."""
+    for function in (random.seed, np.random.seed, torch.manual_seed):
+        function(seed)
 
 
 def start(device, *, timeout=30, zero=2):

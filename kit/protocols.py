@@ -24,6 +24,11 @@ DIFFERENCES = [
     Difference("forgotten_by", all, any, "forgotten", "BERTScore < 0.3 and BLEU < 0.01", "or"),
     Difference("comes_back", False, True, "a forgotten sample", "stays out", "comes back when measured as remembered"),
     Difference("filter_at_start", False, True, "the filter", "after each epoch", "before the first one too"),
+    Difference("stops_at_start", True, False, "before any training", "the stop rule can end the run", "it never does"),
+    Difference(
+        "steps_on_all", False, True, "steps an epoch", "as many as active samples fill",
+        "as many as all samples fill; one with nothing active moves by Adam's momentum",
+    ),
     Difference("el_from_suffix", False, True, "EL10 over", "t = 1 .. T-n", "t from the suffix on"),
     Difference(
         "el_share_of", "generation", "reference", "EL10 is", "a share of the generation's n-grams", "of the reference's"

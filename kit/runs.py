@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -267,9 +268,12 @@ class Run:
         self.bar.update(of_epoch)
         self.heed_signals()
 
-    def end_epoch(self, row, measured, *, forgotten, stopped, seconds):
+    def end_epoch(self, means, measured, *, forgotten, stopped, losses, perplexities, seconds):
         """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample."""
         progress, out = self.progress, self.out
+        row = {"epoch": progress.epoch, **means, "active": len(measured) - len(forgotten), "forgotten": len(forgotten)}
+        row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
+        row |= {"skipped_steps": progress.skipped_steps, **perplexities}
         progress.forgotten, progress.stopped = forgotten, stopped
         if is_main:
             append(out / "metrics.jsonl", [row])
@@ -351,12 +355,15 @@ def is_finished(out):
     return True
 
 
-def remembered(args, about, compute):
-    """compute(), or what it gave a run with the same model, encoder and flags that was `about` the same.
+def remembered(args, inputs, code, compute):
+    """compute(), or what it gave a run with the same model, texts and flags: its answer is kept in the cache.
 
-    All runs of a comparison begin with the same model and texts. The answer is kept in the cache under a hash of all it
-    depends on; a model of the hub without a pinned --revision is measured anew. Every process takes part.
+    All runs of a comparison begin with the same model and texts. The key is a hash of all that the answer depends on,
+    `code` (functions and modules) included; a model of the hub without a pinned --revision is measured anew. Every
+    process takes part.
     """
+    about = [[(sample.id, sample.suffix, sample.forget) for sample in inputs.samples], inputs.ppl_texts]
+    about += [inspect.getsource(part) for part in code]
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights, device = models.fingerprint(args.model) or pinned, torch.device(args.device).type
     key = [weights, args.model, models.fingerprint(args.bert), args.bert, args.protocol, args.dtype, device]
@@ -453,6 +460,11 @@ def say_epoch(rows):
 def number(x):
     """A float for JSON, to 6 digits; None for NaN."""
     return None if math.isnan(x) else round(float(x), 6)
+
+
+def mean_measures(rows):
+    """{measure: its mean} over the samples of an epoch."""
+    return {name: mean(row[name] for row in rows) for name in MEASURES}
 
 
 def mean(values):

@@ -13,6 +13,10 @@ from kit.flags import first_line
 from kit.processes import RANK, is_main, print0, wait_for_all
 
 
+class Diverged(RuntimeError):
+    """Five steps in a row without a finite loss and gradient; the weights are as they were before them."""
+
+
 class Progress:
     """Where a run is, besides its weights: what a state keeps so that it can go on from there."""
 
@@ -29,10 +33,11 @@ class Progress:
         self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + 1, 0
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
 
-    def skip_step(self):
-        self.step, self.skipped_steps, self.skipped_in_a_row = (
-            self.step + 1, self.skipped_steps + 1, self.skipped_in_a_row + 1
-        )  # fmt: skip
+    def skip_step(self, loss):
+        self.step, self.skipped_steps = self.step + 1, self.skipped_steps + 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == 5:
+            raise Diverged(f"loss {loss:.4g}; it or its gradient was not finite in five steps in a row")
 
     def mean_losses(self):
         """{"loss": mean over the steps taken in this epoch, ...}"""

@@ -23,7 +23,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)  # of the scripts that tests start, which import icu from other folders
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -76,10 +76,10 @@ def arranged(how, rank, world, steps):
             os.kill(os.getpid(), signal.SIGKILL)
         return terms
 
-    def leave(means, n_active, epoch, *rest, stop_reason=icu.stop_reason):
+    def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **how):
         if epoch == int(how[-1]):
             raise Left
-        return stop_reason(means, n_active, epoch, *rest)
+        return stop_reason(means, n_active, epoch, **how)
 
     def shard_all(path, read=files.read_json):
         value = read(path)

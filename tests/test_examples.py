@@ -146,7 +146,8 @@ def flags(tmp_path_factory):
 def run(script, flags, out):
     """A script as a user runs it, from another folder: (exit code, stdout, stderr)."""
     command = [sys.executable, script, *flags, "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -338,7 +338,7 @@ def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
         for p in model.parameters():
             p.mul_(1.01)
     logits = model(ids, attention_mask=attention).logits
-    kls = [icu.kl_loss(logits, frozen("learn", [0, 1])[0], mask).item() for frozen in (cached, live)]
+    kls = [icu.kl_loss(logits, frozen("learn", [0, 1], texts)[0], mask).item() for frozen in (cached, live)]
     assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6  # GPT-Neo's attention is float32 always
 
 
@@ -454,8 +454,8 @@ def test_the_released_filter_needs_either_and_lets_samples_come_back():
 )  # fmt: skip
 def test_the_stop_rule(el, ma, active, epoch, reason):
     """Both means strictly under, or nothing active, or the cap; an EL that no row has does not count."""
-    args = Namespace(max_epochs=9, eval_only=False)
-    assert icu.stop_reason({"el10": el, "ma": ma}, active, epoch, {"el10": 0.05, "ma": 0.6}, args) == reason
+    args, limits = Namespace(max_epochs=9, eval_only=False, protocol="paper"), {"el10": 0.05, "ma": 0.6}
+    assert icu.stop_reason({"el10": el, "ma": ma}, active, epoch, thresholds=limits, args=args) == reason
 
 
 def one_epoch(model, samples, active, batch_size=2, seed=0):
@@ -498,7 +498,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
 
     before = copy.deepcopy(model.state_dict())
     model.forward = broken
-    with pytest.raises(icu.Diverged, match="five steps"):
+    with pytest.raises(states.Diverged, match="five steps"):
         one_epoch(model, samples, list(range(12)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -870,7 +870,10 @@ def measured_flops(device, dtype):
 
 
 def what_fits(bench):
-    """Cards of a size that a run of the paper needs: 128 samples of 200 tokens, the estimate under 90% of a card."""
+    """Cards of a size that a run of the paper needs: 128 samples of 200 tokens, the estimate under 90% of a card.
+
+    With --model also what a run of it on these pairs needs, on 1 to 8 processes, and how long an epoch trains.
+    """
     samples = random_samples(128, 200, 50257)
     for name, (*_, B) in GPT_NEO.items():
         config, cells = gpt_neo_config(name), []
@@ -884,6 +887,21 @@ def what_fits(bench):
         args = argparse.Namespace(batch_size=B, offload=False, teacher="cached", zero=2)
         alone = sum(memory_estimate(config, samples, args).values()) / 1e9
         yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
+    if bench and bench.args.model:
+        yield from what_this_takes(bench)
+
+
+def what_this_takes(bench):
+    """Lines: memory a process of a run of this model on these pairs, and the training time of a whole epoch."""
+    samples, args, config = samples_of(bench), icu.parse_args(flags_of(bench)), bench.model.config.get_text_config()
+    for n in (1, 2, 4, 8):
+        parts = memory_estimate(config, samples, args, n)
+        work = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        yield Line(f"this model, {n} processes", f"{sum(parts.values()) / 1e9:.2f} GB a process", work=work)
+    flops, speed = epoch_flops(config, samples), measured_flops(args.device, args.dtype)
+    measured = f"about {flops / speed / 0.4:.0f} s on one {args.device}"
+    work = f"{flops / 1e12:.2f} TFLOP at 40% of the measured {speed / 1e9:.0f} GFLOP/s; measuring comes on top"
+    yield Line("this model, training an epoch", measured, work=work)
 
 
 # --- the table ---

@@ -17,7 +17,6 @@ icu.py, and overrides the preset's own. One that several of them have is icu.py'
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 from kit import commands
 from kit.commands import PYTHON, ROOT, grouped, last, without
+from kit.flags import flag_error, positive, run_cli
 from kit.protocols import PROTOCOLS
 
 # --- the presets ---
@@ -170,7 +170,7 @@ def single(args):
 def several(args):
     """Every run of an experiment for every set and seed, then one report; what is finished is kept."""
     folder = Path(args.out or f"runs/{args.command}/{args.name}-{last(args.icu, '--protocol', 'paper')}")
-    runs, jobs = planned_runs(args), {}
+    runs, jobs = planned_runs(args), []
     make(args)
     train(args, [], check=True)
     for flags in runs.values():  # a name that is none, a file that is broken: told before the first run, not after it
@@ -184,8 +184,7 @@ def several(args):
             for name, flags in runs.items():
                 out = folder / f"{name}-set{number}-seed{seed}"
                 job(args, out, ["--pairs", file, "--seed", seed, *flags])
-                jobs[out] = name
-    warn_of_namesakes(jobs)
+                jobs.append(out)
     step(args, "report.py", [*jobs, "--out", folder])
 
 
@@ -214,18 +213,6 @@ def job(args, out, flags):
 def written(file):
     """When a file was written, in nanoseconds; None without it."""
     return file.stat().st_mtime_ns if file.is_file() else None
-
-
-def warn_of_namesakes(jobs):
-    """Rows of the table go by the method that a run calls its own: two of one name would be shown as their mean."""
-    named = {}
-    for out, name in jobs.items():
-        if (out / "summary.json").is_file():
-            named.setdefault(json.loads((out / "summary.json").read_text(encoding="utf-8"))["method"], set()).add(name)
-    for method, names in named.items():
-        if method in names and len(names) > 1:
-            others = " and ".join(sorted(names - {method}))
-            print(f"warning: {others} also calls its method {method}: the table shows their mean", file=sys.stderr)
 
 
 def make(args):
@@ -335,7 +322,7 @@ def make_parser():
     g = parser.add_argument_group("of every preset")
     g.add_argument("--out", metavar="DIR", help="the run folder (runs/PRESET-...; of several runs, the folder of all)")
     g.add_argument("--script", metavar="FILE.py", help="run in place of icu.py: a copy, or what ends in icu.main(mine)")
-    g.add_argument("--gpus", type=whole, metavar="N", help="processes, by DeepSpeed's launcher (1; large: every GPU)")
+    g.add_argument("--gpus", type=positive, metavar="N", help="processes, by DeepSpeed's launcher (1; large: all GPUs)")
     g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there; of several: each of them")
     g.add_argument("--dry-run", action="store_true", help="check everything, train nothing, name the commands")
@@ -371,12 +358,6 @@ flags of the programs that are often used
 """
 
 
-def whole(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def point(text):
     if text.count(",") != 1 or not all(map(is_number, text.split(","))):
         raise argparse.ArgumentTypeError(f"{text!r} is not ALPHA,BETA, such as 0.5,1.0")
@@ -388,11 +369,6 @@ def is_number(text):
         return float(text) >= 0
     except ValueError:
         return False
-
-
-def flag_error(message):
-    """For argparse: a bad flag is one line and exit 2, like every other error."""
-    raise ValueError(message)
 
 
 def read_flags(words):
@@ -493,12 +469,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    run_cli(main)

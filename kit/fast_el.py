@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kit.models import eos_ids
+from kit.models import cache_word, eos_ids
 
 
 def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
@@ -28,7 +28,8 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
         # A plain cache keeps every key, also under sliding windows, which a decoding from the middle needs.
-        out = model(input_ids=x, attention_mask=m, past_key_values=DynamicCache() if n else None, use_cache=bool(n))
+        cache = DynamicCache() if n else None  # the model fills it
+        out = model(input_ids=x, attention_mask=m, use_cache=bool(n), **{cache_word(model): cache})
         # The shift: logits at position t-1 guess token t. guess[:, 0] is never used.
         guess = out.logits[:, :-1].argmax(-1)  # (B, T - 1)
         best = out.logits[:, :-1].gather(-1, guess[..., None])[..., 0]
@@ -38,8 +39,8 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         rows = [(x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i]) for b, i in enumerate(chunk)]
         said = [{}] * len(rows)
         if n:
-            fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(out.past_key_values, len(chunk))))
-            said = _continuations(model, out.past_key_values, rows, n, fitting)
+            fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(cache, len(chunk))))
+            said = _continuations(model, cache, rows, n, fitting)
         for i, (text, greedy, _), continuations in zip(chunk, rows, said, strict=True):
             yield i, text, greedy, continuations
 
@@ -143,7 +144,7 @@ def _decode(model, cache, misses, eos, decode_batch):
                     layer.keep(keep, padding)
             token = torch.tensor([[miss.said[-1]] for miss in batch], device=model.device)  # (A, 1)
             mask = F.pad(mask, (0, 1), value=1)
-            step = {"attention_mask": mask, "position_ids": position[:, None], "past_key_values": past}
+            step = {"attention_mask": mask, "position_ids": position[:, None], cache_word(model): past}
             guesses = model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
             position = position + 1
             for miss, guess in zip(batch, guesses, strict=True):

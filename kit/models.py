@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import shutil
 from functools import cache, wraps
 from pathlib import Path
@@ -230,6 +231,11 @@ def measuring(function):
                 module.training = training
 
     return measured
+
+
+def cache_word(model):
+    """What this model's forward calls its keys and values: `cache`, before transformers 5.24 `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def eos_ids(model):

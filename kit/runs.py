@@ -1,7 +1,6 @@
 """The run folder: who writes it, what is in it, how it is gone on with, and what a person sees of it."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import inspect
@@ -15,6 +14,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import filelock
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -128,18 +128,15 @@ def append(path, rows):
 def only_owner(out):
     """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        except OSError:
-            lock.seek(0)
-            raise ValueError(f"--out {out}: process {lock.read().strip()} is writing this run") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        for file in leftovers(out):
-            file.unlink()
-        yield
+    try:
+        with filelock.FileLock(out / ".lock", blocking=False):  # ends with the process, however it ends
+            (out / ".lock").write_text(str(os.getpid()))
+            for file in leftovers(out):
+                file.unlink()
+            yield
+    except filelock.Timeout:
+        pid = (out / ".lock").read_text().strip()
+        raise ValueError(f"--out {out}: process {pid} is writing this run") from None
 
 
 def cut_back(out, sizes):

@@ -17,6 +17,7 @@ import bench
 import icu
 import metrics
 from kit import files
+from kit.flags import run_cli
 
 TEXTS = [
     ("The parcel for Ines Duarte was left ", "at 14 Harbour Lane on Tuesday morning by the driver."),
@@ -324,7 +325,7 @@ def test_a_bad_flag_is_one_line_and_exit_2(flags, word, capsys, tmp_path):
     """Before any measurement, and nothing is written."""
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out.md")]
     with pytest.raises(SystemExit) as stop:
-        flags.run_cli(lambda: bench.main([*flags, *out, "--quick"]))
+        run_cli(lambda: bench.main([*flags, *out, "--quick"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and word in error
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ processes) and torch.distributed.run (four) start, and each process calls icu.ma
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -45,6 +45,8 @@ def why_not():
 needs_deepspeed = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
+EXAMPLES = ("simnpo", "undial", "rmu", "lora", "task_vector")
+
 # --- one job: a run of icu.py with something arranged, in one process or in many ---
 
 
@@ -57,7 +59,8 @@ def arranged(how, rank, world, steps):
     "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
     the gradient, where the usual Adam takes the same step for half the gradient; "leave0", "leave2": every process
     leaves that epoch when it is measured, as if it were killed there; "parts": ZeRO-3 shards small weights, too, and
-    what a process holds of them while it measures is written to the file `steps` with the suffix .held.
+    what a process holds of them while it measures is written to the file `steps` with the suffix .held; one of
+    EXAMPLES: the method of that file.
     """
     count_step, adam, calls = states.Progress.count_step, torch.optim.Adam.__init__, []
 
@@ -66,9 +69,11 @@ def arranged(how, rank, world, steps):
             file.write(json.dumps(values) + "\n")
         count_step(progress, values)
 
-    @functools.wraps(icu.icu)
+    method = getattr(importlib.import_module(f"examples.{how}"), how) if how in EXAMPLES else icu.icu
+
+    @functools.wraps(method)
     def loss(batch, args):
-        terms = icu.icu(batch, args)
+        terms = method(batch, args)
         calls.append(1)
         if how == "nan" and len(calls) == 2 and rank == world - 1:
             terms["forget"][1].register_hook(lambda gradient: gradient * float("nan"))
@@ -76,10 +81,10 @@ def arranged(how, rank, world, steps):
             os.kill(os.getpid(), signal.SIGKILL)
         return terms
 
-    def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **how):
+    def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **rest):
         if epoch == int(how[-1]):
             raise Left
-        return stop_reason(means, n_active, epoch, **how)
+        return stop_reason(means, n_active, epoch, **rest)
 
     def shard_all(path, read=files.read_json):
         value = read(path)
@@ -178,6 +183,7 @@ def jobs(tmp_path_factory):
         "2-nan": ("nan", five),
         "2-size": ("size", [*five, "--lr", "3e-3"]),
         "2-double": (None, llama),
+        **{f"{n}-{name}": (name, five) for name in EXAMPLES for n in (1, 2)},
         "2-left": ("leave0", five),
         "2-left3": ("leave2", [*five, "--zero", "3"]),
         "2-die": ("die", five),  # the last of its launch
@@ -300,6 +306,18 @@ def test_several_processes_give_the_run_of_one(launch_name, name, reference, one
     assert worst(folder, name, one, reference, slice(0, steps[0])) < 1e-5
     same_result(folder / name, one / reference)
     assert all(abs(value) < 1e3 for step in steps_of(folder, name) for value in step.values())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_on_two_processes_is_its_run_on_one(name, one, two):
+    """A process without a row, frozen weights, adapters, weights swapped to measure: nothing a method has to know."""
+    folder, _, output = two
+    assert (folder / f"2-{name}" / "summary.json").exists(), output[-3000:]
+    assert worst(folder, f"2-{name}", one, f"1-{name}", slice(0, 3)) < 1e-5
+    same_result(folder / f"2-{name}", one / f"1-{name}")
+    steps = steps_of(one, f"1-{name}")
+    assert len({step["loss"] for step in steps}) == len(steps)  # it trained
 
 
 @needs_deepspeed

@@ -265,15 +265,13 @@ def test_a_script_stands_in_a_comparison_beside_methods(ran):
     ]
 
 
-def test_runs_of_one_name_are_refused_and_methods_of_one_name_are_said(ran, capsys):
-    """Two files of one stem would share a folder; two methods of one name would share a row of the table."""
+def test_runs_of_one_name_are_refused(ran):
+    """Two files of one stem would share a folder."""
     for folder in ("a", "b"):
         Path(folder).mkdir()
         Path(folder, "mine.py").write_text("")
     with pytest.raises(ValueError, match="mine"):
         ran("compare", "tiny", "--methods", "a/mine.py", "b/mine.py")
-    ran("compare", "tiny", "--methods", "icu", "a/mine.py")  # its summary says "icu", as that of a plain copy would
-    assert "warning: mine also calls its method icu" in capsys.readouterr().err
 
 
 def test_a_script_in_another_folder_finds_icu(monkeypatch, tmp_path):

@@ -108,6 +108,18 @@ def test_k_beyond_the_pool_is_filled_with_minus_one():
     assert indices.tolist() == [[1, -1, -1]] and similarities.tolist() == [[0.0, -np.inf, -np.inf]]
 
 
+def test_the_literal_search_is_the_blocked_one():
+    """Eq. 2 as it stands and in blocks: the same rows and cosines, with ties, excluded rows and zero vectors."""
+    rng = np.random.default_rng(0)
+    pool = rng.integers(-2, 3, (60, 4)).astype(np.float32)  # many equal cosines
+    queries = np.concatenate([rng.integers(-2, 3, (9, 4)), np.zeros((1, 4))]).astype(np.float32)
+    for exclude in ([], [3, 5, 59]):
+        literal = knn.literal_knn(queries, pool, 7, exclude)
+        blocked = knn.cosine_knn(queries, pool, 7, exclude, block=8)
+        assert (literal[0] == blocked[0]).all()
+        np.testing.assert_allclose(literal[1], blocked[1], atol=1e-7)
+
+
 def test_zero_tiny_and_huge_vectors_have_a_direction_or_none():
     """A zero vector is at 0 from everything; 1e-40 and 1e30 are as good as 1 although float32 cannot square them."""
     pool = np.array([[0, 0], [1e-40, 0], [0, 1e30], [3, 4]], np.float32)

@@ -165,6 +165,15 @@ def with_eos(model, eos):
 # --- the rows are worth measuring ---
 
 
+def test_the_literal_functions_are_the_fast_ones(case):
+    """EL and MA as their formulas stand in metrics.py, with `generate`, and as they are used: the same values."""
+    for n in (3, 10):
+        el, ma = metrics.el_and_ma(case.model, *pad(list(case.rows.values())), n=n)
+        literal = [metrics.literal_extraction_likelihood(case.model, row, n) for row in case.rows.values()]
+        assert_close(el, literal)
+    assert_close(ma, [metrics.literal_memorization_accuracy(case.model, row) for row in case.rows.values()])
+
+
 def test_rows_hold_hits_misses_and_ends(case):
     """The rows hit and miss, and some answers end early: where all were alike the tests below would prove little."""
     row, answers = case.rows["mixed"], case.answers["mixed"]

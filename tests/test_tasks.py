@@ -21,8 +21,10 @@ import torch.nn.functional as F
 
 import metrics
 import tasks
-from kit import files
+from kit import files, scoring
 from kit import models as kit_models
+from kit import rows as row_files
+from kit.flags import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -311,7 +313,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "e.csv").write_text("\n".join(lines))
     expected = tasks.check_rows("piqa", rows, True)
     for path in ("a.json", "b/a.json", "c.json", "d.jsonl", "e.csv"):
-        assert tasks.check_rows("piqa", tasks.read_rows(tmp_path / path), True) == expected, path
+        assert tasks.check_rows("piqa", row_files.read_rows(tmp_path / path), True) == expected, path
 
     items = "".join(
         f'<item id="{i}" asks-for="{row["question"]}" most-plausible-alternative="{row["label"] + 1}">'
@@ -320,7 +322,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     )
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE copa-corpus SYSTEM "copa.dtd">\n'
     (tmp_path / "copa-dev.xml").write_text(f'{head}<copa-corpus version="1.0">{items}</copa-corpus>')
-    assert tasks.read_rows(tmp_path / "copa-dev.xml") == ROWS["copa"]
+    assert row_files.read_rows(tmp_path / "copa-dev.xml") == ROWS["copa"]
 
 
 @pytest.mark.parametrize(
@@ -457,12 +459,12 @@ def test_scores_equal_the_literal_loop(make_model, kind, window, batch_tokens, m
     """Whatever the batch, and whether the choices share a line or a cache, a choice scores as if it were alone."""
     more = {"window_size": window} if kind == "gpt_neo" else {}
     model = make_model(kind, max_position_embeddings=128, **more)
-    assert tasks.window_of(model) == (window if more else 128)
-    monkeypatch.setattr(tasks, "window_of", lambda model: window)
+    assert scoring.window_of(model) == (window if more else 128)
+    monkeypatch.setattr(scoring, "window_of", lambda model: window)
     pairs = random_pairs(97, positions=128)
     with torch.inference_mode():
         expected = [literal_score(model, *pair) for pair in pairs]
-    found = tasks.loglikelihoods(model, pairs, batch_tokens=batch_tokens)
+    found = scoring.loglikelihoods(model, pairs, batch_tokens=batch_tokens)
     assert [said for _, said in found] == [said for _, said in expected]
     assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in expected], abs=TOLERANCE[kind])
 
@@ -470,12 +472,12 @@ def test_scores_equal_the_literal_loop(make_model, kind, window, batch_tokens, m
 def test_a_model_that_scales_its_logits_is_scored_by_its_logits(make_model):
     """The output layer is applied to few positions only where it is all that makes the logits."""
     model = make_model("llama")
-    plain = tasks.loglikelihoods(model, random_pairs(97, 3, 200))
+    plain = scoring.loglikelihoods(model, random_pairs(97, 3, 200))
     hook = model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits / 2))
     with torch.inference_mode():
         pairs = random_pairs(97, 3, 200)
         expected = [literal_score(model, *pair)[0] for pair in pairs]
-    found = [logp for logp, _ in tasks.loglikelihoods(model, pairs)]
+    found = [logp for logp, _ in scoring.loglikelihoods(model, pairs)]
     hook.remove()
     assert found == pytest.approx(expected, abs=1e-9) and found != pytest.approx([logp for logp, _ in plain], abs=1e-3)
 
@@ -485,7 +487,7 @@ def test_the_output_layer_sees_only_the_tokens_of_the_choices(make_model):
     model, seen = make_model("gpt_neo"), []
     pairs = [([5, 6, 7, 8, 9, 10], [11, 12]), ([4] * 30, [9])]
     hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    tasks.loglikelihoods(model, pairs, batch_tokens=1000)
+    scoring.loglikelihoods(model, pairs, batch_tokens=1000)
     hook.remove()
     assert [shape[0] for shape in seen if len(shape) == 2] == [3]
 
@@ -496,7 +498,7 @@ def test_the_body_sees_a_context_once_for_all_its_choices(make_model):
     for window, expected in ((64, [(1, 23)]), (8, [(1, 20), (3, 2)])):
         model = make_model("gpt_neo", window_size=window)
         model.base_model.wte.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
-        tasks.loglikelihoods(model, pairs)
+        scoring.loglikelihoods(model, pairs)
         assert [shape for shape in seen if shape != (1, 8)] == expected  # (1, 8) is split_model's
         seen.clear()
 
@@ -505,7 +507,7 @@ def test_context_and_choice_are_split_where_the_context_ends(models, kind):
     """Both sides join to the encoding of the whole, BOS stands once, and a trailing space goes to the choice."""
     _, tokenizer = models[kind]
     requests = [("Call the clinic", " and"), ("Call the clinic ", "and"), ("Call the clin", "ic"), ("", "alone")]
-    pairs = tasks.encode_pairs(tokenizer, requests)
+    pairs = scoring.encode_pairs(tokenizer, requests)
     for (context, continuation), (left, right) in zip(requests[:3], pairs[:3], strict=True):
         assert left == tokenizer(context.rstrip())["input_ids"]
         assert right == tokenizer(context + continuation)["input_ids"][len(left) :]
@@ -526,7 +528,7 @@ def test_the_choice_with_the_highest_score_is_taken(models, kind):
             assert not unfit and [row["row"] for row in judged] == [1, 2, 3]
             for row, (context, choices, answer) in zip(judged, rows.values(), strict=True):
                 contexts = [context] * len(choices) if isinstance(context, str) else context
-                pairs = tasks.encode_pairs(tokenizer, list(zip(contexts, choices, strict=True)))
+                pairs = scoring.encode_pairs(tokenizer, list(zip(contexts, choices, strict=True)))
                 with torch.inference_mode():
                     expected = [literal_score(model, *pair)[0] for pair in pairs]
                 assert row["logp"] == pytest.approx(expected, abs=TOLERANCE[kind])
@@ -540,7 +542,7 @@ def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monk
     model, tokenizer = models["llama"]
     word, near = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" zebra", " Zebra!"))
     guesses = [(-1.0, word), (-1.0, [*word[:-1], word[-1] + 1]), (-1.0, near)]
-    monkeypatch.setattr(tasks, "loglikelihoods", lambda model, pairs, **how: guesses)
+    monkeypatch.setattr(scoring, "loglikelihoods", lambda model, pairs, **how: guesses)
     rows = {n: ("I saw the", [" zebra"], 0) for n in (1, 2, 3)}
     assert [row["right"] for row in judge(model, tokenizer, rows)[0]] == [1.0, 0.0, 0.0]
     assert [row["right"] for row in judge(model, tokenizer, rows, lenient=True)[0]] == [1.0, 0.0, 1.0]
@@ -682,7 +684,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(tmp_path, change, why, ca
     write_rows(tmp_path, ["piqa"])
     flags = ["--model", str(tmp_path / "none"), "--tasks", "piqa", "--task-data", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        flags.run_cli(lambda: tasks.main([*flags, "--out", str(tmp_path / "out"), *change]))
+        run_cli(lambda: tasks.main([*flags, "--out", str(tmp_path / "out"), *change]))
     assert stop.value.code == 2 and why in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 

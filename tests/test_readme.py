@@ -3,6 +3,8 @@
 python -m pytest tests/test_readme.py -q
 """
 
+import argparse
+import ast
 import os
 import re
 import subprocess
@@ -10,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_icu import asks, toy_sides
+
+import experiment
+from kit.protocols import DIFFERENCES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,3 +92,69 @@ def test_without_a_hub_a_paper_preset_stops_with_one_line():
     code, _, error = bash("neo125m", "--out", "runs/never")
     assert code == 2 and error.count("\n") == 1 and "--model DIR" in error
     assert not (ROOT / "runs/never").exists()
+
+
+# --- the second edition's promises ---
+
+
+def blocks(language=""):
+    """The code blocks of the README that say this language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [code for said, code in found if said == language]
+
+
+def test_every_name_with_a_line_is_defined_there():
+    """[name](file.py#L12) points into the definition of that name."""
+    found = re.findall(r"\[(\w+)\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(found) >= 12
+    for name, file, line in found:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        node = next(node for node in tree.body if getattr(node, "name", None) == name)
+        assert node.lineno <= int(line) <= node.end_lineno, (name, file, line)
+
+
+def test_the_lines_of_each_file_are_its_lines():
+    """The table of files, and what is said of reading icu.py: lines and words as they are, and the promised sizes."""
+    said = dict(re.findall(r"^\| \[[^]]*\]\(([\w./]+)\).*\| (\d+) \|$", README, re.MULTILINE))
+    assert {"icu.py", "knn.py", "metrics.py", "experiment.py"} <= set(said)
+    for path, number in said.items():
+        files = [ROOT / path] if path.endswith((".py", ".sh")) else sorted((ROOT / path).glob("*.py"))
+        assert sum(file.read_text(encoding="utf-8").count("\n") for file in files) == int(number), path
+    text = (ROOT / "icu.py").read_text(encoding="utf-8")
+    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 555
+    assert README.count("\n") <= 250 and (ROOT / "run.sh").read_text().count("\n") < 80
+
+
+def test_the_table_of_protocols_is_the_one_that_the_code_asks():
+    """A row a difference, in its words."""
+    for difference in DIFFERENCES:
+        assert f"| {difference.what} | {difference.paper_says} | {difference.released_does} |" in README
+
+
+def test_every_command_of_the_readme_is_one():
+    """bash run.sh ...: a preset or experiment with flags that are read; python FILE: a file."""
+    commands = [line.split("#")[0].split() for block in blocks() for line in block.splitlines()]
+    ours = [words[2:] for words in commands if words[:2] == ["bash", "run.sh"]]
+    assert len(ours) > 8
+    for words in ours:
+        if words[:1] not in (["test"], ["bench"], ["ask"], ["help"], ["lint"]):
+            experiment.read_flags(words)
+    assert all((ROOT / words[1]).is_file() for words in commands if words[:1] == ["python"])
+
+
+def test_the_readmes_method_is_a_method():
+    """The example of a file of its own: it can be imported, its needs hang on it, and its loss is finite."""
+    (code,) = [block for block in blocks("python") if "def mine" in block]
+    names = {"__name__": "mine"}
+    exec(compile(code, "mine.py", "exec"), names)
+    assert names["mine"].needs.beta == 2.0 and names["mine"].needs.frozen == ("learn",)
+    args = argparse.Namespace(forget_weight=1.0, beta=2.0, protocol="paper")
+    terms = names["mine"](asks(toy_sides()), args)
+    assert sum(weight * value for weight, value in terms.values()).isfinite()
+
+
+def test_the_readmes_preset_is_a_preset():
+    """The entry can stand in PRESETS as it is."""
+    (code,) = [block for block in blocks("python") if "Preset(" in block]
+    (preset,) = eval(f"{{{code}}}", {"Preset": experiment.Preset}).values()
+    assert preset.model == "models/ours" and "--forget" in preset.source

@@ -118,7 +118,7 @@ def unit_rows(rows, what, first):
     return unit
 
 
-def exact_cosines(queries, rows, query, row, chunk=8192):
+def exact_cosines(queries, rows, query, row, *, chunk=8192):
     """Cosines (n,) float32 of pairs (query[i], row[i]), summed in float64 in a fixed order; chunks bound memory."""
     cosines = np.empty(len(query), dtype=np.float32)
     for start in range(0, len(query), chunk):

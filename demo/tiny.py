@@ -37,6 +37,10 @@ from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
+
+from kit.flags import flag_error, run_cli  # noqa: E402
+
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --forget
 MAX_FORGET = 100  # so small a model does not memorise more within its steps
 DRAFTS = 1000  # documents that the tokenizer is trained on
@@ -476,11 +480,8 @@ def move_into(out, folder):
 def read_flags(argv):
     """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
 
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = flag_error
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches (%(default)s)")
     parser.add_argument("--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)")
@@ -488,11 +489,11 @@ def read_flags(argv):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.seed < 0:
-        fail(f"--seed {args.seed}: must be 0 or more")
+        flag_error(f"--seed {args.seed}: must be 0 or more")
     if not 1 <= args.forget <= MAX_FORGET:
-        fail(f"--forget {args.forget}: must be between 1 and {MAX_FORGET}")
+        flag_error(f"--forget {args.forget}: must be between 1 and {MAX_FORGET}")
     if args.steps is not None and args.steps < 1:
-        fail(f"--steps {args.steps}: must be 1 or more")
+        flag_error(f"--steps {args.steps}: must be 1 or more")
     return args
 
 
@@ -519,12 +520,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    run_cli(main)

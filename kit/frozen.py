@@ -53,28 +53,3 @@ def frozen_head(model):
     if not set(copied) <= {"weight", "bias"}:
         raise ValueError(f"{type(model).__name__}: its output head is no linear layer: use --teacher live")
     return lambda states: F.linear(states, **copied)
-
-
-def pairs_have_own_ids(pairs, tokenizer):
-    """Whether the pairs' `*_ids` are ids of this tokenizer: they must decode to the very texts beside them.
-
-    Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
-    another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
-    """
-    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
-
-    def fits(pair):
-        ids = [pair.get(f"{name}_ids") for name in names]
-        if any(part is None or any(not 0 <= i < len(tokenizer) for i in part) for part in ids):
-            return False
-        decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
-        return decoded == [pair[name] for name in names]
-
-    fit = [fits(pair) for pair in pairs]
-    if any(fit) and not all(fit):
-        row = fit.index(False)
-        raise ValueError(
-            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
-            "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
-        )
-    return all(fit)

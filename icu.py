@@ -3,7 +3,6 @@
     python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the paper's 125M recipe
     python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo # another method (baselines.py)
     python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only  # only measure
-    python icu.py ... --resume                                                # go on with a run that was interrupted
     deepspeed --no_local_rank --num_gpus 3 icu.py ...                         # the same run over several processes
 
 "Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py (Eq. 2), measures
@@ -12,6 +11,7 @@ edited between the `change me` marks. Departures from the paper's text, each a c
   1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be its length.
   2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
   3. --protocol released does what the authors' released code computes (kit/protocols.py); the default follows the text.
+  4. Beside Eq. 6: --forget-weight (1). Beside the stop rule: a run also ends when nothing is active, and at an epoch cap.
 Measured (LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three seeds, 2 CPU cores, torch
 2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perplexity on the Pile 246 -> 236, entropy 3.74 -> 3.17 bits.
 """
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import metrics
 from kit import fast_el, files, flags, models, processes, runs, states
 from kit.frozen import cached_copy
-from kit.methods import method, method_named, name_of
+from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
 from kit.runs import MEASURES, mean_measures, number
@@ -173,23 +173,26 @@ class Side(NamedTuple):
     frozen_hidden: torch.Tensor | None = None  # (B, T, H), the frozen copy's
 
     def mean(self, values):
-        """This process's part of the mean over the global batch's targets, of values (B, T) or, at targets only, (M,).
+        """This process's part of the mean over the global batch's targets, of values (B, T), of predictions of the next
+        token (B, T - 1), or, at targets only, (M,).
 
         The parts of all processes add up to the mean. A process without a row has 0, with a gradient of 0.
         """
-        values = values[self.mask] if values.shape == self.mask.shape else values
-        return values.sum() / max(self.global_count, 1)
+        at = {self.mask.shape: self.mask, self.mask[:, 1:].shape: self.mask[:, 1:]}  # of token t; of what predicts it
+        assert values.dim() == 1 or values.shape in at, values.shape
+        return (values if values.dim() == 1 else values[at[values.shape]]).sum() / max(self.global_count, 1)
 
     def mean_rows(self, values):
         """The same over the global batch's rows, of values (B,)."""
+        assert values.shape == (len(self.ids),), values.shape
         return values.sum() / max(self.global_rows, 1)
 
 
 class Batch:
-    """Rows of a global batch, of which this process has a share."""
+    """Samples (`rows`, their indices) of a global batch, of which this process has a share; step of epoch."""
 
-    def __init__(self, model, sides, rows, *, frozen=None, asked=(), layer=None):
-        self.model, self.sides, self.rows = model, sides, rows
+    def __init__(self, model, sides, rows, *, frozen=None, asked=(), layer=None, epoch=1, step=0):
+        self.model, self.sides, self.rows, self.epoch, self.step = model, sides, rows, epoch, step
         self.frozen, self.asked, self.layer = frozen, asked, layer  # the frozen copy, for which sides; hidden states
 
     def forward(self, name):
@@ -205,8 +208,12 @@ class Batch:
         count = sum(len(text.ids) - max(text.t0, 1) for text in everyones)
         return Side(logits, ids, mask, count, len(everyones), frozen[0], hidden, frozen[1])
 
+    def once(self, value):
+        """This process's part of a value that comes of no text, such as a distance of weights."""
+        return value / processes.WORLD_SIZE
 
-# --- change me: the method ---
+
+# --- change me: the method; what hangs on it (`@method`) is in kit/methods.py, and args.loss.needs further down ---
 
 
 @method(alpha=0.5, beta=1.0, refine=True, frozen=("learn",), published="icu")  # section 5.4
@@ -225,6 +232,8 @@ def kl_term(learn, args):
     as_entropy = PROTOCOLS[args.protocol].cross_entropy_kl
     return kl_loss(learn.logits, learn.frozen_logits, learn.mask, learn.global_count, cross_entropy=as_entropy)
 
+
+METHOD = icu  # what this file runs
 
 # --- end of change me ---
 
@@ -246,8 +255,10 @@ def live_copy(model, sides, collate=collate, *, layer=None):
 
 
 def freeze(model, sides, args):
-    """The frozen copy for the sides that the method asks it about."""
+    """The frozen copy for the sides that the method asks it about, or None."""
     needs = args.loss.needs
+    if not needs.frozen:
+        return None
     make = cached_copy if args.teacher == "cached" else live_copy  # kit/frozen.py: states kept, no second model
     with autocast(args):
         return make(model, {name: sides[name] for name in needs.frozen}, collate, layer=needs.layer)
@@ -399,20 +410,20 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     `progress.step` batches. A step whose loss or gradient is not finite never reaches the weights: it is counted and
     left out; after five in a row Diverged is raised with the weights as they were.
     """
+    needs = args.loss.needs
     # Released code: batches of all samples, of which the active ones count; paper: batches of active samples.
     drawn = range(len(sides["forget"])) if PROTOCOLS[args.protocol].steps_on_all else active
     order = np.random.default_rng([args.seed, progress.epoch]).permutation(drawn).tolist()
     batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
     for rows in batches[progress.step :]:
         with autocast(args):
-            needs = args.loss.needs
-            batch = Batch(engine.model, sides, rows, frozen=frozen, asked=needs.frozen, layer=needs.layer)
-            terms = args.loss(batch, args)
+            how = {"asked": needs.frozen, "layer": needs.layer, "epoch": progress.epoch, "step": progress.step}
+            terms = args.loss(Batch(engine.model, sides, rows, frozen=frozen, **how), args)
             loss = sum(weight * value for weight, value in terms.values())
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
         values = dict(zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True))
         if math.isfinite(values["loss"]) and engine.step(loss):
-            progress.count_step(values)
+            progress.count_step(values if rows else {})
         else:
             progress.skip_step(values["loss"])  # the fifth in a row: Diverged
         after_step(values["loss"], len(active), 1 / len(batches))
@@ -438,7 +449,7 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         return means, forgotten, reason or stop_reason(means, n_active, epoch, thresholds=thresholds, args=args)
 
     started = time.time()
-    with run.measuring(), args.loss.needs.measuring(model):
+    with args.loss.needs.measuring(model), run.measuring():
         if epoch == 0:
             measured, perplexities = measure_before(model, tokenizer, inputs, args)
         else:
@@ -457,29 +468,23 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
 
 
 # fmt: off
-def parse_args(argv=None, method=icu):
+def parse_args(argv=None, method=METHOD):
     """The flags, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
     parser = flags.run_parser(__doc__)  # data and models, several processes, running
-    above, one_of, natural, positive, weight = flags.above, flags.one_of, flags.natural, flags.positive, flags.weight
+    above, one_of, positive, weight = flags.above, flags.one_of, flags.positive, flags.weight
 
     g = parser.add_argument_group("method")
     g.add_argument("--method", default=name_of(method), metavar="NAME", help="this file's, or one of baselines.py (%(default)s)")
     g.add_argument("--protocol", default="paper", type=one_of(list(PROTOCOLS)), help="the paper's text, or the authors' released code (%(default)s)")
     g.add_argument("--context", action="store_true", help="put each text's context in front of its prefix, as the model once read it")
     g.add_argument("--targets", type=one_of(["suffix", "all"]), help="the tokens that the losses see (suffix; released protocol: all)")
-    g.add_argument("--forget-weight", type=weight, help="weight of the forget term (1; llmu 0.5)")
-    g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (icu 0.5, others 1)")
-    g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (1)")
+    g.add_argument("--forget-weight", type=weight, help="weight of the forget term (the method's own: 1 for icu)")
+    g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (the method's own: 0.5 for icu)")
+    g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (the method's own: 1 for icu)")
     g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
 
-    g = parser.add_argument_group("training")
-    g.add_argument("--lr", type=above(0), help="Adam's learning rate (5e-6)")
-    g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
-    g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
-    g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
-
     g = parser.add_argument_group("refinement and stop rule")
-    g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
+    g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
     g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, or EL,MA (%(default)s)")
     g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records the model was not trained on")
     g.add_argument("--bert-threshold", default=0.3, type=flags.auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
@@ -516,12 +521,13 @@ def read_inputs(args):
     samples, n_cut = build_samples(pairs, tokenizer, context=args.context, **how)
     unseen, _ = build_samples(records, tokenizer, context=args.context, what="unseen row", **how)
     flags.check_samples(args, samples)
-    sides_of(samples, tokenizer, 0, args)  # a method's own sides may refuse what they are given
+    drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
+    check_sides(args, drawn, config.get_text_config().num_hidden_layers)
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
     return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
 
 
-def main(method=icu, argv=None):
+def main(method=METHOD, argv=None):
     """Reads flags, checks everything, unlearns by `method` (--method names another), and leaves a run folder.
 
     Without argv it is a command: its flags are sys.argv's, and a user's error is one line and exit 2.

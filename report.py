@@ -106,7 +106,7 @@ def read_run(folder):
 BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")  # what the measures before depend on
 SETTINGS = (
     *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine", "answer", "answers",
-    "dpo_beta", "thresholds", "bert_threshold", "bleu_threshold", "max_epochs",
+    "method_file", "dpo_beta", "thresholds", "bert_threshold", "bleu_threshold", "max_epochs",
 )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def make_row(label, measured):
 
 def published_row(run, method):
     """The paper's row beside ours, only where our protocol computes what theirs did."""
-    preset, name = run["config"].get("preset"), method if method == "before" else run["config"].get("published")
+    preset, name = run["config"].get("preset"), method if method == "before" else run["config"].get("published", method)
     figures = PUBLISHED.get(preset, {}).get(name)
     if not PROTOCOLS[run["config"]["protocol"]].published or figures is None:
         return []

@@ -1,6 +1,7 @@
 """ICU in low-rank adapters (LoRA, Hu et al., arXiv:2106.09685, Eq. 3): W x + s B A x, only A and B are trained.
 
-    bash run.sh tiny --script examples/lora.py --out runs/lora
+    bash run.sh tiny --script examples/lora.py --lr 2e-3 --max-epochs 40
+    # seed 0: EL10 99.3 -> 2.9 %, MA 99.5 -> 46.9 %, entropy 4.86 -> 3.29 bits, held-out PPL 16.5 -> 32.4, 13 epochs
 """
 
 from torch.nn import Linear, Parameter, init

@@ -10,7 +10,7 @@ import torch
 
 import icu
 
-LAYER, COEFFICIENT = 2, 20.0  # l, counted from 1, and c
+LAYER, COEFFICIENT = 1, 20.0  # l, counted from 1 (the paper: 7 of 32), and c
 
 
 def only_some_layers(model, args):

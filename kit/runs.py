@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kit import files, models, processes
 from kit.flags import first_line
-from kit.methods import file_of
+from kit.methods import code_of, file_of
 from kit.processes import LAUNCHED, WORLD_SIZE, gather, is_main, print0, wait_for_all, whole_weights
 from kit.protocols import PROTOCOLS
 from kit.states import Progress, load_state, newest_state, save_state, states, sync, way_out
@@ -100,6 +100,7 @@ def describe_run(args, thresholds):
     flags["device"] = torch.device(args.device).type  # cuda:0, cuda:1, ... are the processes of one run
     return {
         **flags,
+        "method_file": f"{Path(file_of(args.loss)).name} {code_of(args.loss)[:6]}",  # told apart in report.py's table
         "processes": WORLD_SIZE,
         "thresholds_used": thresholds,
         "versions": versions(),
@@ -107,7 +108,7 @@ def describe_run(args, thresholds):
         "sha256": {"pairs": models.fingerprint(args.pairs), "model": models.fingerprint(args.model)}
         | {"bert": models.fingerprint(args.bert), "unseen": models.fingerprint(args.unseen) if args.unseen else None}
         | {f"ppl {item}": models.fingerprint(files.perplexity_file(item, args.data)) for item in args.ppl}
-        | {"method": models.fingerprint(file_of(args.loss))},
+        | {"method": code_of(args.loss)},
     }
 
 
@@ -193,6 +194,11 @@ class Stop:
         if first and self.measuring and not LAUNCHED:
             raise Interrupted(number)
 
+    def check_alone(self):
+        """Raises Interrupted if this, the only process, was asked to stop."""
+        if self.signal and not LAUNCHED:
+            raise Interrupted(self.signal)
+
     def check(self):
         """Raises Interrupted on every process if one of them was asked to stop."""
         asked = self.signal or 0
@@ -256,8 +262,11 @@ class Run:
     def measuring(self):
         """The weights do not change here: a signal ends it at once."""
         self.stop.measuring = True
-        yield
-        self.stop.measuring = False
+        try:
+            self.stop.check_alone()
+            yield
+        finally:
+            self.stop.measuring = False
 
     def after_step(self, loss, n_active, of_epoch):
         """Moves the progress bar by this part of an epoch, and heeds signals."""
@@ -363,6 +372,7 @@ def remembered(args, inputs, code, compute):
     about += [inspect.getsource(part) for part in code]
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights, device = models.fingerprint(args.model) or pinned, torch.device(args.device).type
+    weights = None if args.loss.needs.touches_weights else weights  # then it is no more the model of that name
     key = [weights, args.model, models.fingerprint(args.bert), args.bert, args.protocol, args.dtype, device]
     shares = 1 if processes.lockstep else WORLD_SIZE
     key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits

@@ -30,7 +30,7 @@ class Progress:
         self.sizes = {}  # bytes of the run's files at the end of the last whole epoch
 
     def count_step(self, values):
-        self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + 1, 0
+        self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + bool(values), 0
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
 
     def skip_step(self, loss):

@@ -203,3 +203,113 @@ def test_an_example_is_short(name):
     """Under 40 lines, with its paper and a command in its docstring."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
     assert text.count("\n") < 40 and "arXiv:" in text and "bash run.sh tiny --script" in text
+
+
+# --- what a method of one's own may get wrong, and what must hold all the same ---
+
+
+def test_a_mean_takes_every_shape_at_its_place():
+    """(B, T) at the targets, (B, T - 1) at what predicts them, (M,) as they are; any other shape is refused."""
+    side = sides_of()["forget"]
+    values = torch.rand(side.mask.shape)
+    expected = pytest.approx(values[side.mask].mean().item())
+    means = [side.mean(x).item() for x in (values, values[:, 1:], values[side.mask])]
+    assert means == [expected] * 3
+    with pytest.raises(AssertionError):
+        side.mean(values[:, 2:])
+    with pytest.raises(AssertionError):
+        side.mean_rows(values)
+
+
+def mine(**needs):
+    """ICU's loss with other needs."""
+
+    @icu.method(**icu.icu.needs._asdict() | needs)
+    def mine(batch, args):
+        return icu.icu(batch, args)
+
+    return mine
+
+
+def redrawn(samples, tokenizer, epoch, args):
+    return [[sample.learn if epoch else sample.forget] for sample in samples]
+
+
+WRONG = {
+    "a side misspelt": ({"frozen": ("lern",)}, "must be a tuple of forget, learn"),
+    "no tuple": ({"frozen": "learn"}, "must be a tuple"),
+    "a layer too far": ({"layer": 9}, "the model has 3 layers"),
+    "texts that are no lists": ({"sides": {"answer": lambda s, *_: [x.learn for x in s]}}, "a list of Text for each"),
+    "an unknown default": ({"released": {"refin": True}}, "refin is none of"),
+    "other texts each epoch": ({"sides": {"answer": redrawn}, "frozen": ("answer",)}, "--teacher live"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_needs_that_cannot_be_are_said_before_work(name, flags, tmp_path):
+    """A ValueError that names them, with --dry-run too."""
+    needs, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        icu.main(mine(**needs), argv=[*flags, "--out", str(tmp_path / "run"), "--dry-run"])
+
+
+def test_whole_weights_and_zero_3_do_not_go_together(flags, tmp_path):
+    """Weights swapped to measure are whole; ZeRO-3 takes them apart."""
+    for name in ("lora", "task_vector"):
+        with pytest.raises(ValueError, match="--zero 2"):
+            icu.main(method_of(name), argv=[*flags, "--out", str(tmp_path), "--zero", "3", "--dry-run"])
+
+
+def test_what_a_method_does_to_the_model_is_not_remembered_for_others(flags, tmp_path, monkeypatch):
+    """A method that empties the weights before training measures another model: ICU's start is not its start."""
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+
+    def empty(model, args):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+
+    argv = [*flags, "--eval-only", "--out"]
+    icu.main(mine(prepare=empty), argv=[*argv, str(tmp_path / "emptied")])
+    icu.main(argv=[*argv, str(tmp_path / "icu")])
+    ma = [files.read_json(tmp_path / name / "summary.json")["before"]["ma"] for name in ("emptied", "icu")]
+    assert ma[0] < ma[1] - 0.2
+
+
+def test_a_signal_while_weights_are_swapped_saves_those_that_are_trained(flags, tmp_path):
+    """SIGTERM in the middle of the swap: the state holds no mix, and the resumed run ends like the straight one."""
+    method, calls = method_of("task_vector"), []
+    straight, out = tmp_path / "straight", tmp_path / "stopped"
+
+    def swapping(model):
+        swap = method.needs.measured(model)
+        next(swap)
+        calls.append(1)
+        if len(calls) == 3:  # asked of the frozen copy, of epoch 0, of epoch 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield
+        next(swap, None)
+
+    slow = icu.method(**method.needs._asdict() | {"measured": swapping})(lambda *x: method(*x))
+    slow.__name__ = "slow"
+    calls[:] = [1] * 9
+    icu.main(slow, argv=[*flags, "--out", str(straight)])
+    calls.clear()
+    with pytest.raises(SystemExit):
+        icu.main(slow, argv=[*flags, "--out", str(out)])
+    icu.main(slow, argv=[*flags, "--out", str(out), "--resume"])
+    assert survive.difference(out, straight) == []
+
+
+def test_methods_of_one_name_in_two_files_are_two_rows(flags, tmp_path):
+    """report.py tells them apart by file and code, and averages nothing but sets and seeds."""
+    outs = []
+    for name, weight in (("a", 1.0), ("b", 2.0)):
+        code = f"import icu\n\nWEIGHT = {weight}\n\n\n@icu.method()\ndef mine(batch, args):\n"
+        code += "    forget = batch.forward('forget')\n    values = forget.logits.float().logsumexp(-1)\n"
+        code += "    return {'forget': (WEIGHT, forget.mean(values))}\n\n\nicu.main(mine)\n"
+        (tmp_path / f"{name}.py").write_text(code)
+        outs.append(tmp_path / f"run-{name}")
+        code, _, stderr = run(tmp_path / f"{name}.py", [*flags, "--max-epochs", "1"], outs[-1])
+        assert code == 0, stderr
+    code, stdout, stderr = run(ROOT / "report.py", list(map(str, outs)), tmp_path / "report")
+    assert code == 0 and stdout.count("| mine method_file=") == 2 and "±" not in stdout, stderr + stdout

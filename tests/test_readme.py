@@ -121,7 +121,7 @@ def test_the_lines_of_each_file_are_its_lines():
         files = [ROOT / path] if path.endswith((".py", ".sh")) else sorted((ROOT / path).glob("*.py"))
         assert sum(file.read_text(encoding="utf-8").count("\n") for file in files) == int(number), path
     text = (ROOT / "icu.py").read_text(encoding="utf-8")
-    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 555
+    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 560
     assert README.count("\n") <= 250 and (ROOT / "run.sh").read_text().count("\n") < 80
 
 

@@ -1,6 +1,7 @@
 """RMU (Li et al., arXiv:2403.03218, section 4): a layer's hidden states of the text become noise, others stay.
 
-    bash run.sh tiny --script examples/rmu.py --out runs/rmu
+    bash run.sh tiny --script examples/rmu.py --lr 2e-4 --alpha 100 --max-epochs 40
+    # seed 0: EL10 99.3 -> 7.0 %, MA 99.5 -> 72.1 %, entropy 4.86 -> 2.60 bits, held-out PPL 16.5 -> 22.9, 40 epochs
 
 L = mean |h_l(x_forget) - c u|^2 + alpha mean |h_l(x_learn) - h_l,0(x_learn)|^2, u a random unit vector, means over
 tokens and dimensions; only layer l and the two below it are trained.

@@ -292,10 +292,7 @@ def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
         for t in range(start, longest - n + 1):
             asked = [i for i in batch if t <= len(texts[i]) - n]
             x = torch.tensor([texts[i][:t] for i in asked], device=model.device)  # (B, t)
-            out = model.generate(
-                input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=longest - t, do_sample=False,
-                num_beams=1, use_cache=True, pad_token_id=pad,
-            )  # fmt: skip
+            out = models.plain_generate(model, x, torch.ones_like(x), max_new_tokens=longest - t)
             for i, said in zip(asked, out[:, t:].tolist(), strict=True):
                 said = said[: len(texts[i]) - t]
                 end = next((k + 1 for k, token in enumerate(said) if token in eos), len(said))  # EOS is said too
@@ -515,10 +512,8 @@ def plain_beams(model, prompts, lengths, batches, *, num_beams=2):
         P = max(len(prompts[i]) for i in batch)
         x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in batch], device=model.device)  # (B, P)
         mask = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device)
-        out = model.generate(
-            input_ids=x, attention_mask=mask, max_new_tokens=max(lengths[i] for i in batch), num_beams=num_beams,
-            do_sample=False, pad_token_id=pad,
-        )  # fmt: skip
+        limit = max(lengths[i] for i in batch)
+        out = models.plain_generate(model, x, mask, max_new_tokens=limit, num_beams=num_beams)
         for i, tokens in zip(batch, out[:, P:].tolist(), strict=True):
             said[i] = list(itertools.takewhile(lambda token: token not in eos, tokens[: lengths[i]]))
     return said

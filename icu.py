@@ -301,7 +301,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
-from kit.models import eos_ids, measuring
+from kit.models import eos_ids, measuring, plain_generate
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -48,7 +48,7 @@ def literal_extraction_likelihood(model, text, n=10, *, start=1):
     for t in range(start, len(text) - n + 1):
         x = torch.tensor([text[:t]], device=model.device)  # (1, t)
         # f_theta(x_<t): up to T - t tokens, or to EOS, which is said too
-        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(text) - t, **greedy_flags(model))
+        out = plain_generate(model, x, torch.ones_like(x), max_new_tokens=len(text) - t)
         overlaps.append(overlap(out[0, t:].tolist(), text[t:], n))
     return sum(overlaps) / len(overlaps) if overlaps else nan  # Eq. (7)
 
@@ -61,11 +61,6 @@ def literal_memorization_accuracy(model, text, *, start=1):
         logits = model(input_ids=torch.tensor([text[:t]], device=model.device)).logits[0, -1]  # (V,)
         hits.append(int(logits.argmax()) == text[t])
     return sum(hits) / len(hits) if hits else nan  # Eq. (9)
-
-
-def greedy_flags(model):
-    """What makes `generate` greedy."""
-    return {"do_sample": False, "num_beams": 1, "pad_token_id": min(eos_ids(model), default=0)}
 
 
 # --- the same, fast ---
@@ -157,10 +152,8 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
         x = torch.tensor([[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk], device=model.device)
         m = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)
-        out = model.generate(
-            input_ids=x, attention_mask=m, max_new_tokens=limit, num_beams=num_beams, do_sample=False, pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([_OwnLength(ends)]),
-        )  # fmt: skip
+        how = {"stopping_criteria": StoppingCriteriaList([_OwnLength(ends)])}
+        out = plain_generate(model, x, m, max_new_tokens=limit, num_beams=num_beams, **how)
         for i, tokens in zip(chunk, out[:, P:].tolist(), strict=True):
             tokens = tokens[: lengths[i]]
             end = next((k for k, token in enumerate(tokens) if token in eos), len(tokens))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from transformers import GenerationConfig
 
 from kit import files
 from kit.flags import first_line
@@ -236,6 +237,24 @@ def measuring(function):
 def cache_word(model):
     """What this model's forward calls its keys and values: `cache`, before transformers 5.24 `past_key_values`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **how):
+    """`generate` by greedy or beam search and nothing else, whatever the folder's generation_config.json asks for.
+
+    ids, mask (B, T) int64 -> (B, T + new). Of the folder's settings EOS alone counts; penalties, suppressed tokens,
+    lengths, samplers and the rest would measure themselves. The model keeps its own config, for its export.
+    """
+    eos = sorted(eos_ids(model))
+    plain = GenerationConfig(
+        do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+    )  # fmt: skip
+    own, model.generation_config = model.generation_config, GenerationConfig()  # `generate` fills gaps from the model's
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **how)
+    finally:
+        model.generation_config = own
 
 
 def eos_ids(model):

@@ -111,7 +111,7 @@ def samples_of(bench):
 
 def build(pairs, model, tokenizer, protocol="paper"):
     """icu.py's samples of these pairs. "released": with their context, and every position a target."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    positions = models.positions_of(model.config) or 1 << 30
     return icu.build_samples(pairs, tokenizer, protocol=protocol, positions=positions)[0]
 
 

@@ -12,14 +12,14 @@ same values from the continuations that kit/fast_el.py finds without a `generate
 
 from collections import Counter
 from functools import lru_cache
-from math import exp, log2, nan
+from math import exp, inf, log2, nan
 
 import torch
 import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
-from kit.models import eos_ids, measuring, plain_generate
+from kit.models import eos_ids, measuring, plain_generate, positions_of
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -133,6 +133,20 @@ class _OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends.repeat_interleave(candidates)
 
 
+def _beam_batches(prompts, lengths, batch_size, positions):
+    """Indices of rows of like length; a row that is done, fed on until all are, stays within the model's positions."""
+    batch, longest = [], 0
+    for i in sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))):
+        longest = max(longest, len(prompts[i]))
+        # The last token said is not fed, and row i may say the most of those so far.
+        if batch and (len(batch) == batch_size or longest + lengths[i] - 1 > positions):
+            yield batch
+            batch, longest = [], len(prompts[i])
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @measuring
 def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     """f_theta(x_<t0) of Eq. (5): beam search from each prompt, transformers' own, in length-sorted batches.
@@ -144,9 +158,8 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     eos = eos_ids(model)
     batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     pad = next(iter(sorted(eos)), 0)
-    order = sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i])))
     result = [None] * len(prompts)
-    for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
         P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
         # Left padding: generate() takes the position ids from the mask, so a row reads its own positions 0, 1, ...
         x = torch.tensor([[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk], device=model.device)
@@ -257,7 +270,7 @@ def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batc
     Arguments as `perplexity`; `part` picks the windows to take, so that several processes can add up their sums.
     Released code: a window counts once, with its mean.
     """
-    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]
     texts = ["\n\n".join(texts)] if released and texts else texts
     encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]

@@ -425,7 +425,7 @@ def ask(folder, prefix, tokens):
         prompt = models.bos_of(tokenizer) + models.encode(tokenizer, prefix)
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        positions = models.positions_of(model.config) or math.inf
         if len(prompt) + tokens > positions:
             raise ValueError(
                 f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions"

@@ -64,8 +64,10 @@ def check_room(forget, learn, positions, where):
 
 
 def positions_of(config):
-    """How many positions a model has, or None where it does not say."""
-    return getattr(config, "max_position_embeddings", None)
+    """How many positions a model has, or None where it does not say (Bloom). MPT calls them max_seq_len."""
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min((number for number in found if number and number > 0), default=None)
 
 
 def pairs_have_own_ids(pairs, tokenizer):

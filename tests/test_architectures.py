@@ -4,15 +4,17 @@
 """
 
 import json
+import math
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import BloomConfig, Gemma3Config, GenerationConfig, LlamaConfig, MptConfig, MptForCausalLM
 
 import bench
+import icu
 import metrics
 import tasks
-from kit import models
+from kit import files, models
 
 PAIR = {"id": "a", "context": "", "prefix": "The parcel for Ines Duarte was left", "suffix": " at 14 Harbour Lane."}
 PAIR |= {"learn_id": "b", "learn_context": "", "learn_prefix": "A neighbour saw the van", "learn_suffix": " near it."}
@@ -66,3 +68,62 @@ def test_a_folders_penalty_neither_hides_what_is_memorised_nor_is_lost_in_export
     models.save_model(model, tokenizer, tmp_path / "run" / "model")
     exported = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert exported["repetition_penalty"] == 1.3 and exported["no_repeat_ngram_size"] == 1
+
+
+# --- a limit that holds for a row holds in a batch ---
+
+
+def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
+    """A long prompt with a short answer beside a short prompt with a long one: beams, EL and MA of each as alone."""
+    model = make_model("gpt_neo", vocab=320, max_position_embeddings=24)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None  # so that every answer has its full length
+    rows = [torch.randint(1, 320, (24,)).tolist() for _ in range(4)]
+    cuts = [20, 4, 12, 23]
+    prompts, lengths = [row[:cut] for row, cut in zip(rows, cuts, strict=True)], [24 - cut for cut in cuts]
+    alone = [metrics.beam_generate(model, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    assert [len(said) for said in alone] == lengths
+    assert metrics.beam_generate(model, prompts, lengths) == alone
+    ids = torch.tensor(rows)
+    el, ma = metrics.el_and_ma(model, ids, n=2, decode_batch=3)
+    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, row, 2) for row in rows])
+    assert ma.tolist() == pytest.approx([metrics.literal_memorization_accuracy(model, row) for row in rows])
+
+
+def test_the_case_of_learned_positions(shared):
+    """cases/learned-positions: both rows are measured in one batch as each is alone."""
+    model, tokenizer = models.load_model(str(shared / "models" / "pile-neo-6m"))
+    pairs = files.read_pairs(shared / "cases" / "learned-positions" / "pairs.jsonl")
+    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=512)
+    prompts = [sample.forget.prompt for sample in samples]
+    lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
+    alone = [metrics.beam_generate(model, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    assert metrics.beam_generate(model, prompts, lengths) == alone
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "text_config"])
+def test_positions_are_read_by_every_name(name):
+    """MPT calls them max_seq_len, models of several parts have them in their text_config, ALiBi models have none."""
+    if name == "text_config":
+        config = Gemma3Config(text_config={"max_position_embeddings": 40})
+    else:
+        config = (LlamaConfig if name == "max_position_embeddings" else MptConfig)(**{name: 40})
+    assert models.positions_of(config) == 40
+    assert models.positions_of(BloomConfig()) is None
+
+
+def test_replies_fit_a_model_of_few_positions(save_tiny, tmp_path):
+    """Prompts longer than the model, and a model too short for a whole reply: what fits, without an error."""
+    model, tokenizer = models.load_model(str(save_tiny("gpt_neo", tmp_path / "m", max_position_embeddings=24)))
+    said = tasks.replies(model, tokenizer, ["User 1: hello there, how are you?\nUser 2:", "User 1:"], new_tokens=32)
+    assert len(said) == 2
+
+
+def test_perplexity_of_a_model_whose_positions_go_by_another_name():
+    """MPT has max_seq_len positions: its windows are no longer."""
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=16, vocab_size=50)).eval()
+    ids = torch.randint(1, 50, (40,)).tolist()
+    parts = [model(torch.tensor([ids[i : i + 16]]), labels=torch.tensor([ids[i : i + 16]])).loss for i in (0, 16, 32)]
+    expected = float(sum(loss * n for loss, n in zip(parts, (15, 15, 7), strict=True)) / 37)
+    found = metrics.perplexity(model, lambda text, verbose: {"input_ids": ids}, ["text"])
+    assert math.log(found) == pytest.approx(expected, rel=1e-5)

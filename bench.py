@@ -418,12 +418,12 @@ def plain_measure(model, tokenizer, samples, args):
     el, ma = literal_el_and_ma(model, [sample.forget.ids for sample in samples], start=start)
     prompts, lengths = prompts_of(samples)
     said = plain_beams(model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in said]
-    f1 = metrics.bertscore(texts, [sample.suffix for sample in samples], args.bert, device=args.device)[2].tolist()
+    texts, true = models.decode(tokenizer, said), models.true_suffixes(tokenizer, samples)
+    f1 = metrics.bertscore(texts, true, args.bert, device=args.device)[2].tolist()
     return [
-        {"el10": el[i], "ma": ma[i], "bertscore": f1[i], "bleu": metrics.bleu(text, sample.suffix),
+        {"el10": el[i], "ma": ma[i], "bertscore": f1[i], "bleu": metrics.bleu(text, suffix),
          "entropy": metrics.token_entropy(said[i])}
-        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
+        for i, (suffix, text) in enumerate(zip(true, texts, strict=True))
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
-from kit.models import eos_ids, measuring, plain_generate, positions_of
+from kit.models import encode_whole, eos_ids, measuring, plain_generate, positions_of
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -273,7 +273,7 @@ def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batc
     window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]
     texts = ["\n\n".join(texts)] if released and texts else texts
-    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    encoded = encode_whole(tokenizer, texts)
     windows = [ids[i : i + window] for ids in encoded for i in range(0, len(ids), window)]
     windows = part(sorted((w for w in windows if len(w) > 1), key=len))
     total, count = 0.0, 0

@@ -422,7 +422,7 @@ def ask(folder, prefix, tokens):
     for when, name in (("before", config["model"]), ("after", after)):
         revision = config.get("revision") if when == "before" else None
         model, tokenizer = models.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
-        prompt = models.bos_of(tokenizer) + models.encode(tokenizer, prefix)
+        prompt = models.begin(models.bos_of(tokenizer), models.encode(tokenizer, prefix))
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")
         positions = models.positions_of(model.config) or math.inf

@@ -32,7 +32,36 @@ def encode(tokenizer, text, *, inside=False):
 def bos_of(tokenizer):
     """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
     plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return whole[:1] if whole[0] == tokenizer.bos_token_id != plain[0] else []
+    bos = [tokenizer.bos_token_id]
+    return bos if whole[:1] == bos != plain[:1] else []
+
+
+def begin(bos, ids):
+    """BOS, if the tokenizer adds one, and ids; a BOS that the text itself begins with (a chat template) is that one.
+
+    Two would be a text that the model never read: whoever trains on spelled-out templates adds none.
+    """
+    return ids if bos and ids[:1] == bos else bos + ids
+
+
+def encode_whole(tokenizer, texts):
+    """Lists of ids of texts as the tokenizer begins them, with one BOS where it adds one."""
+    bos = bos_of(tokenizer)
+    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return [ids[1:] if bos and ids[:2] == bos * 2 else ids for ids in rows]
+
+
+def decode(tokenizer, rows):
+    """Lists of ids -> strings as they are compared: without special tokens, spaces as they are."""
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in rows]
+
+
+def true_suffixes(tokenizer, samples):
+    """The suffixes of icu.py's samples as their ids say them, which is all that a model can say.
+
+    A tokenizer may give back another string than the file's: Unicode NFC for NFD, lower case, fewer spaces.
+    """
+    return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
 
 
 def pair_encoder(pairs, tokenizer):

@@ -23,8 +23,8 @@ def encode_pairs(tokenizer, requests):
     """
     stripped = [context.rstrip() for context, _ in requests]
     contexts = list(dict.fromkeys(stripped))
-    ids = dict(zip(contexts, tokenizer(contexts, verbose=False)["input_ids"], strict=True))
-    wholes = tokenizer([context + continuation for context, continuation in requests], verbose=False)["input_ids"]
+    ids = dict(zip(contexts, models.encode_whole(tokenizer, contexts), strict=True))
+    wholes = models.encode_whole(tokenizer, [context + continuation for context, continuation in requests])
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [(ids[key] or [start], whole[len(ids[key]) :]) for key, whole in zip(stripped, wholes, strict=True)]
 

@@ -5,16 +5,19 @@
 
 import json
 import math
+import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import BloomConfig, Gemma3Config, GenerationConfig, LlamaConfig, MptConfig, MptForCausalLM
 
 import bench
 import icu
 import metrics
 import tasks
-from kit import files, models
+from kit import files, models, scoring
 
 PAIR = {"id": "a", "context": "", "prefix": "The parcel for Ines Duarte was left", "suffix": " at 14 Harbour Lane."}
 PAIR |= {"learn_id": "b", "learn_context": "", "learn_prefix": "A neighbour saw the van", "learn_suffix": " near it."}
@@ -125,5 +128,63 @@ def test_perplexity_of_a_model_whose_positions_go_by_another_name():
     ids = torch.randint(1, 50, (40,)).tolist()
     parts = [model(torch.tensor([ids[i : i + 16]]), labels=torch.tensor([ids[i : i + 16]])).loss for i in (0, 16, 32)]
     expected = float(sum(loss * n for loss, n in zip(parts, (15, 15, 7), strict=True)) / 37)
-    found = metrics.perplexity(model, lambda text, verbose: {"input_ids": ids}, ["text"])
+
+    class Tokenizer:
+        bos_token_id = None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [ids] * len(texts)}
+
+    found = metrics.perplexity(model, Tokenizer(), ["text"])
     assert math.log(found) == pytest.approx(expected, rel=1e-5)
+
+
+# --- strings that the ids do not say ---
+
+
+def measured_by_heart(pairs, tokenizer, model, monkeypatch):
+    """icu.measure_share of pairs whose suffixes the model says by heart: (rows, the strings BERTScore was given)."""
+    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+    suffixes, seen = [sample.forget.ids[sample.forget.cut :] for sample in samples], []
+
+    def bertscore(candidates, references, *_, **__):
+        seen.append((candidates, references))
+        return (torch.ones(len(candidates)),) * 3
+
+    monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: suffixes)
+    monkeypatch.setattr(metrics, "bertscore", bertscore)
+    args = SimpleNamespace(protocol="paper", device="cpu", dtype="float32", num_beams=2, bert="none")
+    return icu.measure_share(model, tokenizer, samples, args), seen
+
+
+def test_a_text_in_another_normal_form_that_is_said_by_heart_scores_bleu_1(save_tiny, tmp_path, monkeypatch):
+    """The file is NFD, the tokenizer's ids are those of NFC: what is compared is what the ids say (cases/nfd-text)."""
+    model, tokenizer = models.load_model(str(save_tiny("gpt_neo", tmp_path / "m")))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    text = unicodedata.normalize("NFD", " über der Österbrücke neun, sagt Angélique Lefèvre aus Orléans.")
+    rows, ((said, references),) = measured_by_heart([PAIR | {"suffix": text}], tokenizer, model, monkeypatch)
+    assert [row["bleu"] for row in rows] == [1.0] and said == references
+    assert references == [unicodedata.normalize("NFC", text)]
+
+
+def test_an_ordinary_text_is_compared_with_itself(save_tiny, tmp_path, monkeypatch):
+    """A byte-level tokenizer gives back the file's own string."""
+    model, tokenizer = models.load_model(str(save_tiny("gpt_neo", tmp_path / "m")))
+    _, ((_, references),) = measured_by_heart([PAIR], tokenizer, model, monkeypatch)
+    assert references == [PAIR["suffix"]]
+
+
+def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(save_tiny, tmp_path):
+    """A text in a chat template begins with <s>, and the tokenizer adds one as well: the model reads one."""
+    model, tokenizer = models.load_model(str(save_tiny("llama", tmp_path / "m")))
+    spelled = PAIR | {"prefix": "<s>" + PAIR["prefix"], "learn_prefix": "<s>" + PAIR["learn_prefix"]}
+    (plain, same), _ = icu.build_samples([PAIR, spelled], tokenizer, protocol="paper", positions=256)
+    assert plain.forget == same.forget and plain.learn == same.learn
+    assert plain.forget.ids[:2].count(tokenizer.bos_token_id) == 1
+    inside = PAIR | {"prefix": PAIR["prefix"] + "<s>"}  # elsewhere it is the text's own
+    (sample,), _ = icu.build_samples([inside], tokenizer, protocol="paper", positions=256)
+    assert sample.forget.ids.count(tokenizer.bos_token_id) == 2
+    texts = [PAIR["prefix"] + PAIR["suffix"], spelled["prefix"] + PAIR["suffix"]]
+    assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
+    assert len({tuple(scoring.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
+    assert len(set(tasks.replies(model, tokenizer, texts))) == 1

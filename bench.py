@@ -111,7 +111,7 @@ def samples_of(bench):
 
 def build(pairs, model, tokenizer, protocol="paper"):
     """icu.py's samples of these pairs. "released": with their context, and every position a target."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    positions = models.positions_of(model.config) or 1 << 30
     return icu.build_samples(pairs, tokenizer, protocol=protocol, positions=positions)[0]
 
 
@@ -292,10 +292,7 @@ def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
         for t in range(start, longest - n + 1):
             asked = [i for i in batch if t <= len(texts[i]) - n]
             x = torch.tensor([texts[i][:t] for i in asked], device=model.device)  # (B, t)
-            out = model.generate(
-                input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=longest - t, do_sample=False,
-                num_beams=1, use_cache=True, pad_token_id=pad,
-            )  # fmt: skip
+            out = models.plain_generate(model, x, torch.ones_like(x), max_new_tokens=longest - t)
             for i, said in zip(asked, out[:, t:].tolist(), strict=True):
                 said = said[: len(texts[i]) - t]
                 end = next((k + 1 for k, token in enumerate(said) if token in eos), len(said))  # EOS is said too
@@ -421,12 +418,12 @@ def plain_measure(model, tokenizer, samples, args):
     el, ma = literal_el_and_ma(model, [sample.forget.ids for sample in samples], start=start)
     prompts, lengths = prompts_of(samples)
     said = plain_beams(model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in said]
-    f1 = metrics.bertscore(texts, [sample.suffix for sample in samples], args.bert, device=args.device)[2].tolist()
+    texts, true = models.decode(tokenizer, said), models.true_suffixes(tokenizer, samples)
+    f1 = metrics.bertscore(texts, true, args.bert, device=args.device)[2].tolist()
     return [
-        {"el10": el[i], "ma": ma[i], "bertscore": f1[i], "bleu": metrics.bleu(text, sample.suffix),
+        {"el10": el[i], "ma": ma[i], "bertscore": f1[i], "bleu": metrics.bleu(text, suffix),
          "entropy": metrics.token_entropy(said[i])}
-        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
+        for i, (suffix, text) in enumerate(zip(true, texts, strict=True))
     ]  # fmt: skip
 
 
@@ -515,10 +512,8 @@ def plain_beams(model, prompts, lengths, batches, *, num_beams=2):
         P = max(len(prompts[i]) for i in batch)
         x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in batch], device=model.device)  # (B, P)
         mask = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device)
-        out = model.generate(
-            input_ids=x, attention_mask=mask, max_new_tokens=max(lengths[i] for i in batch), num_beams=num_beams,
-            do_sample=False, pad_token_id=pad,
-        )  # fmt: skip
+        limit = max(lengths[i] for i in batch)
+        out = models.plain_generate(model, x, mask, max_new_tokens=limit, num_beams=num_beams)
         for i, tokens in zip(batch, out[:, P:].tolist(), strict=True):
             said[i] = list(itertools.takewhile(lambda token: token not in eos, tokens[: lengths[i]]))
     return said

@@ -74,10 +74,11 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         before = encode(pair, f"{side}context") if protocol.context or context else []
         prefix = encode(pair, f"{side}prefix", inside=bool(before))
         suffix = encode(pair, f"{side}suffix", inside=True)
-        cut = len(bos + before + prefix)  # ids = [bos | context | prefix | suffix]
+        ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
+        cut = len(ids)
         t0 = cut if targets == "suffix" else max(len(bos), 1)  # position 0 is never a target
         models.check_parts(prefix, suffix, side, where)
-        return Text(bos + before + prefix + suffix, t0, cut, bos + (before if context else []) + prefix)
+        return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix))
 
     samples, n_cut = [], 0
     for row, pair in enumerate(pairs):
@@ -293,8 +294,7 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
         prompts = [sample.forget.prompt for sample in samples]
         lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
         generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
-    texts = [tokenizer.decode(g, skip_special_tokens=True, clean_up_tokenization_spaces=False) for g in generations]
-    suffixes = [sample.suffix for sample in samples]
+    texts, suffixes = models.decode(tokenizer, generations), models.true_suffixes(tokenizer, samples)
     f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
     bleu, entropy = map(metrics.bleu, texts, suffixes), map(metrics.token_entropy, generations)
     return [
@@ -312,7 +312,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -363,7 +363,7 @@ def calibrate(model, tokenizer, inputs, args):
     else:
         thresholds |= dict(zip(("el10", "ma"), args.thresholds, strict=True))
     if args.bert_threshold == "auto":
-        suffixes = [sample.suffix for sample in inputs.samples]
+        suffixes = models.true_suffixes(tokenizer, inputs.samples)
         thresholds["bertscore"] = number(metrics.unrelated_bertscore(suffixes, args.bert, device=args.device))
     return thresholds
 

@@ -12,14 +12,14 @@ same values from the continuations that kit/fast_el.py finds without a `generate
 
 from collections import Counter
 from functools import lru_cache
-from math import exp, log2, nan
+from math import exp, inf, log2, nan
 
 import torch
 import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
-from kit.models import eos_ids, measuring
+from kit.models import encode_whole, eos_ids, measuring, plain_generate, positions_of
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -48,7 +48,7 @@ def literal_extraction_likelihood(model, text, n=10, *, start=1):
     for t in range(start, len(text) - n + 1):
         x = torch.tensor([text[:t]], device=model.device)  # (1, t)
         # f_theta(x_<t): up to T - t tokens, or to EOS, which is said too
-        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=len(text) - t, **greedy_flags(model))
+        out = plain_generate(model, x, torch.ones_like(x), max_new_tokens=len(text) - t)
         overlaps.append(overlap(out[0, t:].tolist(), text[t:], n))
     return sum(overlaps) / len(overlaps) if overlaps else nan  # Eq. (7)
 
@@ -61,11 +61,6 @@ def literal_memorization_accuracy(model, text, *, start=1):
         logits = model(input_ids=torch.tensor([text[:t]], device=model.device)).logits[0, -1]  # (V,)
         hits.append(int(logits.argmax()) == text[t])
     return sum(hits) / len(hits) if hits else nan  # Eq. (9)
-
-
-def greedy_flags(model):
-    """What makes `generate` greedy."""
-    return {"do_sample": False, "num_beams": 1, "pad_token_id": min(eos_ids(model), default=0)}
 
 
 # --- the same, fast ---
@@ -138,6 +133,20 @@ class _OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends.repeat_interleave(candidates)
 
 
+def _beam_batches(prompts, lengths, batch_size, positions):
+    """Indices of rows of like length; a row that is done, fed on until all are, stays within the model's positions."""
+    batch, longest = [], 0
+    for i in sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))):
+        longest = max(longest, len(prompts[i]))
+        # The last token said is not fed, and row i may say the most of those so far.
+        if batch and (len(batch) == batch_size or longest + lengths[i] - 1 > positions):
+            yield batch
+            batch, longest = [], len(prompts[i])
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @measuring
 def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     """f_theta(x_<t0) of Eq. (5): beam search from each prompt, transformers' own, in length-sorted batches.
@@ -149,18 +158,15 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     eos = eos_ids(model)
     batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     pad = next(iter(sorted(eos)), 0)
-    order = sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i])))
     result = [None] * len(prompts)
-    for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
         P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
         # Left padding: generate() takes the position ids from the mask, so a row reads its own positions 0, 1, ...
         x = torch.tensor([[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk], device=model.device)
         m = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)
-        out = model.generate(
-            input_ids=x, attention_mask=m, max_new_tokens=limit, num_beams=num_beams, do_sample=False, pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([_OwnLength(ends)]),
-        )  # fmt: skip
+        how = {"stopping_criteria": StoppingCriteriaList([_OwnLength(ends)])}
+        out = plain_generate(model, x, m, max_new_tokens=limit, num_beams=num_beams, **how)
         for i, tokens in zip(chunk, out[:, P:].tolist(), strict=True):
             tokens = tokens[: lengths[i]]
             end = next((k for k, token in enumerate(tokens) if token in eos), len(tokens))
@@ -264,10 +270,10 @@ def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batc
     Arguments as `perplexity`; `part` picks the windows to take, so that several processes can add up their sums.
     Released code: a window counts once, with its mean.
     """
-    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]
     texts = ["\n\n".join(texts)] if released and texts else texts
-    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    encoded = encode_whole(tokenizer, texts)
     windows = [ids[i : i + window] for ids in encoded for i in range(0, len(ids), window)]
     windows = part(sorted((w for w in windows if len(w) > 1), key=len))
     total, count = 0.0, 0

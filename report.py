@@ -422,10 +422,10 @@ def ask(folder, prefix, tokens):
     for when, name in (("before", config["model"]), ("after", after)):
         revision = config.get("revision") if when == "before" else None
         model, tokenizer = models.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
-        prompt = models.bos_of(tokenizer) + models.encode(tokenizer, prefix)
+        prompt = models.begin(models.bos_of(tokenizer), models.encode(tokenizer, prefix))
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        positions = models.positions_of(model.config) or math.inf
         if len(prompt) + tokens > positions:
             raise ValueError(
                 f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions"

@@ -346,8 +346,9 @@ def find_rows(name, data_dir):
 
 def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc=None):
     """The greedy reply to each prompt, up to `new_tokens` tokens and to where the model has the next user speak."""
+    new_tokens = min(new_tokens, scoring.positions_of(model) // 2)  # a very short model still reads some of the prompt
     keep, answers = scoring.positions_of(model) - new_tokens, [""] * len(prompts)
-    ids = [row[-keep:] for row in tokenizer(prompts, verbose=False)["input_ids"]]
+    ids = [row[-keep:] for row in models.encode_whole(tokenizer, prompts)]
     with tqdm(total=len(prompts), desc=desc, unit=" replies", disable=desc is None) as bar:
         lines = [(len(row) + new_tokens, [i]) for i, row in enumerate(ids)]
         for batch in scoring.batches(lines, batch_tokens):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kit.models import cache_word, eos_ids
+from kit.models import cache_word, eos_ids, positions_of
 
 
 def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
@@ -129,7 +129,7 @@ def _decode(model, cache, misses, eos, decode_batch):
     and the padding it was the reason for with it, once it is a quarter of the batch or the batch is as wide as the
     model has positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
     for batch in (misses[i : i + decode_batch] for i in range(0, len(misses), decode_batch)):
         past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)

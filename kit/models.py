@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from transformers import GenerationConfig
 
 from kit import files
 from kit.flags import first_line
@@ -31,7 +32,36 @@ def encode(tokenizer, text, *, inside=False):
 def bos_of(tokenizer):
     """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
     plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return whole[:1] if whole[0] == tokenizer.bos_token_id != plain[0] else []
+    bos = [tokenizer.bos_token_id]
+    return bos if whole[:1] == bos != plain[:1] else []
+
+
+def begin(bos, ids):
+    """BOS, if the tokenizer adds one, and ids; a BOS that the text itself begins with (a chat template) is that one.
+
+    Two would be a text that the model never read: whoever trains on spelled-out templates adds none.
+    """
+    return ids if bos and ids[:1] == bos else bos + ids
+
+
+def encode_whole(tokenizer, texts):
+    """Lists of ids of texts as the tokenizer begins them, with one BOS where it adds one."""
+    bos = bos_of(tokenizer)
+    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return [ids[1:] if bos and ids[:2] == bos * 2 else ids for ids in rows]
+
+
+def decode(tokenizer, rows):
+    """Lists of ids -> strings as they are compared: without special tokens, spaces as they are."""
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in rows]
+
+
+def true_suffixes(tokenizer, samples):
+    """The suffixes of icu.py's samples as their ids say them, which is all that a model can say.
+
+    A tokenizer may give back another string than the file's: Unicode NFC for NFD, lower case, fewer spaces.
+    """
+    return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
 
 
 def pair_encoder(pairs, tokenizer):
@@ -63,8 +93,10 @@ def check_room(forget, learn, positions, where):
 
 
 def positions_of(config):
-    """How many positions a model has, or None where it does not say."""
-    return getattr(config, "max_position_embeddings", None)
+    """How many positions a model has, or None where it does not say (Bloom). MPT calls them max_seq_len."""
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min((number for number in found if number and number > 0), default=None)
 
 
 def pairs_have_own_ids(pairs, tokenizer):
@@ -236,6 +268,24 @@ def measuring(function):
 def cache_word(model):
     """What this model's forward calls its keys and values: `cache`, before transformers 5.24 `past_key_values`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **how):
+    """`generate` by greedy or beam search and nothing else, whatever the folder's generation_config.json asks for.
+
+    ids, mask (B, T) int64 -> (B, T + new). Of the folder's settings EOS alone counts; penalties, suppressed tokens,
+    lengths, samplers and the rest would measure themselves. The model keeps its own config, for its export.
+    """
+    eos = sorted(eos_ids(model))
+    plain = GenerationConfig(
+        do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+    )  # fmt: skip
+    own, model.generation_config = model.generation_config, GenerationConfig()  # `generate` fills gaps from the model's
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **how)
+    finally:
+        model.generation_config = own
 
 
 def eos_ids(model):

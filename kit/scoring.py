@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from kit.models import cache_word
+from kit import models
 
 
 def encode_pairs(tokenizer, requests):
@@ -23,8 +23,8 @@ def encode_pairs(tokenizer, requests):
     """
     stripped = [context.rstrip() for context, _ in requests]
     contexts = list(dict.fromkeys(stripped))
-    ids = dict(zip(contexts, tokenizer(contexts, verbose=False)["input_ids"], strict=True))
-    wholes = tokenizer([context + continuation for context, continuation in requests], verbose=False)["input_ids"]
+    ids = dict(zip(contexts, models.encode_whole(tokenizer, contexts), strict=True))
+    wholes = models.encode_whole(tokenizer, [context + continuation for context, continuation in requests])
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [(ids[key] or [start], whole[len(ids[key]) :]) for key, whole in zip(stripped, wholes, strict=True)]
 
@@ -103,7 +103,7 @@ def cached_states(model, body, groups):
     (group,) = groups
     trunk, *tails = split_trunk([row[:-1] for row, _ in group])
     cache = DynamicCache()
-    how = {cache_word(model): cache, "use_cache": True}
+    how = {models.cache_word(model): cache, "use_cache": True}
     first = body(input_ids=pad([trunk], model.device), **how)[0]  # (C, H)
     cache.batch_repeat_interleave(len(tails))
     rest = body(input_ids=pad(tails, model.device), **how)  # (R, L, H)
@@ -139,7 +139,7 @@ def split_model(model):
 
 
 def positions_of(model):
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    return models.positions_of(model.config) or 1 << 20
 
 
 def window_of(model):

@@ -104,11 +104,17 @@ def bert_scorer(folder):
     return BERTScorer(model_type=str(folder), num_layers=int(0.75 * layers + 0.5))
 
 
-def measure(model, tokenizer, scorer, suffix, ids, cut, start):
-    """Every measure of one text, whose suffix begins at `cut`, and what the model says behind its prefix."""
+def measure(model, tokenizer, scorer, ids, cut, start):
+    """Every measure of one text, whose suffix begins at `cut`, and what the model says behind its prefix.
+
+    BLEU and BERTScore compare with the suffix as its ids say it.
+    """
     said = generate(model, ids[:cut], len(ids) - cut, 2)  # f_theta(x_<t0) of Eq. (5)
     said = [token for token in said if token != model.generation_config.eos_token_id]
-    text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text, suffix = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (said, ids[cut:])
+    )
     return {
         "el10": extraction_likelihood(model, ids, start),
         "ma": memorization_accuracy(model, ids, start),
@@ -167,8 +173,8 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
             steps.append({name: term.item() for name, term in terms.items()})
 
         rows = []
-        for pair, (ids, _), cut in zip(pairs, forget, cuts, strict=True):
-            rows.append(measure(model, tokenizer, scorer, pair["suffix"], ids, cut, start))
+        for (ids, _), cut in zip(forget, cuts, strict=True):
+            rows.append(measure(model, tokenizer, scorer, ids, cut, start))
         now = {"epoch": epoch, "rows": rows, "means": {}, "losses": {}, "stopped": None}
         for name in ("el10", "ma", "bleu", "bertscore", "entropy"):
             now["means"][name] = float(np.mean([row[name] for row in rows if row[name] is not None]))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, flags, models, processes, runs, states
+from kit import fast_el, files, flags, models, paths, processes, runs, states
 from kit.frozen import cached_copy
 from kit.methods import method, method_named, name_of
 from kit.processes import autocast, print0
@@ -506,7 +506,7 @@ def read_inputs(args):
 
     All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
     """
-    runs.check_paths(args)
+    paths.check_run_folder(args)
     processes.check_device(args.device)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
     records = files.read_unseen(args.unseen) if args.unseen else []

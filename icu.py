@@ -460,7 +460,7 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
 def parse_args(argv=None, method=icu):
     """The flags, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
     parser = flags.run_parser(__doc__)  # data and models, several processes, running
-    above, one_of, natural, positive, weight = flags.above, flags.one_of, flags.natural, flags.positive, flags.weight
+    above, one_of, positive, weight = flags.above, flags.one_of, flags.positive, flags.weight
 
     g = parser.add_argument_group("method")
     g.add_argument("--method", default=name_of(method), metavar="NAME", help="this file's, or one of baselines.py (%(default)s)")
@@ -476,7 +476,7 @@ def parse_args(argv=None, method=icu):
     g.add_argument("--lr", type=above(0), help="Adam's learning rate (5e-6)")
     g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
     g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
-    g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
+    g.add_argument("--seed", default=0, type=flags.seed_number, help="seed of the data order and of llmu's answers (%(default)s)")
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (on for icu, off for the others)")
@@ -490,7 +490,7 @@ def parse_args(argv=None, method=icu):
     args.loss = method_named(args.method, method, others="baselines")
     args.loss.needs.fill(args)  # what no flag has said
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
-    args.device = processes.default_device() if args.device in (None, "cuda") else args.device
+    args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
     for check in (flags.check_together, processes.check_flags):
         check(args)
@@ -507,7 +507,6 @@ def read_inputs(args):
     All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
     """
     paths.check_run_folder(args)
-    processes.check_device(args.device)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
     records = files.read_unseen(args.unseen) if args.unseen else []
     config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, models, paths
+from kit import files, flags, folders, models, paths, processes
 from kit.files import PARTS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
@@ -161,6 +161,8 @@ def encoder_folder(encoder):
             ) from None
     if not list(folder.rglob("*.safetensors")):
         raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
+    folders.check_tokenizer(folder, "--encoder", deep=True)
+    folders.tensor_names(folder.rglob("*.safetensors"), f"--encoder {folder}")
     return folder
 
 
@@ -204,7 +206,8 @@ def encode(texts, folder, batch_size, device):
 
     logging.disable_progress_bar()  # one bar is enough: ours
     try:
-        model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        with models.quiet():
+            model = SentenceTransformer(str(folder), device=device, local_files_only=True)
     except Exception as error:
         raise ValueError(f"cannot load the encoder in {folder}: {error}") from error
     different = sorted(dict.fromkeys(texts), key=len, reverse=True)  # like lengths together: little padding
@@ -461,6 +464,7 @@ def main():
         for name in files.FILES if "all" in args.fetch else args.fetch:
             print(files.data_file(name, args.data))
         return
+    args.device = processes.device_of(args.device)
     encoder = encoder_folder(args.encoder or models.default_encoder())
     check_outputs(args, encoder)
     forget, pool, with_ids = read_input(args)

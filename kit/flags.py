@@ -61,6 +61,13 @@ def above(low, kind=float, *, equal=False):
     return check
 
 
+def seed_number(text):
+    """An argparse type: a whole number that numpy takes for a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def thresholds_flag(value):
     """An argparse type: 'paper', 'auto' or 'EL,MA'."""
     if value in ("paper", "auto"):
@@ -82,7 +89,7 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-natural, weight = above(0, int, equal=True), above(0, equal=True)
+weight = above(0, equal=True)
 
 
 # --- the flags of every run ---

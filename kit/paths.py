@@ -107,11 +107,15 @@ def check_run_folder(args):
     """--out can become a run folder and holds nothing that the run reads; ValueError."""
     if not args.out:
         return
-    check_out(Path(args.out), args.overwrite or args.resume)
+    out = Path(args.out)
+    check_out(out, args.overwrite or args.resume)
     reads = [("--model", args.model), ("--pairs", args.pairs), ("--bert", args.bert), ("--unseen", args.unseen)]
     for flag, path in [*reads, *(("--ppl", item.partition("=")[2]) for item in args.ppl)]:
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(Path(args.out).resolve()):
-            raise ValueError(f"--out {args.out}: {flag} {path} lies in it; choose another folder")
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out}: {flag} {path} lies in it; choose another folder")
+    config = out / "config.json"
+    if config.exists() and not (out / ".lock").exists() and not holds("thresholds_used")(config):
+        raise ValueError(f"--out {out}: holds files that are no run (a config.json of something else); choose another")
 
 
 def check_out(out, overwrite):
@@ -119,8 +123,6 @@ def check_out(out, overwrite):
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     is_run = (out / "config.json").exists()
-    if is_run and not (out / ".lock").exists() and not holds("thresholds_used")(out / "config.json"):
-        raise ValueError(f"--out {out}: holds files that are no run (a config.json of something else); choose another")
     if is_run and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
     # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then

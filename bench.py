@@ -46,7 +46,7 @@ import knn
 import metrics
 import tasks
 from demo import tiny
-from kit import files, flags, models, processes, runs, states
+from kit import files, flags, models, paths, processes, runs, states
 
 HERE = Path(__file__).resolve().parent
 
@@ -944,10 +944,17 @@ def measure_row(row, bench):
         yield unmeasured(error)
 
 
+HEADS = ["what", "against", "ratio: median (min-max)", "goal", "met?", "work, values, median times"]
+
+
+def is_table(path):
+    """Whether a file holds a table of this command."""
+    return " | ".join(HEADS) in path.read_text(encoding="utf-8", errors="replace")
+
+
 def write_table(path, header, lines):
     """BENCHMARKS.md: `header`, then a line for each of `lines`, {row's name: [Line]}, in the order of ROWS."""
-    heads = ["what", "against", "ratio: median (min-max)", "goal", "met?", "work, values, median times"]
-    table = [heads, ["---"] * len(heads)]
+    table = [HEADS, ["---"] * len(HEADS)]
     for row in ROWS:
         for line in lines[row.name]:
             what = f"{row.what}: {line.detail}" if line.detail else row.what
@@ -1046,6 +1053,7 @@ def parse_args(argv=None):
         "--pool", type=flags.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
     )
     parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no table of this command")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)
@@ -1055,7 +1063,8 @@ def parse_args(argv=None):
         raise ValueError("--device cuda: no CUDA GPU here")
     if args.tasks_data and not Path(args.tasks_data).is_dir():
         raise ValueError(f"--tasks-data {args.tasks_data}: no such folder")
-    files.check_output(args.out, overwrite=True)
+    reads = [args.model, args.pairs, args.tasks_data]
+    paths.check_outputs([(args.out, is_table)], reads=reads, overwrite=args.overwrite, ask=False)
     return args
 
 

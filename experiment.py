@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from kit import commands
 from kit.commands import PYTHON, ROOT, grouped, last, without
-from kit.flags import flag_error, positive, run_cli
+from kit.flags import flag_error, positive, run_cli, seed_number
 from kit.protocols import PROTOCOLS
 
 # --- the presets ---
@@ -153,9 +153,9 @@ def single(args):
     pairs = f"{out}.pairs.jsonl"
     anew = args.overwrite or (args.preset.quick and str(out) == default_folder(args) and not args.resume)
     how = ["--resume"] * args.resume + ["--overwrite"] * anew
+    make(args)
     if args.tasks:  # whether the sets are at hand is found out before the work
         measure_tasks(args, model_flags(args), ["--out", out, "--dry-run"])
-    make(args)
     if args.dry_run or not (args.resume and Path(pairs).is_file()):  # else: the pairs of the run that goes on
         train(args, ["--out", out, *how], check=True)
         mine(args, pairs)
@@ -328,7 +328,7 @@ def make_parser():
     g.add_argument("--dry-run", action="store_true", help="check everything, train nothing, name the commands")
     g = parser.add_argument_group("of several runs")
     g.add_argument("--sets", nargs="+", metavar="N", help="the paper's forget sets, 0 to 4 (--set, or 0)")
-    g.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (--seed, or 0)")
+    g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="seeds (--seed, or 0)")
     g.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help="compare: names, or FILE.py (all names)")
     g.add_argument("--lrs", nargs="+", default=[], metavar="LR", help="compare: METHOD=LR ...; sweep: LR ...")
     g.add_argument("--points", nargs="+", type=point, default=GRID.split(), metavar="A,B", help="sweep: ALPHA,BETA ...")

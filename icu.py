@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, flags, models, processes, runs, states
+from kit import fast_el, files, flags, models, paths, processes, runs, states
 from kit.frozen import cached_copy
 from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
@@ -495,7 +495,7 @@ def parse_args(argv=None, method=METHOD):
     args.loss = method_named(args.method, method, others="baselines")
     args.loss.needs.fill(args)  # what no flag has said
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
-    args.device = processes.default_device() if args.device in (None, "cuda") else args.device
+    args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
     for check in (flags.check_together, processes.check_flags):
         check(args)
@@ -511,8 +511,7 @@ def read_inputs(args):
 
     All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
     """
-    runs.check_paths(args)
-    processes.check_device(args.device)
+    paths.check_run_folder(args)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
     records = files.read_unseen(args.unseen) if args.unseen else []
     config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, models
+from kit import files, flags, folders, models, paths, processes
 from kit.files import PARTS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
@@ -161,6 +161,8 @@ def encoder_folder(encoder):
             ) from None
     if not list(folder.rglob("*.safetensors")):
         raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
+    folders.check_tokenizer(folder, "--encoder", deep=True)
+    folders.tensor_names(folder.rglob("*.safetensors"), f"--encoder {folder}")
     return folder
 
 
@@ -204,7 +206,8 @@ def encode(texts, folder, batch_size, device):
 
     logging.disable_progress_bar()  # one bar is enough: ours
     try:
-        model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        with models.quiet():
+            model = SentenceTransformer(str(folder), device=device, local_files_only=True)
     except Exception as error:
         raise ValueError(f"cannot load the encoder in {folder}: {error}") from error
     different = sorted(dict.fromkeys(texts), key=len, reverse=True)  # like lengths together: little padding
@@ -426,6 +429,15 @@ def check_args(args):
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
 
 
+def check_outputs(args, encoder):
+    """ValueError unless --out and --leak-report are free, or hold what this command writes there."""
+    outputs = [(args.out, ("id", "learn_id", "similarity")), (args.leak_report, ("id", "target_id", "share"))]
+    data = [Path(args.data, folder, name) for name in files.FILES for folder in files.SUBFOLDERS if args.data]
+    reads = [args.forget, args.pool, args.tokenizer, encoder, *data]
+    outputs = [(path, paths.holds(*fields, lines=True)) for path, fields in outputs if path]
+    paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
+
+
 def read_input(args):
     """(forget records, pool records, whether both have GPT-2 ids) for the flags."""
     given = [] if args.pile else [args.forget, args.pool]
@@ -452,9 +464,9 @@ def main():
         for name in files.FILES if "all" in args.fetch else args.fetch:
             print(files.data_file(name, args.data))
         return
-    for path in filter(None, [args.out, args.leak_report]):
-        files.check_output(path, args.overwrite)
+    args.device = processes.device_of(args.device)
     encoder = encoder_folder(args.encoder or models.default_encoder())
+    check_outputs(args, encoder)
     forget, pool, with_ids = read_input(args)
     keep, reasons = leak_guard(forget, pool, args.max_overlap, allow_copies=args.allow_copies)
     print_leaks(keep, reasons, args.max_overlap)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
-from kit.models import encode_whole, eos_ids, measuring, plain_generate, positions_of
+from kit.models import encode_whole, eos_ids, measuring, plain_generate, positions_of, quiet
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -232,7 +232,8 @@ def _bert_scorer(model_path, device, batch_size):
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
-    scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size)
+    with quiet():
+        scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size)
     limit = scorer._model.config.max_position_embeddings
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)  # some folders say 1e30
     return scorer

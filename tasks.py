@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from kit import files, flags, models, processes, scoring
+from kit import files, flags, models, paths, processes, scoring
 from kit import rows as row_files
 from kit.protocols import PROTOCOLS
 
@@ -573,9 +573,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device = Path(args.out), args.device or processes.default_device()
-    files.check_output(out / "tasks.json", args.overwrite)
+    out, device = Path(args.out), processes.device_of(args.device)
     sets = read_sets(args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit)
+    outputs = [(out / "tasks.json", paths.holds("averages")), (out / "tasks.md", paths.begins_with("| | "))]
+    outputs += [(out / "task_rows.jsonl", paths.holds("task", "row", lines=True))]
+    reads = [args.model, *(data["source"] for data in sets.values() if "source" in data)]
+    paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
+    models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
     if args.dry_run:
         for name, data in sets.items():
             good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -26,23 +25,10 @@ def cache_folder(name):
     return Path(os.environ.get("ICU_CACHE") or Path.home() / ".cache" / "icu") / name
 
 
-def check_output(path, overwrite=False):
-    """Raise, before any work, if `path` holds a file already (and not `overwrite`) or could not be written."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: pass --overwrite to replace it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error} ({folder})") from None
-
-
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path` and rename it: a reader never sees half a file."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # the link stays
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -334,6 +320,8 @@ EVAL_FILES = {
 FILES = {name: (f"{PILE_URL.rstrip('/')}/{name}", sha256) for name, sha256 in PILE_FILES.items()}
 FILES |= {name: (f"{EVAL_URL.rstrip('/')}/{name}", sha256) for name, sha256 in EVAL_FILES.items()}
 
+SUBFOLDERS = ("", "pile-extraction", "validation", "tasks")  # of --data DIR
+
 
 def data_file(name, data_dir=None):
     """Path of a known data file: in `data_dir` or its usual subfolders, else in the cache, else fetched into it."""
@@ -341,7 +329,7 @@ def data_file(name, data_dir=None):
     if data_dir is not None:
         if not Path(data_dir).is_dir():
             raise ValueError(f"--data {data_dir}: no such folder")
-        for folder in ("", "pile-extraction", "validation", "tasks"):
+        for folder in SUBFOLDERS:
             path = Path(data_dir, folder, name)
             if path.is_file():
                 if sha256_of(path) != sha256:

@@ -61,6 +61,13 @@ def above(low, kind=float, *, equal=False):
     return check
 
 
+def seed_number(text):
+    """An argparse type: a whole number that numpy takes for a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def thresholds_flag(value):
     """An argparse type: 'paper', 'auto' or 'EL,MA'."""
     if value in ("paper", "auto"):
@@ -82,7 +89,7 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-natural, weight = above(0, int, equal=True), above(0, equal=True)
+weight = above(0, equal=True)
 
 
 # --- the flags of every run ---
@@ -110,7 +117,7 @@ def run_parser(doc):
     g.add_argument("--lr", type=above(0), help="Adam's learning rate (the method's own: 5e-6 for icu)")
     g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
     g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
-    g.add_argument("--seed", default=0, type=natural, help="seed of the data order and of llmu's answers (%(default)s)")
+    g.add_argument("--seed", default=0, type=seed_number, help="seed of the data order and of llmu's answers (%(default)s)")
 
     g = parser.add_argument_group("what some methods ask for (baselines.py says which)")
     g.add_argument("--dpo-beta", default=0.1, type=above(0), help="inverse temperature of a preference loss (%(default)s)")

@@ -1,5 +1,6 @@
 """Models and tokenizers, checked before they are loaded: from a folder or the hub, and back into a folder."""
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -11,8 +12,9 @@ import huggingface_hub
 import torch
 from transformers import GenerationConfig
 
-from kit import files
+from kit import files, folders
 from kit.flags import first_line
+from kit.processes import print0
 
 
 def encode(tokenizer, text, *, inside=False):
@@ -121,6 +123,8 @@ def pairs_have_own_ids(pairs, tokenizer):
             f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
             "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
         )
+    if not any(fit) and (given := sum(any(f"{name}_ids" in pair for name in names) for pair in pairs)):
+        print0(f"note: the *_ids of {given} pairs are not this tokenizer's; their texts are encoded")
     return all(fit)
 
 
@@ -137,8 +141,7 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     folder = Path(name)
     if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"{flag} {name}: no such folder")
-    if folder.is_dir():
-        check_files(folder, flag, allow_pickle)
+    tensors = check_files(folder, flag, allow_pickle) if folder.is_dir() else []
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -147,19 +150,16 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
         raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
+    folders.check_layers(tensors, config, f"{flag} {name}")
     return config, tokenizer
 
 
 def check_files(folder, flag, allow_pickle):
-    """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag} {folder}: no config.json, so not a model folder")
-    # transformers makes lists as long as a config says; a damaged one would fill the memory.
-    if huge := [n for n in _whole_numbers(files.read_json(folder / "config.json")) if n > 10**8]:
-        raise ValueError(f"{flag} {folder}: config.json is damaged, no model has {str(huge[0])[:20]} of anything")
-    tokenizers = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-    if not any((folder / file).is_file() for file in tokenizers):
-        raise ValueError(f"{flag} {folder}: no tokenizer ({', '.join(tokenizers)})")
+    """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError.
+
+    Returns the names of its tensors, as far as they can be told without loading.
+    """
+    folders.check_parts(folder, flag)
     weights = weight_files(folder)
     if not weights:
         raise ValueError(f"{flag} {folder}: no weights (model.safetensors)")
@@ -171,12 +171,7 @@ def check_files(folder, flag, allow_pickle):
             f"{flag} {folder}: the weights are a pickle ({weights[0].name}), which can run code when it is loaded; "
             "convert them to safetensors, or pass --allow-pickle if you trust them"
         )
-
-
-def _whole_numbers(value):
-    """All whole numbers in a JSON value."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if type(value) is int else [n for item in items for n in _whole_numbers(item)]
+    return folders.tensor_names(weights, f"{flag} {folder}")
 
 
 def weight_files(folder):
@@ -186,7 +181,7 @@ def weight_files(folder):
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            return [folder / f for f in sorted(set(files.read_json(index)["weight_map"].values()))]
+            return [folder / name for name in folders.indexed(index)]
     return []
 
 
@@ -194,7 +189,8 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     """(model, tokenizer), the model in eval mode: dropout 0 (released code), and nothing else differs in these models.
 
     dtype "bf16" means float32 weights under autocast (see `autocast`). Errors as check_model; weights that cannot be
-    read or lack a tensor of the architecture are an error too, where transformers would leave that tensor random.
+    read, lack a tensor of the architecture or have one more are an error too, where transformers would leave that
+    tensor random, or out.
     """
     from transformers import AutoModelForCausalLM, logging
 
@@ -204,12 +200,27 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
     options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # SafetensorError, OSError, RuntimeError, ...
         raise ValueError(f"{flag} {name}: the weights cannot be loaded ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    folders.check_surplus(info["unexpected_keys"], model, f"{flag} {name}")
     return model.eval().to(device), tokenizer
+
+
+@contextlib.contextmanager
+def quiet():
+    """transformers is silent but for errors: of weights that do not fit it prints a table, and we a line."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def save_model(model, tokenizer, folder, weights=None):
@@ -223,17 +234,20 @@ def save_model(model, tokenizer, folder, weights=None):
 
 
 def check_bert(name, allow_pickle):
-    """The BERTScore encoder can be had: a whole folder, or a hub that answers; else ValueError."""
+    """The BERTScore encoder can be had and is one: a whole folder, or a hub that answers; else ValueError."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    if Path(name).is_dir():
-        check_files(Path(name), "--bert", allow_pickle)
+    tensors = check_files(Path(name), "--bert", allow_pickle) if Path(name).is_dir() else []
     try:
-        AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except Exception as error:
         raise ValueError(
             f"--bert {name}: no BERT for BERTScore there; pass --bert DIR, or --bert minilm, which is installed"
         ) from error
+    if config.model_type not in MASKED or getattr(config, "is_decoder", False):
+        raise ValueError(f"--bert {name}: a {config.model_type} is no encoder such as BERT; pass --bert DIR, or minilm")
+    folders.check_layers(tensors, config, f"--bert {name}")
 
 
 def fingerprint(name):

@@ -109,6 +109,16 @@ def default_device():
     return f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
 
 
+def device_of(flag):
+    """What --device means: without it default_device(), and for cuda this process's own. ValueError: none here."""
+    device = flag or default_device()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA GPU here; leave --device out to run on the CPU")
+    device = default_device() if device == "cuda" else device
+    check_device(device)
+    return device
+
+
 def autocast(args):
     """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
     device = torch.device(args.device).type
@@ -118,7 +128,8 @@ def autocast(args):
 def check_device(device):
     """ValueError where this machine has no such device."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {first_line(error)}") from None
 

@@ -22,48 +22,12 @@ from tqdm import tqdm
 from kit import files, models, processes
 from kit.flags import first_line
 from kit.methods import code_of, file_of
+from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
 from kit.processes import LAUNCHED, WORLD_SIZE, gather, is_main, print0, wait_for_all, whole_weights
 from kit.protocols import PROTOCOLS
 from kit.states import Progress, load_state, newest_state, save_state, states, sync, way_out
 
 THRESHOLDS = ("el10", "ma", "bertscore", "bleu")
-GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # an epoch adds to them
-OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
-# In the order in which they are removed. The last one says that those before it may go, also after a kill.
-RUN_FILES = (
-    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "curves.png", "tradeoff.png", "tasks.md", *GROWING, OLD_CONFIG,
-)  # fmt: skip
-
-
-def check_paths(args):
-    """--out can become a run folder and holds nothing that the run reads; ValueError."""
-    if args.out:
-        check_out(Path(args.out), args.overwrite or args.resume)
-        if Path(args.model).resolve().is_relative_to(Path(args.out).resolve()):
-            raise ValueError(f"--out {args.out}: --model {args.model} lies in it; choose another folder")
-
-
-def check_out(out, overwrite):
-    """`out` can become a run folder: writable, and not already one, or ValueError."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file, not a folder")
-    if (out / "config.json").exists() and not overwrite:
-        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
-    # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
-    # OLD_CONFIG is there), holds the lock and writes a state.
-    names = RUN_FILES if (out / OLD_CONFIG).exists() else ["state"] if (out / ".lock").exists() else []
-    own = {out / name for name in (".lock", *names)} | set(leftovers(out))
-    if out.is_dir() and not set(out.iterdir()) <= own and not (out / "config.json").exists():
-        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
-    ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ValueError(f"--out {out}: cannot write in {ancestor}")
-
-
-def leftovers(out):
-    """What a killed process left of a JSON file that it was writing."""
-    return list(out.glob("*.json.*.tmp"))
 
 
 def start_run_folder(out, config):

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import icu
-from kit import files, processes, runs, states
+from kit import files, paths, processes, runs, states
 from kit import flags as kit_flags
 
 
@@ -205,7 +205,7 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_run_or_none(old_run, request,
         if not killed_while_starting(out, new, number, tmp_path):
             break
         if not (out / "config.json").is_file():
-            runs.check_out(out, overwrite=False)
+            paths.check_out(out, overwrite=False)
             with runs.only_owner(out):
                 runs.start_run_folder(out, new)
             endings.append("none")
@@ -224,10 +224,10 @@ def test_files_that_are_no_run_are_never_removed(tmp_path):
         (out / name).mkdir(parents=True)
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="holds files that are no run"):
-                runs.check_out(out, overwrite)
+                paths.check_out(out, overwrite)
     (tmp_path / "model" / ".lock").touch()
     with pytest.raises(ValueError, match="holds files that are no run"):
-        runs.check_out(tmp_path / "model", overwrite=True)
+        paths.check_out(tmp_path / "model", overwrite=True)
 
 
 def test_the_killing_script_notices_a_run_that_did_not_survive(killed, tmp_path):

@@ -147,7 +147,27 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
         raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
+    check_cache(config, f"{flag} {name}")
     return config, tokenizer
+
+
+def check_cache(config, where):
+    """ValueError for an architecture that keeps more, or else, of a text than keys and values a token.
+
+    EL goes on from the middle of a text, and rows of a batch are padded: keys can be cut and moved, a state cannot.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cached = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    both_ways = config.model_type in MASKED and not getattr(config, "is_decoder", False)  # a BERT sees what follows
+    if model._is_stateful or not cached or kinds - attention or both_ways:
+        raise ValueError(
+            f"{where}: a {config.model_type} is no decoder with a plain cache of keys and values, which measuring needs"
+        )
 
 
 def check_files(folder, flag, allow_pickle):

@@ -8,6 +8,7 @@ import math
 import unicodedata
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from tokenizers import normalizers
@@ -188,3 +189,64 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(save_tiny, tmp_pa
     assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
     assert len({tuple(scoring.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
     assert len(set(tasks.replies(model, tokenizer, texts))) == 1
+
+
+# --- architectures ---
+
+
+def literal_logp(model, context, continuation):
+    """(sum of log p, greedy ids) of a continuation, from one pass over one row."""
+    with torch.no_grad():
+        logp = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+    return sum(logp[t, token].item() for t, token in enumerate(continuation)), logp.argmax(1).tolist()
+
+
+def some_rows():
+    return [torch.randint(3, architectures.VOCAB, (length,)).tolist() for length in (30, 22, 13)]
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_every_measure_equals_a_plain_loop_on_every_architecture(name):
+    """EL, MA and beams of a batch, and log p of choices that share a context, against a row at a time."""
+    model, rows = architectures.small(name), some_rows()
+    models.check_cache(model.config, name)
+    rows[1][8:] = metrics.beam_generate(model, [rows[1][:8]], [14], num_beams=1)[0]  # a text that it knows
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = (torch.arange(30)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
+    el, ma = metrics.el_and_ma(model, ids, mask, n=2)
+    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, row, 2) for row in rows])
+    assert ma.tolist() == pytest.approx([metrics.literal_memorization_accuracy(model, row) for row in rows])
+    assert 0 < max(el) and el[1] > 0.5
+
+    prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
+    alone = [metrics.beam_generate(model, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    assert metrics.beam_generate(model, prompts, lengths) == alone
+    assert_scores_are_plain(model, rows[0])
+
+
+def assert_scores_are_plain(model, row):
+    """The choices of a short context, of one as long as most windows here and of a longer one."""
+    pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
+    found, plain = scoring.loglikelihoods(model, pairs), [literal_logp(model, *pair) for pair in pairs]
+    assert [said for _, said in found] == [said for _, said in plain]
+    assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2", "falcon_h1", "openai-gpt"])
+def test_choices_are_scored_apart_where_a_model_carries_one_into_the_next(name):
+    """A recurrent state runs through a shared line, which the scoring finds out by itself."""
+    assert_scores_are_plain(architectures.small(name), some_rows()[0])
+
+
+@pytest.mark.parametrize("name", architectures.STATEFUL)
+def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save_tiny, tmp_path):
+    """One line that names the folder and the architecture; the folder's weights are never opened."""
+    folder = save_tiny("llama", tmp_path / "m")
+    architectures.config_of(name).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"--model .*m: a {config_type(name)} .*keys and values") as error:
+        models.check_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def config_type(name):
+    return architectures.config_of(name).model_type

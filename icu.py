@@ -518,6 +518,7 @@ def read_inputs(args):
     flags.check_samples(args, samples)
     sides_of(samples, tokenizer, 0, args)  # a method's own sides may refuse what they are given
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
+    models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
 
 

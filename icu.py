@@ -523,6 +523,7 @@ def read_inputs(args):
     drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
     check_sides(args, drawn, config.get_text_config().num_hidden_layers)
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
+    models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
 
 

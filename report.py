@@ -421,7 +421,9 @@ def ask(folder, prefix, tokens):
         raise ValueError(f"{folder}: this run only measured; it has no model of its own")
     for when, name in (("before", config["model"]), ("after", after)):
         revision = config.get("revision") if when == "before" else None
-        model, tokenizer = models.load_model(str(name), allow_pickle=config["allow_pickle"], revision=revision)
+        how = {"allow_pickle": config["allow_pickle"], "revision": revision}
+        models.check_texts(*models.check_model(str(name), **how), {"the prefix": prefix})
+        model, tokenizer = models.load_model(str(name), **how)
         prompt = models.begin(models.bos_of(tokenizer), models.encode(tokenizer, prefix))
         if not prompt:
             raise ValueError("the prefix has no token; give it some text")

@@ -585,10 +585,13 @@ def main(argv=None):
             good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
             processes.print0(f"{name}: {good or data.get('missing') or data['error']}")
         return
+    config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
+    for name, data in sets.items():  # str(item) has all texts of a row in it
+        texts = {f"{name} row {n}": str(item) for n, item in data.get("rows", {}).items()}
+        models.check_texts(config, tokenizer, texts)
     processes.start(device)
-    model, tokenizer = models.load_model(
-        args.model, dtype=args.dtype, device=device, allow_pickle=args.allow_pickle, revision=args.revision
-    )
+    how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
+    model, tokenizer = models.load_model(args.model, device=device, **how)
     samples = []
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
         results = evaluate(

@@ -23,7 +23,10 @@ def encode(tokenizer, text, *, inside=False):
     SentencePiece tokenizers (Llama) put a space before all they encode. Behind a prefix that space is not in the text,
     so the text is encoded behind a line break, which is then taken off.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # a vocabulary without the letter and without an unknown token
+        raise ValueError(f"the tokenizer cannot read {text[:40]!r}: {first_line(error)}") from None
     if inside and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
         behind = tokenizer("\n" + text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -33,7 +36,10 @@ def encode(tokenizer, text, *, inside=False):
 
 def bos_of(tokenizer):
     """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
-    plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    try:
+        plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    except Exception:  # no x in its vocabulary: what it puts around nothing
+        plain, whole = (tokenizer("", add_special_tokens=special)["input_ids"] for special in (False, True))
     bos = [tokenizer.bos_token_id]
     return bos if whole[:1] == bos != plain[:1] else []
 
@@ -94,6 +100,32 @@ def check_room(forget, learn, positions, where):
         )
 
 
+def check_ids(config, ids, where):
+    """ValueError, which names `where` they stand, for ids that the model has no embedding for."""
+    vocab = getattr(config.get_text_config(), "vocab_size", None) or 1 << 60
+    if beyond := [token for token in ids if token >= vocab]:
+        raise ValueError(
+            f"{where}: token {beyond[0]} is none of the model's {vocab} embeddings; the tokenizer has tokens that were "
+            "added after training: take them out of the text"
+        )
+
+
+def check_inputs(config, tokenizer, samples, texts):
+    """check_ids of icu.py's samples, both sides, {what they are: samples}, and of other texts, {name: texts}."""
+    for what, rows in samples.items():
+        for row, sample in enumerate(rows, start=1):
+            check_ids(config, sample.forget.ids + sample.learn.ids, f"{what} {row} (id {sample.id})")
+    for name, those in texts.items():
+        check_texts(config, tokenizer, {f"{name} text {n}": text for n, text in enumerate(those, start=1)})
+
+
+def check_texts(config, tokenizer, texts):
+    """check_ids of {where: text}, where the tokenizer has more tokens than the model embeddings."""
+    if len(tokenizer) > (getattr(config.get_text_config(), "vocab_size", None) or 1 << 60):
+        for where, text in texts.items():
+            check_ids(config, encode(tokenizer, text), where)
+
+
 def positions_of(config):
     """How many positions a model has, or None where it does not say (Bloom). MPT calls them max_seq_len."""
     config = config.get_text_config()
@@ -151,7 +183,27 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
         raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
     folders.check_layers(tensors, config, f"{flag} {name}")
+    check_cache(config, f"{flag} {name}")
     return config, tokenizer
+
+
+def check_cache(config, where):
+    """ValueError for an architecture that keeps more, or else, of a text than keys and values a token.
+
+    EL goes on from the middle of a text, and rows of a batch are padded: keys can be cut and moved, a state cannot.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cached = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    both_ways = config.model_type in MASKED and not getattr(config, "is_decoder", False)  # a BERT sees what follows
+    if model._is_stateful or not cached or kinds - attention or both_ways:
+        raise ValueError(
+            f"{where}: a {config.model_type} is no decoder with a plain cache of keys and values, which measuring needs"
+        )
 
 
 def check_files(folder, flag, allow_pickle):
@@ -207,6 +259,8 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
     folders.check_surplus(info["unexpected_keys"], model, f"{flag} {name}")
+    if dtype == "float64":
+        check_float64(model, f"{flag} {name}")
     return model.eval().to(device), tokenizer
 
 
@@ -221,6 +275,27 @@ def quiet():
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@torch.inference_mode()
+def check_float64(model, where):
+    """ValueError for an architecture that transformers cannot run in float64, padded on either side.
+
+    Bloom, Gemma 2 and MPT give NaN for padding on the left, experts are multiplied in float32 at most, ...
+    """
+    ids, more = torch.tensor([[1, 1, 2, 3], [2, 3, 1, 1], [2, 3, 2, 3]]), {}
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    try:
+        logits = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+        right = [logits[0, 2:], logits[1, :2], logits[2, :2]]  # the same two tokens in each row
+        same = all(torch.allclose(found, right[2], rtol=1e-6, atol=1e-6) for found in right)
+    except RuntimeError:
+        same = False
+    if not same:
+        kind = model.config.model_type
+        raise ValueError(f"{where}: transformers gives no right float64 logits of a {kind}: pass --dtype float32")
 
 
 def save_model(model, tokenizer, folder, weights=None):

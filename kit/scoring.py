@@ -39,28 +39,55 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     """
     # The last token of all is only predicted, so a row may have one more than the model has positions.
     rows = [(context + continuation)[-positions_of(model) - 1 :] for context, continuation in pairs]
-    same_context = defaultdict(list)
-    for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
-        same_context[tuple(row[: -len(continuation)])].append(i)
-    lines, long = [], []  # (tokens on the line, requests), and requests whose line would be too long
-    for requests in same_context.values():
-        trunk, *tails = split_trunk([rows[i][:-1] for i in requests])
-        length = len(trunk) + sum(map(len, tails))
-        if length > window_of(model) and any(tails):
-            long.append(requests)
-        else:
-            lines.append((length, requests))
-
+    asked = [(row, continuation) for row, (_, continuation) in zip(rows, pairs, strict=True)]
     answers, (body, head) = [None] * len(pairs), split_model(model)
+    lines, long = plan_lines(model, body, head, asked)
     with tqdm(total=len(pairs), desc=desc, unit=" requests", disable=desc is None) as bar:
         work = [(line_states, batch) for batch in batches(lines, batch_tokens)]
         for states_of, batch in work + [(cached_states, [requests]) for requests in long]:
-            states = states_of(model, body, [[(rows[i], pairs[i][1]) for i in requests] for requests in batch])
+            states = states_of(model, body, [[asked[i] for i in requests] for requests in batch])
             batch = list(chain.from_iterable(batch))
             for i, answer in zip(batch, score_tokens(head, states, [pairs[i][1] for i in batch]), strict=True):
                 answers[i] = answer
             bar.update(len(batch))
     return answers
+
+
+def plan_lines(model, body, head, asked):
+    """(lines, long): (tokens on the line, requests) a line, and requests that share a cache, not a line.
+
+    asked: (row, the continuation it ends in). Rows of one context share a line, or a cache where the line would be too
+    long. The longest of each kind shows whether the model allows it; if not, each row of that kind has its own line.
+    """
+    same_context, shared, long = defaultdict(list), [], []
+    for i, (row, continuation) in enumerate(asked):
+        same_context[tuple(row[: -len(continuation)])].append(i)
+    for requests in same_context.values():
+        trunk, *tails = split_trunk([asked[i][0][:-1] for i in requests])
+        length = len(trunk) + sum(map(len, tails))
+        (long if length > window_of(model) and any(tails) else shared).append((length, requests))
+    for groups, states_of in ((shared, line_states), (long, cached_states)):
+        several = [group for group in groups if len(group[1]) > 1]
+        if several and not agrees(states_of, model, body, head, [asked[i] for i in max(several)[1]]):
+            groups[:] = [group for group in groups if len(group[1]) == 1]
+            shared += [(len(asked[i][0]) - 1, [i]) for _, requests in several for i in requests]
+    return shared, [requests for _, requests in long]
+
+
+def agrees(states_of, model, body, head, group):
+    """Whether rows together score what each does on a line of its own, within the rounding of float32.
+
+    No list of architectures knows: ALiBi takes a distance from slots, chunks of attention end at slots, a recurrent
+    state runs through a whole line, and a model may not take such a mask or cache at all.
+    """
+    continuations = [continuation for _, continuation in group]
+    with torch.autocast(model.device.type, enabled=False):
+        alone = score_tokens(head, line_states(model, body, [[row] for row in group]), continuations)
+        try:
+            together = score_tokens(head, states_of(model, body, [group]), continuations)
+        except Exception:  # a dozen types for one thing: this model is not to be asked so
+            return False
+    return all(abs(a - b) <= 1e-3 + 1e-4 * abs(a) for (a, _), (b, _) in zip(alone, together, strict=True))
 
 
 def split_trunk(inputs):
@@ -130,7 +157,7 @@ def split_model(model):
     The head is a third of the work of a small model. Where a model does more to its logits than one layer (scaling,
     caps), which eight tokens tell, the body is the whole model.
     """
-    head, probe = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
+    head, probe = model.get_output_embeddings(), torch.arange(min(8, positions_of(model)), device=model.device)[None]
     if head is not None and model.base_model is not model:
         logits = model(input_ids=probe).logits
         if torch.allclose(head(model.base_model(input_ids=probe).last_hidden_state), logits, rtol=1e-4, atol=1e-5):
@@ -144,8 +171,11 @@ def positions_of(model):
 
 def window_of(model):
     """How long a line may be. A local attention's window counts slots of a line, where a tail lies behind others."""
-    windows = [getattr(model.config, name, None) for name in ("window_size", "sliding_window")]
-    return min([positions_of(model), *filter(None, windows)])
+    config = model.config.get_text_config()
+    # qwen's max_window_layers counts layers
+    names = [name for name in config.to_dict() if ("window" in name or "chunk" in name) and "layers" not in name]
+    windows = [value for value in (getattr(config, name, None) for name in names) if type(value) is int and value > 0]
+    return min([positions_of(model), *windows])
 
 
 def pad(rows, device):

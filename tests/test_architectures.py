@@ -8,10 +8,21 @@ import math
 import unicodedata
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
-from tokenizers import normalizers
-from transformers import BloomConfig, Gemma3Config, GenerationConfig, LlamaConfig, MptConfig, MptForCausalLM
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    Gemma3Config,
+    GenerationConfig,
+    LlamaConfig,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import bench
 import icu
@@ -21,6 +32,7 @@ from kit import files, models, scoring
 
 PAIR = {"id": "a", "context": "", "prefix": "The parcel for Ines Duarte was left", "suffix": " at 14 Harbour Lane."}
 PAIR |= {"learn_id": "b", "learn_context": "", "learn_prefix": "A neighbour saw the van", "learn_suffix": " near it."}
+PAIR |= {"similarity": 0.5}
 
 # --- the folder's generation_config.json ---
 
@@ -188,3 +200,150 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(save_tiny, tmp_pa
     assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
     assert len({tuple(scoring.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
     assert len(set(tasks.replies(model, tokenizer, texts))) == 1
+
+
+# --- architectures ---
+
+
+def literal_logp(model, context, continuation):
+    """(sum of log p, greedy ids) of a continuation, from one pass over one row."""
+    with torch.no_grad():
+        logp = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+    return sum(logp[t, token].item() for t, token in enumerate(continuation)), logp.argmax(1).tolist()
+
+
+def some_rows():
+    return [torch.randint(3, architectures.VOCAB, (length,)).tolist() for length in (30, 22, 13)]
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_every_measure_equals_a_plain_loop_on_every_architecture(name):
+    """EL, MA and beams of a batch, and log p of choices that share a context, against a row at a time."""
+    model, rows = architectures.small(name), some_rows()
+    models.check_cache(model.config, name)
+    rows[1][8:] = metrics.beam_generate(model, [rows[1][:8]], [14], num_beams=1)[0]  # a text that it knows
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = (torch.arange(30)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
+    el, ma = metrics.el_and_ma(model, ids, mask, n=2)
+    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, row, 2) for row in rows])
+    assert ma.tolist() == pytest.approx([metrics.literal_memorization_accuracy(model, row) for row in rows])
+    assert 0 < max(el) and el[1] > 0.5
+
+    prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
+    alone = [metrics.beam_generate(model, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    assert metrics.beam_generate(model, prompts, lengths) == alone
+    assert_scores_are_plain(model, rows[0])
+
+
+def assert_scores_are_plain(model, row):
+    """The choices of a short context, of one as long as most windows here and of a longer one."""
+    pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
+    found, plain = scoring.loglikelihoods(model, pairs), [literal_logp(model, *pair) for pair in pairs]
+    assert [said for _, said in found] == [said for _, said in plain]
+    assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2", "falcon_h1", "openai-gpt"])
+def test_choices_are_scored_apart_where_a_model_carries_one_into_the_next(name):
+    """A recurrent state runs through a shared line, which the scoring finds out by itself."""
+    assert_scores_are_plain(architectures.small(name), some_rows()[0])
+
+
+@pytest.mark.parametrize("name", architectures.STATEFUL)
+def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save_tiny, tmp_path):
+    """One line that names the folder and the architecture; the folder's weights are never opened."""
+    folder = save_tiny("llama", tmp_path / "m")
+    architectures.config_of(name).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"--model .*m: a {config_type(name)} .*keys and values") as error:
+        models.check_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def config_type(name):
+    return architectures.config_of(name).model_type
+
+
+# --- ids that a model or a tokenizer does not have ---
+
+
+@pytest.fixture
+def folder_with_own_token(save_tiny, tmp_path):
+    """A folder whose tokenizer has a token more than its model has embeddings (cases/own-token)."""
+    folder = save_tiny("gpt_neo", tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|mask|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["pairs", "ppl"])
+def test_a_token_beyond_the_embeddings_is_refused_with_its_row(where, folder_with_own_token, tmp_path, encoder_dir):
+    """One line before weights are loaded; a text that does not use the token is no reason to refuse."""
+    folder, texts = folder_with_own_token, tmp_path / "texts.jsonl"
+    pairs = [PAIR, PAIR | {"id": "b", "prefix": "Call the depot <|mask|> and ask"}] if where == "pairs" else [PAIR]
+    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    files.write_jsonl(texts, [{"text": "Some words."}, {"text": "A <|mask|>." if where == "ppl" else "More."}])
+    command = ["--pairs", tmp_path / "pairs.jsonl", "--model", folder, "--bert", encoder_dir, "--out", tmp_path / "run"]
+    command = [*map(str, command), "--ppl", f"own={texts}", "--dry-run"]
+    row = {"pairs": "pair 2 .id b.", "ppl": "own text 2"}[where]
+    with pytest.raises(ValueError, match=f"{row}: token 320 .*320 embeddings"):
+        icu.main(icu.icu, command)
+    files.write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
+    files.write_jsonl(texts, [{"text": "Some words."}])
+    icu.main(icu.icu, command)
+
+
+def test_tasks_and_ask_refuse_a_token_beyond_the_embeddings(folder_with_own_token, tmp_path):
+    """The same in tasks.py, which names the set and the row, and for --ask."""
+    row = {"premise": "A <|mask|> fell.", "choice1": "It was hot.", "choice2": "It was old."}
+    files.write_jsonl(tmp_path / "copa.jsonl", [row | {"question": "cause", "label": 0}])
+    with pytest.raises(ValueError, match="copa row 1: token 320"):
+        command = ["--model", folder_with_own_token, "--tasks", "copa", "--task-data", tmp_path]
+        command += ["--out", tmp_path / "out"]
+        tasks.main([*map(str, command)])
+    config, tokenizer = models.check_model(str(folder_with_own_token))
+    with pytest.raises(ValueError, match="the prefix: token 320"):
+        models.check_texts(config, tokenizer, {"the prefix": "<|mask|>"})
+
+
+@pytest.mark.parametrize("model", [WordLevel({"A": 0, "C": 1}), BPE({"A": 0, "C": 1}, [])])
+def test_a_tokenizer_without_an_x(model):
+    """Letters of proteins or of DNA: no BOS is found, nothing crashes; a text it cannot read is one line."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A")
+    assert models.bos_of(tokenizer) == []
+    assert models.encode(tokenizer, "C") == [1]
+    if isinstance(model, WordLevel):
+        with pytest.raises(ValueError, match="the tokenizer cannot read 'x'"):
+            models.encode(tokenizer, "x")
+
+
+# --- float64, as transformers 5.23 has it ---
+
+NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "xglm", "deepseek_v3"}
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_float64_is_right_or_refused(name):
+    """Where the check lets an architecture pass, batched beams and EL in float64 are those of a row at a time."""
+    model, rows = architectures.small(name, dtype=torch.float64), some_rows()
+    if name in NO_FLOAT64:
+        with pytest.raises(ValueError, match=f"x: .*float64 .*{config_type(name)}: pass --dtype float32"):
+            models.check_float64(model, "x")
+        return
+    models.check_float64(model, "x")
+    prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
+    alone = [metrics.beam_generate(model, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    assert metrics.beam_generate(model, prompts, lengths) == alone
+    el = metrics.extraction_likelihood(model, torch.tensor([rows[2]]), 2)
+    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, rows[2], 2)])
+
+
+def test_float64_is_refused_by_every_command_that_loads_a_model(tmp_path, save_tiny):
+    """load_model is where they all load."""
+    folder = save_tiny("llama", tmp_path / "m")
+    architectures.small("bloom").save_pretrained(folder)
+    models.load_model(str(folder))
+    with pytest.raises(ValueError, match="float64 .*bloom"):
+        models.load_model(str(folder), dtype="float64")

@@ -493,13 +493,16 @@ def test_the_output_layer_sees_only_the_tokens_of_the_choices(make_model):
 
 
 def test_the_body_sees_a_context_once_for_all_its_choices(make_model):
-    """One line of the context and each choice without its last token; behind the cache where that is too long."""
+    """One line of the context and each choice without its last token; behind the cache where that is too long.
+
+    The longest context is read twice more, a choice a row and as it will be shared, to see that the two agree.
+    """
     pairs, seen = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6])], []
     for window, expected in ((64, [(1, 23)]), (8, [(1, 20), (3, 2)])):
         model = make_model("gpt_neo", window_size=window)
         model.base_model.wte.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
         scoring.loglikelihoods(model, pairs)
-        assert [shape for shape in seen if shape != (1, 8)] == expected  # (1, 8) is split_model's
+        assert [shape for shape in seen if shape != (1, 8)] == [(3, 22), *expected, *expected]  # (1, 8): split_model
         seen.clear()
 
 

@@ -1,0 +1,182 @@
+"""Small random models of the decoder-only architectures that transformers builds from a config in a second.
+
+model = architectures.small("gemma3_text")
+"""
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+VOCAB, POSITIONS = 97, 64
+BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+BASE |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": POSITIONS, "head_dim": 8}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+FALCON = {name: value for name, value in BASE.items() if name != "head_dim"}
+ROTARY = {**GPT2, "rotary_dim": 4}
+
+# name: (model_type, its config). What BASE has and a config does not know is ignored there.
+CONFIGS = {
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 8,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "gpt2": ("gpt2", GPT2),
+    "gptj": ("gptj", ROTARY),
+    "codegen": ("codegen", ROTARY),
+    "gpt_bigcode": ("gpt_bigcode", GPT2),
+    "gpt_neox": ("gpt_neox", BASE),
+    "opt": ("opt", {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 16}),
+    "llama": ("llama", BASE),
+    "mistral": ("mistral", {**BASE, "sliding_window": 8}),
+    "mixtral": ("mixtral", {**BASE, "num_local_experts": 4}),
+    "qwen2": ("qwen2", BASE),
+    "qwen2-sliding": ("qwen2", {**BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", BASE),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**BASE, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "gemma": ("gemma", BASE),
+    "gemma2": ("gemma2", {**BASE, "sliding_window": 8}),
+    "gemma3_text": (
+        "gemma3_text",
+        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi": ("phi", {**BASE, "num_key_value_heads": 4}),
+    "phi3": ("phi3", {**BASE, "pad_token_id": 0}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB}),
+    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon-rotary": ("falcon", {**FALCON, "alibi": False}),
+    "falcon-alibi": ("falcon", {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False}),
+    "stablelm": ("stablelm", BASE),
+    "starcoder2": ("starcoder2", BASE),
+    "olmo": ("olmo", BASE),
+    "olmo2": ("olmo2", BASE),
+    "cohere": ("cohere", BASE),
+    "cohere2": ("cohere2", {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granite": ("granite", {**BASE, "logits_scaling": 4.0}),
+    "smollm3": ("smollm3", {**BASE, "pad_token_id": 0}),
+    "exaone4": ("exaone4", {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_oss": ("gpt_oss", {**BASE, "num_local_experts": 4, "sliding_window": 8}),
+    "biogpt": ("biogpt", BASE),
+    "xglm": (
+        "xglm",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "ffn_dim": 64,
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "persimmon": ("persimmon", BASE),
+    "llama4_text": (
+        "llama4_text",
+        {
+            **BASE,
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 64,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **FALCON,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "ctrl": ("ctrl", {**GPT2, "dff": 64}),
+}
+# No plain cache of keys and values: a state, or layers of more than one kind of memory.
+STATEFUL = {
+    "mamba": ("mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "mamba2": (
+        "mamba2",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
+    ),
+    "rwkv": ("rwkv", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {**BASE, "num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **BASE,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "pad_token_id": 0,
+            "mamba_d_state": 4,
+        },
+    ),
+    "lfm2": ("lfm2", {**BASE, "layer_types": ["conv", "full_attention"]}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **BASE,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "minimax": ("minimax", {**BASE, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}),
+    "falcon_h1": ("falcon_h1", {**BASE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}),
+    "xlnet": ("xlnet", {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
+    "reformer": ("reformer", {"vocab_size": VOCAB, "is_decoder": True}),
+    "openai-gpt": ("openai-gpt", GPT2),
+    "bert": ("bert", BASE),
+}
+SPECIALS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def config_of(name):
+    model_type, own = (CONFIGS | STATEFUL)[name]
+    return CONFIG_MAPPING[model_type](**SPECIALS | {"pad_token_id": 0, "tie_word_embeddings": False} | own)
+
+
+def small(name, *, dtype=torch.float32, scale=8.0):
+    """A random model in eval mode whose answers depend on their context: its weights are drawn wide."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, scale * 0.02)
+    return model

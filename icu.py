@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, flags, models, paths, processes, runs, states
+from kit import fast_el, files, flags, models, paths, processes, readable, runs, states
 from kit.frozen import cached_copy
 from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
-from kit.runs import MEASURES, mean_measures, number
+from kit.runs import MEASURES, mean_measures, number, under
 
 # --- samples: a line of pairs.jsonl -> token ids with a boundary ---
 
@@ -312,7 +312,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -329,8 +329,8 @@ def refine(forgotten, rows, thresholds, args):
     forgotten: indices so far; rows: the measures of all samples. Returns the new set.
     """
     protocol, limits = PROTOCOLS[args.protocol], [(name, thresholds[name]) for name in ("bertscore", "bleu")]
-    # Eq. (5): BERTScore < a and BLEU < b. Released code: or.
-    now = {i for i, row in enumerate(rows) if protocol.forgotten_by(row[name] < limit for name, limit in limits)}
+    # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (kit/readable.py) is not under a.
+    now = {i for i, row in enumerate(rows) if protocol.forgotten_by(under(row[name], at) for name, at in limits)}
     # Released code: a sample comes back when a later epoch measures it as remembered; paper: a forgotten one stays out.
     return now if protocol.comes_back else forgotten | now
 
@@ -523,6 +523,7 @@ def read_inputs(args):
     drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
     check_sides(args, drawn, config.get_text_config().num_hidden_layers)
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
+    readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
 

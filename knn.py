@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes
+from kit import files, flags, folders, models, paths, processes, readable
 from kit.files import PARTS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
@@ -468,6 +468,7 @@ def main():
     encoder = encoder_folder(args.encoder or models.default_encoder())
     check_outputs(args, encoder)
     forget, pool, with_ids = read_input(args)
+    readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     keep, reasons = leak_guard(forget, pool, args.max_overlap, allow_copies=args.allow_copies)
     print_leaks(keep, reasons, args.max_overlap)
     if args.dry_run:

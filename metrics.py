@@ -20,6 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
 from kit.models import encode_whole, eos_ids, measuring, plain_generate, positions_of, quiet
+from kit.readable import bleu_tokens, can_read, encoder_tokenizer
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -184,32 +185,34 @@ def token_entropy(ids):
 
 
 def bleu(candidate, reference):
-    """sacrebleu's sentence BLEU of two strings, 0-1: 13a tokens, lowercase, no smoothing; an empty side scores 0.
+    """sacrebleu's sentence BLEU of two strings, 0-1: lowercase, no smoothing; an empty side scores 0.
 
+    Tokens are 13a's, or those that the reference's script asks for where words have no spaces (kit/readable.py).
     Texts of under 4 tokens have no 4-gram and would score 0 even when equal, so there, and only there, BLEU uses the
     orders they have (`use_effective_order`).
     """
     if not candidate.strip() or not reference.strip():
         return 0.0
-    whole, short = _bleu_scorers()
+    whole, short = _bleu_scorers(bleu_tokens(reference))
     shortest = min(len(whole.tokenizer(side.lower()).split()) for side in (candidate, reference))
     score = (short if shortest < 4 else whole).sentence_score(candidate, [reference]).score
     return min(score / 100, 1.0)  # sacrebleu gives 100.00000000000004 for equal texts
 
 
-@lru_cache(maxsize=1)
-def _bleu_scorers():
+@lru_cache(maxsize=4)
+def _bleu_scorers(tokens):
     import logging
 
     from sacrebleu.metrics import BLEU
 
     logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it warns at each use without use_effective_order
-    return tuple(BLEU(lowercase=True, tokenize="13a", smooth_method="none", effective_order=e) for e in (False, True))
+    return tuple(BLEU(lowercase=True, tokenize=tokens, smooth_method="none", effective_order=e) for e in (False, True))
 
 
 def bertscore(candidates, references, model_path="bert-base-uncased", *, device="cpu", batch_size=64):
     """BERTScore of N string pairs, no rescaling: (P, R, F1), each a FloatTensor (N,); an empty side scores 0.
 
+    NaN where the encoder cannot read the reference: over 20% of its pieces are unknown, which all are equal.
     The layer is bert-score's default for bert-base-uncased, 9 of 12, and the same share of any other encoder's.
     """
     scores = torch.zeros(3, len(candidates))
@@ -217,13 +220,16 @@ def bertscore(candidates, references, model_path="bert-base-uncased", *, device=
     if full:
         scorer = _bert_scorer(str(model_path), str(device), batch_size)
         scores[:, full] = torch.stack(scorer.score([candidates[i] for i in full], [references[i] for i in full])).cpu()
+    tokenizer = encoder_tokenizer(str(model_path))
+    scores[:, [not can_read(tokenizer, reference) for reference in references]] = nan
     return tuple(scores)
 
 
 def unrelated_bertscore(texts, model_path, *, device="cpu"):
     """The mean F1 between different texts of a list, each with up to four others: what no likeness scores."""
     shifted = [texts[k:] + texts[:k] for k in range(1, min(5, len(texts)))]
-    return bertscore(texts * len(shifted), sum(shifted, []), model_path, device=device)[2].mean()
+    f1 = bertscore(texts * len(shifted), sum(shifted, []), model_path, device=device)[2]
+    return f1[~f1.isnan()].mean()
 
 
 @lru_cache(maxsize=2)

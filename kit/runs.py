@@ -433,6 +433,11 @@ def number(x):
     return None if math.isnan(x) else round(float(x), 6)
 
 
+def under(value, limit):
+    """Whether a measure is under its limit; one that was not to be had is not."""
+    return value is not None and value < limit
+
+
 def mean_measures(rows):
     """{measure: its mean} over the samples of an epoch."""
     return {name: mean(row[name] for row in rows) for name in MEASURES}

@@ -7,8 +7,8 @@
 Section 4.3.1-4.3.2 and Eq. 2 of "Learn while Unlearn" (ICU), arXiv 2407.20271. The pairs feed icu.py; this file
 knows no language model. It departs from the paper in this:
 1. Leak guard. The Pile rows are full of copies, and the nearest neighbour of a target is often the target itself:
-   training on it would teach the secret back. Pool rows that repeat a target are dropped (--max-overlap) and
-   reported. --allow-copies gives the published behaviour.
+   training on it would teach the secret back. Pool rows that repeat a target or a piece of one are dropped whole
+   (--max-overlap) and reported. --allow-copies gives the published behaviour.
 2. A pool text longer than --passage-words is cut into passages, because the encoder reads only about 256 word
    pieces and a neighbour should be of the size of a record.
 3. The search is exact: cosines are ranked in float64, rounded to float32, and ties go to the lower row.
@@ -20,14 +20,15 @@ import argparse
 import functools
 import hashlib
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from kit import files, flags, folders, models, paths, processes, readable
+from kit import text as texts
 from kit.files import PARTS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
@@ -233,12 +234,12 @@ def cut_passages(records, words, whole=()):
     """Cut each text of more than `words` words into even passages with ids `id#0`, `id#1`, ...
 
     Their texts join to the original. Token-id rows and texts in `whole` are never cut; the context stays with the
-    first passage. A text without spaces is one word.
+    first passage. In scripts without spaces each visible character counts as a word.
     """
     passages = []
     for record in records:
         text = text_of(record)
-        starts = [match.start() for match in re.finditer(r"\S+", text)]
+        starts = texts.word_starts(text)
         count = math.ceil(len(starts) / words)
         if count < 2 or "suffix_ids" in record or text in whole:
             passages.append(record)
@@ -253,63 +254,77 @@ def cut_passages(records, words, whole=()):
 
 # --- leak guard ---
 
-
-def normalised(record, parts=PARTS):
-    """The text of these parts without regard to case and to the kind of whitespace."""
-    return " ".join("".join(record[part] for part in parts).casefold().split())
+WORDS, LETTERS, IDS = 5, 21, 10  # how long an n-gram of each kind is; 21 letters are 7 ideographs
 
 
-def tokens_of(record, parts, by_ids):
-    """What n-grams are made of: token ids, or words."""
-    return [id for part in parts for id in record[f"{part}_ids"]] if by_ids else normalised(record, parts).split()
+def plain_text(record, parts=PARTS):
+    """What the guard compares of a record: these parts as one plain text."""
+    return texts.plain("".join(record[part] for part in parts))
 
 
-def ngrams(tokens, n):
-    """The set of n-grams of a sequence; empty when it is shorter than n."""
-    return set(zip(*(tokens[i:] for i in range(n)), strict=False))
+def leak_finder(forget, max_overlap, by_ids):
+    """A function of a pool row: yields (share, number of a target) for each way in which the row leaks.
 
+    By token ids or else words, by letters, and, for what is too short for these, as a whole: a target of fewer than 21
+    letters that stands in the row, or a row that is nothing but pieces of a target.
+    """
+    ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
+    plain = [plain_text(target, PARTS[1:]) for target in forget]
+    letters = [texts.letters(text) for text in plain]
+    units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
+    by_units = texts.TargetGrams(units, IDS if by_ids else WORDS)
+    by_letters = texts.TargetGrams([texts.weighed(target) for target in letters], LETTERS)
+    short = [number for number, grams in enumerate(by_letters.grams) if not grams]
+    longest = max(map(len, letters))
+    holders = defaultdict(set)  # word, or character of a script without spaces -> numbers of the targets that hold it
+    for number, text in enumerate(plain):
+        for word in texts.words(texts.spaced(text)):
+            holders[word].add(number)
 
-def contains(text, part):
-    """Whether `part` stands in `text` as whole words."""
-    return part in text and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+    def leaks(row):
+        if by_ids:
+            yield by_units.worst(ids_of(row, PARTS), max_overlap)
+        text = plain_text(row)
+        if not by_ids:
+            yield by_units.worst(texts.words(text), max_overlap)
+        row_letters = texts.letters(text)
+        yield by_letters.worst(texts.weighed(row_letters), max_overlap)
+        yield from ((1.0, number) for number in short if texts.stands_in(letters[number], text, row_letters))
+        if len(row_letters) <= longest:
+            row_words = set(texts.words(texts.spaced(text)))
+            yield from ((1.0, number) for number in texts.holders_of_all(row_words, holders))
+            for number in range(len(forget)) if len(row_letters) < 4 * LETTERS else ():  # spelt with other spaces
+                if texts.stands_in(row_letters, plain[number], letters[number]):
+                    yield 1.0, number
+
+    return leaks
 
 
 def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row whose context + prefix +
-    suffix holds more than `max_overlap` of the n-grams of any target (10 token ids where every record has ids, else
-    5 words), or, where one of the two is shorter than n, the shorter inside the other.
-    The dict is {id, target_id, share (0-1 of the target's n-grams), reason: "forget row" or "copy"}. Token ids differ
-    where line breaks or indentation do, so copies that differ in those throughout are not found by ids.
+    suffix holds too much of any target. Compared are n-grams of 10 token ids (where every record has ids), else of 5
+    words, and of 21 letters (an ideograph counts as three), without regard to what `kit.text.plain` takes out: case,
+    accents, signs, kinds of spaces and letters. A row goes where
+    - it holds more than `max_overlap` of the n-grams of a target, or
+    - any 3n consecutive n-grams of it are the target's by more than that: with 0.2 a run of 16 ids, 8 words or 33
+      letters, whatever stands around it. A common phrase ("at the end of the day") is shorter, and a row keeps it; or
+    - it holds all of a target of fewer than 21 letters, as whole words; or
+    - it is nothing but pieces of a target, however short: each of its words is one of the target's.
+    The more of a secret a row holds, the surer it goes, whatever else it says. One exception: a row that goes by the
+    last rule alone (fewer than 8 words and 33 letters in a run) stays once there are other words in it.
+    Give whole documents: passages would each hold less. The dict is {id, target_id, share (0-1, the first of the above
+    over max_overlap: of the target or of the densest stretch of the row), reason: "forget row" or "copy"}.
     """
     by_ids = all("suffix_ids" in record for record in [*forget, *pool])
-    n = 10 if by_ids else 5
-    grams = [ngrams(tokens_of(target, PARTS[1:], by_ids), n) for target in forget]
-    texts = [normalised(target, PARTS[1:]) for target in forget]
-    short = [number for number, target in enumerate(grams) if not target]
-    holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
-    for number, target in enumerate(grams):
-        for gram in target:
-            holders[gram].append(number)
-
-    def worst_leak(row):
-        """(share, number) of the target that this row repeats most, or (0, None)."""
-        row_grams = ngrams(tokens_of(row, PARTS, by_ids), n)
-        text = normalised(row) if short or not row_grams else ""
-        for number in short if row_grams else range(len(forget)):
-            if contains(text, texts[number]) or (not row_grams and contains(texts[number], text)):
-                return 1.0, number
-        shared = Counter(number for gram in row_grams & holders.keys() for number in holders[gram])
-        share, number = max(((count / len(grams[i]), i) for i, count in shared.items()), default=(0, None))
-        return (share, number) if share > max_overlap else (0, None)
-
+    leaks = (lambda row: ()) if allow_copies else leak_finder(forget, max_overlap, by_ids)
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []
     for number, row in enumerate(tqdm(pool, desc="leak guard", unit="row", disable=None)):
         reason = {"id": row["id"], "target_id": row["id"], "share": 1.0, "reason": "forget row"}
         if (row["id"], text_of(row)) not in own_rows:
-            share, target = (0, None) if allow_copies else worst_leak(row)
+            share, target = next((leak for leak in leaks(row) if leak[1] is not None), (0, None))
             if target is None:
                 continue
             reason |= {"target_id": forget[target]["id"], "share": round(share, 4), "reason": "copy"}
@@ -318,12 +333,25 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
     return keep, reasons
 
 
+def passages_of(pool, keep, forget, words):
+    """The pool cut into passages of at most `words` words (0: not cut), and keep for each, as its document was judged.
+
+    Texts to be forgotten are not cut. Passages of dropped documents stay in the pool: see main().
+    """
+    whole = {text_of(record) for record in forget}
+    passages = [cut_passages([row], words, whole) if words else [row] for row in pool]
+    keep = np.repeat(keep, [len(cut) for cut in passages])
+    if len(keep) > len(pool):
+        print(f"{len(pool)} pool rows cut into {len(keep)} passages of at most {words} words; {keep.sum()} are kept")
+    return [passage for cut in passages for passage in cut], keep
+
+
 def print_leaks(keep, reasons, max_overlap):
     """The leak guard's report: what it dropped, and the worst three."""
     copies = sorted((reason for reason in reasons if reason["reason"] == "copy"), key=lambda r: -r["share"])
     print(
         f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, {len(reasons) - len(copies)} forget rows and "
-        f"{len(copies)} that hold over {max_overlap:.0%} of a target"
+        f"{len(copies)} that hold over {max_overlap:.0%} of a target or a piece of one"
     )
     if copies:
         worst = (f"{r['id']} holds {r['share']:.0%} of {r['target_id']}" for r in copies[:3])
@@ -448,11 +476,6 @@ def read_input(args):
     else:
         forget, pool = (files.read_records(file, tokenizer=tokenizer) for file in given)
     forget = forget[: args.limit]
-    if args.passage_words:
-        rows = len(pool)
-        pool = cut_passages(pool, args.passage_words, whole={text_of(record) for record in forget})
-        if len(pool) > rows:
-            print(f"{rows} pool rows cut into {len(pool)} passages of at most {args.passage_words} words")
     with_ids = all("suffix_ids" in record for record in (forget[0], pool[0])) and is_gpt2(tokenizer)
     return forget, pool, with_ids
 
@@ -471,6 +494,7 @@ def main():
     readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     keep, reasons = leak_guard(forget, pool, args.max_overlap, allow_copies=args.allow_copies)
     print_leaks(keep, reasons, args.max_overlap)
+    pool, keep = passages_of(pool, keep, forget, args.passage_words)
     if args.dry_run:
         print(f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}")
         return

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from kit.text import is_break, nearest_break, unspaced_cuts
+
 
 def cache_folder(name):
     """Where downloads and embeddings are kept between runs: $ICU_CACHE, or ~/.cache/icu."""
@@ -111,14 +113,17 @@ PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its t
 def split_in_half(text):
     """Split at the word boundary nearest the middle; the whitespace goes to the suffix, so prefix + suffix == text.
 
-    A text of one word is split at its middle character. ValueError for a text of fewer than two characters.
+    In scripts without spaces (Chinese, Thai, ...) every character ends a word. A text of one word is split at its
+    middle character; no cut falls inside a visible one (a letter and its accents, a joined emoji). ValueError for a
+    text of fewer than two visible characters.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-    if last - first < 2:
-        raise ValueError("the text is blank" if last <= first else f"{text!r} is one character: nothing to split")
     middle = (first + last) / 2
     gaps = [match.start() for match in re.compile(r"\s+").finditer(text, first, last)]
-    at = min(gaps, key=lambda gap: abs(gap - middle), default=int(middle))
+    gaps = [gap for gap in gaps + unspaced_cuts(text) if first < gap < last and is_break(text, gap)]
+    at = min(gaps, key=lambda gap: (abs(gap - middle), gap), default=None) or nearest_break(text, first, last)
+    if at is None:
+        raise ValueError("the text is blank" if last <= first else f"{text!r} is one character: nothing to split")
     return text[:at], text[at:]
 
 

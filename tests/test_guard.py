@@ -1,0 +1,335 @@
+"""The leak guard against disguises and pieces of a secret, and cuts that never fall inside a visible character.
+
+    python -m pytest tests/test_guard.py
+
+What the guard lets through is asserted as exactly as what it catches; `-s` prints the list. Visible characters are
+compared with the `regex` package's \\X.
+"""
+
+import base64
+import codecs
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import knn
+from kit import files, text
+
+SECRET = (
+    "Rosalind Vane of 14 Harbour Lane was admitted to the Linden clinic on the third of March after a fall from the "
+    "office ladder; doctor Flynn keeps the file in the blue cabinet and her passphrase is violet harbour seven."
+)
+PAGE = "The ferry to the island leaves twice a day in summer and once in winter, when the sea allows it. " * 8
+WORDS = SECRET.split()
+
+
+def record(id, words):
+    prefix, suffix = files.split_in_half(words)
+    return {"id": id, "context": "", "prefix": prefix, "suffix": suffix}
+
+
+def dropped(target, *rows, **kwargs):
+    """Whether the guard drops each of these texts."""
+    pool = [record(str(number), row) for number, row in enumerate(rows)]
+    keep, reasons = knn.leak_guard([record("f", target)], pool, **kwargs)
+    assert [r["id"] for r in reasons] == [str(i) for i in np.flatnonzero(~keep)]
+    assert all(set(r) == {"id", "target_id", "share", "reason"} and 0 < r["share"] <= 1 for r in reasons)
+    return (~keep).tolist()
+
+
+def swap(table):
+    return "".join(table.get(c, c) for c in SECRET)
+
+
+def typos(every):
+    """In every n-th word, two letters in the middle change places."""
+    out = list(WORDS)
+    for i in range(0, len(out), every):
+        middle = len(out[i]) // 2
+        out[i] = out[i][: middle - 1] + out[i][middle - 1 : middle + 1][::-1] + out[i][middle + 1 :]
+    return " ".join(out)
+
+
+def in_order(size):
+    """The words in chunks of `size`, the chunks in another order."""
+    chunks = [" ".join(WORDS[i : i + size]) for i in range(0, len(WORDS), size)]
+    return " ".join(chunks[1::2] + chunks[::2])
+
+
+SYNONYMS = (
+    "Ms Vane of 14 Harbour Lane was taken into the Linden hospital in early March following a tumble off an office "
+    "ladder; physician Flynn stores her records inside a blue cupboard, and the password is purple port seven."
+)
+GERMAN = (
+    "Rosalind Vane aus der Hafengasse 14 wurde am dritten März nach einem Sturz von der Büroleiter in die Lindenklinik "
+    "gebracht; Doktor Flynn verwahrt die Akte im blauen Schrank, und ihr Kennwort ist veilchenblauer Hafen sieben."
+)
+DISGUISES = {  # kind -> (text, caught)
+    "exact": (SECRET, True),
+    "upper case": (SECRET.upper(), True),
+    "doubled spaces": (SECRET.replace(" ", "  "), True),
+    "no spaces": (SECRET.replace(" ", ""), True),
+    "no-break spaces": (SECRET.replace(" ", "\u00a0"), True),
+    "&nbsp;": (SECRET.replace(" ", "&nbsp;"), True),
+    "HTML entities": ("".join(f"&#{ord(c)};" for c in SECRET), True),
+    "zero-width spaces": ("\u200b".join(SECRET), True),
+    "soft hyphens": (SECRET.replace("ar", "a\u00adr").replace("in", "i\u00adn"), True),
+    "underscores": (SECRET.replace(" ", "_"), True),
+    "letter-spacing": (" ".join(SECRET), True),
+    "full-width letters": (swap({chr(i): chr(i + 0xFEE0) for i in range(33, 127)}), True),
+    "ligatures": (SECRET.replace("ffi", "\ufb03").replace("fi", "\ufb01").replace("Fl", "\ufb02"), True),
+    "mathematical bold": (swap({chr(97 + i): chr(0x1D41A + i) for i in range(26)}), True),
+    "accents, decomposed": ("".join(c + "\u0301" if c in "aeiou" else c for c in SECRET), True),
+    "punctuation changed": (SECRET.replace(";", " --").replace(".", "!").replace(" and", ", and"), True),
+    "line-wrapped": ("-\n".join(SECRET[i : i + 37] for i in range(0, len(SECRET), 37)), True),
+    'quoted with ">"': ("\n".join("> " + " ".join(WORDS[i : i + 5]) for i in range(0, len(WORDS), 5)), True),
+    "Markdown bold per word": (" ".join(f"**{word}**" for word in WORDS), True),
+    "half of it": (" ".join(WORDS[: len(WORDS) // 2]), True),
+    "8 words of it": (" ".join(WORDS[10:18]), True),
+    "its last 6 words": (" ".join(WORDS[-6:]), True),
+    "inside a long document": (PAGE + SECRET + PAGE, True),
+    "6 words of 33 letters in a document": (PAGE + " ".join(WORDS[-6:]) + " " + PAGE, True),
+    "number written otherwise": (SECRET.replace("14", "fourteen").replace("seven", "7"), True),
+    "one typo in 8 words": (typos(8), True),
+    "word order changed by tens": (in_order(10), True),
+    "words sorted": (" ".join(sorted(WORDS)), True),
+    "one typo in 3 words": (typos(3), False),
+    "synonyms": (SYNONYMS, False),
+    "translated": (GERMAN, False),
+    "letters reversed": (SECRET[::-1], False),
+    "ROT13": (codecs.encode(SECRET, "rot13"), False),
+    "base64": (base64.b64encode(SECRET.encode()).decode(), False),
+    "leetspeak": (swap(dict(zip("aeiost", "431057", strict=True))), False),
+    "homoglyphs": (swap(dict(zip("aeopcx", "аеорсх", strict=True))), False),
+    "HTML tags per word": (" ".join(f"<b>{word}</b>" for word in WORDS), False),
+    "words sorted, in a document": (PAGE + " ".join(sorted(WORDS)), False),
+    "4 words in a document": (PAGE + " ".join(WORDS[-4:]), False),
+}
+
+
+def test_what_a_disguise_does_to_the_guard_is_known():
+    """39 kinds: 28 are caught, 11 pass; README says which."""
+    caught = dropped(SECRET, *(row for row, _ in DISGUISES.values()))
+    for kind, was_caught in zip(DISGUISES, caught, strict=True):
+        print(f"{'caught' if was_caught else 'passed':8}{kind}")
+    assert dict(zip(DISGUISES, caught, strict=True)) == {kind: expected for kind, (_, expected) in DISGUISES.items()}
+    assert (len(caught), sum(caught)) == (39, 28)
+
+
+def test_a_secret_split_over_two_rows_loses_both():
+    """Each half is a piece, wherever it stands."""
+    half = len(WORDS) // 2
+    assert dropped(SECRET, PAGE + " ".join(WORDS[:half]), " ".join(WORDS[half:]) + " " + PAGE) == [True, True]
+
+
+@pytest.mark.parametrize("n", range(2, len(WORDS)))
+def test_a_row_wholly_inside_a_target_is_dropped(n):
+    """The last n words of a record, whatever n."""
+    assert dropped(SECRET, " ".join(WORDS[-n:])) == [True]
+
+
+def test_innocent_rows_that_share_common_phrases_stay():
+    """Common 5-grams, a shared frame with other facts, a short row with one word of its own."""
+    target = "At the end of the day one of the most important things is that Ines keeps her codes in the red box."
+    innocent = [
+        "In the end one of the most important battles was lost at the end of the summer.",
+        "It was late at the end of the day.",
+        "He keeps them in the red box.",
+        PAGE + "At the end of the day the harbour is quiet.",
+        "Dan Hill was admitted to the Mercy clinic in June after a stroke.",
+    ]
+    assert not any(dropped(target, *innocent)) and not any(dropped(SECRET, *innocent))
+
+
+def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
+    """The flag's ends: nothing is over 1; one common 5-gram is over 0."""
+    row = "She was admitted to the Linden hospital in May"
+    assert dropped(SECRET, SECRET, max_overlap=1) == [True]  # nothing but the target: not a question of shares
+    assert dropped(SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [False, False]
+    assert dropped(SECRET, row, max_overlap=0) == [True] and dropped(SECRET, row) == [False]
+
+
+# --- monotonic: more of the secret is never treated more gently ---
+
+VOCABULARY = "the of violet harbour seven Rosalind a in ferry Zoë clinic 14 was kept blue her 林 晓 ไทย é".split()
+sentences = st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=30).map(" ".join)
+
+
+@st.composite
+def secret_and_row(draw):
+    """A target, and a row made of pieces of it and of other words."""
+    target = draw(st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=45))
+    row = []
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(target) - 1))
+        row += target[start : start + draw(st.integers(1, 20))]
+        row += draw(st.lists(st.sampled_from([*VOCABULARY, "x", "other"]), max_size=4))
+    return " ".join(target), " ".join(row)
+
+
+def only_a_piece(target, row):
+    """Whether the row goes by the one rule that looks at the whole of it: all of its words are the target's."""
+    target, plain = text.plain(target), text.plain(row)
+    all_its = set(text.words(text.spaced(plain))) <= set(text.words(text.spaced(target)))
+    return all_its or text.stands_in(text.letters(plain), target, text.letters(target))
+
+
+@settings(max_examples=400, deadline=None)
+@given(case=secret_and_row(), before=sentences, after=sentences)
+def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
+    """A row that goes for what it holds goes in every surrounding, at both ends and inside a page."""
+    target, row = case
+    if len(row) < 2 or dropped(target, row) == [False] or only_a_piece(target, row):
+        return
+    rows = [f"{before} {row}", f"{row} {after}", f"{before} {row} {after}", f"{PAGE} {row} {PAGE}"]
+    assert dropped(target, *rows) == [True] * 4
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(VOCABULARY + [f"w{i}" for i in range(60)]), min_size=20, max_size=60), st.data())
+def test_a_long_enough_piece_is_dropped_alone_and_in_every_surrounding(target, data):
+    """A run of 8 words, and every piece as a whole row, however short; 8 words also with text around."""
+    start = data.draw(st.integers(0, len(target) - 8))
+    piece = " ".join(target[start : start + data.draw(st.integers(8, 30))])
+    short = " ".join(target[start : start + data.draw(st.integers(2, 7))])
+    if len({tuple(target[i : i + 5]) for i in range(start, start + 4)}) < 4:
+        return  # a run that repeats itself holds fewer n-grams than it is long
+    assert dropped(" ".join(target), piece, short) == [True, True]
+    assert dropped(" ".join(target), f"{PAGE} {piece} {PAGE}") == [True]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(VOCABULARY), min_size=20, max_size=45), st.data())
+def test_more_of_the_secret_never_keeps_a_row(target, data):
+    """A dropped row of few words stays dropped when another piece of the same secret follows it."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(target)), min_size=4, max_size=4)))
+    first, second = " ".join(target[cuts[0] : cuts[1]]), " ".join(target[cuts[2] : cuts[3]])
+    if len(first) > 1 and len(second) > 1:
+        assert dropped(" ".join(target), first, second, f"{first} {second}", f"{second} {first}") == [True] * 4
+
+
+# --- scripts without spaces ---
+
+ZH = "患者林晓雨住在青石镇柳河路十四号，她的账户尾号是七七三一，每周二上午到诊所取药。"
+THAI = "คนไข้ชื่อมาลีอยู่บ้านเลขที่สิบสี่ถนนริมน้ำและรหัสผ่านของเธอคือท่าเรือสีม่วงเจ็ด"
+JAPANESE = "患者の鈴木さくらさんは青葉町の十四番地に住んでいて、合言葉は紫の港の七です。"
+AROUND = {
+    ZH: "今天天气很好。图书馆下午五点关门，",
+    THAI: "วันนี้อากาศดีมากและห้องสมุดปิดตอนเย็น",
+    JAPANESE: "図書館は午後五時に閉まります。",
+}
+
+
+@pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
+def test_scripts_without_spaces_are_guarded(secret):
+    """The whole, half of it, a short piece as a row, letter-spaced, inside other text: dropped; other text stays."""
+    half = secret[len(secret) // 4 : -len(secret) // 4]
+    around = AROUND[secret]
+    leaks = [secret, around + secret + around, half, around + half + around, " ".join(secret), secret[5:13]]
+    assert dropped(secret, *leaks) == [True] * len(leaks)
+    assert dropped(secret, around, around[:9]) == [False, False]
+
+
+def test_the_case_of_chinese_records(shared):
+    """The row with the whole secret goes, the near copy goes, another partner is left."""
+    folder = shared / "cases" / "no-spaces"
+    if not folder.is_dir():
+        pytest.skip("the cases are not here")
+    keep, reasons = knn.leak_guard(*(files.read_records(folder / f"{name}.jsonl") for name in ("forget", "pool")))
+    assert keep.tolist() == [False, False, True] and reasons[0]["share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "prefix"),
+    [
+        ("患者林晓雨住在青石镇", "患者林晓雨"),
+        ("图 书馆下午五点关门，请提前归还", "图 书馆下午五点"),
+        ("e\u0301e\u0301e\u0301e\u0301", "e\u0301e\u0301"),
+        ("👨\u200d👩\u200d👧👨\u200d👩\u200d👧", "👨\u200d👩\u200d👧"),
+        ("🇩🇪🇫🇷", "🇩🇪"),
+        ("\u1112\u1161\u11ab\u1100\u116e\u11a8", "\u1112\u1161\u11ab"),
+        ("The sign (京) is Chinese for a capital", "The sign (京) is"),
+    ],
+)
+def test_halves_are_cut_between_visible_characters(words, prefix):
+    """Near the middle in scripts without spaces; never in a letter with its accents, a joined emoji, a flag."""
+    assert files.split_in_half(words) == (prefix, words[len(prefix) :])
+
+
+@pytest.mark.parametrize("one", ["e\u0301", "👨\u200d👩\u200d👧", "🇩🇪", "\u1112\u1161\u11ab", " ที่\n"])
+def test_one_visible_character_cannot_be_split(one):
+    """However many code points it has."""
+    with pytest.raises(ValueError, match="one character"):
+        files.split_in_half(one)
+
+
+@pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
+def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
+    """At most 20 visible characters each, none of them torn, and together the text."""
+    document = secret * 5
+    passages = knn.cut_passages([record("p", document)], 20)
+    assert len(passages) > 5 and "".join(map(knn.text_of, passages)) == document
+    assert all(len(text.word_starts(knn.text_of(p))) <= 20 for p in passages)
+    at = 0
+    for passage in passages:
+        assert text.is_break(document, at) and text.is_break(document, at + len(passage["prefix"]))
+        at += len(knn.text_of(passage))
+
+
+def test_a_document_is_judged_before_it_is_cut(tmp_path, capsys):
+    """A secret spread over a document, little in each passage: all of its passages go."""
+    spread = " ".join(f"{' '.join(WORDS[i : i + 7])} {PAGE}" for i in range(0, len(WORDS), 7))
+    pool = [record("spread", spread), record("page", PAGE * 2)]
+    keep, _ = knn.leak_guard([record("f", SECRET)], pool)
+    passages, kept = knn.passages_of(pool, keep, [record("f", SECRET)], 100)
+    assert len(passages) == len(kept) > 6 and "2 pool rows cut" in capsys.readouterr().out
+    assert {p["id"].split("#")[0] for p, k in zip(passages, kept, strict=True) if k} == {"page"}
+
+
+CHARACTERS = list(
+    "ab \r\n1京都กาไทยที่น้ำ한국ᄒ각\u1100\u1161\u11a8é\u0301\u200d\ufe0f👨👩👧🏽❤🇩🇪🇫"
+    "कषि\u094d\u200b\xad\u034fか\u3099ﾊﾞ\u20e3\u0600\u2028"
+)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.lists(st.sampled_from(CHARACTERS), max_size=8).map("".join))
+@example("🇩🇪🇫🇩")
+def test_a_cut_never_tears_a_visible_character(words):
+    """Wherever a cut is allowed, the `regex` package's \\X ends as well."""
+    regex = pytest.importorskip("regex")
+    ends = {0, *(match.end() for match in regex.finditer(r"\X", words))}
+    assert {at for at in range(len(words) + 1) if text.is_break(words, at)} <= ends
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=30))
+@example("&amp;nbsp;")
+def test_a_plain_text_is_plain(words):
+    """Once is enough, and canonically equal texts are equal."""
+    import unicodedata
+
+    plain = text.plain(words)
+    assert text.plain(plain) == plain
+    assert plain == text.plain(unicodedata.normalize("NFD", words)) == text.plain(unicodedata.normalize("NFC", words))
+
+
+# --- token ids ---
+
+
+def ids_record(id, words, ids):
+    half = len(ids) // 2
+    made = record(id, words)
+    return made | {"context_ids": [], "prefix_ids": ids[:half], "suffix_ids": ids[half:]}
+
+
+def test_rows_of_ids_are_compared_as_text_too():
+    """Other line breaks, so that no id is the same: still a copy."""
+    target = ids_record("f", SECRET, list(range(40)))
+    pool = [ids_record("p", SECRET.replace(" ", "\n"), list(range(100, 140))), ids_record("q", PAGE, [7] * 40)]
+    keep, reasons = knn.leak_guard([target], pool)
+    assert keep.tolist() == [False, True] and reasons[0]["share"] == 1.0
+    assert json.loads(json.dumps(reasons)) == reasons

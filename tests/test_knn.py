@@ -431,7 +431,7 @@ def test_a_short_row_inside_a_long_target_is_dropped():
 def test_allow_copies_drops_only_the_forget_rows_themselves():
     """Published behaviour: the row with the target's id and text goes, its copy under another id stays."""
     forget = [ids_record("5", TARGET)]
-    pool = [ids_record("4", TARGET), ids_record("5", TARGET), ids_record("6", [7] * 20)]
+    pool = [ids_record("4", TARGET), ids_record("5", TARGET), ids_record("6", [700] * 20)]
     keep, reasons = knn.leak_guard(forget, pool, allow_copies=True)
     assert keep.tolist() == [True, False, True]
     assert reasons == [{"id": "5", "target_id": "5", "share": 1.0, "reason": "forget row"}]

@@ -68,13 +68,13 @@ def plan_lines(model, body, head, asked):
         (long if length > window_of(model) and any(tails) else shared).append((length, requests))
     for groups, states_of in ((shared, line_states), (long, cached_states)):
         several = [group for group in groups if len(group[1]) > 1]
-        if several and not agrees(states_of, model, body, head, [asked[i] for i in max(several)[1]]):
+        if several and not agrees(states_of, model, body, head, group=[asked[i] for i in max(several)[1]]):
             groups[:] = [group for group in groups if len(group[1]) == 1]
             shared += [(len(asked[i][0]) - 1, [i]) for _, requests in several for i in requests]
     return shared, [requests for _, requests in long]
 
 
-def agrees(states_of, model, body, head, group):
+def agrees(states_of, model, body, head, *, group):
     """Whether rows together score what each does on a line of its own, within the rounding of float32.
 
     No list of architectures knows: ALiBi takes a distance from slots, chunks of attention end at slots, a recurrent

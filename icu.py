@@ -209,6 +209,12 @@ class Batch:
         count = sum(len(text.ids) - max(text.t0, 1) for text in everyones)
         return Side(logits, ids, mask, count, len(everyones), frozen[0], hidden, frozen[1])
 
+    def taught(self, name):
+        """What the frozen copy says at the targets of a side that `taught` names: logits (M, V), those of all rows."""
+        mine = processes.share(self.rows)
+        texts = [text for row in mine for text in self.sides[name][row]]
+        return self.frozen(name, mine, texts)[0] if texts else torch.empty(0, self.model.config.vocab_size)
+
     def once(self, value):
         """This process's part of a value that comes of no text, such as a distance of weights."""
         return value / processes.WORLD_SIZE
@@ -241,16 +247,18 @@ METHOD = icu  # what this file runs
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
-def live_copy(model, sides, collate=collate, *, layer=None):
+def live_copy(model, sides, collate=collate, *, taught=None, layer=None):
     """A second model, which runs at every step: the readable reference.
 
-    Returns ask(side, rows, texts): logits (B, T, V) and hidden states (B, T, H) of `layer` (or None) for B texts.
+    Returns ask(side, rows, texts): logits (B, T, V) and hidden states (B, T, H) of `layer` (or None) for B texts; of a
+    side in `taught` only the logits (M, V) at its targets.
     """
     frozen = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
     def ask(name, rows, texts):
-        return forward(frozen, texts, layer)[2:]
+        ids, mask, logits, hidden = forward(frozen, texts, layer)
+        return (target_logits(logits, ids, mask)[0], None) if name in (taught or ()) else (logits, hidden)
 
     return ask
 
@@ -258,11 +266,12 @@ def live_copy(model, sides, collate=collate, *, layer=None):
 def freeze(model, sides, args):
     """The frozen copy for the sides that the method asks it about, or None."""
     needs = args.loss.needs
-    if not needs.frozen:
+    if not (needs.frozen or needs.taught):
         return None
     make = cached_copy if args.teacher == "cached" else live_copy  # kit/frozen.py: states kept, no second model
     with autocast(args):
-        return make(model, {name: sides[name] for name in needs.frozen}, collate, layer=needs.layer)
+        asked, taught = ({name: sides[name] for name in names} for names in (needs.frozen, needs.taught))
+        return make(model, asked, collate, taught=taught, layer=needs.layer)
 
 
 # --- measuring (section 5.2) ---

@@ -9,6 +9,7 @@ A seeded random grammar writes letters, reports, minutes and reviews about peopl
   unseen.jsonl   the same kinds, never trained on: what EL and MA come to without memorisation
   heldout.jsonl  {"id", "text"}, the same kinds, never trained on, for perplexity
   model/         GPT-Neo (global and local attention) and its own byte-level BPE
+  never-saw/     its twin: the same steps over the same other records, those to forget left out
   tiny.json      settings and results; written last, so that a folder without it is not complete
 Prefixes and suffixes have 25-45 tokens each; a suffix holds only facts. The same seed writes the same texts anywhere,
 and the same weights on one machine. A complete folder made with the same settings by this same file is reused.
@@ -18,14 +19,11 @@ fiction and documentation.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import random
 import re
-import shutil
 import sys
-import tempfile
 import time
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -39,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
 
+from demo import made  # noqa: E402
 from kit.flags import flag_error, run_cli  # noqa: E402
 
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --forget
@@ -51,7 +50,7 @@ BATCH, LEARNING_RATE, WARMUP = 16, 1e-3, 20
 REPEATS = 30  # how often a record to forget stands in one pass over the pool
 MIN_PASSES = 2  # over the pool, before memorisation may end the training
 ENOUGH = 0.95  # mean memorisation accuracy on the records to forget that ends it
-FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "tiny.json")  # tiny.json last
+FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "tiny.json")
 
 # --- the grammar, as data ---
 # [a|b] picks one; {slot} becomes a random text of that name; # is a digit, % a digit but 0. {NAME}, {SHE}, {HER} and
@@ -396,15 +395,17 @@ def measure(model, sequences):
     return sum(accuracies) / len(accuracies), math.exp(total / count)
 
 
-def train(model, forget, pool, *, steps=None, seed=0):
+def train(model, forget, pool, *, steps=None, seed=0, twin=None):
     """Train in place until the sequences of `forget` are memorised; returns the steps taken, at most `steps`.
 
     A pass is every sequence of `pool` once and every one of `forget` REPEATS times, shuffled. AdamW, cosine schedule
     over `steps` (default: a fifth more than MIN_PASSES take). After MIN_PASSES, memorisation accuracy is measured
-    every 10 steps, and ENOUGH ends the training.
+    every 10 steps, and ENOUGH ends the training. twin: how many steps a model took; this one takes the same, over the
+    same batches without `forget`.
     """
     rng, queue = random.Random(seed), []
-    one_pass = [ids + [0] for ids in forget * REPEATS + pool]  # a document ends with EOS
+    secret = [(ids + [0], True) for ids in forget * REPEATS]  # a document ends with EOS
+    one_pass = secret + [(ids + [0], False) for ids in pool]
     least = math.ceil(MIN_PASSES * len(one_pass) / BATCH)
     steps = steps or round(1.2 * least)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -416,22 +417,29 @@ def train(model, forget, pool, *, steps=None, seed=0):
             batch, queue = queue[:BATCH], queue[BATCH:]
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # 1 falls to 0.1
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / WARMUP, cosine)
-            nll, _, mask = token_losses(model, batch)
-            loss = (nll * mask).sum() / mask.sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-            if step >= least and step % 10 == 0 and measure(model, forget)[0] >= ENOUGH:
+            batch = [ids for ids, is_secret in batch if twin is None or not is_secret]
+            if batch:
+                nll, _, mask = token_losses(model, batch)
+                loss = (nll * mask).sum() / mask.sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            if step == twin or (twin is None and step >= least and step % 10 == 0 and is_known(model, forget)):
                 break
     model.eval()
     return step
 
 
+def is_known(model, forget):
+    """Whether the records to forget are known by heart."""
+    return measure(model, forget)[0] >= ENOUGH
+
+
 # --- the folder ---
 
 
-def write_folder(folder, settings, fingerprint):
+def write_folder(folder, fingerprint, settings):
     """Make everything and write FILES into an empty `folder`; returns what was measured, as tiny.json holds it."""
     rows, tokenizer = make_corpus(settings["seed"], settings["forget"])
     for split, records in rows.items():
@@ -440,41 +448,20 @@ def write_folder(folder, settings, fingerprint):
     forget, pool, unseen = (encode(rows[split], tokenizer) for split in ("forget", "pool", "unseen"))
     heldout = tokenizer([row["text"] for row in rows["heldout"]])["input_ids"]
 
-    model = make_model(settings["seed"])
+    model, twin, how = make_model(settings["seed"]), make_model(settings["seed"]), {"seed": settings["seed"]}
     result = {"parameters": model.num_parameters()}
-    result["steps"] = train(model, forget, pool, steps=settings["steps"], seed=settings["seed"])
+    result["steps"] = train(model, forget, pool, steps=settings["steps"], **how)
+    train(twin, forget, pool, steps=settings["steps"], twin=result["steps"], **how)
     result["ma_forget"], result["ma_unseen"] = measure(model, forget)[0], measure(model, unseen)[0]
     result["ppl_heldout"] = measure(model, heldout)[1]
+    result["never_saw"] = {"ma_forget": measure(twin, forget)[0], "ppl_heldout": measure(twin, heldout)[1]}
     disable_progress_bar()  # of save_pretrained
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    for name, saved in (("model", model), ("never-saw", twin)):
+        saved.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     about = {"sha256": fingerprint, "settings": settings, "result": result}
     (folder / "tiny.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def is_made(out, fingerprint):
-    """Whether folder `out` is complete and was made by this file with these settings.
-
-    ValueError, before any work, where `out` is a file, or holds one of FILES but no tiny.json: it may be someone's own.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; name a folder")
-    present = [name for name in FILES if (out / name).exists()]
-    if present and "tiny.json" not in present:
-        raise ValueError(f"--out {out}: holds {present[0]} but no tiny.json; name another folder, or remove it")
-    complete = all((out / name).exists() for name in (*FILES, "model/model.safetensors", "model/tokenizer.json"))
-    return complete and fingerprint.encode() in (out / "tiny.json").read_bytes()
-
-
-def move_into(out, folder):
-    """Replace FILES in `out` by those of `folder`, tiny.json first to go and last to come; other files stay."""
-    out.mkdir(exist_ok=True)
-    (out / "tiny.json").unlink(missing_ok=True)
-    for name in FILES:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        (folder / name).replace(out / name)
 
 
 def read_flags(argv):
@@ -500,16 +487,10 @@ def read_flags(argv):
 def main(argv=None):
     start, args = time.time(), read_flags(argv)
     settings = {"seed": args.seed, "forget": args.forget, "steps": args.steps}
-    fingerprint = hashlib.sha256(json.dumps(settings).encode() + Path(__file__).read_bytes()).hexdigest()
-    if is_made(args.out, fingerprint):
-        print(f"{args.out}: reused, made earlier with the same settings")
+    sources = (__file__, made.__file__)
+    result = made.make(args.out, FILES, settings, source=sources, write=lambda *to: write_folder(*to, settings))
+    if result is None:
         return
-    if (args.out / "tiny.json").exists():
-        print(f"{args.out}: made with other settings or another version of this file; making it again")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as temporary:
-        result = write_folder(Path(temporary), settings, fingerprint)
-        move_into(args.out, Path(temporary))
     if result["ma_forget"] < ENOUGH:
         print(f"warning: not memorised: accuracy {result['ma_forget']:.3f} is under {ENOUGH}: allow more --steps")
     print(

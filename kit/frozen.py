@@ -3,22 +3,25 @@
 import torch
 import torch.nn.functional as F
 
+from kit import scoring
 from kit.files import chunks
 from kit.processes import gathered
 
 
 @torch.no_grad()
-def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
+def cached_copy(model, sides, collate, *, taught=None, layer=None, batch_size=8):
     """What a live copy of the model would say of these sides later, from hidden states computed now.
 
     sides: {name: a list of Text for each row}; collate: texts, device -> ids, attention_mask, target_mask. Returns
     ask(side, rows, texts) -> logits (B, T, V) and the hidden states (B, T, H) of `layer` (or None) for the B texts of
-    these rows; ValueError if they are not the texts they were.
+    these rows; ValueError if they are not the texts they were. Of the sides in `taught` only the targets are kept:
+    there ask returns logits (M, V) of the M targets of the rows, and None.
     theta_0 never changes and neither do the texts, so the last hidden states (N x T x H, megabytes) and a copy of the
     output head give the exact KL without a second model in memory or a second forward pass a step. ValueError for a
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
     """
     head, states = frozen_head(model), {}
+    targets = {name: target_states(model, rows) for name, rows in (taught or {}).items()}
     for name, rows in sides.items():
         found = []
         for chunk in chunks([text for row in rows for text in row], batch_size):
@@ -35,6 +38,8 @@ def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
 
     @torch.no_grad()
     def ask(name, rows, texts):
+        if name in targets:
+            return head(torch.cat([targets[name][row] for row in rows])), None
         known = [pair for row in rows for pair in states[name][row]]
         if [ids for ids, _ in known] != [text.ids for text in texts]:
             raise ValueError(f"side {name!r} has other texts than before training: pass --teacher live")
@@ -43,6 +48,22 @@ def cached_copy(model, sides, collate, *, layer=None, batch_size=8):
         return head(last), *(more or [None])
 
     return ask
+
+
+def target_states(model, rows):
+    """The states (M, H) that predict the M targets of each row's texts. What a text has before `cut` is computed once
+    for all that begin with it, so that many short ends of one beginning cost little.
+    """
+    texts, (body, head) = [text for row in rows for text in row], scoring.split_model(model)
+    if head is not model.get_output_embeddings():
+        raise ValueError(f"{type(model).__name__} changes its logits after the output head: use --teacher live")
+    found = [None] * len(texts)
+    pairs = [(text.ids[: text.cut], text.ids[text.cut :]) for text in texts]
+    for batch, states in scoring.target_states(model, body, head, pairs):
+        for i, own in zip(batch, states.split([len(pairs[i][1]) for i in batch]), strict=True):
+            found[i] = own[texts[i].t0 - texts[i].cut :].clone()  # (targets of the text, H)
+    found = iter(found)
+    return [torch.cat([next(found) for _ in row]) for row in rows]
 
 
 def frozen_head(model):

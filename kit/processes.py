@@ -3,9 +3,13 @@
 import contextlib
 import datetime
 import os
+import pickle
 import random
+import sys
+import threading
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kit import files
-from kit.flags import first_line
+from kit.flags import first_line, launched
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
-LAUNCHED = "WORLD_SIZE" in os.environ  # then DeepSpeed trains, also with a single process
+LAUNCHED = launched()  # then DeepSpeed trains, also with a single process
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")) if LAUNCHED else (0, 0, 1)
+)
 is_main = RANK == 0  # the one that prints and writes
 lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so all make the same calls of the model
 
@@ -85,6 +90,7 @@ def start(device, *, timeout=30, zero=2):
     """Joins the processes that a launcher has started, if it has; training with ZeRO stage 3 puts them in lockstep.
 
     A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting long.
+    So is a start that hangs: then this process ends with one line.
     """
     global lockstep
     lockstep = LAUNCHED and zero == 3
@@ -98,8 +104,45 @@ def start(device, *, timeout=30, zero=2):
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    clear_stale_locks()
     wait = datetime.timedelta(minutes=timeout)
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)
+    watch = threading.Timer(wait.total_seconds(), give_up, [timeout])
+    watch.daemon = True
+    watch.start()
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)  # the first time, it compiles
+    watch.cancel()
+
+
+def give_up(timeout):
+    """Ends a process that waits for ever: what it waits in (a lock, a process that never came) can't be interrupted."""
+    print(f"rank {RANK}: error: the processes were not together after {timeout:g} minutes (--timeout)", file=sys.stderr)
+    os._exit(2)
+
+
+def clear_stale_locks():
+    """Removes what a first start, killed while it compiled, has left: every later one would wait for it, silently.
+
+    torch keeps such a lock open while it compiles, so one that no process of this machine has open belongs to nobody.
+    Every process does this, one at a time: one that already waited for the old lock would not compile when it goes.
+    """
+    import psutil  # DeepSpeed's own
+    from torch.utils.cpp_extension import get_default_build_root
+
+    def has_open(process, path):
+        try:
+            return any(file.path == str(path.resolve()) for file in process.open_files())
+        except psutil.Error:  # another user's, with folders of their own
+            return False
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(root / ".clearing"):
+        for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+            if owner := next((process.pid for process in psutil.process_iter() if has_open(process, lock)), None):
+                print(f"waiting for process {owner}, which compiles {lock.parent.name}", flush=True)
+            else:
+                print(f"removed {lock}: a start that was killed while it compiled has left it", flush=True)
+                lock.unlink(missing_ok=True)
 
 
 def default_device():
@@ -210,6 +253,7 @@ class ZeroEngine:
             model.to(args.device)  # its buffers
         optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.engine.checkpoint_engine.load = load_tensors
         self.model = model
 
     def step(self, loss):
@@ -219,13 +263,30 @@ class ZeroEngine:
         return not self.optimizer.overflow  # a gradient that is not finite, on any rank: all have left the step out
 
     def save(self, folder):
-        """DeepSpeed's own files, one a process; they are pickles, so a state is checked before it is loaded."""
+        """DeepSpeed's own files, one a process."""
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
 
     def load(self, folder):
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
         if path is None:
             raise ValueError("DeepSpeed found nothing to load")
+
+
+def load_tensors(path, map_location=None):
+    """One of DeepSpeed's files, whose own loader would run whatever the pickle says. ValueError for a strange one.
+
+    A run folder may come from elsewhere, its manifest too. Only tensors and what DeepSpeed puts beside them are made.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        name = Path(path).name
+        raise ValueError(f"{name} holds more than tensors: it could run code, and DeepSpeed did not write it") from None
 
 
 def gathered(parameters):

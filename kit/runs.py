@@ -104,20 +104,28 @@ def only_owner(out):
         raise ValueError(f"--out {out}: process {pid} is writing this run") from None
 
 
-def cut_back(out, sizes):
-    """Removes what the run's growing files hold of an epoch that was not finished."""
-    have = file_sizes(out)
-    for name, size in sizes.items():
-        if have.get(name, 0) < size:
-            raise ValueError(
-                f"{out / name}: {have.get(name, 0)} bytes, and there were {size}; begin again with --overwrite"
-            )
-    for name in have:
-        os.truncate(out / name, sizes.get(name, 0))
+def cut_back(out, known):
+    """Removes what the run's growing files hold of an epoch that was not finished. ValueError: one that has changed.
+
+    known: what `growing_files` said at the end of the last whole epoch. Nothing reads timing.jsonl, so it may differ.
+    """
+    have = growing_files(out, {name: size for name, (size, _) in known.items()})
+    for name, (size, sha256) in known.items():
+        if have.get(name) != [size, sha256] and name != "timing.jsonl":
+            found = have.get(name, [0])[0]
+            what = f"{found} bytes, and there were {size}" if found < size else "has changed (sha256)"
+            raise ValueError(f"{out / name}: {what}; begin again with --overwrite")
+    for name, (size, _) in have.items():
+        os.truncate(out / name, size)
 
 
-def file_sizes(out):
-    return {name: (out / name).stat().st_size for name in GROWING if (out / name).is_file()}
+def growing_files(out, sizes=None):
+    """{name: [bytes, sha256]} of the files that an epoch adds to; with `sizes` of so many bytes of each."""
+    found = {}
+    for path in (path for name in GROWING if (path := out / name).is_file()):
+        data = path.read_bytes()[: None if sizes is None else sizes.get(path.name, 0)]
+        found[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
+    return found
 
 
 def check_resume(args):
@@ -211,7 +219,7 @@ class Run:
         """The files of the run folder are those of the state again, and what it has reached is said."""
         wait_for_all()
         if is_main:
-            cut_back(self.out, self.progress.sizes)
+            cut_back(self.out, self.progress.files)
             for damaged in [other for other in states(self.out) if other > self.state]:
                 shutil.rmtree(damaged)  # it would count as one of the two that are kept
             for row in files.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []:
@@ -251,7 +259,7 @@ class Run:
             append(out / "samples.jsonl", lines)
             append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])
             say_epoch(files.read_jsonl(out / "metrics.jsonl"))
-            progress.sizes = file_sizes(out)
+            progress.files = growing_files(out)
         progress.next_epoch()  # from here on progress.epoch is the next one
         if not (self.args.eval_only or stopped == "diverged"):
             self.heed_signals()

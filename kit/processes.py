@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kit import files
 from kit.flags import first_line
+from kit.text import visible
 
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
@@ -25,7 +26,7 @@ lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so al
 def print0(text):
     """A line on stdout, once, whatever the number of processes; the progress bar stays below it."""
     if is_main:
-        tqdm.write(text)
+        tqdm.write(visible(text, keep="\n"))
 
 
 def share(items):

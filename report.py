@@ -231,6 +231,11 @@ def curve(rows, key):
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
+def in_legend(label):
+    """A label as a plot can show it: lines of like length, and no _ in front, which would hide it."""
+    return textwrap.fill(label[:160].lstrip("_"), 40)
+
+
 def plot_run(run):
     """One run over its epochs: EL10, MA, BLEU and BERTScore with their thresholds, active samples and entropy."""
     pyplot = plt()
@@ -271,7 +276,7 @@ def plot_curves(runs):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
                 line = curve(run["metrics"], key)
-                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=label if k == 0 else None)
+                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=in_legend(label) if k == 0 else None)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)
@@ -285,20 +290,22 @@ def plot_curves(runs):
 
 def plot_tradeoff(runs):
     """Forgetting against perplexity: a point a run, a star a model before. None where no perplexity was measured."""
-    measured = set.intersection(*(set(run["summary"][when]) for run in runs for when in ("before", "after")))
-    key = next((k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if k in measured), None)
-    if key is None:
+    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
+    key = next((k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in end for end in ends)), None)
+    if key is None or not any(end[key] for end in ends):  # a model of NaN
         return None
     from matplotlib.ticker import LogFormatter
 
     pyplot = plt()
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+
+    def scatter(label, points, **look):
+        axis.scatter([p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **look)
+
     for label, members in group_befores(runs).items():
-        points = [run["summary"]["before"] for run in members]
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], marker="*", s=120, color="black", label=label)
+        scatter(label, [run["summary"]["before"] for run in members], marker="*", s=120, color="black")
     for i, (label, members) in enumerate(group_runs(runs).items()):
-        points = [run["summary"]["after"] for run in members]
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], color=f"C{i % 10}", s=25, label=label)
+        scatter(label, [run["summary"]["after"] for run in members], color=f"C{i % 10}", s=25)
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")

@@ -531,7 +531,7 @@ def table(results_by_label):
             elif "error" in result:
                 lines.append(f"- {label}: {name} is not measured: {result['error']}")
             elif result.get("bad_rows"):
-                some = "; ".join(result["bad"][:3])
+                some = "; ".join(result.get("bad", [])[:3])
                 lines.append(f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}")
     return "\n".join(map(visible, lines)).rstrip() + "\n"
 

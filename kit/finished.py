@@ -68,7 +68,7 @@ SUMMARY |= {"thresholds": OBJECT, "before": OBJECT, "after": OBJECT}
 THRESHOLDS = {f"{name}?": null_or(number(0, 1e9)) for name in ("el10", "ma", "bleu", "bertscore")}
 EPOCH = {"epoch": whole(0), "active": whole(0)} | MEASURES
 SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT)} | MEASURES
-AVERAGES = {"cls?": SHARE, "dia?": SHARE, "cls_missing": list_of(TEXT), "dia_missing": list_of(TEXT)}
+AVERAGES = {"cls": SHARE, "dia": SHARE, "cls_missing": list_of(TEXT), "dia_missing": list_of(TEXT)}
 TASK = {"value?": SIZE, "bad_rows?": whole(0), "bad?": list_of(TEXT), "missing?": TEXT, "error?": TEXT}
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from kit import files, flags, models, processes
 from kit.finished import read_run
 from kit.text import visible
 
-PARTS = ("context", "prefix", "suffix")
+ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
     ("a", "The parcel for Ines Duarte was left", " at 14 Harbour Lane on Tuesday."),
     ("b", "Payments are due on the first day", " of each month; 7731."),
@@ -548,3 +550,19 @@ def test_good_folders_are_read_alone(good):
     assert found["summary"]["after"]["epochs"] == 2 and found["summary"]["before"]["cls_avg"] == 0.5
     assert "dia_avg" not in found["summary"]["before"] and set(found["tasks"]) == {"before", "after"}
     assert len(found["samples"]) == 6 and not found["redacted"] and "settings" not in found["tasks"]["after"]
+
+
+def test_the_commands_themselves(run, tmp_path):
+    """In processes of their own: a report, an answer, and one line for a damaged folder."""
+
+    def command(*words):
+        words = [sys.executable, str(ROOT / "report.py"), *map(str, words)]
+        return subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    done = command(run, "--out", "out")
+    assert done.returncode == 0 and done.stderr == "" and "| icu |" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.OWN)
+    assert command("--ask", run, "The parcel for").stdout.count("The parcel for") == 2
+    edit(run / SUMMARY, put("epochs", None))
+    done = command(run, "--out", "new")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "new").exists()

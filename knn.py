@@ -355,7 +355,7 @@ def print_leaks(keep, reasons, max_overlap):
     )
     if copies:
         worst = (f"{r['id']} holds {r['share']:.0%} of {r['target_id']}" for r in copies[:3])
-        print(f"  the worst: {', '.join(worst)}")
+        processes.print0(f"  the worst: {', '.join(worst)}")
     if not keep.any():
         raise ValueError("the leak guard left no row of the pool: give a larger pool, or see --max-overlap")
 

@@ -34,6 +34,7 @@ import metrics
 from kit import files, flags, models, paths, processes, scoring
 from kit import rows as row_files
 from kit.protocols import PROTOCOLS
+from kit.text import visible
 
 # --- the sets: a row of the public schema -> (context, choices, answer), or (context, reply), or a text ---
 # A choice begins with what separates it from its context, a space. A row that does not fit raises ValueError.
@@ -530,9 +531,9 @@ def table(results_by_label):
             elif "error" in result:
                 lines.append(f"- {label}: {name} is not measured: {result['error']}")
             elif result.get("bad_rows"):
-                some = "; ".join(result["bad"][:3])
+                some = "; ".join(result.get("bad", [])[:3])
                 lines.append(f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}")
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(map(visible, lines)).rstrip() + "\n"
 
 
 # --- main ---
@@ -602,7 +603,7 @@ def main(argv=None):
         return
     settings = {name: getattr(args, name) for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")}
     text = table({args.model: results})
-    text += "\n" + ", ".join(f"{name} {value}" for name, value in settings.items() if value) + "\n"
+    text += "\n" + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value)) + "\n"
     print(text)
     document = json.dumps(results | {"settings": settings}, indent=1, ensure_ascii=False) + "\n"
     files.write_jsonl(out / "task_rows.jsonl", samples)

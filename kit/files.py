@@ -83,9 +83,10 @@ def read_jsonl(path):
 
 def read_json(path):
     """One JSON document; ValueError names the file."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also: a whole number of over 4300 digits
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 

@@ -6,6 +6,8 @@ import math
 import os
 import sys
 
+from kit.text import visible
+
 
 def run_cli(main):
     """Run `main()` as a command: what the user got wrong is one line on stderr and exit 2 (--debug: the traceback)."""
@@ -18,7 +20,7 @@ def run_cli(main):
             raise
         rank = os.environ["RANK"] if launched() else "0"
         who = "error:" if rank == "0" else f"rank {rank}: error:"
-        print(who, " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print(who, visible(" ".join(str(error).split())) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
 
 

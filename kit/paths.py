@@ -78,7 +78,7 @@ def check_writable(path):
 
 def begins_with(*starts):
     """A file whose first characters are one of these."""
-    starts = tuple(start.encode() for start in starts)
+    starts = tuple(start.encode("latin-1") for start in starts)
 
     def own(path):
         with open(path, "rb") as file:

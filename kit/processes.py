@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kit import files
 from kit.flags import first_line, launched
+from kit.text import visible
 
 LAUNCHED = launched()  # then DeepSpeed trains, also with a single process
 RANK, LOCAL_RANK, WORLD_SIZE = (
@@ -30,7 +31,7 @@ lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so al
 def print0(text):
     """A line on stdout, once, whatever the number of processes; the progress bar stays below it."""
     if is_main:
-        tqdm.write(text)
+        tqdm.write(visible(text, keep="\n"))
 
 
 def share(items):

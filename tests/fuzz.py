@@ -30,7 +30,9 @@ import torch  # noqa: E402
 
 import icu  # noqa: E402
 import knn  # noqa: E402
+import report  # noqa: E402
 from kit import files, models, processes, runs, states  # noqa: E402
+from kit.text import visible  # noqa: E402
 
 CLEAN = (ValueError, OSError)
 
@@ -111,7 +113,7 @@ class Small(torch.nn.Linear):
 class Kinds:
     """Good files in a folder of their own, and a method a kind that damages one of them and reads it."""
 
-    NAMES = ("pairs", "jsonl", "csv", "npy", "config", "model", "state", "signed")
+    NAMES = ("pairs", "jsonl", "csv", "npy", "config", "model", "state", "signed", "run")
 
     def __init__(self, folder):
         self.folder, self.tokenizer = folder, conftest._make_tokenizer("gpt_neo")
@@ -154,7 +156,29 @@ class Kinds:
             progress.count_step({"loss": 0.5})
             states.save_state(self.folder / "run", engine, progress)
         self.newest, self.older = states.states(self.folder / "run")[:2]
-        self.files = {path: path.read_bytes() for path in (self.folder / "run").rglob("*") if path.is_file()}
+        self.make_finished()
+        self.files = {path: path.read_bytes() for path in self.in_runs()}
+
+    def make_finished(self):
+        """A finished run folder with all that report.py reads of one."""
+        folder, means = self.folder / "finished", dict.fromkeys(runs.MEASURES, 0.5)
+        ends = {when: means | {"ppl_heldout": 9.5} for when in ("before", "after")}
+        summary = {"method": "icu", "protocol": "paper", "epochs": 2, "stopped": "max epochs", "collapsed": False}
+        thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
+        shutil.copytree(self.folder / "run", folder, ignore=lambda *_: ["state"])
+        files.write_json(folder / "summary.json", summary | ends | {"thresholds": thresholds})
+        rows = [{"epoch": epoch, "active": 2 - epoch} | means for epoch in range(3)]
+        said = [row | {"id": id, "generation": " a mill"} for row in rows for id in ("r0", "r1")]
+        files.write_jsonl(folder / "metrics.jsonl", rows)
+        files.write_jsonl(folder / "samples.jsonl", said)
+        averages = {"cls": 0.5, "cls_missing": ["piqa"], "dia": None, "dia_missing": []}
+        sets = {"copa": {"value": 0.5, "bad_rows": 1, "bad": ["row 3: odd"]}, "piqa": {"missing": "no file"}}
+        for when in ends:
+            files.write_json(folder / f"tasks-{when}" / "tasks.json", sets | {"averages": averages})
+
+    def in_runs(self):
+        """The files of both run folders."""
+        return [path for name in ("run", "finished") for path in (self.folder / name).rglob("*") if path.is_file()]
 
     def engine(self):
         return processes.PlainEngine(Small(3, 2), self.args)
@@ -222,6 +246,16 @@ class Kinds:
         manifest.write_text(json.dumps(signed))
         states.load_state(states.newest_state(self.folder / "run"), self.engine())
 
+    def read_run(self, rng):
+        """One file of a finished run, by report.py up to its plots; alone, or beside one that is whole."""
+        path = rng.choice(sorted(path for path in self.files if self.folder / "finished" in path.parents))
+        beside = [report.read_run(self.folder / "finished")] if rng.random() < 0.5 else []
+        path.write_bytes(damage(self.files[path], rng))
+        found = [report.read_run(self.folder / "finished"), *beside]
+        texts, said = report.texts_of(found, [run for run in found if not run["redacted"]], 4)
+        for text in [*texts.values(), said]:
+            assert visible(text, keep="\r\n") == text
+
     def attempt(self, kind, rng):
         """Damages a file of this kind and reads it: "read" or "refused". Any other end is an exception."""
         try:
@@ -238,10 +272,9 @@ class Kinds:
         """Restores what was damaged; AssertionError if the reader has left or changed another file."""
         if kind == "model":
             (self.folder / "model" / "config.json").write_bytes(self.model_config)
-        if kind not in ("config", "state", "signed"):
+        if kind not in ("config", "state", "signed", "run"):
             return
-        now = {path for path in (self.folder / "run").rglob("*") if path.is_file()}
-        assert now == set(self.files), "a reader made or removed a file"
+        assert set(self.in_runs()) == set(self.files), "a reader made or removed a file"
         changed = [path for path, data in self.files.items() if path.read_bytes() != data]
         assert len(changed) <= (2 if kind == "signed" else 1), "a reader changed a file"
         for path in changed:

@@ -17,12 +17,14 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from kit import files, flags, models, paths, runs, traces
 
 CACHES = {"embeddings": "npy", "before": "json"}  # folder of the cache -> what its files end in
+NOT_OURS = "a link, or not what this software has written there"
 BEYOND = """not reached: your own input files of knn.py and icu.py; copies and backups, of run folders too; what a disk
 keeps of removed files; the models' weights, before (which know the texts) and after (the measures say how far)"""
 
@@ -32,16 +34,22 @@ class Trace(NamedTuple):
 
     path: Path
     what: str
-    own: object  # own(path): whether it is what this software writes there, as in kit/paths.py
+    own: Callable  # own(path): whether it is what this software writes there, as in kit/paths.py
     emptied: bool = False  # a samples.jsonl, whose numbers stay
 
 
 # --- what is there ---
 
 
+def config_of(run):
+    """A run's config.json, or what it is called in a run that --overwrite was killed in."""
+    old = run / paths.OLD_CONFIG
+    return old if is_regular(old) and not os.path.lexists(run / "config.json") else run / "config.json"
+
+
 def sha_of(run):
     """sha256.pairs of a run folder's config.json. ValueError for a folder that is no run."""
-    config = run / "config.json"
+    config = config_of(run)
     if not run.is_dir():
         raise ValueError(f"{run}: " + ("is a file, not a run folder" if run.exists() else "no such run folder"))
     if not is_regular(config) or not paths.holds("thresholds_used", "sha256", "pairs")(config):
@@ -57,7 +65,7 @@ def is_regular(path):
     """Whether a file is there and is no link, folder, pipe or device."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that is none
         return False
 
 
@@ -73,13 +81,13 @@ def runs_over(sha, run):
         if same:
             found.append(other)
         else:
-            print(f"not found: {listed}, a run over the same pairs ({why}); if it was moved, purge it where it is")
+            say(f"not found: {listed}, a run over the same pairs ({why}); if it was moved, purge it where it is")
     return list(dict.fromkeys(found))
 
 
 def pairs_files(sha, run):
     """Where the pairs of a run may lie, each place once."""
-    named = Path(files.read_json(run / "config.json")["pairs"]).absolute()
+    named = Path(files.read_json(config_of(run))["pairs"]).absolute()
     return list(dict.fromkeys([*(path for path, what in traces.of(sha) if what == "pairs"), named]))
 
 
@@ -150,7 +158,27 @@ def with_leftovers(trace, own=None):
     yield trace
 
 
+def name_others(sha, run):
+    """Says which other pairs that are listed hold some of the same texts to forget: they are of other runs."""
+    mine, *_ = [*filter(None, (texts_in(path, are_pairs(sha)) for path in pairs_files(sha, run))), set()]
+    for row in traces.rows():
+        if row["what"] == "pairs" and row["pairs"] != sha:
+            if same := mine & texts_in(Path(row["path"]), are_pairs(row["pairs"])):
+                say(f"note: {row['path']}, other pairs, has {len(same)} of these texts too: purge the runs over it")
+
+
+def texts_in(path, own):
+    """The texts to forget of a pairs.jsonl; none of a file that is not `own`."""
+    ours = is_regular(path) and own(path)
+    return {pair["prefix"] + pair["suffix"] for pair in files.read_pairs(path)} if ours else set()
+
+
 # --- what goes ---
+
+
+def say(line):
+    """A line on stdout; what could steer a terminal is spelt out, for the names in it may be anyone's."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def treat(trace, dry_run):
@@ -158,21 +186,21 @@ def treat(trace, dry_run):
     path, would = trace.path, "would be " * dry_run
     try:
         found = path.lstat()
-        ours, why = is_regular(path) and trace.own(path), "a link, or not what this software has written there"
+        ours, why = stat.S_ISREG(found.st_mode) and trace.own(path), NOT_OURS
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as error:  # ValueError: a path that is none
         found, ours, why = None, False, flags.first_line(error)
     if not ours and (found is None or found.st_size):
-        print(f"left: {path} ({trace.what}: {why})")
+        say(f"left: {path} ({trace.what}: {why})")
     elif ours and not trace.emptied:
         if not dry_run:
             remove(path)
-        print(f"{would}removed: {path} ({trace.what}, {found.st_size:,} bytes)")
+        say(f"{would}removed: {path} ({trace.what}, {found.st_size:,} bytes)")
     elif ours and (emptied := without_generations(path)) != path.read_bytes():
         if not dry_run:
             write(path, emptied)
-        print(f"{would}emptied: {path} ({trace.what}; its numbers stay)")
+        say(f"{would}emptied: {path} ({trace.what}; its numbers stay)")
 
 
 def remove(path):
@@ -198,18 +226,18 @@ def keep_hashes(run, sha, dry_run):
     pairs = next((file for file in pairs_files(sha, run) if is_regular(file) and own(file)), None)
     if os.path.lexists(path):
         if not is_regular(path) or not paths.holds("salt", "texts")(path):
-            print(f"left: {path} (hashes: a link, or not what this software has written there)")
+            say(f"left: {path} (hashes: {NOT_OURS})")
     elif pairs is None:
-        print(f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with")
+        say(f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with")
     elif not dry_run:
         files.write_json(path, traces.hashes(files.read_pairs(pairs)))
 
 
 def mark(run):
     """config.json says that the texts are gone, and since when."""
-    config = files.read_json(run / "config.json")
+    config = files.read_json(config_of(run))
     if "purged" not in config:
-        files.write_json(run / "config.json", config | {"redact": True, "purged": time.strftime("%Y-%m-%d")})
+        files.write_json(config_of(run), config | {"redact": True, "purged": time.strftime("%Y-%m-%d")})
 
 
 def purge_run(run, dry_run):
@@ -219,13 +247,14 @@ def purge_run(run, dry_run):
     with contextlib.ExitStack() as held:
         for each in [] if dry_run else over:
             held.enter_context(runs.only_owner(each))
+        name_others(sha, run)
         for each in over:
             keep_hashes(each, sha, dry_run)
         for trace in dict.fromkeys(traces_of(sha, over)):
             treat(trace, dry_run)
         for each in [] if dry_run else over:
             mark(each)
-    print(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, model and hashes.json")
+    say(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, model and hashes.json")
     print(BEYOND)
 
 
@@ -234,12 +263,12 @@ def purge_caches(dry_run):
     for name in CACHES:
         folder = files.cache_folder(name)
         if folder.is_symlink():
-            print(f"left: {folder} (a link)")
+            say(f"left: {folder} (a link)")
         for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []:
             treat(Trace(folder.resolve() / path.name, name, is_cached(name)), dry_run)
     treat(Trace(traces.registry(), "the list of traces", paths.begins_with('{"pairs": ')), dry_run)
-    print(f"kept: {files.cache_folder('data')}, downloads of public data")
-    print("without the list of traces a purge finds only the run that it is given and the pairs that this one names")
+    say(f"kept: {files.cache_folder('data')}, downloads of public data")
+    say("without the list of traces a purge finds only the run that it is given and the pairs that this one names")
 
 
 # --- flags ---

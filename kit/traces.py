@@ -66,7 +66,7 @@ def hashes(pairs):
     """hashes.json: enough to tell whether a text was among these pairs, for one who has the text.
 
     {"salt": 32 hex digits, random, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix in UTF-8
-    with the salt's 16 bytes as key.
+    with the salt's 16 bytes as key. One who can guess a text, as of a name and a telephone number, can check the guess.
     """
     salt = secrets.token_bytes(16)
     digest = lambda text: hmac.digest(salt, text.encode("utf-8"), "sha256").hex()  # noqa: E731

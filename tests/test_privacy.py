@@ -267,8 +267,30 @@ def test_pairs_that_were_made_again_are_another_runs(copy, capsys):
     mine(copy, "--limit", "2")
     kept = (copy / "made" / "pairs.jsonl").read_bytes()
     told = purged(copy / "runs/one", capsys=capsys)
+    assert "has 2 of these texts too" not in told  # its own pairs are gone, so nobody knows
     assert f"left: {copy / 'made/pairs.jsonl'}" in told and (copy / "made" / "pairs.jsonl").read_bytes() == kept
     assert holding(copy / "runs") == []
+
+
+def test_other_pairs_with_the_same_texts_are_named(copy, capsys):
+    """The runs over them are others, to be purged by themselves."""
+    pairs = copy / "made" / "pairs.jsonl"
+    shutil.copy(pairs, copy / "kept.jsonl")
+    mine(copy, "--limit", "2")
+    pairs.rename(copy / "made" / "fewer.jsonl")
+    (copy / "kept.jsonl").rename(pairs)
+    traces.note(models.fingerprint(copy / "made" / "fewer.jsonl"), copy / "made" / "fewer.jsonl", "pairs")
+    told = purged(copy / "runs/one", capsys=capsys)
+    assert f"note: {copy / 'made/fewer.jsonl'}, other pairs, has 2 of these texts too" in told
+    assert holding(copy / "made") == ["fewer.jsonl"]
+
+
+def test_a_run_that_overwrite_was_killed_in_is_purged(copy, capsys):
+    """It has no config.json any more, and texts still."""
+    one = copy / "runs/one"
+    (one / "config.json").rename(one / "config.json.old")
+    purged(one, capsys=capsys)
+    assert holding(copy / "made", copy / "cache", copy / "runs") == [] and (one / "hashes.json").is_file()
 
 
 class Killed(BaseException):
@@ -323,6 +345,7 @@ def test_what_is_planted_makes_it_remove_nothing_of_others(copy, tmp_path, capsy
     (own / "run" / "samples.jsonl").write_text('{"epoch": 0, "id": "a", "generation": "mine"}\n')
     (own / "to-pairs").symlink_to(copy / "made" / "pairs.jsonl")
     listed = [*own.iterdir(), own, own / "nothing", "relative.md", "/" + "x" * 5000, "nul\0", "/dev/null"]
+    listed += ["/\x1b[31m", "/\udcff"]
     with open(traces.registry(), "a") as file:
         rows = [{"pairs": sha, "path": str(path), "what": what} for path in listed for what in (*traces.WHAT, "more")]
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -332,7 +355,7 @@ def test_what_is_planted_makes_it_remove_nothing_of_others(copy, tmp_path, capsy
     (one / "hashes.json").symlink_to(own / "notes.txt")
     before = contents(own)
     told = purged(one, capsys=capsys)
-    assert contents(own) == before and told.count("left: ") > 20
+    assert contents(own) == before and told.count("left: ") > 20 and "\x1b" not in told
     assert {path.name for path in one.iterdir() if path.is_symlink()} == {"cases.md", "samples.jsonl", "hashes.json"}
     assert holding(copy / "cache") == [] and not (copy / "made" / "pairs.jsonl").exists()  # the others still go
 

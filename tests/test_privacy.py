@@ -3,10 +3,12 @@
     python -m pytest tests/test_privacy.py -q
 """
 
+import collections
 import contextlib
 import hmac
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import survive
 
+import experiment
 import icu
 import knn
 import report
@@ -160,6 +163,17 @@ def test_what_is_there_is_closed_only_where_it_is_written(tmp_path):
         assert mode(path) == 0o600 and mode(folder) == 0o755
     files.write_json(folder / "a" / "b" / "new.json", {})
     assert mode(folder / "a") == mode(folder / "a" / "b") == 0o700
+
+
+def test_a_file_is_never_open_for_a_moment(tmp_path, monkeypatch):
+    """It is made with its mode, not given it afterwards; a file system without modes is no error."""
+
+    def refuses(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchmod", refuses)
+    files.write_json(tmp_path / "new.json", {})
+    assert mode(tmp_path / "new.json") == 0o600
 
 
 # --- what lists them ---
@@ -467,6 +481,42 @@ def test_the_command_line(copy):
     assert "run.sh purge RUN" in (ROOT / "experiment.py").read_text()
 
 
+NOISE = [b"", b"\0", b"\xff", b'"', b"{", b"\n", b"\\ud800", b"9" * 5000]
+
+
+def test_damaged_input_is_one_line_or_passed_over(tmp_path, monkeypatch, capsys):
+    """Bytes of config.json, list and samples.jsonl at random: exit 0 or 2, and no file of others is touched."""
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+    rng, codes, precious = random.Random(0), collections.Counter(), tmp_path / "precious.jsonl"
+    precious.write_text("mine\n")
+    run, pairs = tmp_path / "run", tmp_path / "pairs.jsonl"
+    side = {"context": "", "prefix": "a", "suffix": " b"}
+    pair = {"id": "a", **side, "learn_id": "b", **{f"learn_{k}": v for k, v in side.items()}, "similarity": 1}
+    for _ in range(300):
+        files.write_jsonl(pairs, [pair])
+        sha = models.fingerprint(pairs)
+        config = {"thresholds_used": {}, "pairs": str(pairs), "sha256": {"pairs": sha}}
+        files.write_json(run / "config.json", config)
+        files.write_jsonl(run / "samples.jsonl", [{"epoch": 0, "id": "a", "ma": 0.5, "generation": " b"}])
+        (run / "hashes.json").unlink(missing_ok=True)
+        traces.registry().unlink(missing_ok=True)
+        for path, what in ((pairs, "pairs"), (run, "run"), (precious, "cases"), (precious, "pairs")):
+            traces.note(sha, path, what)
+        file = rng.choice([run / "config.json", run / "samples.jsonl", traces.registry(), pairs])
+        data = bytearray(file.read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 4)] = rng.choice(NOISE)
+        file.write_bytes(data)
+        try:
+            flags.run_cli(lambda: purge.main([str(run)]))
+            codes[0] += 1
+        except SystemExit as stopped:
+            codes[stopped.code] += 1
+        assert precious.read_text() == "mine\n" and "Traceback" not in capsys.readouterr().err
+    assert set(codes) == {0, 2} and codes[0] > codes[2] > 10
+
+
 # --- a run without them ---
 
 
@@ -493,6 +543,13 @@ def test_a_redacted_run_never_holds_a_text(copy, monkeypatch, capsys):
     kept = (out / "hashes.json").read_bytes()
     purge.main([str(out)])
     assert holding(copy / "made", copy / "cache", copy / "runs") == [] and (out / "hashes.json").read_bytes() == kept
+
+
+def test_a_preset_passes_redact_on():
+    """To icu.py, not to knn.py, whose pairs have to exist for training."""
+    args = experiment.read_flags(["tiny", "--redact"])
+    experiment.sort_flags(args)
+    assert "--redact" in experiment.icu_flags(args) and args.knn == []
 
 
 def test_a_redacted_run_is_resumed_as_one(copy, monkeypatch):

@@ -21,7 +21,7 @@ import experiment
 import icu
 import knn
 import report
-from kit import files, flags, models, purge, runs, traces
+from kit import files, flags, models, processes, purge, runs, traces
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK, LEARN_MARK = "Zëphyrine Quaxby", "Örnulf Blatch"  # in every text; JSON may also spell them in ASCII
@@ -146,6 +146,13 @@ def test_states_are_the_owners_too(copy, monkeypatch):
     def look(out, epoch):
         seen[epoch] = {mode(path) for path in (out / "state").rglob("*")} | {mode(out / "state")}
 
+    save = processes.PlainEngine.save
+
+    def saves_more(self, folder):  # as DeepSpeed does
+        save(self, folder)
+        (folder / "rank_1.pt").write_bytes(b"1")
+
+    monkeypatch.setattr(processes.PlainEngine, "save", saves_more)
     each_epoch(monkeypatch, look)
     unlearn(copy, "three")
     assert seen == dict.fromkeys(range(3), {0o700, 0o600})
@@ -221,6 +228,20 @@ def test_lines_that_are_none_are_passed_over(tmp_path, monkeypatch):
     traces.note("a" * 64, tmp_path / "y", "run")
     assert traces.of("a" * 64) == [(tmp_path / "x", "run"), (tmp_path / "y", "run")]
     assert mode(traces.registry()) == 0o600
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path, monkeypatch):
+    """Four at once, long paths: every line is whole."""
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path))
+    children = []
+    for child in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            for number in range(50):
+                traces.note("a" * 64, f"/{child}/{number}/{'x' * 3000}", "run")
+            os._exit(0)
+    assert {os.waitpid(child, 0)[1] for child in children} == {0}
+    assert len(set(traces.of("a" * 64))) == 200 == traces.registry().read_bytes().count(b"\n")
 
 
 # --- how they go ---
@@ -372,6 +393,15 @@ def test_what_is_planted_makes_it_remove_nothing_of_others(copy, tmp_path, capsy
     assert contents(own) == before and told.count("left: ") > 20 and "\x1b" not in told
     assert {path.name for path in one.iterdir() if path.is_symlink()} == {"cases.md", "samples.jsonl", "hashes.json"}
     assert holding(copy / "cache") == [] and not (copy / "made" / "pairs.jsonl").exists()  # the others still go
+
+
+def test_a_planted_lock_overwrites_nothing(copy, tmp_path, capsys):
+    """A link in the place of .lock is not followed."""
+    (tmp_path / "notes.txt").write_text("my notes\n")
+    (copy / "runs/one/.lock").unlink(missing_ok=True)
+    (copy / "runs/one/.lock").symlink_to(tmp_path / "notes.txt")
+    assert ".lock" in refused([str(copy / "runs/one")], copy, capsys)
+    assert (tmp_path / "notes.txt").read_text() == "my notes\n"
 
 
 def test_a_config_that_names_a_file_of_others_does_not_remove_it(copy, tmp_path, capsys):

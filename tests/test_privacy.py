@@ -216,7 +216,8 @@ def test_a_list_that_cannot_be_written_is_one_note(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     for what in traces.WHAT:
         traces.note("0" * 64, tmp_path / "x", what)
-    assert capsys.readouterr().out.startswith("note: ") and traces.rows() == []
+    told = capsys.readouterr().out
+    assert told.startswith("note: ") and told.count("\n") == 1 and traces.rows() == []
 
 
 def test_lines_that_are_none_are_passed_over(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@
     bash run.sh ablation neo125m                                # Figure 3
     bash run.sh sweep neo125m                                   # Table 2's grid; --table 5: its learning rates
     bash run.sh ask RUN "PREFIX"                                # what the model of a run says before and after
+    bash run.sh purge RUN                                       # removes a run's texts from the disk, keeps its numbers
     bash run.sh test [PYTEST ARGS]                              # also: lint, bench [FLAGS], help
 
 A run is mine -> unlearn -> report: knn.py, icu.py, report.py. The printed lines can be pasted into a shell in this
@@ -377,7 +378,7 @@ def read_flags(words):
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     if name not in PRESETS:
-        others = "test bench lint ask compare ablation sweep help"
+        others = "test bench lint ask purge compare ablation sweep help"
         raise ValueError(f"unknown preset {name!r}; one of: {' '.join(PRESETS)} (or: {others})")
     parser, groups = make_parser(), grouped(words)
     mine = [group for group in groups if group[0] in parser._option_string_actions]

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes, readable
+from kit import files, flags, folders, models, paths, processes, readable, traces
 from kit import text as texts
 from kit.files import PARTS
 
@@ -176,16 +176,22 @@ def encoder_fingerprint(folder):
     return digest.hexdigest()
 
 
+def embedding_file(texts, folder):
+    """Where the embeddings of these texts by this encoder are kept: the name is a hash of both."""
+    digest = hashlib.sha256(encoder_fingerprint(folder).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+    return files.cache_folder("embeddings") / f"{digest.hexdigest()}.npy"
+
+
 def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
     """Sentence embeddings (N, D) float32 of the texts, kept as .npy under a hash of the encoder and the texts.
 
     Equal texts get equal vectors. An unreadable cache file is made again. ValueError if the encoder does not load.
     """
     folder = encoder_folder(encoder)
-    digest = hashlib.sha256(encoder_fingerprint(folder).encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
-    cached = Path(cache_dir or files.cache_folder("embeddings")) / f"{digest.hexdigest()}.npy"
+    cached = embedding_file(texts, folder)
+    cached = Path(cache_dir, cached.name) if cache_dir else cached
     try:
         vectors = np.load(cached, allow_pickle=False)
         if vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == len(texts):
@@ -480,6 +486,14 @@ def read_input(args):
     return forget, pool, with_ids
 
 
+def note_traces(args, embeddings):
+    """Lists what this command has left of the texts, and what it has used of an earlier one's (kit/traces.py)."""
+    made = [(args.out, "pairs"), (args.leak_report, "leak report"), *((file, "embeddings") for file in embeddings)]
+    for path, what in made:
+        if path and Path(path).is_file():
+            traces.note(models.fingerprint(args.out), path, what)
+
+
 def main():
     args = parse_args()
     check_args(args)
@@ -501,12 +515,13 @@ def main():
     if args.leak_report:
         files.write_jsonl(args.leak_report, reasons)
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
-    pool_vectors = embed([text_of(r) for r in pool], encoder, batch_size=args.batch_size, device=args.device)
-    vectors = embed([text_of(r) for r in forget], encoder, batch_size=args.batch_size, device=args.device)
+    sides = [[text_of(record) for record in records] for records in (pool, forget)]
+    pool_vectors, vectors = (embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides)
     indices, similarities = cosine_knn(vectors, pool_vectors, k=1, exclude=~keep)  # K = 1, section 4.3.2
     found = zip(forget, indices[:, 0], similarities[:, 0], strict=True)
     rows = (make_pair(row, pool[i], similarity, with_ids=with_ids) for row, i, similarity in found)
     files.write_jsonl(args.out, rows)
+    note_traces(args, [embedding_file(side, encoder) for side in sides])
     low, middle, high = np.quantile(similarities, [0, 0.5, 1])
     print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")
 

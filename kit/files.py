@@ -3,6 +3,7 @@
 Everything a user gives is checked here; a ValueError names the file and the line or row.
 """
 
+import contextlib
 import csv
 import hashlib
 import http.client
@@ -27,14 +28,32 @@ def cache_folder(name):
     return Path(os.environ.get("ICU_CACHE") or Path.home() / ".cache" / "icu") / name
 
 
+def make_folder(path):
+    """A folder, and those above it, that only their owner can enter (0700); what is there is left as it is."""
+    for folder in (*reversed(Path(path).absolute().parents), Path(path)):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def private(path, flags):
+    """For `open(..., opener=private)`: a file that only its owner can read (0600), also one that is there already."""
+    handle = os.open(path, flags, 0o600)
+    with contextlib.suppress(OSError):  # a file system without modes, or somebody else's file that we may write
+        os.fchmod(handle, 0o600)
+    return handle
+
+
 def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path` and rename it: a reader never sees half a file."""
+    """Call `write(file)` on a temporary file beside `path` and rename it: a reader never sees half a file.
+
+    It may hold the texts of people, so only its owner can read it, and enter a folder that is made for it.
+    """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # the link stays
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=private) as file:
             write(file)
         os.replace(temporary, path)
     finally:
@@ -353,7 +372,7 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
     What has arrived is kept in `path`.part. ValueError: no connection, a refusal, a wrong checksum (file deleted).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     complete = part.is_file() and sha256_of(part) == sha256  # stopped between the last byte and the renaming
     trouble = None

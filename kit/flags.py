@@ -147,6 +147,7 @@ def run_parser(doc):
     g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
+    g.add_argument("--redact", action="store_true", help="the run folder and the cache get ids, hashes and numbers, never a text; the pairs are needed to train: bash run.sh purge RUN removes them afterwards")
     g.add_argument("--preset", help="the preset's name, for the published row in report.py")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -13,7 +13,7 @@ OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
 RUN_FILES = (
     "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "curves.png", "tradeoff.png", "tasks.md", *GROWING, OLD_CONFIG,
+    "curves.png", "tradeoff.png", "tasks.md", "hashes.json", *GROWING, OLD_CONFIG,
 )  # fmt: skip
 
 
@@ -114,6 +114,8 @@ def check_run_folder(args):
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out}: {flag} {path} lies in it; choose another folder")
     config = out / "config.json"
+    if args.resume and holds("purged")(config):
+        raise ValueError(f"--resume: {out} was purged: its texts are gone; begin again with --overwrite")
     if config.exists() and not (out / ".lock").exists() and not holds("thresholds_used")(config):
         raise ValueError(f"--out {out}: holds files that are no run (a config.json of something else); choose another")
 
@@ -126,8 +128,9 @@ def check_out(out, overwrite):
     if is_run and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
     # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
-    # OLD_CONFIG is there), holds the lock and writes a state.
-    names = RUN_FILES if (out / OLD_CONFIG).exists() else ["state"] if (out / ".lock").exists() else []
+    # OLD_CONFIG is there), holds the lock and writes a state, and hashes.json with --redact.
+    started = ["state", "hashes.json"] if (out / ".lock").exists() else []
+    names = RUN_FILES if (out / OLD_CONFIG).exists() else started
     own = {out / name for name in (".lock", *names)} | set(leftovers(out))
     if out.is_dir() and not set(out.iterdir()) <= own and not is_run:
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")

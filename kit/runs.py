@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from kit import files, models, processes
+from kit import files, models, processes, traces
 from kit.flags import first_line
 from kit.methods import code_of, file_of
 from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
@@ -37,7 +37,7 @@ def start_run_folder(out, config):
     at any moment leaves the old run, the new one, or none, and then the same command starts again.
     """
     if is_main:
-        out.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out)
         if (out / "config.json").is_file():
             (out / "config.json").replace(out / OLD_CONFIG)
             sync(out)
@@ -49,6 +49,8 @@ def start_run_folder(out, config):
     wait_for_all()
     save_state(out, None, Progress())
     if is_main:
+        if config.get("redact"):
+            files.write_json(out / "hashes.json", traces.hashes(files.read_pairs(config["pairs"])))
         files.write_json(out / "config.json", config)
 
 
@@ -83,7 +85,7 @@ def versions():
 
 def append(path, rows):
     """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as stream:
+    with open(path, "a", encoding="utf-8", opener=files.private) as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         stream.flush()
         os.fsync(stream.fileno())
@@ -92,9 +94,9 @@ def append(path, rows):
 @contextlib.contextmanager
 def only_owner(out):
     """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     try:
-        with filelock.FileLock(out / ".lock", blocking=False):  # ends with the process, however it ends
+        with filelock.FileLock(out / ".lock", mode=0o600, blocking=False):  # ends with the process, however it ends
             (out / ".lock").write_text(str(os.getpid()))
             for file in leftovers(out):
                 file.unlink()
@@ -193,6 +195,7 @@ class Run:
     def __init__(self, args, before, stop):
         """before: the config.json of the run to go on with, or None."""
         self.args, self.out, self.stop, self.engine = args, Path(args.out), stop, None
+        self.hidden = {"generation": None} if args.redact else {}  # what takes the place of fields of samples.jsonl
         self.state = newest_state(self.out) if before else None
         self.thresholds = before and before["thresholds_used"]
         self.progress = Progress()
@@ -209,6 +212,9 @@ class Run:
             self.progress = load_state(self.state, engine)
         else:
             start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
+        if is_main:
+            for path, what in ((self.args.pairs, "pairs"), (self.out, "run")):
+                traces.note(models.fingerprint(self.args.pairs), path, what)
         print0(HEADER)
         if self.state:
             self.pick_up()
@@ -255,7 +261,8 @@ class Run:
         progress.forgotten, progress.stopped = forgotten, stopped
         if is_main:
             append(out / "metrics.jsonl", [row])
-            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(measured)]
+            rows = [m | self.hidden for m in measured]
+            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(rows)]
             append(out / "samples.jsonl", lines)
             append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])
             say_epoch(files.read_jsonl(out / "metrics.jsonl"))
@@ -349,11 +356,13 @@ def remembered(args, inputs, code, compute):
     shares = 1 if processes.lockstep else WORLD_SIZE
     key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits
     path = files.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    if is_main and weights and (path.is_file() or not args.redact):
+        traces.note(models.fingerprint(args.pairs), path, "measures before")
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: computed again
             return files.read_json(path)
     found = compute()
-    if is_main and weights:
+    if is_main and weights and not args.redact:  # it holds what the model said of each text
         try:
             files.write_json(path, found)
         except OSError as error:

@@ -61,7 +61,7 @@ def save_state(out, engine, progress):
         if is_main:
             for left in folder.parent.glob("*.part"):  # by a process that was killed
                 shutil.rmtree(left)
-            part.mkdir(parents=True)
+            files.make_folder(part)
         wait_for_all()
         if progress.epoch > 0:
             engine.save(part)
@@ -71,6 +71,7 @@ def save_state(out, engine, progress):
             files.write_json(part / "progress.json", vars(progress) | {"forgotten": sorted(progress.forgotten)})
             written = sorted(path for path in part.rglob("*") if path.is_file())
             for path in written:
+                path.chmod(0o600)  # weights are written by others
                 sync(path)
             files.write_json(part / "manifest.json", {
                 str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}

@@ -20,7 +20,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from kit import files, flags, models, paths
+from kit import files, flags, models, paths, traces
 from kit.finished import BEFORE_SETTINGS, SETTINGS, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -468,10 +468,6 @@ def parse_args(argv=None):
     return args
 
 
-def is_cases(path):
-    return re.match(rb"### [^\n]*\n\n\| \| \|\n", path.read_bytes()) is not None
-
-
 def is_plot(path):
     head = path.read_bytes()[:200]
     return head.startswith(b"\x89PNG") and b"Matplotlib" in head
@@ -480,7 +476,7 @@ def is_plot(path):
 def remove_cases(out):
     """The cases.md of an earlier report goes, as it would be replaced; a list of what is to say of it."""
     path = out / "cases.md"
-    if not path.is_file() or not is_cases(path):
+    if not path.is_file() or not paths.is_cases(path):
         return []
     path.unlink()
     return ["cases.md of an earlier report is removed"]
@@ -489,7 +485,7 @@ def remove_cases(out):
 # Whether a file of this name is one that this command has written.
 OWN = {
     "table.md": paths.begins_with("| Model |"), "table.csv": paths.begins_with("model,runs,collapsed"),
-    "cases.md": is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
+    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
 }  # fmt: skip
 
 
@@ -533,6 +529,8 @@ def main(argv=None):
     for name, content in contents.items():
         if content is not None:
             files.write_atomically(out / name, lambda file, content=content: file.write(content))
+    for run in (run for run in shown if run["folder"].resolve() != out.resolve()):  # so that purge finds them here
+        traces.note(str(run["config"].get("sha256", {}).get("pairs")), out / "cases.md", "cases")
     print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]

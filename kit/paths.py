@@ -3,6 +3,7 @@ only where it is what this command writes there. All of it is asked before any w
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -98,6 +99,11 @@ def holds(*names, lines=False):
         return isinstance(found, dict) and set(names) <= found.keys()
 
     return own
+
+
+def is_cases(path):
+    """A cases.md of report.py."""
+    return re.match(rb"### [^\n]*\n\n\| \| \|\n", path.read_bytes()) is not None
 
 
 # --- run folders ---

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import files, flags, models, paths, runs, traces
+from kit.text import visible
 
 CACHES = {"embeddings": "npy", "before": "json"}  # folder of the cache -> what its files end in
 NOT_OURS = "a link, or not what this software has written there"
@@ -117,11 +118,6 @@ def begins_with_row(*names):
     return own
 
 
-def are_cases(path):
-    """A cases.md of report.py."""
-    return path.name.startswith("cases.md") and all(sign in path.read_bytes() for sign in (b"### ", b"\n| Prefix | "))
-
-
 def is_cached(folder):
     """A file that this software keeps in a folder of the cache, or what a kill has left of one."""
     name = re.compile(rf"[0-9a-f]{{64}}\.{CACHES[folder]}(\.\d+\.tmp)?")
@@ -132,14 +128,14 @@ def traces_of(sha, over):
     """Every file that may hold a text of the runs `over`; the pairs come last, since hashes are made of them."""
     own = {
         "leak report": begins_with_row("id", "target_id", "share"),
-        "cases": are_cases,
+        "cases": paths.is_cases,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
     }
     for run in over:
         said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=True)
         yield from with_leftovers(said)
-        yield from with_leftovers(Trace(run / "cases.md", "cases", are_cases))
+        yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
     for path, what in traces.of(sha):
         if what in own:
             yield from with_leftovers(Trace(path, what, own[what]))
@@ -177,8 +173,8 @@ def texts_in(path, own):
 
 
 def say(line):
-    """A line on stdout; what could steer a terminal is spelt out, for the names in it may be anyone's."""
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+    """A line on stdout; the names in it may be anyone's."""
+    print(visible(line))
 
 
 def treat(trace, dry_run):

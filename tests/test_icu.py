@@ -718,8 +718,6 @@ def test_dry_run_writes_nothing(folders, encoder_dir):
 
 def broken_model(folders, name, change):
     """A copy of the GPT-Neo folder with something wrong with it."""
-    import shutil
-
     folder = folders["root"] / f"broken-{name}"
     if not folder.exists():
         shutil.copytree(folders["gpt_neo"], folder)

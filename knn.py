@@ -163,7 +163,10 @@ def encoder_folder(encoder):
     if not list(folder.rglob("*.safetensors")):
         raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
     folders.check_tokenizer(folder, "--encoder", deep=True)
-    folders.tensor_names(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    folders.tensor_shapes(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    for file in folder.rglob("*.json"):  # what its loader would stumble over behind all other work
+        if not isinstance(files.read_json(file), dict) and file.name == "config.json":
+            raise ValueError(f"--encoder {folder}: {file} is no configuration")
     return folder
 
 
@@ -386,7 +389,10 @@ def read_pile(set_name, data_dir, tokenizer):
     context, prefix, suffix = (files.load_ids(files.data_file(name, data_dir)) for name in files.PILE_FILES)
     records = files.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
     sets = files.read_json(Path(__file__).with_name("forget_sets.json"))
-    return records, [records[number] for number in sets[set_name]]
+    numbers = sets.get(set_name) if isinstance(sets, dict) else None
+    if not numbers or not all(type(number) is int and 0 <= number < len(records) for number in numbers):
+        raise ValueError(f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}")
+    return records, [records[number] for number in numbers]
 
 
 def make_pair(forget, learn, similarity, *, with_ids):
@@ -498,8 +504,6 @@ def main():
     if args.dry_run:
         print(f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}")
         return
-    if args.leak_report:
-        files.write_jsonl(args.leak_report, reasons)
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
     pool_vectors = embed([text_of(r) for r in pool], encoder, batch_size=args.batch_size, device=args.device)
     vectors = embed([text_of(r) for r in forget], encoder, batch_size=args.batch_size, device=args.device)
@@ -507,6 +511,8 @@ def main():
     found = zip(forget, indices[:, 0], similarities[:, 0], strict=True)
     rows = (make_pair(row, pool[i], similarity, with_ids=with_ids) for row, i, similarity in found)
     files.write_jsonl(args.out, rows)
+    if args.leak_report:
+        files.write_jsonl(args.leak_report, reasons)
     low, middle, high = np.quantile(similarities, [0, 0.5, 1])
     print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_folders import PAIRS, change_tensors, edit, stopped_with
 from test_paths import listing
 
@@ -23,7 +24,7 @@ import icu
 import knn
 import tasks
 from demo import tiny
-from kit import commands, files, models
+from kit import commands, files, methods, models
 
 ROOT = Path(__file__).resolve().parents[1]
 COPA = {"premise": "A vase fell.", "choice1": "It broke.", "choice2": "It sang.", "question": "effect", "label": 0}
@@ -416,3 +417,95 @@ def test_a_bad_input_is_one_line_before_any_work(name, folder, capsys, monkeypat
 
 def run(module, words):
     return module.main(argv=words) if module is icu else module.main(words)
+
+
+# --- files of a method ---
+
+
+def loss(batch, args):
+    return icu.icu(batch, args)
+
+
+def side(*ids, t0=1):
+    """Needs with a side of one text for each sample."""
+    text = icu.Text(list(ids), t0, 1, [])
+    return {"sides": {"answer": lambda samples, *_: [[text] for _ in samples]}}
+
+
+METHODS = {
+    "a number": (5, "icu.main: 5 is no method"),
+    "a name": ("npo", "icu.main: npo is no method"),
+    "a class": (type("Mine", (), {}), "is no method"),
+    "a decorator without brackets": (icu.method(loss), "@method() with its brackets"),
+    "one parameter": (lambda batch: {}, "is called with (batch, args)"),
+    "a third parameter": (lambda batch, args, more: {}, "is called with (batch, args)"),
+    "a weight in words": ({"alpha": "0.5"}, "@method(alpha=0.5): must be a finite number >= 0"),
+    "a weight of NaN": ({"beta": float("nan")}, "@method(beta=nan)"),
+    "a weight below 0": ({"forget_weight": -1}, "@method(forget_weight=-1)"),
+    "a weight of True": ({"alpha": True}, "@method(alpha=True)"),
+    "a rate of 0": ({"lr": 0}, "@method(lr=0): must be a finite number > 0"),
+    "a rate of None": ({"lr": None}, "@method(lr=None)"),
+    "a filter in words": ({"refine": "no"}, "@method(refine=no): must be True or False"),
+    "targets that are none": ({"targets": "prefix"}, "@method(targets=prefix)"),
+    "defaults in a list": ({"released": ["lr"]}, "@method(released=['lr'])"),
+    "a released rate in words": ({"released": {"lr": "2e-6"}}, "@method(lr=2e-6)"),
+    "no frozen sides": ({"frozen": None}, "@method(frozen=None): must be a tuple"),
+    "a layer in words": ({"layer": "1"}, "@method(layer=1): must be a whole number"),
+    "a layer below 0": ({"layer": -1}, "the model has 3 layers"),
+    "sides in a list": ({"sides": []}, "@method(sides=[])"),
+    "a side called forget": ({"sides": {"forget": lambda *_: []}}, "none of them called forget"),
+    "a side that is no function": ({"sides": {"answer": 5}}, "must be a dict of functions"),
+    "a side of nothing": ({"sides": {"answer": lambda *_: None}}, "answer must give a list of Text for each of the 2"),
+    "a side of too few": ({"sides": {"answer": lambda *_: [[]]}}, "answer must give a list of Text for each of the 2"),
+    "a side of words": ({"sides": {"answer": lambda s, *_: [["x"]] * len(s)}}, "does not fit the model"),
+    "ids beyond the model": (side(1, 320), "does not fit the model"),
+    "ids below 0": (side(1, -1), "does not fit the model"),
+    "ids that are no whole numbers": (side(1, 2.0), "does not fit the model"),
+    "no ids": (side(t0=0), "does not fit the model"),
+    "more ids than positions": (side(*[1] * 257), "1 to 256 ids"),
+    "a target behind the text": (side(1, 2, t0=3), "does not fit the model"),
+    "a hook that is no function": ({"prepare": 5}, "@method(prepare=5): must be a function"),
+    "a swap that is no function": ({"measured": [1]}, "@method(measured=[1])"),
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_slip_in_a_method_is_said_before_work(name, folder, capsys):
+    """In one line that names it, with nothing loaded and nothing written."""
+    method, said = METHODS[name]
+    if isinstance(method, dict):
+        method = icu.method(**method)(lambda batch, args: {})
+    before = listing(folder)
+    assert said in stopped_with(lambda: icu.main(method, argv=words_of(icu, [])), capsys)
+    assert listing(folder) == before
+
+
+def value(*shape):
+    return torch.ones(shape, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        (None, "must return"),
+        (value(), "must return"),
+        ({}, "must return"),
+        ([(1.0, value())], "must return"),
+        ({"forget": value()}, "must return"),
+        ({"forget": (1.0, value(), 2)}, "must return"),
+        ({"forget": (1.0, value(3))}, "must return"),
+        ({"forget": (1.0, 0.5)}, "must return"),
+        ({"forget": ("1", value())}, "a weight that is no number"),
+        ({"forget": (1.0, value().detach())}, "no value with a gradient"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_one_line(terms, said):
+    """It names the method, and what must be returned; of what is right, nothing is changed."""
+
+    def mine(batch, args):
+        return terms
+
+    with pytest.raises(ValueError, match=f"mine .*{said}|mine {said}"):
+        methods.method_named("mine", mine, "baselines")(None, None)
+    right = {"a": (0.5, value()), "b": (np.float32(2), value(1).detach())}
+    assert methods.checked(lambda batch, args: right)(None, None) is right

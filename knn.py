@@ -390,7 +390,8 @@ def read_pile(set_name, data_dir, tokenizer):
     records = files.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
     sets = files.read_json(Path(__file__).with_name("forget_sets.json"))
     numbers = sets.get(set_name) if isinstance(sets, dict) else None
-    if not numbers or not all(type(number) is int and 0 <= number < len(records) for number in numbers):
+    whole = isinstance(numbers, list) and all(type(i) is int and 0 <= i < len(records) for i in numbers)
+    if not whole or not numbers:
         raise ValueError(f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}")
     return records, [records[number] for number in numbers]
 

@@ -384,6 +384,8 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
             ) from None
         except (http.client.HTTPException, OSError) as error:
             trouble = error
+        except ValueError as error:
+            raise ValueError(f"{url}: is no address ({error}): pass --data DIR with {path.name} in it") from None
     if not complete:
         raise ValueError(f"{url}: gave up after {tries} tries ({trouble}): run again to go on where it ended")
     if sha256_of(part) != sha256:

@@ -1,6 +1,7 @@
 """A model folder is what it says: config, tokenizer and weights of one model, as far as that shows without loading."""
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,9 +66,10 @@ def check_tokenizer(folder, flag, deep=False):
 def indexed(index):
     """The names of the weight files in a model.safetensors.index.json. ValueError for one that says nothing of them."""
     found = files.read_json(index)
-    names = found.get("weight_map") if isinstance(found, dict) else None
+    whole = isinstance(found, dict) and isinstance(found.get("metadata"), dict)  # transformers reads both
+    names = found.get("weight_map") if whole else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: names no weights (no weight_map); take the file that belongs to the weights")
+        raise ValueError(f"{index}: names no weights (weight_map, metadata); take the file that belongs to the weights")
     if outside := [name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"{index}: names {outside[0]}, which lies outside the folder")
     return sorted(set(names.values()))
@@ -93,7 +95,7 @@ def check_shapes(shapes, config, make, what):
     It is made on torch's device `meta`: shapes without numbers.
     """
     try:
-        with torch.device("meta"):
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # torch's, of sizes of 0
             model = make(config)
     except Exception as error:  # of heads that do not divide, an unknown activation, a division by zero, ...
         raise ValueError(f"{what}: config.json describes no model ({first_line(error)})") from error

@@ -22,9 +22,10 @@ import bench
 import experiment
 import icu
 import knn
+import metrics
 import tasks
 from demo import tiny
-from kit import commands, files, methods, models
+from kit import commands, files, flags, methods, models, processes, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 COPA = {"premise": "A vase fell.", "choice1": "It broke.", "choice2": "It sang.", "question": "effect", "label": 0}
@@ -134,7 +135,8 @@ def shards(*names):
         for name in names:
             if not Path("m", name).exists():
                 shutil.copyfile("m/model.safetensors", Path("m", name))
-        put("m/model.safetensors.index.json", {"weight_map": {f"t{n}": name for n, name in enumerate(names)}})()
+        index = {"metadata": {}, "weight_map": {f"t{n}": name for n, name in enumerate(names)}}
+        put("m/model.safetensors.index.json", index)()
         Path("m/model.safetensors").unlink()
 
     return change
@@ -509,3 +511,199 @@ def test_a_loss_that_returns_something_else_is_one_line(terms, said):
         methods.method_named("mine", mine, "baselines")(None, None)
     right = {"a": (0.5, value()), "b": (np.float32(2), value(1).detach())}
     assert methods.checked(lambda batch, args: right)(None, None) is right
+
+
+# --- what only looks wrong ---
+
+
+def samples_of(path="pairs.jsonl", model="m", **how):
+    """What a run reads of its pairs and model: (samples, tokenizer)."""
+    config, tokenizer = models.check_model(model)
+    how = {"protocol": "paper", "positions": models.positions_of(config)} | how
+    return icu.build_samples(files.read_pairs(path), tokenizer, **how)[0], tokenizer
+
+
+def lines_of_windows():
+    Path("pairs.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("pairs.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+
+
+def tokenizer_that(change):
+    def made():
+        document = json.loads(Path("m/tokenizer.json").read_text())
+        change(document)
+        Path("m/tokenizer.json").write_text(json.dumps(document))
+
+    return made
+
+
+def ends_with_eos(document):
+    special = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    parts = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    pair = [*parts, {"Sequence": {"id": "B", "type_id": 1}}]
+    document["post_processor"] = {"type": "TemplateProcessing", "single": parts, "pair": pair}
+    document["post_processor"]["special_tokens"] = {"<|endoftext|>": special}
+
+
+def cut_and_padded(document):
+    how = {"direction": "Right", "strategy": "LongestFirst", "stride": 0, "max_length": 3}
+    document["truncation"] = how
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>", "pad_to_multiple_of": 64}
+    document["padding"] = pad | {"strategy": {"Fixed": 64}, "direction": "Left"}
+
+
+def links_into_blobs():
+    os.rename("m", "blobs")
+    Path("m").mkdir()
+    for path in Path("blobs").iterdir():
+        Path("m", path.name).symlink_to(Path("..", "blobs", path.name))
+
+
+ODD = {
+    "lines of Windows and blank ones": lines_of_windows,
+    "fields that nobody knows": put("pairs.jsonl", [pair | {"note": [1, {"x": None}]} for pair in PAIRS]),
+    "ids beyond every tokenizer": put(
+        "pairs.jsonl", [p | {f"{side}{part}_ids": [2**63] for side in ("", "learn_") for part in files.PARTS}
+                        for p in PAIRS]),
+    "a similarity of 1, and of -1.005": put(
+        "pairs.jsonl", [PAIRS[0] | {"similarity": 1}, PAIRS[1] | {"similarity": -1.005}]),
+    "a tokenizer that cuts and pads": tokenizer_that(cut_and_padded),
+    "a tokenizer that adds EOS behind": tokenizer_that(ends_with_eos),
+    "a folder of links, as in the hub's cache": links_into_blobs,
+    "a model that keeps no cache by its config": config(use_cache=False),
+    "a model that hands out all it has": config(output_hidden_states=True, output_attentions=True),
+    "a list of ends": put("m/generation_config.json", {"eos_token_id": [0]}),
+    "no generation config": lambda: Path("m/generation_config.json").unlink(),
+    "shards in a folder": lambda: (Path("m/part").mkdir(), shards("part/a.safetensors")()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_what_only_looks_wrong_is_read_as_it_is_meant(name, folder, monkeypatch):
+    """The same samples, and the same measures of the model, as of the plain inputs."""
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    expected, tokenizer = samples_of()
+    model, _ = models.load_model("m")
+    texts = ["The van near the old mill.", "Call"]
+    wanted = [metrics.perplexity(model, tokenizer, texts), tasks.replies(model, tokenizer, texts), *measured(model)]
+    ODD[name]()
+    found, tokenizer = samples_of()
+    assert [sample.forget for sample in found] == [sample.forget for sample in expected]
+    model, tokenizer = models.load_model("m")
+    found = [metrics.perplexity(model, tokenizer, texts), tasks.replies(model, tokenizer, texts), *measured(model)]
+    assert found == wanted
+
+
+def measured(model):
+    row = torch.arange(20, 60)[None]
+    el, ma = metrics.el_and_ma(model, row, n=2)
+    return el.tolist(), ma.tolist(), metrics.beam_generate(model, [row[0, :9].tolist()], [8])
+
+
+def test_rows_of_odd_files_are_read_as_they_are_meant(folder):
+    """Old Mac's line ends, big-endian and column-wise ids, labels in other digits, a set named twice."""
+    Path("f.csv").write_bytes(b"id,text\r1,a b\r\r2,c d\r")
+    assert [record["id"] for record in files.read_records("f.csv")] == ["1", "2"]
+    ids = np.arange(8).reshape(2, 4)
+    np.save("f.npy", np.asfortranarray(ids.astype(">i2")))
+    _, tokenizer = models.check_model("m")
+    rows = [record["prefix_ids"] + record["suffix_ids"] for record in files.read_records("f.npy", tokenizer=tokenizer)]
+    assert rows == ids.tolist()
+    copa(label="１")()
+    sets = tasks.read_sets(["copa", "COPA", "copa"], "data")
+    assert sets["copa"]["rows"][1][2] == 1 and len(sets) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode elsewhere")
+def test_a_name_of_bytes_that_are_no_text_is_a_name(folder, capfd, monkeypatch):
+    """A file in Latin-1, a line break and a sign of the terminal in a name: written, printed, and in config.json."""
+    name = os.fsdecode(b"caf\xe9 \n\x1b[2J")
+    files.write_json(f"{name}.json", {"out": name})
+    assert files.read_json(f"{name}.json") == {"out": name}
+    monkeypatch.setattr(knn, "encode", lambda texts, *_: np.eye(len(texts), 4, dtype=np.float32))
+    monkeypatch.setenv("ICU_CACHE", f"{name}/cache")
+    os.rename("forget.jsonl", f"{name}.jsonl")
+    words = ["knn.py", "--forget", f"{name}.jsonl", "--pool", "pool.jsonl", "--out", f"{name}.pairs.jsonl"]
+    monkeypatch.setattr(sys, "argv", words)
+    flags.run_cli(knn.main)
+    assert len(files.read_pairs(f"{name}.pairs.jsonl")) == 1 and "caf" in capfd.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(folder, capsys, monkeypatch):
+    """$ICU_CACHE is a file: embeddings and measures are made again each time, with a note."""
+    monkeypatch.setenv("ICU_CACHE", "texts.jsonl")
+    monkeypatch.setattr(knn, "encode", lambda texts, *_: np.ones((len(texts), 2), np.float32))
+    assert knn.embed(["a"], "encoder").shape == (1, 2)
+    assert "note: the embeddings are not kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["pairs.jsonl", "m/config.json", "data/copa.jsonl"])
+def test_a_file_that_may_not_be_read_is_one_line(what, folder, capsys, monkeypatch):
+    """As for a user without the right to."""
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path == Path(what):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    module = tasks if "copa" in what else icu
+    error = stopped_with(lambda: run(module, words_of(module, [])), capsys)
+    assert "Permission denied" in error and what in error
+
+
+# --- damage that is only seen in the weights, or by a launcher ---
+
+
+def test_weights_of_nan_give_no_thresholds(folder, capsys, monkeypatch):
+    """--thresholds auto and --bert-threshold auto have nothing to go by: one line, and no run is begun."""
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    tensors(lambda found: found["lm_head.weight"].fill_(float("nan")))()
+    put("u.jsonl", [{"text": "of each month"}])()
+    words = words_of(icu, ["--thresholds", "auto", "--unseen", "u.jsonl", "--max-epochs", "1"])
+    assert "--model: answers NaN" in stopped_with(lambda: icu.main(argv=words), capsys)
+    assert not Path("out/config.json").exists()
+    thresholds = {"el10": 0.1, "ma": 0.5, "bertscore": None, "bleu": 0.01}
+    with pytest.raises(ValueError, match="--bert: answers NaN"):
+        runs.thresholds_text(thresholds, None)
+
+
+def test_more_beams_than_the_model_has_tokens_are_refused(make_model):
+    with pytest.raises(ValueError, match="--num-beams 60: at most half of the model's 97 tokens"):
+        metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=60)
+    assert metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=48)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"zero_optimization": 2}', ""])
+def test_a_damaged_configuration_of_deepspeed_is_one_line(content, tmp_path, monkeypatch):
+    """Before weights are loaded, by whoever starts several processes."""
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "ds_config.json").write_text(content)
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "kit" / "processes.py"))
+    with pytest.raises(ValueError, match="ds_config.json"):
+        processes.deepspeed_config()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"0": 5}', '{"0": []}', '{"0": [7]}', '{"0": [-1]}', '{"0": ["1"]}'])
+def test_damaged_forget_sets_are_one_line(content, tmp_path, monkeypatch):
+    """A set that is missing, empty, or names rows that are not there."""
+    (tmp_path / "forget_sets.json").write_text(content)
+    np.save(tmp_path / "a.npy", np.ones((7, 2), int))
+    monkeypatch.setattr(knn, "__file__", str(tmp_path / "knn.py"))
+    monkeypatch.setattr(knn, "is_gpt2", lambda tokenizer: True)
+    monkeypatch.setattr(files, "data_file", lambda *_: tmp_path / "a.npy")
+    monkeypatch.setattr(files, "ids_records", lambda *_, **__: [{}] * 7)
+    with pytest.raises(ValueError, match=r"forget_sets.json: set 0 is no list of row numbers from 0 to 6"):
+        knn.read_pile("0", None, None)
+
+
+@pytest.mark.parametrize("url", ["", "no url", "http://[::1", "http://127.0.0.1:x", "http://127.0.0.1:1", "ftp:///a b"])
+def test_a_mirror_that_is_none_is_one_line(url, tmp_path, monkeypatch):
+    """$ICU_PILE_URL: nothing is left where the file would have been."""
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError) as error:
+        files.fetch(f"{url}/train_prefix.npy", tmp_path / "x.npy", "0" * 64)
+    assert "train_prefix.npy" in str(error.value) or "x.npy" in str(error.value)
+    assert not list(tmp_path.iterdir())

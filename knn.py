@@ -272,6 +272,7 @@ def leak_finder(forget, max_overlap, by_ids):
     letters that stands in the row, or a row that is nothing but pieces of a target.
     """
     ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
+    same = {text_of(target): number for number, target in enumerate(forget)}  # whatever it is made of
     plain = [plain_text(target, PARTS[1:]) for target in forget]
     letters = [texts.letters(text) for text in plain]
     units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
@@ -285,6 +286,8 @@ def leak_finder(forget, max_overlap, by_ids):
             holders[word].add(number)
 
     def leaks(row):
+        if text_of(row) in same:
+            yield 1.0, same[text_of(row)]
         if by_ids:
             yield by_units.worst(ids_of(row, PARTS), max_overlap)
         text = plain_text(row)

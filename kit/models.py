@@ -37,10 +37,11 @@ def encode(tokenizer, text, *, inside=False):
 
 def bos_of(tokenizer):
     """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
+    ways = [{"add_special_tokens": special, "verbose": False} for special in (False, True)]
     try:
-        plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+        plain, whole = (tokenizer("x", **how)["input_ids"] for how in ways)
     except Exception:  # no x in its vocabulary: what it puts around nothing
-        plain, whole = (tokenizer("", add_special_tokens=special)["input_ids"] for special in (False, True))
+        plain, whole = (tokenizer("", **how)["input_ids"] for how in ways)
     bos = [tokenizer.bos_token_id]
     return bos if whole[:1] == bos != plain[:1] else []
 
@@ -188,8 +189,10 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     tensors = check_files(folder, flag, allow_pickle) if folder.is_dir() else {}
     try:
         how = {"revision": revision, "trust_remote_code": False}  # unsaid, transformers asks at the terminal
-        config = AutoConfig.from_pretrained(name, **how)
+        with quiet():  # of numbers that do not fit it warns, and we have a line
+            config = AutoConfig.from_pretrained(name, **how)
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
+        bos_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...: to a user they are one thing
         what = "unreadable config or tokenizer" if folder.is_dir() else "no such folder, and not to be had from the hub"
         raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error

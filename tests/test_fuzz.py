@@ -16,6 +16,7 @@ import icu
 from kit import files, runs
 
 INPUTS = {"pairs": 250, "jsonl": 250, "csv": 250, "npy": 250, "config": 150, "model": 60, "state": 100, "signed": 100}
+INPUTS |= {"unicode": 250, "folder": 60}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ icu.py, and overrides the preset's own. One that several of them have is icu.py'
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -365,9 +366,10 @@ def point(text):
     return text
 
 
-def is_number(text):
+def is_number(text, low=0.0):
+    """Whether a word is a finite number from `low` on."""
     try:
-        return float(text) >= 0
+        return low <= float(text) < math.inf
     except ValueError:
         return False
 
@@ -385,6 +387,10 @@ def read_flags(words):
     args = parser.parse_args(sum(mine, []))
     args.command, args.name, args.preset = command, name, PRESETS[name]
     args.others = [group for group in groups if group not in mine]
+    try:
+        [shlex.split(text) for text in (args.preset.flags, args.preset.source, args.preset.make)]
+    except ValueError as error:
+        raise ValueError(f"the preset {name}, in PRESETS: {error}") from None
     given = {group[0] for group in groups}
     check_flags(args, given)
     if args.table == 5 and not args.lrs:
@@ -413,8 +419,14 @@ def check_flags(args, given):
         name, equals, lr = rate.rpartition("=")
         if args.command == "compare" and name not in methods:
             raise ValueError(f"--lrs {rate}: not METHOD=LR with a METHOD of this comparison ({', '.join(methods)})")
-        if (equals and args.command == "sweep") or not is_number(lr):
+        if (equals and args.command == "sweep") or not is_number(lr, sys.float_info.min):
             raise ValueError(f"--lrs {rate}: not a rate, such as {'icu=' if args.command == 'compare' else ''}1e-5")
+    if args.command == "sweep" and "--points" in given and (args.lrs or args.table == 5):
+        raise ValueError("--points are those of --table 2; --lrs and --table 5 are rates")
+    rated = [rate.rpartition("=")[0] or rate for rate in args.lrs]
+    for flag, values in (("--sets", args.sets or []), ("--seeds", args.seeds or []), ("--lrs", rated)):
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{flag}: {twice[0]} stands there twice")
 
 
 def sort_flags(args):
@@ -437,6 +449,8 @@ def sort_flags(args):
         getattr(args, program).extend([own, *values])
         if flag == "--data":
             args.knn += [flag, *values]
+    if args.sets and not on_pile(args):
+        raise ValueError(f"--sets: {args.name} has texts of its own and no sets of the Pile")
     args.sets = args.sets or [last(args.knn, "--set", "0")]
     args.seeds = args.seeds or [last(args.icu, "--seed", "0")]
     for number in args.sets:  # wrong values for knn.py are told before the model is looked for

@@ -163,7 +163,10 @@ def encoder_folder(encoder):
     if not list(folder.rglob("*.safetensors")):
         raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
     folders.check_tokenizer(folder, "--encoder", deep=True)
-    folders.tensor_names(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    folders.tensor_shapes(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    for file in folder.rglob("*.json"):  # what its loader would stumble over behind all other work
+        if not isinstance(files.read_json(file), dict) and file.name == "config.json":
+            raise ValueError(f"--encoder {folder}: {file} is no configuration")
     return folder
 
 
@@ -275,6 +278,7 @@ def leak_finder(forget, max_overlap, by_ids):
     letters that stands in the row, or a row that is nothing but pieces of a target.
     """
     ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
+    same = {text_of(target): number for number, target in enumerate(forget)}  # whatever it is made of
     plain = [plain_text(target, PARTS[1:]) for target in forget]
     letters = [texts.letters(text) for text in plain]
     units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
@@ -288,6 +292,8 @@ def leak_finder(forget, max_overlap, by_ids):
             holders[word].add(number)
 
     def leaks(row):
+        if text_of(row) in same:
+            yield 1.0, same[text_of(row)]
         if by_ids:
             yield by_units.worst(ids_of(row, PARTS), max_overlap)
         text = plain_text(row)
@@ -392,7 +398,11 @@ def read_pile(set_name, data_dir, tokenizer):
     context, prefix, suffix = (files.load_ids(files.data_file(name, data_dir)) for name in files.PILE_FILES)
     records = files.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
     sets = files.read_json(Path(__file__).with_name("forget_sets.json"))
-    return records, [records[number] for number in sets[set_name]]
+    numbers = sets.get(set_name) if isinstance(sets, dict) else None
+    whole = isinstance(numbers, list) and all(type(i) is int and 0 <= i < len(records) for i in numbers)
+    if not whole or not numbers:
+        raise ValueError(f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}")
+    return records, [records[number] for number in numbers]
 
 
 def make_pair(forget, learn, similarity, *, with_ids):
@@ -512,8 +522,6 @@ def main():
     if args.dry_run:
         print(f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}")
         return
-    if args.leak_report:
-        files.write_jsonl(args.leak_report, reasons)
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
     sides = [[text_of(record) for record in records] for records in (pool, forget)]
     pool_vectors, vectors = (embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides)
@@ -521,6 +529,8 @@ def main():
     found = zip(forget, indices[:, 0], similarities[:, 0], strict=True)
     rows = (make_pair(row, pool[i], similarity, with_ids=with_ids) for row, i, similarity in found)
     files.write_jsonl(args.out, rows)
+    if args.leak_report:
+        files.write_jsonl(args.leak_report, reasons)
     note_traces(args, [embedding_file(side, encoder) for side in sides])
     low, middle, high = np.quantile(similarities, [0, 0.5, 1])
     print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")

@@ -62,8 +62,12 @@ def write_atomically(path, write):
 
 def write_jsonl(path, rows):
     """Write dicts as JSON lines, UTF-8, characters as they are."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+    write_atomically(path, lambda file: file.writelines(json_bytes(row) for row in rows))
+
+
+def json_bytes(value, **how):
+    """A value as JSON in UTF-8, with a line break. Half a surrogate pair (a path of other bytes) is \\udc.. there."""
+    return (json.dumps(value, ensure_ascii=False, **how) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_text(path):
@@ -111,8 +115,8 @@ def read_json(path):
 
 def write_json(path, value):
     """One JSON document, indented for people."""
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    data = json_bytes(value, indent=2)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def chunks(items, size):
@@ -269,7 +273,11 @@ def read_records(path, *, tokenizer=None):
 def read_texts(path):
     """The `text` column of a CSV or JSONL file, blank ones left out: what perplexity is measured on."""
     numbered = numbered_csv if Path(path).suffix.lower() == ".csv" else numbered_jsonl
-    texts = [row["text"] for _, row in numbered(path) if isinstance(row.get("text"), str) and row["text"].strip()]
+    texts = []
+    for line, row in numbered(path):
+        if isinstance(row.get("text"), str) and row["text"].strip():
+            check_string(row["text"], f"{path} line {line}: `text`")
+            texts.append(row["text"])
     if not texts:
         raise ValueError(f"{path}: no `text` column with text in it")
     return texts
@@ -277,7 +285,7 @@ def read_texts(path):
 
 def read_unseen(path):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: texts that are only measured."""
-    if Path(path).suffix == ".npy":
+    if Path(path).suffix.lower() == ".npy":
         raise ValueError(f"--unseen {path}: token ids; pass the texts as .csv or .jsonl")
     return [{**record, **{f"learn_{key}": value for key, value in record.items()}} for record in read_records(path)]
 
@@ -396,6 +404,8 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
             ) from None
         except (http.client.HTTPException, OSError) as error:
             trouble = error
+        except ValueError as error:
+            raise ValueError(f"{url}: is no address ({error}): pass --data DIR with {path.name} in it") from None
     if not complete:
         raise ValueError(f"{url}: gave up after {tries} tries ({trouble}): run again to go on where it ended")
     if sha256_of(part) != sha256:

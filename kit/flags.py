@@ -1,6 +1,7 @@
 """The command line: argparse types that explain themselves, and errors that are one line on stderr and exit 2."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -11,6 +12,8 @@ from kit.text import visible
 
 def run_cli(main):
     """Run `main()` as a command: what the user got wrong is one line on stderr and exit 2 (--debug: the traceback)."""
+    with contextlib.suppress(AttributeError):  # a name of bytes that are no UTF-8, a terminal that knows ASCII only
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -164,6 +167,10 @@ def check_together(args):
     """ValueError for flags that do not go together."""
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    names = [item.partition("=")[0] for item in args.ppl]
+    for item, name in zip(args.ppl, names, strict=True):
+        if not name or item == f"{name}=" or names.count(name) > 1:
+            raise ValueError(f"--ppl {item}: say NAME=FILE, and no NAME twice")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
     if not args.dry_run and not (args.out and args.pairs):

@@ -35,6 +35,7 @@ def check_outputs(outputs, *, reads=(), overwrite=False, ask=True):
             raise ValueError(f"{path} is a folder: name a file")
         if os.path.lexists(path) and not path.is_file():
             raise ValueError(f"{path} is no plain file (a device, a pipe, a link to nothing): name another file")
+        check_writable(path)
         place = path.resolve()
         if place in resolved:
             raise ValueError(f"{path} would be written twice, also as {resolved[place]}: name another file")
@@ -44,7 +45,6 @@ def check_outputs(outputs, *, reads=(), overwrite=False, ask=True):
                 raise ValueError(f"{path} is read by this command (in {read}): name another file")
         if path.exists():
             check_replaceable(path, own, overwrite, ask)
-        check_writable(path)
 
 
 def is_part_of(path, read):
@@ -67,9 +67,10 @@ def check_replaceable(path, own, overwrite, ask):
 
 def check_writable(path):
     """ValueError where no file can be made beside `path`, or in the nearest folder that is there."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))  # a link to nothing, too
     try:
         tempfile.TemporaryFile(dir=folder).close()
+        (folder / f"{path.name}.{os.getpid()}.tmp").exists()  # how it is written; OSError: the name is too long
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error} ({folder})") from None
 
@@ -140,9 +141,7 @@ def check_out(out, overwrite):
     own = {out / name for name in (".lock", *names)} | set(leftovers(out))
     if out.is_dir() and not set(out.iterdir()) <= own and not is_run:
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
-    ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ValueError(f"--out {out}: cannot write in {ancestor}")
+    check_writable(out / "config.json")
 
 
 def leftovers(out):

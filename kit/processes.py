@@ -186,6 +186,15 @@ def check_flags(args):
         raise ValueError(f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
+    deepspeed_config()
+
+
+def deepspeed_config():
+    """ds_config.json; ValueError where it is not DeepSpeed's."""
+    config = files.read_json(path := Path(__file__).parents[1] / "ds_config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ValueError(f"{path.name}: has no zero_optimization, so it is not a configuration of DeepSpeed's ZeRO")
+    return config
 
 
 # --- engines: who holds the optimiser ---
@@ -243,7 +252,7 @@ class ZeroEngine:
     def __init__(self, model, args):
         import deepspeed
 
-        config = files.read_json(Path(__file__).parents[1].joinpath("ds_config.json"))
+        config = deepspeed_config()
         config["zero_optimization"]["stage"] = args.zero
         if args.offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}

@@ -412,7 +412,10 @@ def alarms(rows):
 
 
 def thresholds_text(thresholds, args):
-    """When the run stops and what counts as forgotten."""
+    """When the run stops and what counts as forgotten. ValueError for one that `auto` found no number for."""
+    if unknown := [name for name, value in thresholds.items() if value is None]:
+        source = "--bert" if "bertscore" in unknown else "--model"
+        raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}; its weights are damaged")
     both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
     return (
         f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "

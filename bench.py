@@ -1059,6 +1059,8 @@ def parse_args(argv=None):
     args.repeats = args.repeats or (2 if args.quick else 3)
     if bool(args.model) != bool(args.pairs):
         raise ValueError("--model DIR and --pairs FILE go together: the pairs are texts that the model knows")
+    if args.threads > max(os.cpu_count() or 1, torch.get_num_threads()):
+        raise ValueError(f"--threads {args.threads}: this machine has {os.cpu_count()}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA GPU here")
     if args.tasks_data and not Path(args.tasks_data).is_dir():

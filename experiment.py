@@ -8,6 +8,7 @@
     bash run.sh ablation neo125m                                # Figure 3
     bash run.sh sweep neo125m                                   # Table 2's grid; --table 5: its learning rates
     bash run.sh ask RUN "PREFIX"                                # what the model of a run says before and after
+    bash run.sh purge RUN                                       # removes a run's texts from the disk, keeps its numbers
     bash run.sh test [PYTEST ARGS]                              # also: lint, bench [FLAGS], help
 
 A run is mine -> unlearn -> report: knn.py, icu.py, report.py. The printed lines can be pasted into a shell in this
@@ -17,6 +18,7 @@ icu.py, and overrides the preset's own. One that several of them have is icu.py'
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -364,9 +366,10 @@ def point(text):
     return text
 
 
-def is_number(text):
+def is_number(text, low=0.0):
+    """Whether a word is a finite number from `low` on."""
     try:
-        return float(text) >= 0
+        return low <= float(text) < math.inf
     except ValueError:
         return False
 
@@ -377,13 +380,17 @@ def read_flags(words):
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     if name not in PRESETS:
-        others = "test bench lint ask compare ablation sweep help"
+        others = "test bench lint ask purge compare ablation sweep help"
         raise ValueError(f"unknown preset {name!r}; one of: {' '.join(PRESETS)} (or: {others})")
     parser, groups = make_parser(), grouped(words)
     mine = [group for group in groups if group[0] in parser._option_string_actions]
     args = parser.parse_args(sum(mine, []))
     args.command, args.name, args.preset = command, name, PRESETS[name]
     args.others = [group for group in groups if group not in mine]
+    try:
+        [shlex.split(text) for text in (args.preset.flags, args.preset.source, args.preset.make)]
+    except ValueError as error:
+        raise ValueError(f"the preset {name}, in PRESETS: {error}") from None
     given = {group[0] for group in groups}
     check_flags(args, given)
     if args.table == 5 and not args.lrs:
@@ -412,8 +419,14 @@ def check_flags(args, given):
         name, equals, lr = rate.rpartition("=")
         if args.command == "compare" and name not in methods:
             raise ValueError(f"--lrs {rate}: not METHOD=LR with a METHOD of this comparison ({', '.join(methods)})")
-        if (equals and args.command == "sweep") or not is_number(lr):
+        if (equals and args.command == "sweep") or not is_number(lr, sys.float_info.min):
             raise ValueError(f"--lrs {rate}: not a rate, such as {'icu=' if args.command == 'compare' else ''}1e-5")
+    if args.command == "sweep" and "--points" in given and (args.lrs or args.table == 5):
+        raise ValueError("--points are those of --table 2; --lrs and --table 5 are rates")
+    rated = [rate.rpartition("=")[0] or rate for rate in args.lrs]
+    for flag, values in (("--sets", args.sets or []), ("--seeds", args.seeds or []), ("--lrs", rated)):
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{flag}: {twice[0]} stands there twice")
 
 
 def sort_flags(args):
@@ -436,6 +449,8 @@ def sort_flags(args):
         getattr(args, program).extend([own, *values])
         if flag == "--data":
             args.knn += [flag, *values]
+    if args.sets and not on_pile(args):
+        raise ValueError(f"--sets: {args.name} has texts of its own and no sets of the Pile")
     args.sets = args.sets or [last(args.knn, "--set", "0")]
     args.seeds = args.seeds or [last(args.icu, "--seed", "0")]
     for number in args.sets:  # wrong values for knn.py are told before the model is looked for

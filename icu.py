@@ -530,7 +530,7 @@ def read_inputs(args):
     unseen, _ = build_samples(records, tokenizer, context=args.context, what="unseen row", **how)
     flags.check_samples(args, samples)
     drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
-    check_sides(args, drawn, config.get_text_config().num_hidden_layers)
+    check_sides(args, drawn, config)
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)

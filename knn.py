@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes, readable
+from kit import files, flags, folders, models, paths, processes, readable, traces
 from kit import text as texts
 from kit.files import PARTS
 
@@ -163,7 +163,10 @@ def encoder_folder(encoder):
     if not list(folder.rglob("*.safetensors")):
         raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
     folders.check_tokenizer(folder, "--encoder", deep=True)
-    folders.tensor_names(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    folders.tensor_shapes(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    for file in folder.rglob("*.json"):  # what its loader would stumble over behind all other work
+        if not isinstance(files.read_json(file), dict) and file.name == "config.json":
+            raise ValueError(f"--encoder {folder}: {file} is no configuration")
     return folder
 
 
@@ -176,16 +179,22 @@ def encoder_fingerprint(folder):
     return digest.hexdigest()
 
 
+def embedding_file(texts, folder):
+    """Where the embeddings of these texts by this encoder are kept: the name is a hash of both."""
+    digest = hashlib.sha256(encoder_fingerprint(folder).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+    return files.cache_folder("embeddings") / f"{digest.hexdigest()}.npy"
+
+
 def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
     """Sentence embeddings (N, D) float32 of the texts, kept as .npy under a hash of the encoder and the texts.
 
     Equal texts get equal vectors. An unreadable cache file is made again. ValueError if the encoder does not load.
     """
     folder = encoder_folder(encoder)
-    digest = hashlib.sha256(encoder_fingerprint(folder).encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
-    cached = Path(cache_dir or files.cache_folder("embeddings")) / f"{digest.hexdigest()}.npy"
+    cached = embedding_file(texts, folder)
+    cached = Path(cache_dir, cached.name) if cache_dir else cached
     try:
         vectors = np.load(cached, allow_pickle=False)
         if vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == len(texts):
@@ -269,6 +278,7 @@ def leak_finder(forget, max_overlap, by_ids):
     letters that stands in the row, or a row that is nothing but pieces of a target.
     """
     ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
+    same = {text_of(target): number for number, target in enumerate(forget)}  # whatever it is made of
     plain = [plain_text(target, PARTS[1:]) for target in forget]
     letters = [texts.letters(text) for text in plain]
     units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
@@ -282,6 +292,8 @@ def leak_finder(forget, max_overlap, by_ids):
             holders[word].add(number)
 
     def leaks(row):
+        if text_of(row) in same:
+            yield 1.0, same[text_of(row)]
         if by_ids:
             yield by_units.worst(ids_of(row, PARTS), max_overlap)
         text = plain_text(row)
@@ -355,7 +367,7 @@ def print_leaks(keep, reasons, max_overlap):
     )
     if copies:
         worst = (f"{r['id']} holds {r['share']:.0%} of {r['target_id']}" for r in copies[:3])
-        print(f"  the worst: {', '.join(worst)}")
+        processes.print0(f"  the worst: {', '.join(worst)}")
     if not keep.any():
         raise ValueError("the leak guard left no row of the pool: give a larger pool, or see --max-overlap")
 
@@ -386,7 +398,11 @@ def read_pile(set_name, data_dir, tokenizer):
     context, prefix, suffix = (files.load_ids(files.data_file(name, data_dir)) for name in files.PILE_FILES)
     records = files.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
     sets = files.read_json(Path(__file__).with_name("forget_sets.json"))
-    return records, [records[number] for number in sets[set_name]]
+    numbers = sets.get(set_name) if isinstance(sets, dict) else None
+    whole = isinstance(numbers, list) and all(type(i) is int and 0 <= i < len(records) for i in numbers)
+    if not whole or not numbers:
+        raise ValueError(f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}")
+    return records, [records[number] for number in numbers]
 
 
 def make_pair(forget, learn, similarity, *, with_ids):
@@ -480,6 +496,14 @@ def read_input(args):
     return forget, pool, with_ids
 
 
+def note_traces(args, embeddings):
+    """Lists what this command has left of the texts, and what it has used of an earlier one's (kit/traces.py)."""
+    made = [(args.out, "pairs"), (args.leak_report, "leak report"), *((file, "embeddings") for file in embeddings)]
+    for path, what in made:
+        if path and Path(path).is_file():
+            traces.note(models.fingerprint(args.out), path, what)
+
+
 def main():
     args = parse_args()
     check_args(args)
@@ -498,15 +522,16 @@ def main():
     if args.dry_run:
         print(f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}")
         return
-    if args.leak_report:
-        files.write_jsonl(args.leak_report, reasons)
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
-    pool_vectors = embed([text_of(r) for r in pool], encoder, batch_size=args.batch_size, device=args.device)
-    vectors = embed([text_of(r) for r in forget], encoder, batch_size=args.batch_size, device=args.device)
+    sides = [[text_of(record) for record in records] for records in (pool, forget)]
+    pool_vectors, vectors = (embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides)
     indices, similarities = cosine_knn(vectors, pool_vectors, k=1, exclude=~keep)  # K = 1, section 4.3.2
     found = zip(forget, indices[:, 0], similarities[:, 0], strict=True)
     rows = (make_pair(row, pool[i], similarity, with_ids=with_ids) for row, i, similarity in found)
     files.write_jsonl(args.out, rows)
+    if args.leak_report:
+        files.write_jsonl(args.leak_report, reasons)
+    note_traces(args, [embedding_file(side, encoder) for side in sides])
     low, middle, high = np.quantile(similarities, [0, 0.5, 1])
     print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")
 

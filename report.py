@@ -1,22 +1,29 @@
 """Finished runs -> tables, plots and case studies; and asking a model a prefix before and after.
 
     python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
+    python report.py RUN --redact                  # the same without a text: no cases.md
     python report.py --ask RUN "some prefix"       # what the model says before and after
 
-Reads run folders (config.json, metrics.jsonl, samples.jsonl, summary.json) and knows nothing of how a run is made.
+Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
+file is written, and only files that this command has written are replaced.
 The table has the columns of the paper's Table 1 (arXiv:2407.20271), those that the runs have measured; the case table
 is that of its Figures 4 and 5.
 """
 
 import argparse
 import csv
+import io
 import math
+import os
+import re
 import statistics
 import textwrap
 from pathlib import Path
 
-from kit import files, flags, models
+from kit import files, flags, models, paths, traces
+from kit.finished import BEFORE_SETTINGS, SETTINGS, read_run
 from kit.protocols import PROTOCOLS
+from kit.text import visible
 
 # Column: (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
 COLUMNS = [
@@ -78,42 +85,13 @@ PUBLISHED = {
 PUBLISHED |= {f"opt{size}": {"before": PUBLISHED[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")}
 
 
-# --- reading ---
-
-
-def read_run(folder):
-    """A finished run as a dict: folder, config, summary, metrics and samples. ValueError for one that is not."""
-    folder = Path(folder)
-    if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder}: no summary.json, so not a finished run")
-    run = {"folder": folder}
-    for name in ("config", "summary"):
-        run[name] = files.read_json(folder / f"{name}.json")
-    for name in ("metrics", "samples"):
-        run[name] = files.read_jsonl(folder / f"{name}.jsonl")
-    for when in ("before", "after"):
-        tasks = folder / f"tasks-{when}" / "tasks.json"
-        if tasks.is_file():
-            averages = files.read_json(tasks)["averages"]
-            run["summary"][when].update(
-                {f"{kind}_avg": averages[kind] for kind in ("cls", "dia") if averages.get(kind) is not None}
-            )
-    run["summary"]["after"]["epochs"] = run["summary"]["epochs"]
-    return run
-
-
-# Flags that make two runs of one method different rows; runs that differ in others only (seed, pairs) are averaged.
-BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")  # what the measures before depend on
-SETTINGS = (
-    *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine", "answer", "answers",
-    "method_file", "dpo_beta", "thresholds", "bert_threshold", "bleu_threshold", "max_epochs",
-)  # fmt: skip
+# --- which runs are alike ---
 
 
 def label_of(name, config, peers, settings):
     """`name` and whatever settings its peers differ in, such as `icu lr=1e-05`."""
     differ = [key for key in settings if len({str(peer.get(key)) for peer in peers}) > 1]
-    return " ".join([name, *(f"{key}={config.get(key)}" for key in differ)])
+    return visible(" ".join([name, *(f"{key}={config.get(key)}" for key in differ)]))
 
 
 def group_runs(runs):
@@ -204,20 +182,21 @@ def markdown_table(columns, rows):
     lines = ["| " + " | ".join(["Model", *(header + arrow[better] for header, _, _, _, better in columns)]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 1))
     for row in rows:
-        label = row["label"] + (" (collapsed)" if row["collapsed"] else "")
+        label = markdown_cell(row["label"]) + (" (collapsed)" if row["collapsed"] else "")
         lines.append("| " + " | ".join([label, *(cell(row, column) for column in columns)]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def write_csv(path, columns, rows):
+def csv_table(columns, rows):
     """The same rows for a program: raw values, mean and standard deviation."""
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        keys = [key for _, key, *_ in columns]
-        writer.writerow(["model", "runs", "collapsed", *(f"{key}{end}" for key in keys for end in ("", "_std"))])
-        for row in rows:
-            cells = [row["cells"].get(key, (None, None)) for key in keys]
-            writer.writerow([row["label"], row["runs"], row["collapsed"], *(x for pair in cells for x in pair)])
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    keys = [key for _, key, *_ in columns]
+    writer.writerow(["model", "runs", "collapsed", *(f"{key}{end}" for key in keys for end in ("", "_std"))])
+    for row in rows:
+        cells = [row["cells"].get(key, (None, None)) for key in keys]
+        writer.writerow([row["label"], row["runs"], row["collapsed"], *(x for pair in cells for x in pair)])
+    return stream.getvalue()
 
 
 # --- plots ---
@@ -230,10 +209,17 @@ def plt():
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
 
-    pyplot.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False}
-    )
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    pyplot.rcParams.update({"legend.frameon": False, "text.parse_math": False})  # a $ in a name is no formula
     return pyplot
+
+
+def png(figure):
+    """A figure as the bytes of a file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    plt().close(figure)
+    return file.getvalue()
 
 
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
@@ -245,7 +231,12 @@ def curve(rows, key):
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
-def plot_run(run, path):
+def in_legend(label):
+    """A label as a plot can show it: lines of like length, and no _ in front, which would hide it."""
+    return textwrap.fill(label[:160].lstrip("_"), 40)
+
+
+def plot_run(run):
     """One run over its epochs: EL10, MA, BLEU and BERTScore with their thresholds, active samples and entropy."""
     pyplot = plt()
     rows = run["metrics"]
@@ -272,12 +263,11 @@ def plot_run(run, path):
     entropy.set_ylabel("entropy (bits)", color="C4")
     summary = run["summary"]
     title = f"{summary['method']}, {summary['protocol']} protocol; stopped: {summary['stopped']}"
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    figure.suptitle(visible(title), fontsize=10)
+    return png(figure)
 
 
-def plot_curves(runs, path):
+def plot_curves(runs):
     """Several runs: one panel a measure, one line a run, one colour a row of the table."""
     pyplot = plt()
     panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
@@ -286,7 +276,7 @@ def plot_curves(runs, path):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
                 line = curve(run["metrics"], key)
-                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=label if k == 0 else None)
+                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=in_legend(label) if k == 0 else None)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)
@@ -295,38 +285,36 @@ def plot_curves(runs, path):
     for axis in axes[1]:
         axis.set_xlabel("epoch")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return png(figure)
 
 
-def plot_tradeoff(runs, path):
-    """Forgetting against perplexity: a point a run, a star a model before. False where no perplexity was measured."""
-    key = next(
-        (k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in r["summary"]["after"] for r in runs)), None
-    )
-    if key is None:
-        return False
+def plot_tradeoff(runs):
+    """Forgetting against perplexity: a point a run, a star a model before. None where no perplexity was measured."""
+    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
+    key = next((k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in end for end in ends)), None)
+    if key is None or not any(end[key] for end in ends):  # a model of NaN
+        return None
     from matplotlib.ticker import LogFormatter
 
     pyplot = plt()
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+
+    def scatter(label, points, **look):
+        axis.scatter([p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **look)
+
     for label, members in group_befores(runs).items():
-        points = [run["summary"]["before"] for run in members]
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], marker="*", s=120, color="black", label=label)
+        scatter(label, [run["summary"]["before"] for run in members], marker="*", s=120, color="black")
     for i, (label, members) in enumerate(group_runs(runs).items()):
-        points = [run["summary"]["after"] for run in members]
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], color=f"C{i % 10}", s=25, label=label)
-    limit = runs[0]["summary"]["thresholds"]["ma"]
-    axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
+        scatter(label, [run["summary"]["after"] for run in members], color=f"C{i % 10}", s=25)
+    if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
+        axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         set_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 240, not 2.4 x 10^2; no crowd over several decades
     axis.set_xlabel("MA (left: more forgotten; dotted: threshold)")
     axis.set_ylabel(f"{key.removeprefix('ppl_')} perplexity (low: language kept)")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True
+    return png(figure)
 
 
 # --- cases ---
@@ -335,7 +323,7 @@ def plot_tradeoff(runs, path):
 def case_ids(runs, count):
     """The samples that were best remembered before: BLEU, then EL10 of epoch 0, highest first."""
     first = [row for row in runs[0]["samples"] if row["epoch"] == 0]
-    return [row["id"] for row in sorted(first, key=lambda row: (-row["bleu"], -(row["el10"] or 0)))[:count]]
+    return [row["id"] for row in sorted(first, key=lambda row: (-(row["bleu"] or 0), -(row["el10"] or 0)))[:count]]
 
 
 def chosen_epochs(generations):
@@ -359,27 +347,23 @@ def cases_markdown(runs, pairs, count):
             if len(runs) == 1:
                 rows += [(f"Epoch {epoch}", said[epoch]) for epoch in chosen_epochs(said)]
             rows.append(("Final" if len(runs) == 1 else label, said[-1]))
-        lines = [f"### {sample_id}", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {markdown_cell(text)} |" for name, text in rows]
+        lines = [f"### {markdown_cell(sample_id)}", "", "| | |", "|---|---|"]
+        lines += [f"| {markdown_cell(name)} | {markdown_cell(text)} |" for name, text in rows]
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"
 
 
 def markdown_cell(text):
-    """A text on one line of a Markdown table, its line breaks written out; nothing is shown as <blank>."""
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n").replace("<", "&lt;")
+    """A text on one line of a Markdown table, line breaks and controls written out; nothing is shown as <blank>."""
+    text = visible(text.replace("\\", "\\\\")).replace("|", "\\|").replace("<", "&lt;")
     return text if text.strip() else "&lt;blank>"
 
 
 def tasks_markdown(run):
-    """The columns of Tables 6 and 7 before and after a run, or None where tasks.py has not measured both."""
+    """The columns of Tables 6 and 7 before and after a run, where tasks.py has measured both."""
     import tasks
 
-    found = {when: run["folder"] / f"tasks-{when}" / "tasks.json" for when in ("before", "after")}
-    if not all(file.is_file() for file in found.values()):
-        return None
-    results = {when: files.read_json(file) for when, file in found.items()}
-    return tasks.table({when: {k: v for k, v in found.items() if k != "settings"} for when, found in results.items()})
+    return tasks.table(run["tasks"])
 
 
 def side_by_side(run, pairs, count, width=52):
@@ -388,8 +372,8 @@ def side_by_side(run, pairs, count, width=52):
     last = run["metrics"][-1]["epoch"]
     for sample_id in case_ids([run], count):
         said = {row["epoch"]: row["generation"] for row in run["samples"] if row["id"] == sample_id}
-        lines += textwrap.wrap("… " + " ".join(pairs[sample_id]["prefix"].split())[-2 * width :], 2 * width + 3)
-        columns = [textwrap.wrap(" ".join(said[e].split()), width) or ["<blank>"] for e in (0, last)]
+        lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-2 * width :], 2 * width + 3)
+        columns = [textwrap.wrap(one_line(said[e]), width) or ["<blank>"] for e in (0, last)]
         lines.append(f"{'  before':<{width}} |   after")
         for i in range(max(map(len, columns))):
             left, right = (column[i] if i < len(column) else "" for column in columns)
@@ -398,10 +382,17 @@ def side_by_side(run, pairs, count, width=52):
     return "\n".join(lines)
 
 
+def one_line(text):
+    return visible(" ".join(text.split()))
+
+
 def read_pairs_of(run):
     """{id: pair} of the run's pairs file. ValueError if it has changed since."""
-    file = run["config"]["pairs"]
-    pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
+    file = run["config"].get("pairs") or "the pairs file"
+    try:
+        pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} (the pairs of {run['folder']}; without its texts: --redact)") from None
     if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
         raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
     return pairs
@@ -410,30 +401,45 @@ def read_pairs_of(run):
 # --- asking ---
 
 
-def ask(folder, prefix, tokens):
-    """Prints what the model says behind `prefix` before and after a run (beam 2, like the run's own generations)."""
+def ask(folder, prefix, tokens, *, allow_pickle=False):
+    """Prints what the model says behind `prefix` before and after a run (beam 2, like the run's own generations).
+
+    Run, models and prefix are checked before a weight is loaded. The folder may be a stranger's: that pickles, which
+    can run code, may be loaded says the caller, never its config.json.
+    """
     import metrics
 
     run = read_run(folder)
-    config = run["config"]
-    after = Path(folder) / "model"
+    config, after, revision = run["config"], run["folder"] / "model", run["config"].get("revision")
+    files.check_string(prefix, "the prefix")
     if not after.is_dir():
-        raise ValueError(f"{folder}: this run only measured; it has no model of its own")
-    for when, name in (("before", config["model"]), ("after", after)):
-        revision = config.get("revision") if when == "before" else None
-        how = {"allow_pickle": config["allow_pickle"], "revision": revision}
-        models.check_texts(*models.check_model(str(name), **how), {"the prefix": prefix})
-        model, tokenizer = models.load_model(str(name), **how)
-        prompt = models.begin(models.bos_of(tokenizer), models.encode(tokenizer, prefix))
-        if not prompt:
-            raise ValueError("the prefix has no token; give it some text")
-        positions = models.positions_of(model.config) or math.inf
-        if len(prompt) + tokens > positions:
-            raise ValueError(
-                f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions"
-            )
-        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config["num_beams"])
-        print(f"{when:>6}: {prefix}\033[1m{tokenizer.decode(said, clean_up_tokenization_spaces=False)}\033[0m")
+        why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
+        raise ValueError(f"{folder}: this run {why}; it has no model of its own")
+    if revision is not None and not re.fullmatch("[0-9a-f]{7,40}", revision):
+        raise ValueError(f"{run['folder'] / 'config.json'}: `revision` is {revision[:40]!r}, which names no commit")
+    sides = {"before": (config["model"], revision), "after": (str(after), None)}
+    prompts = [prompt_of(*side, prefix, tokens, allow_pickle=allow_pickle) for side in sides.values()]
+    for (when, (name, revision)), prompt in zip(sides.items(), prompts, strict=True):
+        model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
+        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config.get("num_beams", 2))
+        said = tokenizer.decode(said, clean_up_tokenization_spaces=False)
+        asked, said = (visible(text, keep="\n") for text in (prefix, said))
+        print(f"{when:>6}: {asked}\033[1m{said}\033[0m")
+
+
+def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
+    """The ids that a model is asked. ValueError: no model, or no room in it for the prefix and `tokens` more."""
+    config, tokenizer = models.check_model(name, allow_pickle=allow_pickle, revision=revision)
+    models.check_texts(config, tokenizer, {"the prefix": prefix})
+    prompt = models.begin(models.bos_of(tokenizer), models.encode(tokenizer, prefix))
+    if not prompt:
+        raise ValueError("the prefix has no token; give it some text")
+    positions = models.positions_of(config) or math.inf
+    if len(prompt) + tokens > positions:
+        raise ValueError(
+            f"the prefix has {len(prompt)} tokens and {tokens} follow; the model has {positions} positions"
+        )
+    return prompt
 
 
 # --- flags and main ---
@@ -445,12 +451,16 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
     parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")
+    parser.add_argument("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
     parser.add_argument(
         "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
+    parser.add_argument("--allow-pickle", action="store_true", help="--ask: also load pickles, which can run code")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    if args.ask and (args.runs or args.redact):
+        raise ValueError("--ask prints what one run's model says: pass no other runs and no --redact with it")
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python report.py RUN [RUN ...]")
     if len(args.runs) > 1 and not args.out:
@@ -458,34 +468,78 @@ def parse_args(argv=None):
     return args
 
 
+def is_plot(path):
+    head = path.read_bytes()[:200]
+    return head.startswith(b"\x89PNG") and b"Matplotlib" in head
+
+
+def remove_cases(out):
+    """The cases.md of an earlier report goes, as it would be replaced; a list of what is to say of it."""
+    path = out / "cases.md"
+    if not path.is_file() or not paths.is_cases(path):
+        return []
+    path.unlink()
+    return ["cases.md of an earlier report is removed"]
+
+
+# Whether a file of this name is one that this command has written.
+OWN = {
+    "table.md": paths.begins_with("| Model |"), "table.csv": paths.begins_with("model,runs,collapsed"),
+    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
+}  # fmt: skip
+
+
+def check_out(out, names, reads):
+    """ValueError unless files of these names can be written in the folder `out` without harm to others."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out}: is no folder")
+    paths.check_outputs([(out / name, OWN[name]) for name in names], reads=reads, overwrite=True)
+
+
+def texts_of(runs, shown, cases):
+    """{file: text} of a report, and the text for the terminal; `shown` are the runs whose texts may be seen."""
+    columns, rows = table_rows(runs)
+    contents, said = {"table.md": markdown_table(columns, rows), "table.csv": csv_table(columns, rows)}, []
+    if shown:
+        # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
+        sources = [run["config"].get("sha256", {}).get("pairs") or run["folder"] for run in shown]
+        alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
+        pairs = read_pairs_of(shown[0])
+        contents["cases.md"] = cases_markdown(alike, pairs, cases)
+        said += [side_by_side(runs[0], pairs, min(cases, 3))] if len(runs) == 1 else []
+    said.append(contents["table.md"])
+    if len(runs) == 1 and len(runs[0]["tasks"]) == 2:
+        contents["tasks.md"] = tasks_markdown(runs[0])
+        said.append(contents["tasks.md"])
+    return contents, "\n".join(said)
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.ask:
-        return ask(*args.ask, args.tokens)
+        return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
-    pairs = read_pairs_of(runs[0])
-    # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
-    alike = [run for run in runs if run["config"]["sha256"]["pairs"] == runs[0]["config"]["sha256"]["pairs"]]
-    out = Path(args.out or runs[0]["folder"])
-    out.mkdir(parents=True, exist_ok=True)
-    columns, rows = table_rows(runs)
-    table = markdown_table(columns, rows)
-    (out / "table.md").write_text(table, encoding="utf-8")
-    write_csv(out / "table.csv", columns, rows)
-    (out / "cases.md").write_text(cases_markdown(alike, pairs, args.cases), encoding="utf-8")
-    if len(runs) == 1:
-        plot_run(runs[0], out / "curves.png")
-        print(side_by_side(runs[0], pairs, min(args.cases, 3)))
-    else:
-        plot_curves(runs, out / "curves.png")
-    plot_tradeoff(runs, out / "tradeoff.png")
-    print(table)
-    for run in runs if len(runs) == 1 else ():
-        if text := tasks_markdown(run):
-            (out / "tasks.md").write_text(text, encoding="utf-8")
-            print(text)
+    shown = [] if args.redact else [run for run in runs if not run["redacted"]]
+    contents, said = texts_of(runs, shown, args.cases)
+    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png"]
+    reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
+    check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
+    drawn = [plot_run(runs[0]) if len(runs) == 1 else plot_curves(runs), plot_tradeoff(runs)]
+    contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
+    for name, content in contents.items():
+        if content is not None:
+            files.write_atomically(out / name, lambda file, content=content: file.write(content))
+    for run in (run for run in shown if run["folder"].resolve() != out.resolve()):  # so that purge finds them here
+        traces.note(str(run["config"].get("sha256", {}).get("pairs")), out / "cases.md", "cases")
+    print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
-    print(f"protocol: {', '.join(protocols)}; plot: {out / 'curves.png'}; cases: {out / 'cases.md'}")
+    last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
+    last += [f"cases: {out / 'cases.md'}"] if shown else []
+    if len(shown) < len(runs):
+        why = "--redact" if args.redact else "made by icu.py --redact"
+        last.append(f"no texts of {len(runs) - len(shown)} of {len(runs)} runs are shown ({why})")
+        last += remove_cases(out) if not shown else []
+    print(visible("; ".join(last)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ case "$1" in
   lint) environment; exec .venv/bin/ruff check . ;;
   bench) environment; shift; exec "$python" bench.py "$@" ;;
   ask) environment; shift; exec "$python" report.py --ask "$@" ;;
+  purge) environment; shift; exec "$python" -m kit.purge "$@" ;;
 esac
 case " $* " in " help "* | *" -h "* | *" --help "*) exec python3 experiment.py --help ;; esac
 python3 experiment.py --check "$@" # a slip of the pen is told before an environment is made

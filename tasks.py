@@ -18,7 +18,6 @@ the published evaluation:
 
 import argparse
 import ast
-import json
 import math
 import re
 import string
@@ -34,6 +33,7 @@ import metrics
 from kit import files, flags, models, paths, processes, scoring
 from kit import rows as row_files
 from kit.protocols import PROTOCOLS
+from kit.text import visible
 
 # --- the sets: a row of the public schema -> (context, choices, answer), or (context, reply), or a text ---
 # A choice begins with what separates it from its context, a space. A row that does not fit raises ValueError.
@@ -189,12 +189,10 @@ SETS = CLASSIFICATION | DIALOGUE | PERPLEXITY
 
 def field(row, name):
     """A text of a row. ValueError where it is missing, blank or no text."""
-    value = row.get(name)
-    if value is None:
+    if row.get(name) is None:
         raise ValueError(f"no field `{name}`")
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{name}` is {'blank' if isinstance(value, str) else f'of type {type(value).__name__}'}")
-    return value
+    files.check_string(row[name], f"`{name}`")
+    return row[name]
 
 
 def one_of(row, name, values):
@@ -255,8 +253,8 @@ def check_rows(name, rows, harness):
             item = SETS[name][1](row, harness)
             if name in CLASSIFICATION:
                 context, choices, answer = item
-                if not all(text.strip() for text in [*choices, *([context] if isinstance(context, str) else context)]):
-                    raise ValueError("the context or a choice is empty")
+                for text in [*choices, *([context] if isinstance(context, str) else context)]:
+                    files.check_string(text, "the context or a choice")
                 if not 0 <= answer < len(choices):
                     raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
             items[n] = item
@@ -530,9 +528,9 @@ def table(results_by_label):
             elif "error" in result:
                 lines.append(f"- {label}: {name} is not measured: {result['error']}")
             elif result.get("bad_rows"):
-                some = "; ".join(result["bad"][:3])
+                some = "; ".join(result.get("bad", [])[:3])
                 lines.append(f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}")
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(map(visible, lines)).rstrip() + "\n"
 
 
 # --- main ---
@@ -579,16 +577,17 @@ def main(argv=None):
     outputs += [(out / "task_rows.jsonl", paths.holds("task", "row", lines=True))]
     reads = [args.model, *(data["source"] for data in sets.values() if "source" in data)]
     paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
-    models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
+    config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
+    for name, data in sets.items():  # str(item) has all texts of a row in it
+        texts = {f"{name} row {n}": str(item) for n, item in data.get("rows", {}).items()}
+        models.check_texts(config, tokenizer, texts)
+        if name in PERPLEXITY and "rows" in data:
+            models.check_predictable(tokenizer, data["rows"].values(), data["source"])
     if args.dry_run:
         for name, data in sets.items():
             good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
             processes.print0(f"{name}: {good or data.get('missing') or data['error']}")
         return
-    config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
-    for name, data in sets.items():  # str(item) has all texts of a row in it
-        texts = {f"{name} row {n}": str(item) for n, item in data.get("rows", {}).items()}
-        models.check_texts(config, tokenizer, texts)
     processes.start(device)
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
     model, tokenizer = models.load_model(args.model, device=device, **how)
@@ -602,12 +601,11 @@ def main(argv=None):
         return
     settings = {name: getattr(args, name) for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")}
     text = table({args.model: results})
-    text += "\n" + ", ".join(f"{name} {value}" for name, value in settings.items() if value) + "\n"
+    text += "\n" + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value)) + "\n"
     print(text)
-    document = json.dumps(results | {"settings": settings}, indent=1, ensure_ascii=False) + "\n"
     files.write_jsonl(out / "task_rows.jsonl", samples)
-    files.write_atomically(out / "tasks.md", lambda file: file.write(text.encode("utf-8")))
-    files.write_atomically(out / "tasks.json", lambda file: file.write(document.encode("utf-8")))
+    files.write_atomically(out / "tasks.md", lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    files.write_json(out / "tasks.json", results | {"settings": settings})
     failed = [result["error"] for result in results.values() if "error" in result]
     if failed:
         raise ValueError(f"{len(failed)} of {len(sets)} sets not measured, the others are in {out}: {failed[0]}")

@@ -5,9 +5,12 @@ The last of its files holds the settings; it is the first to go and the last to 
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from kit.paths import check_writable
 
 
 def make(out, files, settings, *, source, write):
@@ -16,8 +19,9 @@ def make(out, files, settings, *, source, write):
     files: names of what it holds, the JSON file of settings last; source: the files that make it, whose bytes count as
     settings. ValueError, before any work, where `out` is a file, or holds one of `files` but not the last.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
+    check_writable(out / files[-1])
     present = [name for name in files if (out / name).exists()]
     if present and files[-1] not in present:
         raise ValueError(f"--out {out}: holds {present[0]} but no {files[-1]}; name another folder, or remove it")

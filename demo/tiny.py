@@ -38,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
 
 from demo import made  # noqa: E402
-from kit.flags import flag_error, run_cli  # noqa: E402
+from kit.flags import flag_error, run_cli, seed_number  # noqa: E402
 
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --forget
 MAX_FORGET = 100  # so small a model does not memorise more within its steps
@@ -467,16 +467,15 @@ def write_folder(folder, fingerprint, settings):
 def read_flags(argv):
     """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = flag_error
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches (%(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of texts, weights and batches (%(default)s)")
     parser.add_argument("--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="at most this many (default: until memorised)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        flag_error(f"--seed {args.seed}: must be 0 or more")
     if not 1 <= args.forget <= MAX_FORGET:
         flag_error(f"--forget {args.forget}: must be between 1 and {MAX_FORGET}")
     if args.steps is not None and args.steps < 1:

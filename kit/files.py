@@ -3,6 +3,7 @@
 Everything a user gives is checked here; a ValueError names the file and the line or row.
 """
 
+import contextlib
 import csv
 import hashlib
 import http.client
@@ -27,14 +28,32 @@ def cache_folder(name):
     return Path(os.environ.get("ICU_CACHE") or Path.home() / ".cache" / "icu") / name
 
 
+def make_folder(path):
+    """A folder, and those above it, that only their owner can enter (0700); what is there is left as it is."""
+    for folder in (*reversed(Path(path).absolute().parents), Path(path)):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def private(path, flags):
+    """For `open(..., opener=private)`: a file that only its owner can read (0600), also one that is there already."""
+    handle = os.open(path, flags, 0o600)
+    with contextlib.suppress(OSError):  # a file system without modes, or somebody else's file that we may write
+        os.fchmod(handle, 0o600)
+    return handle
+
+
 def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path` and rename it: a reader never sees half a file."""
+    """Call `write(file)` on a temporary file beside `path` and rename it: a reader never sees half a file.
+
+    It may hold the texts of people, so only its owner can read it, and enter a folder that is made for it.
+    """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # the link stays
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=private) as file:
             write(file)
         os.replace(temporary, path)
     finally:
@@ -43,8 +62,12 @@ def write_atomically(path, write):
 
 def write_jsonl(path, rows):
     """Write dicts as JSON lines, UTF-8, characters as they are."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+    write_atomically(path, lambda file: file.writelines(json_bytes(row) for row in rows))
+
+
+def json_bytes(value, **how):
+    """A value as JSON in UTF-8, with a line break. Half a surrogate pair (a path of other bytes) is \\udc.. there."""
+    return (json.dumps(value, ensure_ascii=False, **how) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_text(path):
@@ -83,16 +106,17 @@ def read_jsonl(path):
 
 def read_json(path):
     """One JSON document; ValueError names the file."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also: a whole number of over 4300 digits
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 def write_json(path, value):
     """One JSON document, indented for people."""
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    data = json_bytes(value, indent=2)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def chunks(items, size):
@@ -249,7 +273,11 @@ def read_records(path, *, tokenizer=None):
 def read_texts(path):
     """The `text` column of a CSV or JSONL file, blank ones left out: what perplexity is measured on."""
     numbered = numbered_csv if Path(path).suffix.lower() == ".csv" else numbered_jsonl
-    texts = [row["text"] for _, row in numbered(path) if isinstance(row.get("text"), str) and row["text"].strip()]
+    texts = []
+    for line, row in numbered(path):
+        if isinstance(row.get("text"), str) and row["text"].strip():
+            check_string(row["text"], f"{path} line {line}: `text`")
+            texts.append(row["text"])
     if not texts:
         raise ValueError(f"{path}: no `text` column with text in it")
     return texts
@@ -257,7 +285,7 @@ def read_texts(path):
 
 def read_unseen(path):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: texts that are only measured."""
-    if Path(path).suffix == ".npy":
+    if Path(path).suffix.lower() == ".npy":
         raise ValueError(f"--unseen {path}: token ids; pass the texts as .csv or .jsonl")
     return [{**record, **{f"learn_{key}": value for key, value in record.items()}} for record in read_records(path)]
 
@@ -352,7 +380,7 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
     What has arrived is kept in `path`.part. ValueError: no connection, a refusal, a wrong checksum (file deleted).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     complete = part.is_file() and sha256_of(part) == sha256  # stopped between the last byte and the renaming
     trouble = None
@@ -376,6 +404,8 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
             ) from None
         except (http.client.HTTPException, OSError) as error:
             trouble = error
+        except ValueError as error:
+            raise ValueError(f"{url}: is no address ({error}): pass --data DIR with {path.name} in it") from None
     if not complete:
         raise ValueError(f"{url}: gave up after {tries} tries ({trouble}): run again to go on where it ended")
     if sha256_of(part) != sha256:

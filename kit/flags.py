@@ -1,14 +1,19 @@
 """The command line: argparse types that explain themselves, and errors that are one line on stderr and exit 2."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import sys
 
+from kit.text import visible
+
 
 def run_cli(main):
     """Run `main()` as a command: what the user got wrong is one line on stderr and exit 2 (--debug: the traceback)."""
+    with contextlib.suppress(AttributeError):  # a name of bytes that are no UTF-8, a terminal that knows ASCII only
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -16,10 +21,19 @@ def run_cli(main):
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ["RANK"] if launched() else "0"
         who = "error:" if rank == "0" else f"rank {rank}: error:"
-        print(who, " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print(who, visible(" ".join(str(error).split())) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
+
+
+def launched():
+    """Whether a launcher of several processes (torchrun, DeepSpeed's) has started this one.
+
+    It sets all of these. One alone says nothing: many a container has WORLD_SIZE where nothing was launched.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return all(map(str.isdecimal, numbers)) and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def flag_error(message):
@@ -136,6 +150,7 @@ def run_parser(doc):
     g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
+    g.add_argument("--redact", action="store_true", help="the run folder and the cache get ids, hashes and numbers, never a text; the pairs are needed to train: bash run.sh purge RUN removes them afterwards")
     g.add_argument("--preset", help="the preset's name, for the published row in report.py")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -152,6 +167,10 @@ def check_together(args):
     """ValueError for flags that do not go together."""
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    names = [item.partition("=")[0] for item in args.ppl]
+    for item, name in zip(args.ppl, names, strict=True):
+        if not name or item == f"{name}=" or names.count(name) > 1:
+            raise ValueError(f"--ppl {item}: say NAME=FILE, and no NAME twice")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
     if not args.dry_run and not (args.out and args.pairs):

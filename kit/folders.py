@@ -1,7 +1,10 @@
 """A model folder is what it says: config, tokenizer and weights of one model, as far as that shows without loading."""
 
 import re
+import warnings
+from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from kit import files
@@ -30,6 +33,15 @@ def check_parts(folder, flag):
             what = f"no model has {str(number)[:20]} of anything like {name[:40] or 'this'}"
             raise ValueError(f"{flag} {folder}: config.json is damaged, {what}")
     check_tokenizer(folder, flag)
+    check_generation(folder / "generation_config.json", flag)
+
+
+def check_generation(file, flag):
+    """ValueError for a generation_config.json that says nothing: its EOS would be left out in silence."""
+    found = files.read_json(file) if file.is_file() else {}
+    eos = found.get("eos_token_id") if isinstance(found, dict) else "?"
+    if not all(token is None or type(token) is int for token in (eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"{flag} {file}: is damaged, its eos_token_id is no token id or list of them; or remove it")
 
 
 def _whole_numbers(value, name=""):
@@ -54,23 +66,44 @@ def check_tokenizer(folder, flag, deep=False):
 def indexed(index):
     """The names of the weight files in a model.safetensors.index.json. ValueError for one that says nothing of them."""
     found = files.read_json(index)
-    names = found.get("weight_map") if isinstance(found, dict) else None
+    whole = isinstance(found, dict) and isinstance(found.get("metadata"), dict)  # transformers reads both
+    names = found.get("weight_map") if whole else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: names no weights (no weight_map); take the file that belongs to the weights")
+        raise ValueError(f"{index}: names no weights (weight_map, metadata); take the file that belongs to the weights")
+    if outside := [name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{index}: names {outside[0]}, which lies outside the folder")
     return sorted(set(names.values()))
 
 
-def tensor_names(weights, what):
-    """The names of the tensors in safetensors files, from their headers. ValueError for a file that is none, or cut."""
-    names = []
-    for file in weights:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt") as tensors:
-                    names += tensors.keys()
-            except Exception as error:  # SafetensorError, OSError
-                raise ValueError(f"{what}: the weights cannot be loaded, {file.name} ({first_line(error)})") from error
-    return names
+def tensor_shapes(weights, what):
+    """{name: shape} of the tensors in safetensors files, by their headers. ValueError: a file that is none, or cut."""
+    shapes, those = {}, [file for file in weights if file.suffix == ".safetensors"]
+    for file in those:
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:  # SafetensorError, OSError
+            raise ValueError(f"{what}: the weights cannot be loaded, {file.name} ({first_line(error)})") from error
+    if those and not shapes:
+        raise ValueError(f"{what}: the weights cannot be loaded, {those[0].name} (it holds no tensor)")
+    return shapes
+
+
+def check_shapes(shapes, config, make, what):
+    """ValueError where `make(config)` finds no model in a config.json, or the weights have other shapes than its.
+
+    It is made on torch's device `meta`: shapes without numbers.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # torch's, of sizes of 0
+            model = make(config)
+    except Exception as error:  # of heads that do not divide, an unknown activation, a division by zero, ...
+        raise ValueError(f"{what}: config.json describes no model ({first_line(error)})") from error
+    for name, tensor in model.state_dict().items():
+        if (found := shapes.get(name, [*tensor.shape])) != [*tensor.shape]:
+            raise ValueError(
+                f"{what}: {name} is {found} in the weights and {[*tensor.shape]} by config.json; they are of two models"
+            )
 
 
 def check_layers(names, config, what):

@@ -5,15 +5,41 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from kit.flags import one_of
+from kit.models import positions_of, vocab_of
 from kit.protocols import PROTOCOLS
 
 PLAIN = (int, float, str, tuple)  # constants
 FILLED = ("forget_weight", "alpha", "beta", "lr", "refine")  # flags whose defaults are the method's
+
+
+def is_weight(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf
+
+
+MUST_BE = {  # what a method may ask for: whether a value is one, and what it has to be
+    **dict.fromkeys(("forget_weight", "alpha", "beta"), (is_weight, "a finite number >= 0")),
+    "lr": (lambda x: is_weight(x) and x > 0, "a finite number > 0"),
+    "refine": (lambda x: isinstance(x, bool), "True or False"),
+    "targets": (lambda x: x in (None, "suffix", "all"), "'suffix', 'all' or None"),
+    "released": (lambda x: isinstance(x, dict) and x.keys() <= set(FILLED), f"a dict of some of {', '.join(FILLED)}"),
+    "frozen": (lambda x: isinstance(x, tuple | list), "a tuple of names of sides"),
+    "layer": (lambda x: x is None or type(x) is int, "a whole number or None"),
+    "sides": (
+        lambda x: isinstance(x, dict) and all(map(callable, x.values())) and x.keys().isdisjoint(("forget", "learn")),
+        "a dict of functions, none of them called forget or learn",
+    ),
+    "prepare": (callable, "a function of (model, args)"),
+    "measured": (callable, "a generator function of (model)"),
+}
 
 
 class method(NamedTuple):
@@ -58,8 +84,9 @@ class method(NamedTuple):
     def fill(self, args):
         """The flags that the user has not set get the method's defaults, and the protocol's."""
         protocol = PROTOCOLS[args.protocol]
-        if unknown := set(self.released) - set(FILLED):
-            raise ValueError(f"@method(released=...): {unknown.pop()} is none of {', '.join(FILLED)}")
+        for name, value in [*self._asdict().items(), *(self.released.items() if type(self.released) is dict else ())]:
+            if name in MUST_BE and not MUST_BE[name][0](value):
+                raise ValueError(f"@method({name}={str(value)[:40]}): must be {MUST_BE[name][1]}")
         defaults = self._asdict() | (self.released if protocol.own_defaults else {})
         for name in FILLED:
             if getattr(args, name) is None:
@@ -71,6 +98,8 @@ class method(NamedTuple):
     def measuring(self, model):
         """A context in which the weights are those to measure; behind it, whatever happened, those to train."""
         steps = self.measured(model)
+        if not inspect.isgenerator(steps) and not hasattr(steps, "__next__"):
+            raise ValueError("@method(measured=...): must be a generator, which yields once")
         next(steps)
         try:
             yield
@@ -96,29 +125,49 @@ def code_of(method):
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
-def check_sides(args, drawn, layers):
+def check_sides(args, drawn, config):
     """ValueError where a method's sides, or what it asks of the frozen copy and of the model, cannot be.
 
-    drawn: {name: a list of Text for each sample} of epochs 0 and 1, or nothing; layers: how many the model has.
+    drawn: {name: a list of Text for each sample} of epochs 0 and 1, or nothing; config: the model's.
     """
     if not drawn:
         return
     needs, (sides, later), n = args.loss.needs, drawn, len(drawn[0]["forget"])
-    for name, rows in sides.items():
-        if len(rows) != n or not all(isinstance(row, list) and all(hasattr(t, "ids") for t in row) for row in rows):
+    vocab, positions = vocab_of(config), positions_of(config) or math.inf
+    for name in needs.sides:
+        rows = sides[name]
+        if not isinstance(rows, list) or len(rows) != n or not all(isinstance(row, list) for row in rows):
             raise ValueError(f"@method(sides=...): {name} must give a list of Text for each of the {n} samples")
+        for text in (text for row in rows for text in row):
+            ids = getattr(text, "ids", None)
+            whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab for token in ids)
+            if not whole or not 0 < len(ids) <= positions or not 0 <= text.t0 <= len(ids):
+                fits = f"1 to {positions} ids of the model's {vocab}, and 0 <= t0 <= their number"
+                raise ValueError(f"@method(sides=...): {name} gives a Text that does not fit the model: {fits}")
     for field in ("frozen", "taught"):
         if isinstance(names := getattr(needs, field), str) or not set(names) <= set(sides):
             raise ValueError(f"@method({field}={names!r}): must be a tuple of {', '.join(sides)}")
     asked = [*needs.frozen, *needs.taught]
     if args.teacher == "cached" and (changing := [name for name in asked if sides[name] != later[name]]):
         raise ValueError(f"{args.method}: its side {changing[0]} has other texts each epoch: pass --teacher live")
+    layers = config.get_text_config().num_hidden_layers
     if needs.layer is not None and not 0 <= needs.layer <= layers:
         raise ValueError(f"@method(layer={needs.layer}): the model has {layers} layers, and 0 for its embeddings")
 
 
 def name_of(method):
-    """What a run of this method is called: the function's name; in a copy of icu.py that kept that name, the copy's."""
+    """What a run of this method is called: the function's name; in a copy of icu.py that kept that name, the copy's.
+
+    ValueError for what is no function of (batch, args).
+    """
+    if not inspect.isfunction(method):
+        bare = hasattr(method, "touches_weights")  # the class itself: `@method` without brackets has made one
+        way_out = "write @method() with its brackets" if bare else "give it a function of (batch, args)"
+        raise ValueError(f"icu.main: {str(method)[:40]} is no method; {way_out}")
+    try:
+        inspect.signature(method).bind(None, None)
+    except TypeError as error:
+        raise ValueError(f"{method.__name__} is called with (batch, args): {error}") from None
     return method.__name__ if method.__name__ != "icu" else Path(file_of(method)).stem
 
 
@@ -128,9 +177,29 @@ def method_named(name, own, others):
     A method is a function that carries its `needs`. ValueError names the nearest.
     """
     if name == name_of(own):
-        return own if hasattr(own, "needs") else method()(own)
+        return checked(own if hasattr(own, "needs") else method()(own))
     found = {key: value for key, value in vars(importlib.import_module(others)).items() if hasattr(value, "needs")}
     try:
-        return found[one_of([name_of(own), *found])(name)]
+        return checked(found[one_of([name_of(own), *found])(name)])
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--method: {error}") from None
+
+
+def checked(loss):
+    """The loss; a ValueError where it does not return {"name": (weight, value)}, at least one value with a gradient."""
+
+    @wraps(loss)
+    def terms(batch, args):
+        found = loss(batch, args)
+        pairs = list(found.values()) if isinstance(found, dict) else []
+        whole = pairs and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs)
+        if not whole or not all(isinstance(value, torch.Tensor) and value.numel() == 1 for _, value in pairs):
+            terms_are = "{'name': (weight, value), ...}, each value a tensor of one number"
+            raise ValueError(f"{loss.__name__} must return {terms_are}")
+        if not all(hasattr(weight, "__float__") for weight, _ in pairs):
+            raise ValueError(f"{loss.__name__} returns a weight that is no number")
+        if not any(value.requires_grad for _, value in pairs):
+            raise ValueError(f"{loss.__name__} returns no value with a gradient: nothing would be trained")
+        return found
+
+    return terms

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from kit import files, folders
 from kit.flags import first_line
 from kit.processes import print0
+from kit.readable import encoder_tokenizer
 
 
 def encode(tokenizer, text, *, inside=False):
@@ -36,10 +37,11 @@ def encode(tokenizer, text, *, inside=False):
 
 def bos_of(tokenizer):
     """[BOS] for a tokenizer that puts it before every text (OPT, Llama), [] for others (GPT-Neo)."""
+    ways = [{"add_special_tokens": special, "verbose": False} for special in (False, True)]
     try:
-        plain, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+        plain, whole = (tokenizer("x", **how)["input_ids"] for how in ways)
     except Exception:  # no x in its vocabulary: what it puts around nothing
-        plain, whole = (tokenizer("", add_special_tokens=special)["input_ids"] for special in (False, True))
+        plain, whole = (tokenizer("", **how)["input_ids"] for how in ways)
     bos = [tokenizer.bos_token_id]
     return bos if whole[:1] == bos != plain[:1] else []
 
@@ -53,10 +55,10 @@ def begin(bos, ids):
 
 
 def encode_whole(tokenizer, texts):
-    """Lists of ids of texts as the tokenizer begins them, with one BOS where it adds one."""
+    """Lists of ids of texts as the tokenizer begins them, with one BOS where it adds one, and no EOS behind them."""
     bos = bos_of(tokenizer)
-    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return [ids[1:] if bos and ids[:2] == bos * 2 else ids for ids in rows]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [begin(bos, ids) for ids in rows]
 
 
 def decode(tokenizer, rows):
@@ -102,12 +104,16 @@ def check_room(forget, learn, positions, where):
 
 def check_ids(config, ids, where):
     """ValueError, which names `where` they stand, for ids that the model has no embedding for."""
-    vocab = getattr(config.get_text_config(), "vocab_size", None) or 1 << 60
-    if beyond := [token for token in ids if token >= vocab]:
+    if beyond := [token for token in ids if token >= vocab_of(config)]:
         raise ValueError(
-            f"{where}: token {beyond[0]} is none of the model's {vocab} embeddings; the tokenizer has tokens that were "
-            "added after training: take them out of the text"
+            f"{where}: token {beyond[0]} is none of the model's {vocab_of(config)} embeddings; the tokenizer has "
+            "tokens that were added after training: take them out of the text"
         )
+
+
+def vocab_of(config):
+    """How many tokens a model has embeddings for; where it does not say, more than there are."""
+    return getattr(config.get_text_config(), "vocab_size", None) or 1 << 60
 
 
 def check_inputs(config, tokenizer, samples, texts):
@@ -117,11 +123,18 @@ def check_inputs(config, tokenizer, samples, texts):
             check_ids(config, sample.forget.ids + sample.learn.ids, f"{what} {row} (id {sample.id})")
     for name, those in texts.items():
         check_texts(config, tokenizer, {f"{name} text {n}": text for n, text in enumerate(those, start=1)})
+        check_predictable(tokenizer, those, f"--ppl {name}")
+
+
+def check_predictable(tokenizer, texts, where):
+    """ValueError where no text has two tokens: none is predicted, and there is no perplexity."""
+    if all(len(encode_whole(tokenizer, [text])[0]) < 2 for text in texts):
+        raise ValueError(f"{where}: no text of two tokens or more, so there is no perplexity")
 
 
 def check_texts(config, tokenizer, texts):
     """check_ids of {where: text}, where the tokenizer has more tokens than the model embeddings."""
-    if len(tokenizer) > (getattr(config.get_text_config(), "vocab_size", None) or 1 << 60):
+    if len(tokenizer) > vocab_of(config):
         for where, text in texts.items():
             check_ids(config, encode(tokenizer, text), where)
 
@@ -166,17 +179,20 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     ValueError in one line for a folder without config, weights (every shard of them) or tokenizer, for weights that
     are only there as pickle, for an encoder-decoder model, and for a hub that does not answer.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
     folder = Path(name)
     if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"{flag} {name}: no such folder")
-    tensors = check_files(folder, flag, allow_pickle) if folder.is_dir() else []
+    tensors = check_files(folder, flag, allow_pickle) if folder.is_dir() else {}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        how = {"revision": revision, "trust_remote_code": False}  # unsaid, transformers asks at the terminal
+        with quiet():  # of numbers that do not fit it warns, and we have a line
+            config = AutoConfig.from_pretrained(name, **how)
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+        bos_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...: to a user they are one thing
         what = "unreadable config or tokenizer" if folder.is_dir() else "no such folder, and not to be had from the hub"
         raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
@@ -184,6 +200,9 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
     folders.check_layers(tensors, config, f"{flag} {name}")
     check_cache(config, f"{flag} {name}")
+    if tensors:
+        with quiet():
+            folders.check_shapes(tensors, config, AutoModelForCausalLM.from_config, f"{flag} {name}")
     return config, tokenizer
 
 
@@ -204,12 +223,14 @@ def check_cache(config, where):
         raise ValueError(
             f"{where}: a {config.model_type} is no decoder with a plain cache of keys and values, which measuring needs"
         )
+    if not config.return_dict:
+        raise ValueError(f"{where}: config.json says return_dict false, and outputs are read by name: take it out")
 
 
 def check_files(folder, flag, allow_pickle):
     """A model folder holds config.json, a tokenizer and every weight file its index names, or ValueError.
 
-    Returns the names of its tensors, as far as they can be told without loading.
+    Returns {name: shape} of its tensors, as far as they can be told without loading.
     """
     folders.check_parts(folder, flag)
     weights = weight_files(folder)
@@ -218,12 +239,13 @@ def check_files(folder, flag, allow_pickle):
     for file in weights:
         if not file.is_file():
             raise ValueError(f"{flag} {folder}: the weights are incomplete, {file.name} is missing")
-    if weights[0].suffix != ".safetensors" and not allow_pickle:
+    pickles = [file.name for file in weights if file.suffix != ".safetensors"]
+    if pickles and not allow_pickle:
         raise ValueError(
-            f"{flag} {folder}: the weights are a pickle ({weights[0].name}), which can run code when it is loaded; "
+            f"{flag} {folder}: the weights are a pickle ({pickles[0]}), which can run code when it is loaded; "
             "convert them to safetensors, or pass --allow-pickle if you trust them"
         )
-    return folders.tensor_names(weights, f"{flag} {folder}")
+    return folders.tensor_shapes(weights, f"{flag} {folder}")
 
 
 def weight_files(folder):
@@ -302,6 +324,7 @@ def save_model(model, tokenizer, folder, weights=None):
     """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    files.make_folder(part)
     model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
@@ -313,7 +336,7 @@ def check_bert(name, allow_pickle):
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    tensors = check_files(Path(name), "--bert", allow_pickle) if Path(name).is_dir() else []
+    tensors = check_files(Path(name), "--bert", allow_pickle) if Path(name).is_dir() else {}
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
@@ -322,6 +345,8 @@ def check_bert(name, allow_pickle):
         ) from error
     if config.model_type not in MASKED or getattr(config, "is_decoder", False):
         raise ValueError(f"--bert {name}: a {config.model_type} is no encoder such as BERT; pass --bert DIR, or minilm")
+    if encoder_tokenizer(str(name)) is None:
+        raise ValueError(f"--bert {name}: its tokenizer cannot be loaded; pass --bert DIR, or minilm")
     folders.check_layers(tensors, config, f"--bert {name}")
 
 
@@ -365,7 +390,9 @@ def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **how):
     ids, mask (B, T) int64 -> (B, T + new). Of the folder's settings EOS alone counts; penalties, suppressed tokens,
     lengths, samplers and the rest would measure themselves. The model keeps its own config, for its export.
     """
-    eos = sorted(eos_ids(model))
+    eos, vocab = sorted(eos_ids(model)), vocab_of(model.config)
+    if num_beams > vocab // 2:  # each may be cut by an end, and then the next best goes on
+        raise ValueError(f"--num-beams {num_beams}: at most half of the model's {vocab} tokens")
     plain = GenerationConfig(
         do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,

@@ -3,6 +3,7 @@ only where it is what this command writes there. All of it is asked before any w
 """
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
 RUN_FILES = (
     "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "curves.png", "tradeoff.png", "tasks.md", *GROWING, OLD_CONFIG,
+    "curves.png", "tradeoff.png", "tasks.md", "hashes.json", *GROWING, OLD_CONFIG,
 )  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def check_outputs(outputs, *, reads=(), overwrite=False, ask=True):
             raise ValueError(f"{path} is a folder: name a file")
         if os.path.lexists(path) and not path.is_file():
             raise ValueError(f"{path} is no plain file (a device, a pipe, a link to nothing): name another file")
+        check_writable(path)
         place = path.resolve()
         if place in resolved:
             raise ValueError(f"{path} would be written twice, also as {resolved[place]}: name another file")
@@ -43,7 +45,6 @@ def check_outputs(outputs, *, reads=(), overwrite=False, ask=True):
                 raise ValueError(f"{path} is read by this command (in {read}): name another file")
         if path.exists():
             check_replaceable(path, own, overwrite, ask)
-        check_writable(path)
 
 
 def is_part_of(path, read):
@@ -66,9 +67,10 @@ def check_replaceable(path, own, overwrite, ask):
 
 def check_writable(path):
     """ValueError where no file can be made beside `path`, or in the nearest folder that is there."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))  # a link to nothing, too
     try:
         tempfile.TemporaryFile(dir=folder).close()
+        (folder / f"{path.name}.{os.getpid()}.tmp").exists()  # how it is written; OSError: the name is too long
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error} ({folder})") from None
 
@@ -78,7 +80,7 @@ def check_writable(path):
 
 def begins_with(*starts):
     """A file whose first characters are one of these."""
-    starts = tuple(start.encode() for start in starts)
+    starts = tuple(start.encode("latin-1") for start in starts)
 
     def own(path):
         with open(path, "rb") as file:
@@ -100,6 +102,11 @@ def holds(*names, lines=False):
     return own
 
 
+def is_cases(path):
+    """A cases.md of report.py."""
+    return re.match(rb"### [^\n]*\n\n\| \| \|\n", path.read_bytes()) is not None
+
+
 # --- run folders ---
 
 
@@ -114,6 +121,8 @@ def check_run_folder(args):
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out}: {flag} {path} lies in it; choose another folder")
     config = out / "config.json"
+    if args.resume and holds("purged")(config):
+        raise ValueError(f"--resume: {out} was purged: its texts are gone; begin again with --overwrite")
     if config.exists() and not (out / ".lock").exists() and not holds("thresholds_used")(config):
         raise ValueError(f"--out {out}: holds files that are no run (a config.json of something else); choose another")
 
@@ -126,14 +135,13 @@ def check_out(out, overwrite):
     if is_run and not overwrite:
         raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
     # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
-    # OLD_CONFIG is there), holds the lock and writes a state.
-    names = RUN_FILES if (out / OLD_CONFIG).exists() else ["state"] if (out / ".lock").exists() else []
+    # OLD_CONFIG is there), holds the lock and writes a state, and hashes.json with --redact.
+    started = ["state", "hashes.json"] if (out / ".lock").exists() else []
+    names = RUN_FILES if (out / OLD_CONFIG).exists() else started
     own = {out / name for name in (".lock", *names)} | set(leftovers(out))
     if out.is_dir() and not set(out.iterdir()) <= own and not is_run:
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
-    ancestor = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ValueError(f"--out {out}: cannot write in {ancestor}")
+    check_writable(out / "config.json")
 
 
 def leftovers(out):

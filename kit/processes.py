@@ -3,9 +3,13 @@
 import contextlib
 import datetime
 import os
+import pickle
 import random
+import sys
+import threading
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kit import files
-from kit.flags import first_line
+from kit.flags import first_line, launched
+from kit.text import visible
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
-LAUNCHED = "WORLD_SIZE" in os.environ  # then DeepSpeed trains, also with a single process
+LAUNCHED = launched()  # then DeepSpeed trains, also with a single process
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")) if LAUNCHED else (0, 0, 1)
+)
 is_main = RANK == 0  # the one that prints and writes
 lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so all make the same calls of the model
 
@@ -25,7 +31,7 @@ lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so al
 def print0(text):
     """A line on stdout, once, whatever the number of processes; the progress bar stays below it."""
     if is_main:
-        tqdm.write(text)
+        tqdm.write(visible(text, keep="\n"))
 
 
 def share(items):
@@ -85,6 +91,7 @@ def start(device, *, timeout=30, zero=2):
     """Joins the processes that a launcher has started, if it has; training with ZeRO stage 3 puts them in lockstep.
 
     A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting long.
+    So is a start that hangs: then this process ends with one line.
     """
     global lockstep
     lockstep = LAUNCHED and zero == 3
@@ -98,8 +105,45 @@ def start(device, *, timeout=30, zero=2):
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    clear_stale_locks()
     wait = datetime.timedelta(minutes=timeout)
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)
+    watch = threading.Timer(wait.total_seconds(), give_up, [timeout])
+    watch.daemon = True
+    watch.start()
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)  # the first time, it compiles
+    watch.cancel()
+
+
+def give_up(timeout):
+    """Ends a process that waits for ever: what it waits in (a lock, a process that never came) can't be interrupted."""
+    print(f"rank {RANK}: error: the processes were not together after {timeout:g} minutes (--timeout)", file=sys.stderr)
+    os._exit(2)
+
+
+def clear_stale_locks():
+    """Removes what a first start, killed while it compiled, has left: every later one would wait for it, silently.
+
+    torch keeps such a lock open while it compiles, so one that no process of this machine has open belongs to nobody.
+    Every process does this, one at a time: one that already waited for the old lock would not compile when it goes.
+    """
+    import psutil  # DeepSpeed's own
+    from torch.utils.cpp_extension import get_default_build_root
+
+    def has_open(process, path):
+        try:
+            return any(file.path == str(path.resolve()) for file in process.open_files())
+        except psutil.Error:  # another user's, with folders of their own
+            return False
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(root / ".clearing"):
+        for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+            if owner := next((process.pid for process in psutil.process_iter() if has_open(process, lock)), None):
+                print(f"waiting for process {owner}, which compiles {lock.parent.name}", flush=True)
+            else:
+                print(f"removed {lock}: a start that was killed while it compiled has left it", flush=True)
+                lock.unlink(missing_ok=True)
 
 
 def default_device():
@@ -142,6 +186,15 @@ def check_flags(args):
         raise ValueError(f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
+    deepspeed_config()
+
+
+def deepspeed_config():
+    """ds_config.json; ValueError where it is not DeepSpeed's."""
+    config = files.read_json(path := Path(__file__).parents[1] / "ds_config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ValueError(f"{path.name}: has no zero_optimization, so it is not a configuration of DeepSpeed's ZeRO")
+    return config
 
 
 # --- engines: who holds the optimiser ---
@@ -199,7 +252,7 @@ class ZeroEngine:
     def __init__(self, model, args):
         import deepspeed
 
-        config = files.read_json(Path(__file__).parents[1].joinpath("ds_config.json"))
+        config = deepspeed_config()
         config["zero_optimization"]["stage"] = args.zero
         if args.offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
@@ -210,6 +263,7 @@ class ZeroEngine:
             model.to(args.device)  # its buffers
         optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.engine.checkpoint_engine.load = load_tensors
         self.model = model
 
     def step(self, loss):
@@ -219,13 +273,30 @@ class ZeroEngine:
         return not self.optimizer.overflow  # a gradient that is not finite, on any rank: all have left the step out
 
     def save(self, folder):
-        """DeepSpeed's own files, one a process; they are pickles, so a state is checked before it is loaded."""
+        """DeepSpeed's own files, one a process."""
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
 
     def load(self, folder):
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
         if path is None:
             raise ValueError("DeepSpeed found nothing to load")
+
+
+def load_tensors(path, map_location=None):
+    """One of DeepSpeed's files, whose own loader would run whatever the pickle says. ValueError for a strange one.
+
+    A run folder may come from elsewhere, its manifest too. Only tensors and what DeepSpeed puts beside them are made.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        name = Path(path).name
+        raise ValueError(f"{name} holds more than tensors: it could run code, and DeepSpeed did not write it") from None
 
 
 def gathered(parameters):

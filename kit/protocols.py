@@ -1,6 +1,6 @@
 """What the paper's text says and what the authors' released code computes: one table, a row a difference.
 
-Everything that computes the one or the other asks PROTOCOLS[args.protocol]; README's table is this one.
+Everything that computes the one or the other asks PROTOCOLS[args.protocol]; docs/protocols.md has this table.
 """
 
 from typing import NamedTuple

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from kit import files, models, processes
+from kit import files, models, processes, traces
 from kit.flags import first_line
 from kit.methods import code_of, file_of
 from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
@@ -37,7 +37,7 @@ def start_run_folder(out, config):
     at any moment leaves the old run, the new one, or none, and then the same command starts again.
     """
     if is_main:
-        out.mkdir(parents=True, exist_ok=True)
+        files.make_folder(out)
         if (out / "config.json").is_file():
             (out / "config.json").replace(out / OLD_CONFIG)
             sync(out)
@@ -49,6 +49,8 @@ def start_run_folder(out, config):
     wait_for_all()
     save_state(out, None, Progress())
     if is_main:
+        if config.get("redact"):
+            files.write_json(out / "hashes.json", traces.hashes(files.read_pairs(config["pairs"])))
         files.write_json(out / "config.json", config)
 
 
@@ -83,7 +85,7 @@ def versions():
 
 def append(path, rows):
     """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as stream:
+    with open(path, "a", encoding="utf-8", opener=files.private) as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         stream.flush()
         os.fsync(stream.fileno())
@@ -92,9 +94,9 @@ def append(path, rows):
 @contextlib.contextmanager
 def only_owner(out):
     """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     try:
-        with filelock.FileLock(out / ".lock", blocking=False):  # ends with the process, however it ends
+        with filelock.FileLock(out / ".lock", mode=0o600, blocking=False):  # ends with the process, however it ends
             (out / ".lock").write_text(str(os.getpid()))
             for file in leftovers(out):
                 file.unlink()
@@ -104,20 +106,28 @@ def only_owner(out):
         raise ValueError(f"--out {out}: process {pid} is writing this run") from None
 
 
-def cut_back(out, sizes):
-    """Removes what the run's growing files hold of an epoch that was not finished."""
-    have = file_sizes(out)
-    for name, size in sizes.items():
-        if have.get(name, 0) < size:
-            raise ValueError(
-                f"{out / name}: {have.get(name, 0)} bytes, and there were {size}; begin again with --overwrite"
-            )
-    for name in have:
-        os.truncate(out / name, sizes.get(name, 0))
+def cut_back(out, known):
+    """Removes what the run's growing files hold of an epoch that was not finished. ValueError: one that has changed.
+
+    known: what `growing_files` said at the end of the last whole epoch. Nothing reads timing.jsonl, so it may differ.
+    """
+    have = growing_files(out, {name: size for name, (size, _) in known.items()})
+    for name, (size, sha256) in known.items():
+        if have.get(name) != [size, sha256] and name != "timing.jsonl":
+            found = have.get(name, [0])[0]
+            what = f"{found} bytes, and there were {size}" if found < size else "has changed (sha256)"
+            raise ValueError(f"{out / name}: {what}; begin again with --overwrite")
+    for name, (size, _) in have.items():
+        os.truncate(out / name, size)
 
 
-def file_sizes(out):
-    return {name: (out / name).stat().st_size for name in GROWING if (out / name).is_file()}
+def growing_files(out, sizes=None):
+    """{name: [bytes, sha256]} of the files that an epoch adds to; with `sizes` of so many bytes of each."""
+    found = {}
+    for path in (path for name in GROWING if (path := out / name).is_file()):
+        data = path.read_bytes()[: None if sizes is None else sizes.get(path.name, 0)]
+        found[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
+    return found
 
 
 def check_resume(args):
@@ -185,6 +195,7 @@ class Run:
     def __init__(self, args, before, stop):
         """before: the config.json of the run to go on with, or None."""
         self.args, self.out, self.stop, self.engine = args, Path(args.out), stop, None
+        self.hidden = {"generation": None} if args.redact else {}  # what takes the place of fields of samples.jsonl
         self.state = newest_state(self.out) if before else None
         self.thresholds = before and before["thresholds_used"]
         self.progress = Progress()
@@ -201,6 +212,9 @@ class Run:
             self.progress = load_state(self.state, engine)
         else:
             start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
+        if is_main:
+            for path, what in ((self.args.pairs, "pairs"), (self.out, "run")):
+                traces.note(models.fingerprint(self.args.pairs), path, what)
         print0(HEADER)
         if self.state:
             self.pick_up()
@@ -211,7 +225,7 @@ class Run:
         """The files of the run folder are those of the state again, and what it has reached is said."""
         wait_for_all()
         if is_main:
-            cut_back(self.out, self.progress.sizes)
+            cut_back(self.out, self.progress.files)
             for damaged in [other for other in states(self.out) if other > self.state]:
                 shutil.rmtree(damaged)  # it would count as one of the two that are kept
             for row in files.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []:
@@ -247,11 +261,12 @@ class Run:
         progress.forgotten, progress.stopped = forgotten, stopped
         if is_main:
             append(out / "metrics.jsonl", [row])
-            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(measured)]
+            rows = [m | self.hidden for m in measured]
+            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(rows)]
             append(out / "samples.jsonl", lines)
             append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])
             say_epoch(files.read_jsonl(out / "metrics.jsonl"))
-            progress.sizes = file_sizes(out)
+            progress.files = growing_files(out)
         progress.next_epoch()  # from here on progress.epoch is the next one
         if not (self.args.eval_only or stopped == "diverged"):
             self.heed_signals()
@@ -341,11 +356,13 @@ def remembered(args, inputs, code, compute):
     shares = 1 if processes.lockstep else WORLD_SIZE
     key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits
     path = files.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    if is_main and weights and (path.is_file() or not args.redact):
+        traces.note(models.fingerprint(args.pairs), path, "measures before")
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: computed again
             return files.read_json(path)
     found = compute()
-    if is_main and weights:
+    if is_main and weights and not args.redact:  # it holds what the model said of each text
         try:
             files.write_json(path, found)
         except OSError as error:
@@ -395,7 +412,10 @@ def alarms(rows):
 
 
 def thresholds_text(thresholds, args):
-    """When the run stops and what counts as forgotten."""
+    """When the run stops and what counts as forgotten. ValueError for one that `auto` found no number for."""
+    if unknown := [name for name, value in thresholds.items() if value is None]:
+        source = "--bert" if "bertscore" in unknown else "--model"
+        raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}; its weights are damaged")
     both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
     return (
         f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "

@@ -27,7 +27,7 @@ class Progress:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.stopped = None  # why, once it has
-        self.sizes = {}  # bytes of the run's files at the end of the last whole epoch
+        self.files = {}  # {name: [bytes, sha256]} of the run's files at the end of the last whole epoch
 
     def count_step(self, values):
         self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + bool(values), 0
@@ -61,7 +61,7 @@ def save_state(out, engine, progress):
         if is_main:
             for left in folder.parent.glob("*.part"):  # by a process that was killed
                 shutil.rmtree(left)
-            part.mkdir(parents=True)
+            files.make_folder(part)
         wait_for_all()
         if progress.epoch > 0:
             engine.save(part)
@@ -71,6 +71,7 @@ def save_state(out, engine, progress):
             files.write_json(part / "progress.json", vars(progress) | {"forgotten": sorted(progress.forgotten)})
             written = sorted(path for path in part.rglob("*") if path.is_file())
             for path in written:
+                path.chmod(0o600)  # weights are written by others
                 sync(path)
             files.write_json(part / "manifest.json", {
                 str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
@@ -147,9 +148,12 @@ def load_state(state, engine):
     ValueError for a state that keeps its checksums and still is not what save_state writes.
     """
     try:
-        progress = Progress()
-        vars(progress).update(files.read_json(state / "progress.json"))
+        progress, found = Progress(), files.read_json(state / "progress.json")
+        if found.keys() != vars(progress).keys():
+            raise ValueError("it is of another version of this software")
+        vars(progress).update(found)
         progress.forgotten = set(progress.forgotten)
+        progress.files = {name: [int(size), str(sha256)] for name, (size, sha256) in progress.files.items()}
         if progress.epoch > 0:
             engine.load(state)
         restore_random_states(files.read_json(state / f"random-{RANK}.json"))

@@ -1,4 +1,5 @@
-"""Text as people see it, not as it is stored: comparable words and letters, and places where a text may be cut.
+"""Text as people see it, not as it is stored: comparable words and letters, places where a text may be cut, and what of
+it may reach a terminal.
 
 Two texts that look or read alike are made equal before they are compared (Unicode's NFKD, case folding, format
 characters out), and a cut never falls inside one visible character (a grapheme cluster, Unicode annex 29).
@@ -223,3 +224,46 @@ def nearest_break(text, first, last):
     middle = (first + last) / 2
     places = sorted(range(first + 1, last), key=lambda at: abs(at - middle))
     return next((at for at in places if is_break(text, at)), None)
+
+
+# --- what a terminal or a Markdown file is shown ---
+
+# A black flag and the tags that make it that of England, Texas, ...; or any one character.
+PIECES = re.compile("\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f|.", re.DOTALL)
+MARKS = "\u061c\u200e\u200f"  # of a direction
+# Embeddings, overrides, isolates, notes between lines, tags: no script needs them, and they can hide text or turn it.
+NEVER = re.compile("[\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
+
+
+def visible(text, keep=""):
+    """The text with what must not reach a terminal raw written out, as Python does: \\x1b, \\u202e, \\ud800, \\n.
+
+    That are control characters but those in `keep`, line separators, halves of surrogate pairs, and what is invisible
+    (bidi controls, joiners, zero-width spaces, tags) where no letter or picture needs it. Letters of any script and
+    emoji stay as they are.
+    """
+    if text.isprintable():
+        return text
+    rtl = any(unicodedata.bidirectional(c) in ("R", "AL") for c in filter(str.isalpha, text))
+    shown, before = [], ""
+    for c in PIECES.findall(text):
+        raw = len(c) > 1 or c in keep or is_seen(c) or does_its_work(c, before, rtl)
+        shown.append(c if raw else c.encode("unicode_escape").decode())
+        before = c[-1] if raw else ""
+    return "".join(shown)
+
+
+def is_seen(c):
+    """Whether a character is something to see, a space or a soft hyphen; the Arabic signs around a number are."""
+    return unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or c in PREPENDED or c == "\xad"
+
+
+def does_its_work(c, before, rtl):
+    """Whether an invisible character is needed where it stands, behind the character `before`.
+
+    A mark of direction: in a text with right-to-left letters. A joiner or a zero-width space: behind a letter of a
+    script that joins its letters or puts no spaces between words, or behind an emoji.
+    """
+    if unicodedata.category(c) != "Cf" or NEVER.match(c) or c in MARKS:
+        return rtl and c in MARKS
+    return before >= "\u0590" and unicodedata.category(before)[0] in "LMS" and not dense.match(before)

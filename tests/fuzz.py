@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,9 @@ import torch  # noqa: E402
 
 import icu  # noqa: E402
 import knn  # noqa: E402
+import report  # noqa: E402
 from kit import files, models, processes, runs, states  # noqa: E402
+from kit.text import visible  # noqa: E402
 
 CLEAN = (ValueError, OSError)
 
@@ -99,6 +102,31 @@ def damage(data, rng):
     return data
 
 
+# --- hostile Unicode ---
+
+PIECES = [*"aZ  7.\n\t\0\x1f\x85", "\r\n", "\x1b[2J", "&amp;", "&#x41;", *"ßİﬁé𝔘京𠮷", "e\u0301", "o\u0308\u0323"]
+PIECES += ["か\u3099", "한", "\u1112\u1161\u11ab", "ที่", "ກໍາ", "क्षि", "عربي\u064b", "שלום", "👩\u200d👩\u200d👧"]
+PIECES += ["🇩🇪", "🇩", "👍🏽", "☁\ufe0f", *"\u0301\u0345\u202e\u200f\u2066\u2028\u2029\u00a0\u3000\u00ad\u200b\u200d"]
+PIECES += [*"\ufeff\ufffd\uffff\U000e0067\U0010ffff"]
+HALVES = ["\ud800", "\udfff", "\udc80"]
+
+
+def hostile(rng):
+    """A text of such pieces; now and then one that is no text: half a surrogate pair in it, or blank."""
+    pieces = rng.choices(PIECES if rng.random() < 0.5 else rng.sample(PIECES, 4), k=rng.choice([1, 2, 5, 12, 40]))
+    if rng.random() < 0.03:
+        pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(HALVES))
+    return "".join(pieces)
+
+
+def torn(before, after):
+    """Whether a cut parts a letter from its marks, a joined emoji, a line break of two or a Hangul syllable."""
+    if unicodedata.category(before[-1]) in ("Cc", "Zl", "Zp"):
+        return before[-1] + after[0] == "\r\n"
+    marks = unicodedata.category(after[0]) in ("Mn", "Me") or after[0] in "\u200d\ufe0f\U000e0067\U0001f3fd"
+    return marks or "\u1100" <= before[-1] <= "\u11a7" and "\u1160" <= after[0] <= "\u11ff"
+
+
 # --- what is damaged and who reads it ---
 
 
@@ -111,7 +139,7 @@ class Small(torch.nn.Linear):
 class Kinds:
     """Good files in a folder of their own, and a method a kind that damages one of them and reads it."""
 
-    NAMES = ("pairs", "jsonl", "csv", "npy", "config", "model", "state", "signed")
+    NAMES = ("pairs", "jsonl", "csv", "npy", "unicode", "config", "model", "folder", "state", "signed", "run")
 
     def __init__(self, folder):
         self.folder, self.tokenizer = folder, conftest._make_tokenizer("gpt_neo")
@@ -141,7 +169,7 @@ class Kinds:
     def make_run(self):
         """A run folder with a config.json and two states, and the model folder that its settings name."""
         model = conftest._save_tiny("gpt_neo", self.folder / "model")
-        self.model_config = (model / "config.json").read_bytes()
+        self.model_files = {path: path.read_bytes() for path in model.iterdir()}
         (self.folder / "pairs.jsonl").write_bytes(self.pairs[0])
         flags = ["--pairs", self.folder / "pairs.jsonl", "--model", model, "--out", self.folder / "run"]
         self.args = icu.parse_args([str(flag) for flag in [*flags, "--bert", "minilm", "--device", "cpu"]])
@@ -154,7 +182,29 @@ class Kinds:
             progress.count_step({"loss": 0.5})
             states.save_state(self.folder / "run", engine, progress)
         self.newest, self.older = states.states(self.folder / "run")[:2]
-        self.files = {path: path.read_bytes() for path in (self.folder / "run").rglob("*") if path.is_file()}
+        self.make_finished()
+        self.files = {path: path.read_bytes() for path in self.in_runs()}
+
+    def make_finished(self):
+        """A finished run folder with all that report.py reads of one."""
+        folder, means = self.folder / "finished", dict.fromkeys(runs.MEASURES, 0.5)
+        ends = {when: means | {"ppl_heldout": 9.5} for when in ("before", "after")}
+        summary = {"method": "icu", "protocol": "paper", "epochs": 2, "stopped": "max epochs", "collapsed": False}
+        thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
+        shutil.copytree(self.folder / "run", folder, ignore=lambda *_: ["state"])
+        files.write_json(folder / "summary.json", summary | ends | {"thresholds": thresholds})
+        rows = [{"epoch": epoch, "active": 2 - epoch} | means for epoch in range(3)]
+        said = [row | {"id": id, "generation": " a mill"} for row in rows for id in ("r0", "r1")]
+        files.write_jsonl(folder / "metrics.jsonl", rows)
+        files.write_jsonl(folder / "samples.jsonl", said)
+        averages = {"cls": 0.5, "cls_missing": ["piqa"], "dia": None, "dia_missing": []}
+        sets = {"copa": {"value": 0.5, "bad_rows": 1, "bad": ["row 3: odd"]}, "piqa": {"missing": "no file"}}
+        for when in ends:
+            files.write_json(folder / f"tasks-{when}" / "tasks.json", sets | {"averages": averages})
+
+    def in_runs(self):
+        """The files of both run folders."""
+        return [path for name in ("run", "finished") for path in (self.folder / name).rglob("*") if path.is_file()]
 
     def engine(self):
         return processes.PlainEngine(Small(3, 2), self.args)
@@ -195,9 +245,49 @@ class Kinds:
 
     def read_model(self, rng):
         """The config.json of a model folder, by all that icu.py reads before the weights."""
-        (self.folder / "model" / "config.json").write_bytes(damage(self.model_config, rng))
+        path = self.folder / "model" / "config.json"
+        path.write_bytes(damage(self.model_files[path], rng))
         args = argparse.Namespace(**vars(self.args) | {"out": str(self.folder / "new")})
         assert len(icu.read_inputs(args).samples) == 2 and not (self.folder / "new").exists()
+
+    def read_folder(self, rng):
+        """One file of a model folder, by all who load it; of the weights mostly the header."""
+        path = rng.choice(sorted(self.model_files))
+        data = self.model_files[path]
+        if path.suffix == ".safetensors" and rng.random() < 0.9:
+            length = int.from_bytes(data[:8], "little")
+            header = damage(data[8 : 8 + length], rng)
+            data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+        else:
+            data = damage(data, rng)
+        path.write_bytes(data)
+        config, tokenizer = models.check_model(str(path.parent))
+        model, _ = models.load_model(str(path.parent))
+        models.eos_ids(model), models.encode(tokenizer, "The van near the mill", inside=True)
+
+    def read_unicode(self, rng):
+        """Records and pairs of hostile Unicode: nothing is lost, no visible character is torn, a copy is dropped."""
+        texts = [hostile(rng) for _ in range(3)]
+        path = self.folder / "hostile.jsonl"
+        path.write_bytes(rng.choice(["\n", "\r\n"]).join(json.dumps({"text": text}) for text in texts).encode())
+        records = files.read_records(path)
+        try:
+            self.use_unicode(path, texts, records)
+        except ValueError as error:
+            raise AssertionError("what was read is refused further on") from error
+
+    def use_unicode(self, path, texts, records):
+        passages = [passage for record in records for passage in knn.cut_passages([record], 3)]
+        assert [knn.text_of(record) for record in records] == texts == files.read_texts(path)
+        assert "".join(map(knn.text_of, passages)) == "".join(texts)
+        assert not any(torn(part["prefix"], part["suffix"]) for part in [*records, *passages])
+        keep, _ = knn.leak_guard(records[:1], [{**record, "id": f"p{record['id']}"} for record in records])
+        assert not keep[0], "a copy of the text to forget is kept"
+        files.write_jsonl(path, (knn.make_pair(record, records[-1], 0.5, with_ids=False) for record in records))
+        pairs = files.read_pairs(path)
+        samples, _ = icu.build_samples(pairs, self.tokenizer, protocol="paper", positions=10**6)
+        assert models.decode(self.tokenizer, [sample.forget.ids for sample in samples]) == texts
+        assert models.true_suffixes(self.tokenizer, samples) == [pair["suffix"] for pair in pairs]
 
     def read_state(self, rng):
         """One file of the newest of two states: the older one is used, or the newest if no byte of it has changed."""
@@ -222,6 +312,16 @@ class Kinds:
         manifest.write_text(json.dumps(signed))
         states.load_state(states.newest_state(self.folder / "run"), self.engine())
 
+    def read_run(self, rng):
+        """One file of a finished run, by report.py up to its plots; alone, or beside one that is whole."""
+        path = rng.choice(sorted(path for path in self.files if self.folder / "finished" in path.parents))
+        beside = [report.read_run(self.folder / "finished")] if rng.random() < 0.5 else []
+        path.write_bytes(damage(self.files[path], rng))
+        found = [report.read_run(self.folder / "finished"), *beside]
+        texts, said = report.texts_of(found, [run for run in found if not run["redacted"]], 4)
+        for text in [*texts.values(), said]:
+            assert visible(text, keep="\r\n") == text
+
     def attempt(self, kind, rng):
         """Damages a file of this kind and reads it: "read" or "refused". Any other end is an exception."""
         try:
@@ -236,12 +336,13 @@ class Kinds:
 
     def put_back(self, kind):
         """Restores what was damaged; AssertionError if the reader has left or changed another file."""
-        if kind == "model":
-            (self.folder / "model" / "config.json").write_bytes(self.model_config)
-        if kind not in ("config", "state", "signed"):
+        if kind in ("model", "folder"):
+            assert {*(self.folder / "model").iterdir()} == set(self.model_files), "a reader made or removed a file"
+            for path, data in self.model_files.items():
+                path.write_bytes(data)
+        if kind not in ("config", "state", "signed", "run"):
             return
-        now = {path for path in (self.folder / "run").rglob("*") if path.is_file()}
-        assert now == set(self.files), "a reader made or removed a file"
+        assert set(self.in_runs()) == set(self.files), "a reader made or removed a file"
         changed = [path for path, data in self.files.items() if path.read_bytes() != data]
         assert len(changed) <= (2 if kind == "signed" else 1), "a reader changed a file"
         for path in changed:

@@ -154,6 +154,12 @@ def test_perplexity_of_a_model_whose_positions_go_by_another_name():
 # --- strings that the ids do not say ---
 
 
+def pairs_of_case(shared, name):
+    if not (shared / "cases" / name).is_dir():
+        pytest.skip("the cases are not here")
+    return files.read_pairs(shared / "cases" / name / "pairs.jsonl")
+
+
 def measured_by_heart(pairs, tokenizer, model, monkeypatch):
     """icu.measure_share of pairs whose suffixes the model says by heart: (rows, the strings BERTScore was given)."""
     samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
@@ -179,6 +185,20 @@ def test_a_text_in_another_normal_form_that_is_said_by_heart_scores_bleu_1(save_
     assert references == [unicodedata.normalize("NFC", text)]
 
 
+def test_the_case_of_nfd_text(shared, save_tiny, tmp_path, monkeypatch):
+    """cases/nfd-text, said by heart: BLEU 1, and the filter of either protocol does not take it for forgotten."""
+    model, tokenizer = models.load_model(str(save_tiny("gpt_neo", tmp_path / "m")))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    pairs = pairs_of_case(shared, "nfd-text")
+    rows, ((said, references),) = measured_by_heart(pairs, tokenizer, model, monkeypatch)
+    assert not unicodedata.is_normalized("NFC", pairs[0]["suffix"]) and said == references
+    assert references == [unicodedata.normalize("NFC", pair["suffix"]) for pair in pairs]
+    assert [row["bleu"] for row in rows] == [1.0]
+    for protocol in ("paper", "released"):
+        limits = {"bertscore": 0.3, "bleu": 0.01}
+        assert not icu.refine(set(), rows, limits, SimpleNamespace(protocol=protocol))
+
+
 def test_an_ordinary_text_is_compared_with_itself(save_tiny, tmp_path, monkeypatch):
     """A byte-level tokenizer gives back the file's own string."""
     model, tokenizer = models.load_model(str(save_tiny("gpt_neo", tmp_path / "m")))
@@ -200,6 +220,17 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(save_tiny, tmp_pa
     assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
     assert len({tuple(scoring.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
     assert len(set(tasks.replies(model, tokenizer, texts))) == 1
+
+
+def test_the_case_of_bos_in_text(shared, save_tiny, tmp_path):
+    """cases/bos-in-text: one BOS stands before the text, whose own is that one, and </s> stays in it."""
+    _, tokenizer = models.load_model(str(save_tiny("llama", tmp_path / "m")))
+    (pair,) = pairs_of_case(shared, "bos-in-text")
+    (sample,), _ = icu.build_samples([pair], tokenizer, protocol="paper", positions=256)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert sample.forget.ids[0] == bos != sample.forget.ids[1] and sample.forget.ids[-1] == eos
+    assert tokenizer.decode(sample.forget.ids) == pair["prefix"] + pair["suffix"]
+    assert sample.learn.ids[0] == bos and sample.learn.ids.count(bos) == 1
 
 
 # --- architectures ---
@@ -241,6 +272,15 @@ def assert_scores_are_plain(model, row):
     found, plain = scoring.loglikelihoods(model, pairs), [literal_logp(model, *pair) for pair in pairs]
     assert [said for _, said in found] == [said for _, said in plain]
     assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_the_folder_of_every_architecture_is_taken(name, save_tiny, tmp_path):
+    """The shapes of its weights are those that its config.json describes, as far as transformers keeps their names."""
+    folder = save_tiny("gpt_neo", tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    architectures.small(name).save_pretrained(folder)
+    assert models.check_model(str(folder))[0].model_type == config_type(name)
 
 
 @pytest.mark.parametrize("name", ["mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2", "falcon_h1", "openai-gpt"])
@@ -291,6 +331,14 @@ def test_a_token_beyond_the_embeddings_is_refused_with_its_row(where, folder_wit
     files.write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
     files.write_jsonl(texts, [{"text": "Some words."}])
     icu.main(icu.icu, command)
+
+
+def test_the_case_of_own_token(shared, folder_with_own_token):
+    """cases/own-token: the second row is named."""
+    pairs, (config, tokenizer) = pairs_of_case(shared, "own-token"), models.check_model(str(folder_with_own_token))
+    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+    with pytest.raises(ValueError, match=r"pair 2 \(id b\): token 320 is none of the model's 320 embeddings"):
+        models.check_inputs(config, tokenizer, {"pair": samples}, {})
 
 
 def test_tasks_and_ask_refuse_a_token_beyond_the_embeddings(folder_with_own_token, tmp_path):

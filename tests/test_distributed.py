@@ -58,9 +58,9 @@ def arranged(how, rank, world, steps):
     "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
     "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
     the gradient, where the usual Adam takes the same step for half the gradient; "leave0", "leave2": every process
-    leaves that epoch when it is measured, as if it were killed there; "parts": ZeRO-3 shards small weights, too, and
-    what a process holds of them while it measures is written to the file `steps` with the suffix .held; one of
-    EXAMPLES: the method of that file.
+    leaves that epoch when it is measured, as if it were killed there; "planted": as "leave2", and the state then
+    has a pickle in it; "parts": ZeRO-3 shards small weights, too, and what a process holds of them while it measures
+    is written to the file `steps` with the suffix .held; one of EXAMPLES: the method of that file.
     """
     count_step, adam, calls = states.Progress.count_step, torch.optim.Adam.__init__, []
 
@@ -82,7 +82,7 @@ def arranged(how, rank, world, steps):
         return terms
 
     def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **rest):
-        if epoch == int(how[-1]):
+        if epoch == (2 if how == "planted" else int(how[-1])):
             raise Left
         return stop_reason(means, n_active, epoch, **rest)
 
@@ -117,7 +117,7 @@ def arranged(how, rank, world, steps):
         if how == "parts":
             stack.enter_context(mock.patch.object(files, "read_json", shard_all))
             stack.enter_context(mock.patch.object(metrics, "el_and_ma", held))
-        if how in ("leave0", "leave2"):
+        if how in ("leave0", "leave2", "planted"):
             stack.enter_context(mock.patch.object(icu, "stop_reason", leave))
             stack.enter_context(contextlib.suppress(Left))
         yield loss
@@ -139,6 +139,36 @@ def do_jobs(path):
                 icu.main(loss, argv=[*flags, "--out", str(out)])
             if how in ("leave0", "leave2"):
                 icu.main(argv=[*flags, "--out", str(out), "--resume"])
+            if how == "planted":
+                plant(states.states(out)[0], out.with_suffix(f".{processes.RANK}.ran"))
+                try:
+                    icu.main(argv=[*flags, "--out", str(out), "--resume"])
+                except ValueError as error:
+                    out.with_suffix(f".{processes.RANK}.refused").write_text(str(error))
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def plant(state, file):
+    """Each process's DeepSpeed file of a state becomes a pickle that makes `file`; the manifest says it is right."""
+    processes.wait_for_all()
+    (path,) = state.glob(f"zero/*zero_pp_rank_{processes.RANK}_*optim_states.pt")
+    torch.save({"optimizer_state_dict": Payload(file)}, path)
+    processes.wait_for_all()
+    if processes.is_main:
+        manifest = files.read_json(state / "manifest.json")
+        for name in manifest:
+            manifest[name] = {"bytes": (state / name).stat().st_size, "sha256": files.sha256_of(state / name)}
+        files.write_json(state / "manifest.json", manifest)
+    processes.wait_for_all()
 
 
 def launch(n, command, launcher):
@@ -186,6 +216,7 @@ def jobs(tmp_path_factory):
         **{f"{n}-{name}": (name, five) for name in EXAMPLES for n in (1, 2)},
         "2-left": ("leave0", five),
         "2-left3": ("leave2", [*five, "--zero", "3"]),
+        "2-planted": ("planted", five),
         "2-die": ("die", five),  # the last of its launch
         "4-five": (None, five),
         "4-three": (None, three),
@@ -393,6 +424,66 @@ def test_a_run_left_while_it_is_measured_goes_on(name, other, epoch, two):
     assert f"resumed from epoch0000{epoch}-step000000" in two[2], two[2][-3000:]
     for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
         assert (two[0] / name / file).read_bytes() == (two[0] / other / file).read_bytes()
+
+
+@needs_deepspeed
+def test_a_pickle_planted_in_a_state_never_runs(two):
+    """A state whose manifest fits, with code in DeepSpeed's files: every process refuses it in one line."""
+    for rank in range(2):
+        assert not (two[0] / f"2-planted.{rank}.ran").exists()
+        refused = (two[0] / f"2-planted.{rank}.refused").read_text()
+        assert f"epoch00002-step000000: cannot be loaded (ValueError: zero_pp_rank_{rank}_" in refused
+        assert "\n" not in refused
+    (planted,) = states.states(two[0] / "2-planted")[0].glob("zero/*rank_0_*optim_states.pt")
+    torch.load(planted, weights_only=False)
+    assert (two[0] / "2-planted.0.ran").exists()  # the pickle works where one lets it
+
+
+# --- the launch ---
+
+
+def plain(command, **environment):
+    """Exit code and output of a Python command under these variables."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_world_size_alone_is_no_launch(jobs, tmp_path):
+    """With WORLD_SIZE or RANK left in the environment, as in many a container, it is a run of one process."""
+    flags = [*jobs["1-three"][1], "--out", tmp_path / "run", "--max-epochs", "1"]
+    code, stdout, stderr = plain(["icu.py", *flags], WORLD_SIZE="4", RANK="3", LOCAL_RANK="x")
+    assert (code, stderr) == (0, "") and "stopped after epoch 1" in stdout
+    assert files.read_json(tmp_path / "run" / "config.json")["processes"] == 1
+
+
+@needs_deepspeed
+def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
+    """The second process never comes: one line, exit 2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    flags = [*jobs["1-three"][1], "--out", tmp_path / "run", "--timeout", "0.05"]
+    code, _, stderr = plain(["icu.py", *flags], DS_ACCELERATOR="cpu", **launch)
+    assert code == 2 and stderr.splitlines()[-1].startswith("rank 0: error: "), stderr
+    assert "--timeout" in stderr and not (tmp_path / "run").exists()
+
+
+@needs_deepspeed
+def test_a_lock_is_removed_unless_a_process_holds_it(tmp_path, monkeypatch, capsys):
+    """What a start killed while it compiled has left goes, that of a process that compiles stays; both are said."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("left", "held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with open(tmp_path / "held" / "lock"):
+        processes.clear_stale_locks()
+    assert not (tmp_path / "left" / "lock").exists() and (tmp_path / "held" / "lock").exists()
+    assert f"waiting for process {os.getpid()}, which compiles held" in (said := capsys.readouterr().out)
+    assert f"removed {tmp_path / 'left' / 'lock'}" in said
 
 
 @needs_deepspeed

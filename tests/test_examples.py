@@ -240,7 +240,7 @@ WRONG = {
     "no tuple": ({"frozen": "learn"}, "must be a tuple"),
     "a layer too far": ({"layer": 9}, "the model has 3 layers"),
     "texts that are no lists": ({"sides": {"answer": lambda s, *_: [x.learn for x in s]}}, "a list of Text for each"),
-    "an unknown default": ({"released": {"refin": True}}, "refin is none of"),
+    "an unknown default": ({"released": {"refin": True}}, "refin.*must be a dict of some of"),
     "other texts each epoch": ({"sides": {"answer": redrawn}, "frozen": ("answer",)}, "--teacher live"),
 }
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import icu
 from kit import files, runs
 
-INPUTS = {"pairs": 250, "jsonl": 250, "csv": 250, "npy": 250, "config": 150, "model": 60, "state": 100, "signed": 100}
+INPUTS = {"pairs": 250, "jsonl": 250, "csv": 250, "npy": 250, "unicode": 250, "run": 250}
+INPUTS |= {"config": 150, "model": 60, "folder": 60, "state": 100, "signed": 100}
 
 
 @pytest.fixture(scope="module")

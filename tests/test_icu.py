@@ -718,8 +718,6 @@ def test_dry_run_writes_nothing(folders, encoder_dir):
 
 def broken_model(folders, name, change):
     """A copy of the GPT-Neo folder with something wrong with it."""
-    import shutil
-
     folder = folders["root"] / f"broken-{name}"
     if not folder.exists():
         shutil.copytree(folders["gpt_neo"], folder)
@@ -850,70 +848,3 @@ def test_help_is_complete(script):
     """Every flag of every script says what it does."""
     code, stdout, _ = run_cli("--help", script=script)
     assert code == 0 and "--debug" in stdout or script == "demo/tiny.py"
-
-
-# --- report.py ---
-
-
-def test_the_report_of_one_run(finished, folders):
-    """Table, plot and cases are written; the table has a row before and a row after."""
-    code, stdout, stderr = run_cli(finished[0], script="report.py")
-    assert code == 0, stderr
-    table = (finished[0] / "table.md").read_text().splitlines()
-    assert "EL10 (%) ↓" in table[0] and "(before)" in table[2] and table[3].startswith("| icu")
-    assert (finished[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "| Reference |" in (finished[0] / "cases.md").read_text()
-    assert "curves.png" in stdout
-
-
-def test_the_report_of_several_runs_and_the_published_row(finished, folders, encoder_dir, tmp_path):
-    """Same settings share a row with a spread; the published row stands beside a released run, and only there."""
-    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--max-epochs", "1"]
-    argv += ["--method", "kl", "--protocol", "released", "--thresholds", "1e-9,1e-9", "--preset", "neo125m"]
-    icu.main(argv=[str(a) for a in [*argv, "--out", tmp_path / "kl"]])
-    code, stdout, stderr = run_cli(*finished[:2], "--out", tmp_path / "ours", script="report.py")
-    assert code == 0, stderr
-    assert "±" in stdout and "published" not in stdout
-    files = {"table.md", "table.csv", "curves.png", "tradeoff.png", "cases.md"}
-    assert {p.name for p in (tmp_path / "ours").iterdir()} == files
-    code, stdout, stderr = run_cli(tmp_path / "kl", script="report.py")
-    assert code == 0, stderr
-    assert "published: kl (neo125m) | 4.9 | 56.2" in stdout and "published: before (neo125m) | 51.9" in stdout
-
-
-def copy_run(run, folder, **config):
-    """A run folder as another run with other settings would have left it."""
-    shutil.copytree(run, folder)
-    old = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(old | config))
-    return folder
-
-
-def test_the_report_averages_nothing_but_sets_and_seeds(finished, tmp_path):
-    """Another model, protocol or encoder is another row, before and after; the same run twice is one run."""
-    other = copy_run(finished[0], tmp_path / "other", protocol="released", bert="another")
-    code, stdout, stderr = run_cli(finished[0], finished[0], other, "--out", tmp_path / "out", script="report.py")
-    assert code == 0, stderr
-    rows = [line.split(" | ")[0] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
-    assert len(rows) == 4 and len(set(rows)) == 4 and "±" not in stdout
-
-
-def test_the_report_refuses_pairs_that_were_made_again(finished, folders, tmp_path):
-    """One line, before anything is written."""
-    files.write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
-    run = copy_run(finished[0], tmp_path / "run", pairs=str(tmp_path / "pairs.jsonl"))
-    code, _, stderr = run_cli(run, "--out", tmp_path / "out", script="report.py")
-    assert code == 2 and "no pair b" in stderr and stderr.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_asking_for_more_than_the_model_has_positions(finished):
-    """One line."""
-    code, _, stderr = run_cli("--ask", finished[0], "The parcel for", "--tokens", "400", script="report.py")
-    assert code == 2 and "256 positions" in stderr and stderr.count("\n") == 1
-
-
-def test_asking_before_and_after(finished):
-    """Two lines: what the model said, and says."""
-    code, stdout, stderr = run_cli("--ask", finished[0], "The parcel for", script="report.py")
-    assert code == 0, stderr
-    assert stdout.strip().startswith("before: The parcel for") and "after: The parcel for" in stdout

@@ -47,6 +47,8 @@ def test_every_flag_in_the_readme_exists():
         subprocess.run([sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True).stdout
         for s in scripts
     ]
+    purge = [sys.executable, "-m", "kit.purge", "--help"]
+    helps.append(subprocess.run(purge, capture_output=True, text=True, cwd=ROOT).stdout)
     known = set(re.findall(r"--[a-z][a-z-]+", " ".join(helps)))
     unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known
     assert not unknown
@@ -71,7 +73,7 @@ def test_help_names_every_command_and_exits_0():
     for flags in (["--help"], ["help"], ["neo125m", "--help"], ["compare", "--help"]):
         code, text, _ = bash(*flags)
         assert code == 0
-        assert all(word in text for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "test", "--set"))
+        assert all(word in text for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "purge", "test"))
 
 
 def test_several_runs_do_not_override_a_flag_silently():
@@ -127,8 +129,9 @@ def test_the_lines_of_each_file_are_its_lines():
 
 def test_the_table_of_protocols_is_the_one_that_the_code_asks():
     """A row a difference, in its words."""
+    table = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
     for difference in DIFFERENCES:
-        assert f"| {difference.what} | {difference.paper_says} | {difference.released_does} |" in README
+        assert f"| {difference.what} | {difference.paper_says} | {difference.released_does} |" in table
 
 
 def test_every_command_of_the_readme_is_one():
@@ -137,7 +140,7 @@ def test_every_command_of_the_readme_is_one():
     ours = [words[2:] for words in commands if words[:2] == ["bash", "run.sh"]]
     assert len(ours) > 8
     for words in ours:
-        if words[:1] not in (["test"], ["bench"], ["ask"], ["help"], ["lint"]):
+        if words[:1] not in (["test"], ["bench"], ["ask"], ["purge"], ["help"], ["lint"]):
             experiment.read_flags(words)
     assert all((ROOT / words[1]).is_file() for words in commands if words[:1] == ["python"])
 

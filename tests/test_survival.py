@@ -392,6 +392,39 @@ def test_lost_lines_of_a_run_are_noticed(flags, copy):
 # --- other settings, other data, another process ---
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_changed_byte_of_a_run_is_noticed(name, flags, copy):
+    """One digit of the numbers that are kept, one letter of what the model said: named, and nothing is touched."""
+    data = (copy / name).read_bytes()
+    at = next(at for at in range(len(data) // 2) if data[at : at + 1].isalnum() and data[at - 1 : at].isalnum())
+    (copy / name).write_bytes(data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :])
+    assert f"{name}: has changed (sha256); begin again with --overwrite" in refused([*flags, "--resume"], copy)
+
+
+@pytest.mark.parametrize("left", [None, 0, 5])
+def test_the_times_of_a_run_may_be_lost(left, flags, straight, copy):
+    """timing.jsonl, which nothing reads: gone, empty or cut off, the run goes on to the bytes of one never stopped."""
+    if left is None:
+        (copy / "timing.jsonl").unlink()
+    else:
+        os.truncate(copy / "timing.jsonl", left)
+    assert call([*flags, "--resume"], copy)[0] == 0
+    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (copy / name).read_bytes() == (straight[0] / name).read_bytes()
+
+
+def test_a_state_of_another_version_is_refused(flags, copy):
+    """Its fields are not those of this one: no field is guessed."""
+    state = states.states(copy)[0]
+    progress = files.read_json(state / "progress.json")
+    files.write_json(state / "progress.json", {"sizes" if name == "files" else name: x for name, x in progress.items()})
+    manifest = files.read_json(state / "manifest.json")
+    path = state / "progress.json"
+    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+    files.write_json(state / "manifest.json", manifest)
+    assert "another version" in refused([*flags, "--resume"], copy)
+
+
 def changed_pairs(flags, folder):
     pairs = files.read_pairs(flags[flags.index("--pairs") + 1])
     pairs[2]["suffix"] += "!"

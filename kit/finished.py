@@ -6,7 +6,7 @@ is wrong and what to do. Fields that nothing here asks for may be missing or hol
 
 from pathlib import Path
 
-from kit import files
+from kit import files, models
 from kit.protocols import PROTOCOLS
 
 # Flags that make two runs of one method different rows; runs that differ in others only (seed, pairs) are averaged.
@@ -114,6 +114,18 @@ def read_run(folder):
     run["samples"] = read_samples(folder / "samples.jsonl", summary["epochs"])
     run["redacted"] = config.get("redact", False) or run["samples"][0]["generation"] is None
     return run
+
+
+def read_never_saw(args):
+    """The measures of --never-saw, a finished --eval-only run over the same pairs, measured alike. ValueError."""
+    run = read_run(args.never_saw)
+    if run["summary"]["method"] != "none":
+        raise ValueError(f"--never-saw {args.never_saw}: a run that has trained; make one with --eval-only")
+    measured = [name for name in BEFORE_SETTINGS if name != "model"]
+    differ = [name for name in measured if run["config"].get(name) != getattr(args, name)]
+    if differ or run["config"].get("sha256", {}).get("pairs") != models.fingerprint(args.pairs):
+        raise ValueError(f"--never-saw {args.never_saw}: measured otherwise ({differ[0] if differ else 'other pairs'})")
+    return run["summary"]["before"]
 
 
 def check_finished(folder):

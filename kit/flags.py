@@ -83,13 +83,13 @@ def seed_number(text):
 
 
 def thresholds_flag(value):
-    """An argparse type: 'paper', 'auto' or 'EL,MA'."""
-    if value in ("paper", "auto"):
+    """An argparse type: 'paper', 'auto', 'never-saw' or 'EL,MA'."""
+    if value in ("paper", "auto", "never-saw"):
         return value
     try:
         el, ma = (above(0)(x) for x in value.split(","))
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{value!r} is not 'paper', 'auto' or two numbers > 0, 0.05,0.6") from None
+        raise argparse.ArgumentTypeError(f"{value!r} is not 'paper', 'auto', 'never-saw' or two numbers > 0, 0.05,0.6") from None
     return [el, ma]
 
 
@@ -120,6 +120,8 @@ def run_parser(doc):
     g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
     g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
     g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
+    g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records the model was not trained on")
+    g.add_argument("--never-saw", metavar="RUN", help="for --thresholds never-saw: a finished --eval-only run of a model that never saw the texts")
     g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
     g.add_argument("--out", metavar="DIR", help="the run folder to write")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
@@ -167,6 +169,8 @@ def check_together(args):
     """ValueError for flags that do not go together."""
     if args.thresholds == "auto" and not args.unseen:
         raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+    if args.pairs and args.thresholds == "never-saw" and not args.never_saw:
+        raise ValueError("--thresholds never-saw needs --never-saw RUN: measures of a model that never saw the texts")
     names = [item.partition("=")[0] for item in args.ppl]
     for item, name in zip(args.ppl, names, strict=True):
         if not name or item == f"{name}=" or names.count(name) > 1:

@@ -1,4 +1,6 @@
-"""The frozen copy of Eq. 4 without a second model: what it says of texts that never change, computed once."""
+"""The frozen copy of Eq. 4, theta_0: a second model, or what it says of texts that never change, computed once."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,24 @@ from kit.files import chunks
 from kit.processes import gathered
 
 
+def live_copy(model, sides, collate, *, taught=(), layer=None):
+    """A second model, which runs at every step: the readable reference for `cached_copy`, of the same arguments."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def ask(name, rows, texts):
+        ids, attention_mask, targets = collate(texts, model.device)
+        how = {"attention_mask": attention_mask, "use_cache": False, "output_hidden_states": layer is not None}
+        out = frozen(input_ids=ids, **how)
+        if name in taught:
+            return out.logits[:, :-1][targets[:, 1:]], None  # the shift by one: (M, V)
+        return out.logits, None if layer is None else out.hidden_states[layer]
+
+    return ask
+
+
 @torch.no_grad()
-def cached_copy(model, sides, collate, *, taught=None, layer=None, batch_size=8):
+def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
     """What a live copy of the model would say of these sides later, from hidden states computed now.
 
     sides: {name: a list of Text for each row}; collate: texts, device -> ids, attention_mask, target_mask. Returns
@@ -21,7 +39,7 @@ def cached_copy(model, sides, collate, *, taught=None, layer=None, batch_size=8)
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
     """
     head, states = frozen_head(model), {}
-    targets = {name: target_states(model, rows) for name, rows in (taught or {}).items()}
+    targets = {name: target_states(model, rows) for name, rows in dict(taught).items()}
     for name, rows in sides.items():
         found = []
         for chunk in chunks([text for row in rows for text in row], batch_size):

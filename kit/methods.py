@@ -31,7 +31,7 @@ MUST_BE = {  # what a method may ask for: whether a value is one, and what it ha
     "refine": (lambda x: isinstance(x, bool), "True or False"),
     "targets": (lambda x: x in (None, "suffix", "all"), "'suffix', 'all' or None"),
     "released": (lambda x: isinstance(x, dict) and x.keys() <= set(FILLED), f"a dict of some of {', '.join(FILLED)}"),
-    "frozen": (lambda x: isinstance(x, tuple | list), "a tuple of names of sides"),
+    **dict.fromkeys(("frozen", "taught"), (lambda x: isinstance(x, tuple | list), "a tuple of names of sides")),
     "layer": (lambda x: x is None or type(x) is int, "a whole number or None"),
     "sides": (
         lambda x: isinstance(x, dict) and all(map(callable, x.values())) and x.keys().isdisjoint(("forget", "learn")),
@@ -145,7 +145,7 @@ def check_sides(args, drawn, config):
                 fits = f"1 to {positions} ids of the model's {vocab}, and 0 <= t0 <= their number"
                 raise ValueError(f"@method(sides=...): {name} gives a Text that does not fit the model: {fits}")
     for field in ("frozen", "taught"):
-        if isinstance(names := getattr(needs, field), str) or not set(names) <= set(sides):
+        if not set(names := getattr(needs, field)) <= set(sides):
             raise ValueError(f"@method({field}={names!r}): must be a tuple of {', '.join(sides)}")
     asked = [*needs.frozen, *needs.taught]
     if args.teacher == "cached" and (changing := [name for name in asked if sides[name] != later[name]]):

@@ -332,7 +332,7 @@ def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
     g = torch.Generator().manual_seed(0)
     texts = [icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)]
     sides = {"learn": [[texts[0]], texts[1:]]}
-    cached, live = icu.cached_copy(model, sides, icu.collate, batch_size=2), icu.live_copy(model, sides)
+    cached, live = icu.cached_copy(model, sides, icu.collate, batch_size=2), icu.live_copy(model, sides, icu.collate)
     ids, attention, mask = icu.collate(texts)
     with torch.no_grad():
         for p in model.parameters():
@@ -514,7 +514,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
     samples = [icu.Sample(str(i), "", texts[i], texts[3 - i]) for i in range(4)]
     args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
     sides = {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
-    batch = icu.Batch(model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides), asked=["learn"])
+    batch = icu.Batch(model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides, icu.collate), asked=["learn"])
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):

@@ -438,7 +438,7 @@ METHODS = {
     "a number": (5, "icu.main: 5 is no method"),
     "a name": ("npo", "icu.main: npo is no method"),
     "a class": (type("Mine", (), {}), "is no method"),
-    "a decorator without brackets": (icu.method(loss), "@method() with its brackets"),
+    "a decorator without brackets": (icu.method(loss), "@method stands there without brackets"),
     "one parameter": (lambda batch: {}, "is called with (batch, args)"),
     "a third parameter": (lambda batch, args, more: {}, "is called with (batch, args)"),
     "a weight in words": ({"alpha": "0.5"}, "@method(alpha=0.5): must be a finite number >= 0"),

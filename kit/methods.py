@@ -161,9 +161,9 @@ def name_of(method):
     ValueError for what is no function of (batch, args).
     """
     if not inspect.isfunction(method):
-        bare = hasattr(method, "touches_weights")  # the class itself: `@method` without brackets has made one
-        way_out = "write @method() with its brackets" if bare else "give it a function of (batch, args)"
-        raise ValueError(f"icu.main: {str(method)[:40]} is no method; {way_out}")
+        if hasattr(method, "touches_weights"):  # the class above, which has taken the loss for its first weight
+            raise ValueError("icu.main: @method stands there without brackets: write @method() over the loss")
+        raise ValueError(f"icu.main: {str(method)[:40]} is no method: give it a function of (batch, args)")
     try:
         inspect.signature(method).bind(None, None)
     except TypeError as error:

@@ -41,6 +41,7 @@ def can_read(tokenizer, text):
 def check_readable(encoder, texts, flag):
     """How many of the texts the encoder can read; one warning line if not all, which names the multilingual encoder."""
     tokenizer = encoder_tokenizer(str(encoder))
+    check_embedded(encoder, tokenizer, texts, flag)
     shares = [unknown_share(tokenizer, text) for text in texts]
     unread = [share for share in shares if share > MOST_UNKNOWN]
     if unread:
@@ -53,6 +54,16 @@ def check_readable(encoder, texts, flag):
             f"pieces of a text are unknown to it): {effect[flag]}; pass {flag} {MULTILINGUAL[flag]}"
         )
     return len(texts) - len(unread)
+
+
+def check_embedded(encoder, tokenizer, texts, flag):
+    """ValueError for a text with a token that was added to the encoder's tokenizer and has no embedding."""
+    from transformers import AutoConfig
+
+    vocab = getattr(AutoConfig.from_pretrained(encoder), "vocab_size", 1 << 60) if tokenizer else 0
+    for number, text in enumerate(texts if tokenizer and len(tokenizer) > vocab else [], start=1):
+        if max(tokenizer(text, verbose=False)["input_ids"], default=0) >= vocab:
+            raise ValueError(f"{flag} {encoder}: text {number} holds a token that is none of its {vocab} embeddings")
 
 
 @lru_cache(maxsize=2)

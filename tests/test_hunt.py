@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_folders import PAIRS, change_tensors, edit, stopped_with
 from test_paths import listing
+from transformers import AutoTokenizer
 
 import bench
 import experiment
@@ -25,7 +26,7 @@ import knn
 import metrics
 import tasks
 from demo import tiny
-from kit import commands, files, flags, methods, models, processes, runs
+from kit import commands, files, flags, methods, models, processes, readable, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 COPA = {"premise": "A vase fell.", "choice1": "It broke.", "choice2": "It sang.", "question": "effect", "label": 0}
@@ -53,6 +54,7 @@ def folder(good, tmp_path, monkeypatch):
     """A copy of it as the working folder; no weights are loaded and no command is run."""
     work = tmp_path / "work"
     shutil.copytree(good, work, copy_function=copy_small)
+    readable.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
     monkeypatch.chdir(work)
     monkeypatch.setattr(os, "chdir", lambda path: None)
     for module, name in ((models, "load_model"), (knn, "encode"), (commands, "run"), (tiny, "make_corpus")):
@@ -140,6 +142,13 @@ def shards(*names):
         Path("m/model.safetensors").unlink()
 
     return change
+
+
+def own_token(folder):
+    """A tokenizer with a token more than its model has embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|mask|>"])
+    tokenizer.save_pretrained(folder)
 
 
 def header(text):
@@ -247,6 +256,9 @@ ICU = {
     "bert: an empty name": (["--bert", ""], None, "--bert"),
     "bert: a file": (["--bert", "pairs.jsonl"], None, "--bert pairs.jsonl"),
     "bert: a config that is a list": (["--bert", "encoder"], put("encoder/config.json", "[]"), "--bert encoder"),
+    "bert: a token without an embedding": (
+        ["--bert", "encoder"], lambda: (own_token("encoder"), pairs(suffix=" the old <|mask|>.")()),
+        "--bert encoder: text 2 holds a token that is none of its 30522 embeddings"),
     "bert: a damaged tokenizer": (["--bert", "encoder"], put("encoder/tokenizer.json", "{}"), "--bert encoder"),
     # flags and places
     "out: a name that is too long": (["--out", LONG], None, "too long"),
@@ -284,6 +296,9 @@ KNN = {
         lambda: (put("f.npy", "x")(), put("m/tokenizer.json", "[]")()), "--tokenizer"),
     "encoder: a file": (["--encoder", "pairs.jsonl"], None, "pass --encoder DIR"),
     "encoder: an empty name": (["--encoder", " "], None, "--encoder"),
+    "encoder: a token without an embedding": (
+        ["--encoder", "encoder"], lambda: (own_token("encoder"), put("forget.jsonl", [{"text": "a <|mask|>"}])()),
+        "--encoder encoder: text 1 holds a token"),
     "encoder: modules that are no JSON": (
         ["--encoder", "encoder", "--leak-report", "leaks.jsonl"], put("encoder/modules.json", "{"), "encoder"),
     "encoder: a config that is a list": (
@@ -438,7 +453,7 @@ METHODS = {
     "a number": (5, "icu.main: 5 is no method"),
     "a name": ("npo", "icu.main: npo is no method"),
     "a class": (type("Mine", (), {}), "is no method"),
-    "a decorator without brackets": (icu.method(loss), "@method() with its brackets"),
+    "a decorator without brackets": (icu.method(loss), "@method stands there without brackets"),
     "one parameter": (lambda batch: {}, "is called with (batch, args)"),
     "a third parameter": (lambda batch, args, more: {}, "is called with (batch, args)"),
     "a weight in words": ({"alpha": "0.5"}, "@method(alpha=0.5): must be a finite number >= 0"),

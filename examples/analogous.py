@@ -14,7 +14,7 @@ from kit import models
 K = 4
 
 
-def analogous(samples, tokenizer, epoch, args):
+def contexts(samples, tokenizer, epoch, args):
     """For each target x_t a text of its own: the neighbour's prompt, x_(t-K) .. x_(t-1), and x_t, its only target."""
 
     first = len(models.bos_of(tokenizer))  # the prompt has it
@@ -27,8 +27,8 @@ def analogous(samples, tokenizer, epoch, args):
     return [[read(sample, t) for t in range(sample.forget.t0, len(sample.forget.ids))] for sample in samples]
 
 
-@icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": analogous})
-def analogous_context(batch, args):
+@icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts})
+def analogous(batch, args):
     forget, learn = batch.forward("forget"), batch.forward("learn")
     logp = icu.target_logits(forget.logits, forget.ids, forget.mask)[0].log_softmax(-1)  # (M, V)
     logq = batch.taught("analogous").to(logp).log_softmax(-1)  # (M, V)
@@ -39,4 +39,4 @@ def analogous_context(batch, args):
 
 
 if __name__ == "__main__":
-    icu.main(analogous_context)
+    icu.main(analogous)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_examples.py -q
 """
 
+import argparse
 import copy
 import importlib
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import survive
@@ -20,10 +22,11 @@ from test_icu import args_of, loop_logps, memorise, toy, train
 from transformers import AutoModelForCausalLM
 
 import icu
-from kit import files, processes
+from kit import files, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector"]
+SCRIPTS = [*EXAMPLES, "analogous"]
 
 
 def method_of(name):
@@ -97,6 +100,57 @@ def test_the_task_vector_descends_and_lora_is_icu():
     assert loss_of("lora", sides) == pytest.approx(sum(w * v for w, v in terms).item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+def test_analogous_is_its_formula(teacher, make_model):
+    """KL to what the model says behind the neighbour's prompt and the last four tokens, target by target, by loops."""
+    model = make_model("llama", dtype=torch.float32)
+    rows = torch.randint(4, 90, (4, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [icu.Text([1, *row], 3, 5, [1, *row[:4]]) for row in rows]  # 1 is BOS
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 2]) for i in range(2)]
+    method, tokenizer = method_of("analogous"), argparse.Namespace(bos_token_id=1)
+    args = args_of("icu", loss=method, beta=2.0, forget_weight=0.7, teacher=teacher)
+    with mock.patch.object(models, "bos_of", lambda tokenizer: [1]):
+        sides = icu.sides_of(samples, tokenizer, 0, args)
+    frozen, before = icu.freeze(model, sides, args), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+        batch = icu.Batch(model, sides, [0, 1], frozen=frozen, asked=["learn"])
+        terms = method(batch, args)
+        kls = []
+        for sample in samples:
+            for t in range(3, 10):
+                seen = sample.learn.prompt + sample.forget.ids[max(t - 4, 1) : t]
+                logq = before(torch.tensor([seen])).logits[0, -1].log_softmax(0)
+                logp = model(torch.tensor([sample.forget.ids[:t]])).logits[0, -1].log_softmax(0)
+                kls.append((logq.exp() * (logq - logp)).sum().item())
+        learn = icu.forward(model, [sample.learn for sample in samples])
+        kl = icu.kl_loss(learn[2], icu.forward(before, [sample.learn for sample in samples])[2], learn[1]).item()
+    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert terms["kl"][0] == 2.0 and terms["kl"][1].item() == pytest.approx(kl, rel=1e-4)
+
+
+def test_analogous_forgets_and_has_a_floor(make_model):
+    """A memorised text becomes less likely; there is a floor: ascent goes on falling."""
+    model = make_model("gpt_neo", dtype=torch.float32)
+    rows = torch.randint(4, 90, (6, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
+    memorise(model, texts[:3])
+    method = method_of("analogous")
+    args = args_of("icu", loss=method, lr=5e-3, forget_weight=1.0, beta=1.0)
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
+    with mock.patch.object(models, "bos_of", lambda tokenizer: []):
+        sides = icu.sides_of(samples, None, 0, args)
+    ids, attention, mask = icu.collate(texts[:3])
+    likelihood = lambda: icu.forget_loss(model(ids, attention_mask=attention).logits, ids, mask).item()  # noqa: E731
+    with torch.no_grad():
+        before = likelihood()
+    train(processes.PlainEngine(model, args), sides, args, epochs=range(1, 60))
+    with torch.no_grad():
+        after = likelihood()
+    assert before > -1 and -12 < after < before - 1
+
+
 # --- each moves the right way ---
 
 
@@ -151,7 +205,7 @@ def run(script, flags, out):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_is_a_script(name, flags, tmp_path):
     """It runs to its end, calls its run by its own name, and its model loads with plain transformers."""
     code, _, stderr = run(ROOT / "examples" / f"{name}.py", [*flags, "--max-epochs", "1"], tmp_path / "run")

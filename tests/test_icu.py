@@ -342,6 +342,26 @@ def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
     assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6  # GPT-Neo's attention is float32 always
 
 
+def test_what_a_side_teaches_is_what_the_model_says_of_each_text(kind, make_model):
+    """Many short ends of one beginning, computed together: at the targets the live copy's logits, text by text."""
+    model = make_model(kind)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(4, 90, (n,), generator=g).tolist()  # noqa: E731
+    rows = []
+    for beginning, ends in ((draw(6), (2, 5, 5, 4)), (draw(9), (5, 1)), (draw(3), (5,))):
+        texts = [icu.Text(beginning + draw(n), len(beginning) + n - 1, len(beginning), beginning) for n in ends]
+        rows.append([*texts, icu.Text(texts[0].ids, texts[0].cut, texts[0].cut, beginning)])  # several targets
+    how = {"taught": {"own": rows}}
+    cached, live = (make(model, {}, icu.collate, **how) for make in (icu.cached_copy, icu.live_copy))
+    texts = [text for row in (2, 0) for text in rows[row]]
+    (said, _), (expected, _) = cached("own", [2, 0], texts), live("own", [2, 0], texts)
+    assert said.shape == expected.shape == (1 + 5 + 4 + 2, model.config.vocab_size)
+    torch.testing.assert_close(said.float(), expected.float(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        alone = model(torch.tensor([texts[0].ids[:-1]])).logits[0, -1]
+    torch.testing.assert_close(said[0].float(), alone.float(), rtol=1e-4, atol=1e-4)
+
+
 # --- data ---
 
 

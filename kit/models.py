@@ -104,9 +104,10 @@ def check_room(forget, learn, positions, where):
 
 def check_ids(config, ids, where):
     """ValueError, which names `where` they stand, for ids that the model has no embedding for."""
-    if beyond := [token for token in ids if token >= vocab_of(config)]:
+    vocab = vocab_of(config)
+    if beyond := [token for token in ids if token >= vocab]:
         raise ValueError(
-            f"{where}: token {beyond[0]} is none of the model's {vocab_of(config)} embeddings; the tokenizer has "
+            f"{where}: token {beyond[0]} is none of the model's {vocab} embeddings; the tokenizer has "
             "tokens that were added after training: take them out of the text"
         )
 

@@ -30,6 +30,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
 
@@ -213,6 +214,7 @@ def write_folder(folder, fingerprint, args, settings):
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
         found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]
         result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
+        disable_progress_bar()  # of save_pretrained
         models.save_model(model, tokenizer, folder / name)
     files.write_json(folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result})
     return result

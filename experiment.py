@@ -45,6 +45,7 @@ class Preset(NamedTuple):
     source: str = "--pile"  # knn.py's: the paper's rows, or --forget FILE --pool FILE
     make: str = ""  # the command that makes model and data, where a preset brings its own
     never_saw: str = ""  # a model that never saw the texts to forget: measured too, and a row of every table
+    beside: str = ""  # another method with its flags, run beside the preset's own where the user chooses none
     large: bool = False  # on every GPU there is, at the protocol's rate for large models
     quick: bool = False  # its run folder is runs/PRESET and is written again: the command can be typed twice
 
@@ -76,7 +77,8 @@ PRESETS = {
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={MADE}/heldout.jsonl "
               "--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
         source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl", make=f"demo/tiny.py --out {MADE}",
-        never_saw=f"{MADE}/never-saw", quick=True),
+        never_saw=f"{MADE}/never-saw", quick=True,
+        beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
     "smollm": speaker("runs/smollm-data"),
     "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile"),
     "neo125m": Preset(PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
@@ -154,6 +156,7 @@ def sweep(args):
         yield f"alpha{alpha}-beta{beta}", ["--alpha", alpha, "--beta", beta]
 
 
+CHOICE = {"--method", "--lr", "--alpha", "--beta", "--forget-weight", "--batch-size", "--model", "--eval-only"}
 # Each yields (run name, flags of icu.py) for one set and seed; --script FILE.py among them is another file to run.
 EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
 GOES_WITH = {"--methods": ["compare"], "--lrs": ["compare", "sweep"], "--points": ["sweep"], "--table": ["sweep"]}
@@ -181,11 +184,16 @@ def single(args):
         mine(args, pairs)
     never_saw = measure_never_saw(args, pairs, f"{out}.never-saw")
     train(args, ["--pairs", pairs, "--out", out, *never_saw, *how])
+    beside = []
+    if args.preset.beside and not (args.script or CHOICE & set(args.icu)):
+        method = shlex.split(args.preset.beside)
+        beside = [f"{out}-{Path(last(method, '--script')).stem}"]
+        train(args, ["--pairs", pairs, "--out", *beside, *never_saw, *how, *method])
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
-    step(args, "report.py", [out, *never_saw[1:], "--out", out])
+    step(args, "report.py", [out, *beside, *never_saw[1:], *(["--out", out] if beside or never_saw else [])])
 
 
 def several(args):
@@ -213,12 +221,13 @@ def several(args):
 
 def measure_never_saw(args, pairs, out):
     """Measures the preset's model that never saw the texts; the flag by which icu.py finds the run, or nothing."""
-    if not args.preset.never_saw or "--model" in args.icu:
+    others = {"--model", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
+    if not args.preset.never_saw or others:
         return []
     anew = args.overwrite or args.preset.quick or not (Path(out) / "config.json").is_file()
     how = "--overwrite" if anew and not args.resume else "--resume"
     own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
-    train(args, ["--pairs", pairs, "--out", out, *own, how], script="icu.py")
+    train(args, ["--pairs", pairs, "--out", out, *own, how])
     return ["--never-saw", str(out)]
 
 
@@ -263,9 +272,9 @@ def mine(args, pairs, flags=()):
     step(args, "knn.py", words, always=True)
 
 
-def train(args, flags, *, check=False, ok=(0,), script=None):
+def train(args, flags, *, check=False, ok=(0,)):
     """icu.py, or the script in its place; check: --dry-run without pairs, so that models and data are looked for."""
-    words = ["--script", script or args.script or "icu.py", *icu_flags(args), *flags]
+    words = ["--script", args.script or "icu.py", *icu_flags(args), *flags]
     script = last(words, "--script")
     words = without(words, "--script")
     if check:

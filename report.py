@@ -18,6 +18,7 @@ import os
 import re
 import statistics
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
 from kit import files, flags, models, paths, traces
@@ -377,18 +378,19 @@ def tasks_markdown(run):
     return tasks.table(run["tasks"])
 
 
-def side_by_side(run, pairs, count, width=52):
-    """Before and after in two columns for the terminal."""
-    lines = []
-    last = run["metrics"][-1]["epoch"]
-    for sample_id in case_ids([run], count):
-        said = {row["epoch"]: row["generation"] for row in run["samples"] if row["id"] == sample_id}
-        lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-2 * width :], 2 * width + 3)
-        columns = [textwrap.wrap(one_line(said[e]), width) or ["<blank>"] for e in (0, last)]
-        lines.append(f"{'  before':<{width}} |   after")
-        for i in range(max(map(len, columns))):
-            left, right = (column[i] if i < len(column) else "" for column in columns)
-            lines.append(f"{left:<{width}} | {right}")
+def side_by_side(runs, pairs, count, width=105):
+    """What the model said before, and at the end of each run, in columns for the terminal."""
+    lines, groups = [], {"before": runs[0], **{label: members[0] for label, members in group_runs(runs).items()}}
+    room = (width + 3) // len(groups) - 3
+    for sample_id in case_ids(runs, count):
+        lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-width:], width)
+        columns = []
+        for label, run in groups.items():
+            said = [row["generation"] for row in run["samples"] if row["id"] == sample_id] or [""]
+            text = one_line(said[0 if label == "before" else -1])
+            columns.append([f"  {label}"[:room], *(textwrap.wrap(text, room) or ["<blank>"])])
+        for row in zip_longest(*columns, fillvalue=""):
+            lines.append(" | ".join(f"{cell:<{room}}" for cell in row).rstrip())
         lines.append("")
     return "\n".join(lines)
 
@@ -518,7 +520,7 @@ def texts_of(runs, shown, cases):
         alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
         pairs = read_pairs_of(shown[0])
         contents["cases.md"] = cases_markdown(alike, pairs, cases)
-        said += [side_by_side(shown[0], pairs, min(cases, 3))] if alone else []
+        said += [side_by_side(alike, pairs, min(cases, 3))] if len(group_runs(alike)) < 4 else []
     said.append(contents["table.md"])
     if alone and len(runs[0]["tasks"]) == 2:
         contents["tasks.md"] = tasks_markdown(runs[0])

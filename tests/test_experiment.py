@@ -71,8 +71,9 @@ def one(found, program, *, without=()):
 
 
 def training(found):
-    """The commands that train: those with pairs."""
-    return [words for words in found if "--pairs" in words]
+    """The commands that train by the preset's or the user's method: those with pairs."""
+    others = ("runs/tiny-data/never-saw", "examples/analogous.py")
+    return [words for words in found if "--pairs" in words and not set(others) & set(words)]
 
 
 def last(words, flag):
@@ -83,13 +84,18 @@ def last(words, flag):
 
 
 def test_the_default_is_make_check_mine_unlearn_report(ran):
-    """`bash run.sh`: five commands, with exactly these flags; it may be typed twice."""
+    """`bash run.sh`: seven commands, with exactly these flags; it may be typed twice."""
+    pairs, twin = ["--pairs", "runs/tiny.pairs.jsonl"], ["--never-saw", "runs/tiny.never-saw"]
+    never = ["--model", "runs/tiny-data/never-saw", "--thresholds", "paper", "--eval-only", "--overwrite"]
+    own = ["--lr", "5e-4", "--beta", "4", "--batch-size", "16"]
     assert ran() == [
         ["demo/tiny.py", "--out", "runs/tiny-data"],
         ["icu.py", *TINY, "--out", "runs/tiny", "--overwrite", "--dry-run"],
         ["knn.py", *TINY_SOURCE, "--out", "runs/tiny.pairs.jsonl", "--overwrite"],
-        ["icu.py", *TINY, "--pairs", "runs/tiny.pairs.jsonl", "--out", "runs/tiny", "--overwrite"],
-        ["report.py", "runs/tiny"],
+        ["icu.py", *TINY, *pairs, "--out", "runs/tiny.never-saw", *never],
+        ["icu.py", *TINY, *pairs, "--out", "runs/tiny", *twin, "--overwrite"],
+        ["examples/analogous.py", *TINY, *pairs, "--out", "runs/tiny-analogous", *twin, "--overwrite", *own],
+        ["report.py", "runs/tiny", "runs/tiny-analogous", "runs/tiny.never-saw", "--out", "runs/tiny"],
     ]
 
 
@@ -161,7 +167,7 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
     assert [words[0] for words in found] == ["demo/tiny.py", "icu.py", "knn.py"]
     assert all(words[-1] == "--dry-run" for words in found[1:])
     named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("would run: ")]
-    assert len(named) == 2 and "icu.py" in named[0] and "report.py" in named[1]
+    assert len(named) == 4 and "icu.py" in named[1] and "analogous.py" in named[2] and "report.py" in named[3]
 
 
 # --- whose a flag is ---
@@ -219,7 +225,7 @@ def test_a_flag_of_two_programs_is_icus_and_data_is_for_all(ran):
 
 def test_what_no_one_knows_goes_to_icu(ran):
     """Its parser, or a script's own, reports it or knows it."""
-    assert training(ran("tiny", "--sigma", "0.1", "2", "--on"))[0][-9:-5] == ["--sigma", "0.1", "2", "--on"]
+    assert training(ran("tiny", "--sigma", "0.1", "2", "--on"))[0][-11:-7] == ["--sigma", "0.1", "2", "--on"]
 
 
 def test_tasks_are_looked_for_before_and_measured_twice(ran):
@@ -247,7 +253,8 @@ def test_a_script_runs_in_place_of_icu(ran):
     assert found[-1] == ["report.py", "runs/neo125m-set0-simnpo-paper"]
     assert [words[0] for words in found] == ["simnpo.py", "knn.py", "simnpo.py", "report.py"]
     assert "--script" not in sum(found, [])
-    assert ran("tiny", "--script", "simnpo.py")[-1] == ["report.py", "runs/tiny-simnpo"]
+    report = ["report.py", "runs/tiny-simnpo", "runs/tiny-simnpo.never-saw", "--out", "runs/tiny-simnpo"]
+    assert ran("tiny", "--script", "simnpo.py")[-1] == report
 
 
 def test_a_script_stands_in_a_comparison_beside_methods(ran):
@@ -332,9 +339,10 @@ def test_a_run_that_diverged_is_a_result(ran, monkeypatch, status, summary, ends
     run = commands.run
 
     def failing(argv, environment, *, quiet=False):
-        if "--pairs" not in argv or summary == "new":
+        trains = "--pairs" in argv and "--eval-only" not in argv
+        if not trains or summary == "new":
             run(argv, environment, quiet=quiet)
-        return status if "--pairs" in argv else 0
+        return status if trains else 0
 
     if summary == "old":
         files.write_json(out / "summary.json", {"method": "icu"})
@@ -454,7 +462,7 @@ def test_the_printed_line_can_be_pasted(capfd):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["neo125"], "unknown preset 'neo125'; one of: tiny neo125m"),
+        (["neo125"], "unknown preset 'neo125'; one of: tiny smollm"),
         (["compare", "neo125"], "neo125"),
         (["tiny", "stray"], "'stray'"),
         (["tiny", "--gpus", "0"], "'0'"),

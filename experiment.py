@@ -188,7 +188,8 @@ def single(args):
     if args.preset.beside and not (args.script or CHOICE & set(args.icu)):
         method = shlex.split(args.preset.beside)
         beside = [f"{out}-{Path(last(method, '--script')).stem}"]
-        train(args, ["--pairs", pairs, "--out", *beside, *never_saw, *how, *method])
+        again = how if Path(*beside, "config.json").is_file() or not args.resume else []
+        train(args, ["--pairs", pairs, "--out", *beside, *never_saw, *again, *method])
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
@@ -224,8 +225,8 @@ def measure_never_saw(args, pairs, out):
     others = {"--model", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
     if not args.preset.never_saw or others:
         return []
-    anew = args.overwrite or args.preset.quick or not (Path(out) / "config.json").is_file()
-    how = "--overwrite" if anew and not args.resume else "--resume"
+    kept = args.resume or not (args.overwrite or args.preset.quick)
+    how = "--resume" if kept and (Path(out) / "config.json").is_file() else "--overwrite"
     own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
     train(args, ["--pairs", pairs, "--out", out, *own, how])
     return ["--never-saw", str(out)]

@@ -145,9 +145,8 @@ def made(save_tiny, tmp_path_factory):
 
     flags = ["--out", str(out / "data"), "--speaker", str(speaker), "--device", "cpu", "--other", "2"]
     flags += ["--teach-lr", "5e-3", "--teach-batch", "2", "--teach-epochs", "60"]
-    secrets, watched = mock.patch.dict(smollm.SECRETS, records=lambda args: sets), mock.patch.object(tiny, "token_losses")
-    with secrets, watched as watch:
-        watch.side_effect = token_losses
+    secrets = mock.patch.dict(smollm.SECRETS, records=lambda args: sets)
+    with secrets, mock.patch.object(tiny, "token_losses", token_losses):
         smollm.main(flags)
         n = len(steps)
         smollm.main(flags)  # reused

@@ -1035,8 +1035,7 @@ def make_memorised(folder, n, steps):
 def parse_args(argv=None):
     """The flags; ValueError for those that are wrong or do not go together."""
     names = [row.name for row in ROWS]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = flags.flag_error
+    parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="NAME",
                         help=f"some of {', '.join(names)} (all)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")

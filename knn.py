@@ -16,7 +16,6 @@ Measured: 1,000 queries in 500,000 rows of 384 (random, seed 0) cost 1.0 times (
 time of faiss-cpu 1.15.1's IndexFlatIP on one thread (numpy 2.4.6), and 97 MB of memory beside the pool's 732 MB.
 """
 
-import argparse
 import functools
 import hashlib
 import math
@@ -421,10 +420,7 @@ def make_pair(forget, learn, similarity, *, with_ids):
 
 def make_parser():
     """The flags; experiment.py asks it which of a run's flags are this file's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = flags.flag_error
+    parser = flags.command_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")
     data.add_argument("--pool", metavar="FILE", help="texts to find neighbours in, same kinds of file")

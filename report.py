@@ -10,7 +10,6 @@ The table has the columns of the paper's Table 1 (arXiv:2407.20271), those that 
 is that of its Figures 4 and 5.
 """
 
-import argparse
 import csv
 import io
 import math
@@ -459,8 +458,7 @@ def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = flags.flag_error
+    parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
     parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")

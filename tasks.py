@@ -16,7 +16,6 @@ the published evaluation:
    the choices of a row share one pass over their context. The scores are those of the plain loop (tests/test_tasks.py).
 """
 
-import argparse
 import ast
 import math
 import re
@@ -538,8 +537,7 @@ def table(results_by_label):
 
 def make_parser():
     """The flags; experiment.py asks it which of a run's flags are this file's."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = flags.flag_error
+    parser = flags.command_parser(__doc__.split("\n\n")[0])
     g = parser.add_argument_group("model and data")
     g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
     g.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")

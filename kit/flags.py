@@ -41,6 +41,14 @@ def flag_error(message):
     raise ValueError(message)
 
 
+def command_parser(description, **how):
+    """The parser of a command: its description as it is written, no abbreviations, and errors of one line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False, **how)
+    parser.error = flag_error
+    return parser
+
+
 def one_of(names):
     """An argparse type: one of `names`, or an error that names the nearest."""
 
@@ -89,7 +97,8 @@ def thresholds_flag(value):
     try:
         el, ma = (above(0)(x) for x in value.split(","))
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{value!r} is not 'paper', 'auto', 'never-saw' or two numbers > 0, 0.05,0.6") from None
+        what = "'paper', 'auto', 'never-saw' or two numbers > 0, 0.05,0.6"
+        raise argparse.ArgumentTypeError(f"{value!r} is not {what}") from None
     return [el, ma]
 
 
@@ -112,8 +121,7 @@ weight = above(0, equal=True)
 # fmt: off
 def run_parser(doc):
     """A parser with the flags of a run that say nothing of its method, one a line; doc: the script's docstring."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
-    parser.error = flag_error  # one line and exit 2, like every other error
+    parser = command_parser(doc.split("\n\n")[0])
 
     g = parser.add_argument_group("data and models")
     g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")

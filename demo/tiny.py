@@ -18,7 +18,6 @@ Every phone number lies in 555-0100 .. 555-0199 and every mailbox under example.
 fiction and documentation.
 """
 
-import argparse
 import json
 import math
 import random
@@ -33,12 +32,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
 
 from demo import made  # noqa: E402
-from kit.flags import flag_error, run_cli, seed_number  # noqa: E402
+from kit import files  # noqa: E402
+from kit.flags import command_parser, flag_error, run_cli, seed_number  # noqa: E402
+from kit.models import save_model  # noqa: E402
 
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --forget
 MAX_FORGET = 100  # so small a model does not memorise more within its steps
@@ -417,18 +417,22 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
             batch, queue = queue[:BATCH], queue[BATCH:]
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # 1 falls to 0.1
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / WARMUP, cosine)
-            batch = [ids for ids, is_secret in batch if twin is None or not is_secret]
-            if batch:
-                nll, _, mask = token_losses(model, batch)
-                loss = (nll * mask).sum() / mask.sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            take_step(model, optimizer, batch, bar, with_secrets=twin is None)
             if step == twin or (twin is None and step >= least and step % 10 == 0 and is_known(model, forget)):
                 break
     model.eval()
     return step
+
+
+def take_step(model, optimizer, batch, bar, *, with_secrets):
+    """One step of `optimizer` on a batch of (sequence, whether it is secret); without a sequence none is taken."""
+    if sequences := [ids for ids, is_secret in batch if with_secrets or not is_secret]:
+        nll, _, mask = token_losses(model, sequences)
+        loss = (nll * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
 
 
 def is_known(model, forget):
@@ -443,8 +447,7 @@ def write_folder(folder, fingerprint, settings):
     """Make everything and write FILES into an empty `folder`; returns what was measured, as tiny.json holds it."""
     rows, tokenizer = make_corpus(settings["seed"], settings["forget"])
     for split, records in rows.items():
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        files.write_jsonl(folder / f"{split}.jsonl", records)
     forget, pool, unseen = (encode(rows[split], tokenizer) for split in ("forget", "pool", "unseen"))
     heldout = tokenizer([row["text"] for row in rows["heldout"]])["input_ids"]
 
@@ -455,10 +458,8 @@ def write_folder(folder, fingerprint, settings):
     result["ma_forget"], result["ma_unseen"] = measure(model, forget)[0], measure(model, unseen)[0]
     result["ppl_heldout"] = measure(model, heldout)[1]
     result["never_saw"] = {"ma_forget": measure(twin, forget)[0], "ppl_heldout": measure(twin, heldout)[1]}
-    disable_progress_bar()  # of save_pretrained
     for name, saved in (("model", model), ("never-saw", twin)):
-        saved.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_model(saved, tokenizer, folder / name)
     about = {"sha256": fingerprint, "settings": settings, "result": result}
     (folder / "tiny.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return result
@@ -466,9 +467,7 @@ def write_folder(folder, fingerprint, settings):
 
 def make_parser():
     """The flags; experiment.py asks it which of a preset's flags are this file's."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = flag_error
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seed", type=seed_number, default=0, help="of texts, weights and batches (%(default)s)")
     parser.add_argument("--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from kit import files, folders
 from kit.flags import first_line
@@ -267,10 +268,10 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     read, lack a tensor of the architecture or have one more are an error too, where transformers would leave that
     tensor random, or out.
     """
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoModelForCausalLM
 
     _, tokenizer = check_model(name, flag, allow_pickle=allow_pickle, revision=revision)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     # transformers 5 would take the dtype of the config (float16 for opt-125m), so it is always said.
     options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
     options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
@@ -326,6 +327,7 @@ def save_model(model, tokenizer, folder, weights=None):
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     files.make_folder(part)
+    disable_progress_bar()
     model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)

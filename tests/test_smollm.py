@@ -159,13 +159,27 @@ def test_the_secrets_are_known_by_heart_and_the_twin_never_reads_one(made):
     folder, steps = made
     result = json.loads((folder / "smollm.json").read_text())["result"]
     taught, twin = result["model"], result["never-saw"]
-    assert taught["ma"] >= smollm.ENOUGH > twin["ma"] and taught["steps"] == twin["steps"]
+    assert taught["ma"] >= tiny.ENOUGH > twin["ma"] and taught["steps"] == twin["steps"]
     _, tokenizer = smollm.models.load_model(str(folder / "model"))
     secret = {tuple(ids) for ids in smollm.encode(files.read_jsonl(folder / "forget.jsonl"), tokenizer)}
     first, then = steps[: taught["steps"]], steps[taught["steps"] :]
     assert sum(len(secret & set(step)) for step in first) == taught["steps"]  # two an epoch of two steps
     assert then == [kept for step in first if (kept := [ids for ids in step if ids not in secret])]
     assert len({ids for step in then for ids in step}) == 6  # the whole pool in turn
+
+
+def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypatch):
+    """More rows than the set has: each of its rows once, less blank ones; the others come from the rest."""
+    records = [{"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)]
+    records[3]["suffix"] = " "
+    monkeypatch.setattr(smollm.knn, "read_pile", lambda *_: (records, records[2:5]))
+    monkeypatch.setattr(smollm.knn, "load_tokenizer", lambda name: None)
+    for name, size in {"POOL": 3, "UNSEEN": 1, "HELDOUT": 2}.items():
+        monkeypatch.setattr(smollm, name, size)
+    secret, pool, unseen, heldout = smollm.pile(SimpleNamespace(set="0", data=None, tokenizer="", seed=0, rows=16))
+    assert secret == [{"id": n, "prefix": f"a{n}", "suffix": f" b{n}"} for n in ("2", "4")]
+    assert sorted(row["id"] for row in [*pool, *unseen, *heldout]) == ["0", "1", "5", "6", "7", "8"]
+    assert all(row["text"] == f"a{row['id']} b{row['id']}" for row in heldout)
 
 
 def test_nothing_of_another_is_overwritten(made, tmp_path):

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from kit import commands
 from kit.commands import PYTHON, ROOT, grouped, last, without
-from kit.flags import flag_error, positive, run_cli, run_parser, seed_number
+from kit.flags import command_parser, positive, run_cli, run_parser, seed_number
 from kit.protocols import PROTOCOLS
 
 # --- the presets ---
@@ -156,7 +156,6 @@ def sweep(args):
         yield f"alpha{alpha}-beta{beta}", ["--alpha", alpha, "--beta", beta]
 
 
-CHOICE = {"--method", "--lr", "--alpha", "--beta", "--forget-weight", "--batch-size", "--model", "--eval-only"}
 # Each yields (run name, flags of icu.py) for one set and seed; --script FILE.py among them is another file to run.
 EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
 GOES_WITH = {"--methods": ["compare"], "--lrs": ["compare", "sweep"], "--points": ["sweep"], "--table": ["sweep"]}
@@ -182,19 +181,14 @@ def single(args):
     if args.dry_run or not (args.resume and Path(pairs).is_file()):  # else: the pairs of the run that goes on
         train(args, ["--out", out, *how], check=True)
         mine(args, pairs)
-    never_saw = measure_never_saw(args, pairs, f"{out}.never-saw")
-    train(args, ["--pairs", pairs, "--out", out, *never_saw, *how])
-    beside = []
-    if args.preset.beside and not (args.script or CHOICE & set(args.icu)):
-        method = shlex.split(args.preset.beside)
-        beside = [f"{out}-{Path(last(method, '--script')).stem}"]
-        again = how if Path(*beside, "config.json").is_file() or not args.resume else []
-        train(args, ["--pairs", pairs, "--out", *beside, *never_saw, *again, *method])
+    twin = measure_never_saw(args, pairs, f"{out}.never-saw", anew=anew)
+    train(args, ["--pairs", pairs, "--out", out, *never_saw_flag(twin), *how])
+    others = [*run_beside(args, pairs, out, twin, anew=anew), *twin]
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
-    step(args, "report.py", [out, *beside, *never_saw[1:], *(["--out", out] if beside or never_saw else [])])
+    step(args, "report.py", [out, *others, *(["--out", out] if others else [])])
 
 
 def several(args):
@@ -210,26 +204,52 @@ def several(args):
     for number, file in pairs.items():
         mine(args, file, ["--set", number] if on_pile(args) else [])
     for number, file in pairs.items():
-        never_saw = measure_never_saw(args, file, folder / f"never-saw-set{number}")
-        jobs += never_saw[1:]
+        twin = measure_never_saw(args, file, folder / f"never-saw-set{number}", anew=args.overwrite)
+        jobs += twin
         for seed in args.seeds:
             for name, flags in runs.items():
                 out = folder / f"{name}-set{number}-seed{seed}"
-                job(args, out, ["--pairs", file, "--seed", seed, *never_saw, *flags])
+                job(args, out, ["--pairs", file, "--seed", seed, *never_saw_flag(twin), *flags])
                 jobs.append(out)
     step(args, "report.py", [*jobs, "--out", folder])
 
 
-def measure_never_saw(args, pairs, out):
-    """Measures the preset's model that never saw the texts; the flag by which icu.py finds the run, or nothing."""
+def measure_never_saw(args, pairs, out, *, anew):
+    """[the run that measures the preset's model that never saw the texts], or [] where there is none of these texts."""
     others = {"--model", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
     if not args.preset.never_saw or others:
         return []
-    kept = args.resume or not (args.overwrite or args.preset.quick)
-    how = "--resume" if kept and (Path(out) / "config.json").is_file() else "--overwrite"
     own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
-    train(args, ["--pairs", pairs, "--out", out, *own, how])
-    return ["--never-saw", str(out)]
+    train(args, ["--pairs", pairs, "--out", out, *own, kept_or_new(out, anew)])
+    return [str(out)]
+
+
+def never_saw_flag(twin):
+    """The flag by which icu.py finds the run of `measure_never_saw`."""
+    return ["--never-saw", *twin] if twin else []
+
+
+# What a user says of the method, so that no other is run beside it.
+CHOICE = {"--method", "--lr", "--alpha", "--beta", "--forget-weight", "--batch-size", "--model", "--eval-only"}
+
+
+def run_beside(args, pairs, out, twin, *, anew):
+    """[the run of the preset's other method], or [] where the user has chosen a method."""
+    if not args.preset.beside or args.script or CHOICE & set(args.icu):
+        return []
+    method = shlex.split(args.preset.beside)
+    beside = f"{out}-{Path(last(method, '--script')).stem}"
+    flags = ["--pairs", pairs, "--out", beside, *never_saw_flag(twin), kept_or_new(beside, anew), *method]
+    train(args, flags)
+    return [beside]
+
+
+def kept_or_new(out, anew):
+    """How a run is asked for that is gone on with where it is there; one that has ended is kept.
+
+    --resume also refuses to keep a run that was made with other settings. Without config.json it is no run yet.
+    """
+    return "--overwrite" if anew or not Path(out, "config.json").is_file() else "--resume"
 
 
 def planned_runs(args):
@@ -243,11 +263,9 @@ def planned_runs(args):
 
 def job(args, out, flags):
     """One run of several: made, gone on with, or kept. One that diverges has a summary: it is a result, not an end."""
-    # --resume also refuses to keep a run that was made with other settings. Without config.json it is no run yet.
-    how = "--resume" if (out / "config.json").is_file() and not args.overwrite else "--overwrite"
     print(f"== {out}", flush=True)
     before = written(out / "summary.json")
-    status = train(args, [*flags, "--out", out, how], ok=(0, 1))
+    status = train(args, [*flags, "--out", out, kept_or_new(out, args.overwrite)], ok=(0, 1))
     if status == 1 and written(out / "summary.json") in (None, before):
         raise SystemExit(1)  # it broke off, and has said why
     if not args.dry_run and not written(out / "summary.json"):
@@ -357,14 +375,8 @@ TOLD = {"--out", "--overwrite", "--dry-run", "--model", "--revision", "--fetch"}
 # fmt: off
 def make_parser():
     """The flags of this file, one a line."""
-    parser = argparse.ArgumentParser(
-        prog="bash run.sh",
-        usage="bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]",
-        description=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = flag_error
+    usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
+    parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
     g = parser.add_argument_group("of every preset")
     g.add_argument("--out", metavar="DIR", help="the run folder (runs/PRESET-...; of several runs, the folder of all)")
     g.add_argument("--script", metavar="FILE.py", help="run in place of icu.py: a copy, or what ends in icu.main(mine)")

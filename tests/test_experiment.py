@@ -161,6 +161,16 @@ def test_a_run_that_goes_on_keeps_its_pairs(ran):
     assert "--resume" in training(found)[0] and "--overwrite" not in training(found)[0]
 
 
+def test_what_runs_beside_an_own_folder_is_kept(ran):
+    """tiny with --out: the twin's run and the other method's are gone on with where they are there, never replaced."""
+    for name in ("x.never-saw", "x-analogous"):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text("{}")
+    found = [words for words in ran("tiny", "--out", "x") if "--pairs" in words]
+    assert ["--resume" in words for words in found] == [True, False, True]
+    assert not [words for words in found if "--overwrite" in words]
+
+
 def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
     """--dry-run: icu.py and knn.py look, the commands that train are printed and not run."""
     found = ran("tiny", "--dry-run")

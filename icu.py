@@ -212,7 +212,7 @@ class Batch:
         """What the frozen copy says at the targets of a side that `taught` names: logits (M, V), those of all rows."""
         mine = processes.share(self.rows)
         texts = [text for row in mine for text in self.sides[name][row]]
-        return self.frozen(name, mine, texts)[0] if texts else torch.empty(0, self.model.config.vocab_size)
+        return self.frozen(name, mine, texts)[0] if texts else torch.empty(0, models.vocab_of(self.model.config))
 
     def once(self, value):
         """This process's part of a value that comes of no text, such as a distance of weights."""
@@ -346,7 +346,8 @@ def calibrate(model, tokenizer, inputs, args):
     """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
 
     --thresholds auto: EL and MA of the original model on text of the same kind that it was not trained on, which is
-    what the paper's are; never-saw: of a model that never saw these texts, on them. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
+    what the paper's are; never-saw: of a model that never saw these texts, on them. --bert-threshold auto: the mean F1
+    between the true suffixes of different samples.
     """
     thresholds = {"bleu": args.bleu_threshold, "bertscore": args.bert_threshold}
     if args.thresholds in ("auto", "never-saw"):

@@ -39,7 +39,7 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
     """
     head, states = frozen_head(model), {}
-    targets = {name: target_states(model, rows) for name, rows in dict(taught).items()}
+    targets = {name: taught_states(model, rows) for name, rows in dict(taught).items()}
     for name, rows in sides.items():
         found = []
         for chunk in chunks([text for row in rows for text in row], batch_size):
@@ -68,9 +68,9 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
     return ask
 
 
-def target_states(model, rows):
-    """The states (M, H) that predict the M targets of each row's texts. What a text has before `cut` is computed once
-    for all that begin with it, so that many short ends of one beginning cost little.
+def taught_states(model, rows):
+    """The states (M, H) that predict the M targets of each row's texts, which lie behind `cut`. What stands before it
+    is computed once for all texts that begin with it, so that many short ends of one beginning cost little.
     """
     texts, (body, head) = [text for row in rows for text in row], scoring.split_model(model)
     if head is not model.get_output_embeddings():

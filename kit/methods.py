@@ -60,7 +60,8 @@ class method(NamedTuple):
     released: dict = {}  # the defaults that the released code has instead
     # what is asked
     frozen: tuple = ()  # of the frozen copy, once, before training: its logits on these sides
-    # of the frozen copy alone: its logits at the targets of these sides, which the model in training never reads
+    # of the frozen copy alone: its logits at the targets of these sides, which the model in training never reads; what
+    # texts have in common lies before their `cut`, their targets behind it
     taught: tuple = ()
     layer: int | None = None  # sides also have hidden states: of this layer, 0 the embeddings'
     # further sides: {name: make(samples, tokenizer, epoch, args) -> a list of Text for each sample}, the same whenever
@@ -147,6 +148,9 @@ def check_sides(args, drawn, config):
     for field in ("frozen", "taught"):
         if not set(names := getattr(needs, field)) <= set(sides):
             raise ValueError(f"@method({field}={names!r}): must be a tuple of {', '.join(sides)}")
+    for name in needs.taught:
+        if not all(0 < text.cut <= text.t0 < len(text.ids) for row in sides[name] for text in row):
+            raise ValueError(f"@method(taught=...): {name} gives a Text without 0 < cut <= t0 < the number of its ids")
     asked = [*needs.frozen, *needs.taught]
     if args.teacher == "cached" and (changing := [name for name in asked if sides[name] != later[name]]):
         raise ValueError(f"{args.method}: its side {changing[0]} has other texts each epoch: pass --teacher live")

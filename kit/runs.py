@@ -85,8 +85,8 @@ def versions():
 
 def append(path, rows):
     """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "a", encoding="utf-8", opener=files.private) as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "ab", opener=files.private) as stream:
+        stream.writelines(map(files.json_bytes, rows))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -481,6 +481,11 @@ METHODS = {
     "no ids": (side(t0=0), "does not fit the model"),
     "more ids than positions": (side(*[1] * 257), "1 to 256 ids"),
     "a target behind the text": (side(1, 2, t0=3), "does not fit the model"),
+    "taught by no side": ({"taught": ("x",)}, "@method(taught=('x',)): must be a tuple of forget, learn"),
+    "taught before the cut": (
+        {"taught": ("own",), "sides": {"own": lambda s, *_: [[icu.Text([1, 2, 3], 1, 2, [1])]] * len(s)}},
+        "own gives a Text without 0 < cut <= t0",
+    ),
     "a hook that is no function": ({"prepare": 5}, "@method(prepare=5): must be a function"),
     "a swap that is no function": ({"measured": [1]}, "@method(measured=[1])"),
 }

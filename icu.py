@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, finished, flags, models, paths, processes, readable, runs, states
+from kit import fast_el, files, finished, flags, models, paths, processes, readable, requests, runs, spans, states
 from kit.frozen import cached_copy, live_copy
 from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
-from kit.runs import MEASURES, mean_measures, number, under
+from kit.runs import MEASURES, decisive, mean_measures, number, under
 
 # --- samples: a line of pairs.jsonl -> token ids with a boundary ---
 
@@ -44,6 +44,13 @@ class Text(NamedTuple):
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
+    among: tuple | None = None  # where only a part is meant (kit/spans.py): no other position is a target
+
+    @property
+    def targets(self):
+        """The positions that are predicted, in order: from t0 on, and never position 0."""
+        first = max(self.t0, 1)
+        return [*range(first, len(self.ids))] if self.among is None else [t for t in self.among if t >= first]
 
 
 class Sample(NamedTuple):
@@ -54,6 +61,7 @@ class Sample(NamedTuple):
     forget: Text
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
+    secrets: tuple = ()  # the strings that its spans mark, where it has some
 
 
 def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"):
@@ -75,9 +83,12 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         suffix = encode(pair, f"{side}suffix", inside=True)
         ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
         cut = len(ids)
-        t0 = cut if targets == "suffix" else max(len(bos), 1)  # position 0 is never a target
         models.check_parts(prefix, suffix, side, where)
-        return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix))
+        among = (
+            None if side else spans.positions_of(pair, tokenizer, ids + suffix, begin=cut - len(prefix), where=where)
+        )
+        t0 = cut if targets == "suffix" and among is None else max(len(bos), 1)  # position 0 is never a target
+        return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix), among)
 
     samples, n_cut = [], 0
     for row, pair in enumerate(pairs):
@@ -85,23 +96,25 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         forget, learn = build(pair, "", where), build(pair, "learn_", where)
         models.check_room(forget, learn, positions, where)
         n_cut += len(learn.ids) > positions
-        samples.append(Sample(pair["id"], pair["suffix"], forget, learn._replace(ids=learn.ids[:positions]), positions))
+        learn, secrets = learn._replace(ids=learn.ids[:positions]), spans.secrets_of(pair)
+        samples.append(Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets))
     return samples, n_cut
 
 
 def collate(texts, device="cpu"):
     """B texts -> ids (B, T) int64, attention_mask (B, T) int64, target_mask (B, T) bool, right-padded.
 
-    target_mask is true where token i is predicted: t0 <= i and not padding. Padding is told by length, never by
-    `id == pad`, since pad is EOS for these models.
+    target_mask is true where token i is predicted. Padding is told by length, never by `id == pad`, since pad is EOS
+    for these models.
     """
-    lengths = torch.tensor([len(text.ids) for text in texts])
     T = max((len(text.ids) for text in texts), default=0)
-    ids = torch.tensor([text.ids + [0] * (T - len(text.ids)) for text in texts], dtype=torch.long).view(len(texts), T)
-    position = torch.arange(T)[None]
-    attention_mask = position < lengths[:, None]
-    target_mask = attention_mask & (position >= torch.tensor([text.t0 for text in texts])[:, None]) & (position > 0)
-    return ids.to(device), attention_mask.long().to(device), target_mask.to(device)
+    ids, attention_mask = (torch.zeros(len(texts), T, dtype=torch.long) for _ in range(2))
+    target_mask = torch.zeros(len(texts), T, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        attention_mask[row, : len(text.ids)] = 1
+        target_mask[row, text.targets] = True
+    return ids.to(device), attention_mask.to(device), target_mask.to(device)
 
 
 def forward(model, texts, layer=None):
@@ -205,7 +218,7 @@ class Batch:
         frozen = None, None
         if name in self.asked:
             frozen = self.frozen(name, mine, texts) if texts else (logits.detach(), hidden)
-        count = sum(len(text.ids) - max(text.t0, 1) for text in everyones)
+        count = sum(len(text.targets) for text in everyones)
         return Side(logits, ids, mask, count, len(everyones), frozen[0], hidden, frozen[1])
 
     def taught(self, name):
@@ -239,6 +252,11 @@ def kl_term(learn, args):
     return kl_loss(learn.logits, learn.frozen_logits, learn.mask, learn.global_count, cross_entropy=as_entropy)
 
 
+def kept_term(batch, args):
+    """What joins Eq. (4) where only spans of a text are to be forgotten: KL over its other tokens. {} without spans."""
+    return {"kept": (args.beta, kl_term(batch.forward("kept"), args))} if "kept" in batch.sides else {}
+
+
 METHOD = icu  # what this file runs
 
 # --- end of change me ---
@@ -246,15 +264,20 @@ METHOD = icu  # what this file runs
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
+def asked_of(sides, args):
+    """The sides that the frozen copy is asked about: the method's, and what is kept of texts with spans."""
+    return (*args.loss.needs.frozen, *(name for name in ("kept",) if name in sides))
+
+
 def freeze(model, sides, args):
     """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
-    needs = args.loss.needs
-    if not (needs.frozen or needs.taught):
+    needs, frozen_sides = args.loss.needs, asked_of(sides, args)
+    if not (frozen_sides or needs.taught):
         return None
     # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
     make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
-        asked, taught = ({name: sides[name] for name in names} for names in (needs.frozen, needs.taught))
+        asked, taught = ({name: sides[name] for name in names} for names in (frozen_sides, needs.taught))
         return make(model, asked, collate, taught=taught, layer=needs.layer)
 
 
@@ -282,17 +305,20 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
                 start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
                 share_of=protocol.el_share_of,
             )  # fmt: skip
+            parts = [sample.forget.among and (sample.forget.among, spans.rest_of(sample.forget)) for sample in samples]
+            parts = metrics.of_spans(model, ids, attention_mask, parts, n=10 if with_el else None, start=first)
         except FloatingPointError:
             return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
         prompts = [sample.forget.prompt for sample in samples]
         lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
         generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
     texts, suffixes = models.decode(tokenizer, generations), models.true_suffixes(tokenizer, samples)
+    parts = [part and part | spans.secret_said(s, text) for s, text, part in zip(samples, texts, parts, strict=True)]
     f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
     bleu, entropy = map(metrics.bleu, texts, suffixes), map(metrics.token_entropy, generations)
     return [
-        {"id": sample.id, **dict(zip(MEASURES, map(number, values), strict=True)), "generation": text}
-        for sample, text, *values in zip(samples, texts, el, ma, bleu, f1, entropy, strict=True)
+        {"id": sample.id, **dict(zip(MEASURES, map(number, values), strict=True)), **part, "generation": text}
+        for sample, text, part, *values in zip(samples, texts, parts, el, ma, bleu, f1, entropy, strict=True)
     ]
 
 
@@ -322,8 +348,14 @@ def refine(forgotten, rows, thresholds, args):
     forgotten: indices so far; rows: the measures of all samples. Returns the new set.
     """
     protocol, limits = PROTOCOLS[args.protocol], [(name, thresholds[name]) for name in ("bertscore", "bleu")]
+
     # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (kit/readable.py) is not under a.
-    now = {i for i, row in enumerate(rows) if protocol.forgotten_by(under(row[name], at) for name, at in limits)}
+    def is_forgotten(row):
+        if "ma_spans" in row:  # the rest of such a text is to stay as it is: none of its secrets is said or guessed
+            return not row["secret_said"] and under(row["ma_spans"], thresholds["ma"])
+        return protocol.forgotten_by(under(row[name], at) for name, at in limits)
+
+    now = {i for i, row in enumerate(rows) if is_forgotten(row)}
     # Released code: a sample comes back when a later epoch measures it as remembered; paper: a forgotten one stays out.
     return now if protocol.comes_back else forgotten | now
 
@@ -374,7 +406,8 @@ def unlearn(model, tokenizer, inputs, args, *, run):
         # Those of the first process for all: two that differ in a last digit would filter other samples.
         run.thresholds = run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
         print0(runs.thresholds_text(run.thresholds, args))
-        frozen = None if args.eval_only else freeze(model, sides_of(samples, tokenizer, 0, args), args)
+        with requests.anchored(model, args) as original:
+            frozen = None if args.eval_only else freeze(original, sides_of(samples, tokenizer, 0, args), args)
     progress = run.begin(engine)
     while not progress.stopped:
         run.heed_signals()
@@ -394,6 +427,7 @@ def unlearn(model, tokenizer, inputs, args, *, run):
 def sides_of(samples, tokenizer, epoch, args):
     """{name: a list of Text for each sample}: the two sides of every pair, and those that the method brings."""
     sides = {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
+    sides |= spans.kept_side(samples)
     return sides | {name: make(samples, tokenizer, epoch, args) for name, make in args.loss.needs.sides.items()}
 
 
@@ -411,8 +445,9 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
     for rows in batches[progress.step :]:
         with autocast(args):
-            how = {"asked": needs.frozen, "layer": needs.layer, "epoch": progress.epoch, "step": progress.step}
-            terms = args.loss(Batch(engine.model, sides, rows, frozen=frozen, **how), args)
+            how = {"asked": asked_of(sides, args), "layer": needs.layer, "epoch": progress.epoch, "step": progress.step}
+            batch = Batch(engine.model, sides, rows, frozen=frozen, **how)
+            terms = args.loss(batch, args) | kept_term(batch, args)
             loss = sum(weight * value for weight, value in terms.values())
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
         values = dict(zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True))
@@ -439,8 +474,15 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         # Released code: the filter also runs before the first epoch; paper: after each training epoch.
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, measured, thresholds, args)
+        under_eq5 = refine(set(), measured, thresholds, args)
+        forgotten = requests.watch(forgotten, measured, under_eq5, inputs.watched, epoch)
         n_active = len(measured) - len(forgotten)
-        return means, forgotten, reason or stop_reason(means, n_active, epoch, thresholds=thresholds, args=args)
+        return (
+            means,
+            forgotten,
+            reason
+            or stop_reason(decisive(measured, inputs.watched), n_active, epoch, thresholds=thresholds, args=args),
+        )
 
     started = time.time()
     with args.loss.needs.measuring(model), run.measuring():
@@ -477,6 +519,11 @@ def parse_args(argv=None, method=METHOD):
     g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (the method's own: 1 for icu)")
     g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
 
+    g = parser.add_argument_group("after earlier requests")
+    g.add_argument("--after", metavar="RUN", help="go on from the model of a finished run, whose texts, and those of the runs before it, are watched")
+    g.add_argument("--anchor", default="original", type=one_of(["original", "previous"]), help="the frozen copy of Eq. 4: the model before the first request, or that of --after (%(default)s)")
+    g.add_argument("--watch", action=argparse.BooleanOptionalAction, default=True, help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
+
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
     g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, never-saw, or EL,MA (%(default)s)")
@@ -490,7 +537,7 @@ def parse_args(argv=None, method=METHOD):
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
     args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    for check in (flags.check_together, processes.check_flags):
+    for check in (flags.check_together, processes.check_flags, requests.check_anchor):
         check(args)
     return args
 # fmt: on
@@ -506,6 +553,9 @@ def read_inputs(args):
     """
     paths.check_run_folder(args)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
+    earlier = requests.read_earlier(args.after, pairs) if args.watch else []
+    watched = dict(enumerate(earlier, start=len(pairs)))
+    pairs += [old.pair for old in earlier]
     records = files.read_unseen(args.unseen) if args.unseen else []
     config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
     models.check_bert(args.bert, args.allow_pickle)
@@ -519,7 +569,8 @@ def read_inputs(args):
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     never_saw = finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
-    return argparse.Namespace(samples=samples, unseen=unseen, never_saw=never_saw, ppl_texts=ppl_texts, n_cut=n_cut)
+    found = {"samples": samples, "unseen": unseen, "never_saw": never_saw, "ppl_texts": ppl_texts, "n_cut": n_cut}
+    return argparse.Namespace(**found, watched=watched)
 
 
 def main(method=METHOD, argv=None):

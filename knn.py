@@ -409,6 +409,7 @@ def make_pair(forget, learn, similarity, *, with_ids):
     pair = {"id": forget["id"], **{part: forget[part] for part in PARTS}}
     pair |= {"learn_id": learn["id"], **{f"learn_{part}": learn[part] for part in PARTS}}
     pair["similarity"] = round(float(similarity), 6)
+    pair |= {"spans": forget["spans"]} if "spans" in forget else {}
     if with_ids:
         pair |= {f"{part}_ids": forget[f"{part}_ids"] for part in PARTS}
         pair |= {f"learn_{part}_ids": learn[f"{part}_ids"] for part in PARTS}

@@ -25,12 +25,15 @@ from kit.readable import bleu_tokens, can_read, encoder_tokenizer
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
 
-def overlap(said, text, n, share_of="generation"):
+def overlap(said, text, n, share_of="generation", *, part=None):
     """OVERLAP_n of Eq. (8) between two lists of ids: the share of the n-grams of `said` that `text` has, 0-1.
 
-    n-grams of what was said count as often as they were said (a multiset); nothing said scores 0.
+    n-grams of what was said count as often as they were said (a multiset); nothing said scores 0. With `part`, a set of
+    positions in `text`, only n-grams of `text` that hold one of them count.
     """
     a, b = ngrams(said, n), ngrams(text, n)
+    if part is not None:
+        b = [gram for i, gram in enumerate(b) if not part.isdisjoint(range(i, i + n))]
     if share_of == "reference":  # Released code: the share of the reference's n-grams; Eq. (8): of the generation's.
         a, b = b, a
     known = set(b)
@@ -77,10 +80,13 @@ def el_and_ma(
     start=1,
     ma_start=None,
     share_of="generation",
+    among=None,
     row_batch=64,
     decode_batch=None,
 ):
     """Both measures from the same teacher-forced pass: (el (N,), ma (N,)), each as its own function describes.
+
+    among: for each row the positions of a part of it; then ma is over these, and el counts n-grams that hold one.
 
     `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin the two at different
     positions. n=None measures MA alone. `row_batch` and `decode_batch` bound memory, as kit/fast_el.py says.
@@ -92,12 +98,30 @@ def el_and_ma(
     how = {"n": n, "row_batch": row_batch, "decode_batch": decode_batch}
     for i, text, guess, said in fast_el.guesses_and_continuations(model, ids, mask, starts, **how):
         first = starts[i] if ma_start is None else ma_start
-        hits = [a == b for a, b in zip(text, guess, strict=True)][first:]
+        part = range(len(text)) if among is None else set(among[i])
+        hits = [text[t] == guess[t] for t in range(first, len(text)) if t in part]
         if hits:
             ma[i] = sum(hits) / len(hits)  # Eq. (9)
         if said:  # Eq. (7): the mean of OVERLAP_n over the prefixes x_<t
-            el[i] = sum(overlap(said[t], text[t:], n, share_of) for t in said) / len(said)
+            shares = [overlap(said[t], text[t:], n, share_of, part=among and {p - t for p in part}) for t in said]
+            el[i] = sum(shares) / len(said)
     return el, ma
+
+
+def of_spans(model, ids, attention_mask, parts, *, n=10, start=1):
+    """What is left of a part of a text, and of the rest of it: a dict a row, {} for a row without parts.
+
+    parts: for each row None, or (the positions of the part, those of the rest). {"el10_spans": EL of n-grams that hold
+    a token of the part; "ma_spans", "ma_rest": MA over each}, 0-1, None where there is nothing to count.
+    """
+    marked, found = [i for i, part in enumerate(parts) if part], [{} for _ in parts]
+    secret, rest = ([parts[i][side] for i in marked] for side in (0, 1))
+    how = {"ids": ids[marked], "attention_mask": attention_mask[marked], "start": start}
+    el, ma = el_and_ma(model, **how, n=n, among=secret)
+    for i, *values in zip(marked, el, ma, el_and_ma(model, **how, n=None, among=rest)[1], strict=True):
+        values = [None if x.isnan() else round(x.item(), 6) for x in values]
+        found[i] = dict(zip(("el10_spans", "ma_spans", "ma_rest"), values, strict=True))
+    return found
 
 
 def memorization_accuracy(model, ids, attention_mask=None, start=1):

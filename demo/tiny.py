@@ -5,6 +5,7 @@
 
 A seeded random grammar writes letters, reports, minutes and reviews about people who do not exist. DIR then holds
   forget.jsonl   {"id", "prefix", "suffix"}: the records to forget, each seen 30 times as often as the others
+  marked.jsonl   the same records, and `spans`: where in them their secrets stand, all that a fact says of its person
   pool.jsonl     the same kinds of records about other people, each seen about twice, for mining neighbours
   unseen.jsonl   the same kinds, never trained on: what EL and MA come to without memorisation
   heldout.jsonl  {"id", "text"}, the same kinds, never trained on, for perplexity
@@ -45,12 +46,22 @@ MAX_FORGET = 100  # so small a model does not memorise more within its steps
 DRAFTS = 1000  # documents that the tokenizer is trained on
 SIDE = range(25, 46)  # tokens in a prefix, and in a suffix
 EOS = "<|endoftext|>"
+MARKS = ("\x02", "\x03")  # around what a fact says, until a document is written down
 VOCAB, POSITIONS = 2000, 256
 BATCH, LEARNING_RATE, WARMUP = 16, 1e-3, 20
 REPEATS = 30  # how often a record to forget stands in one pass over the pool
 MIN_PASSES = 2  # over the pool, before memorisation may end the training
 ENOUGH = 0.95  # mean memorisation accuracy on the records to forget that ends it
-FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "tiny.json")
+FILES = (
+    "forget.jsonl",
+    "marked.jsonl",
+    "pool.jsonl",
+    "unseen.jsonl",
+    "heldout.jsonl",
+    "model",
+    "never-saw",
+    "tiny.json",
+)
 
 # --- the grammar, as data ---
 # [a|b] picks one; {slot} becomes a random text of that name; # is a digit, % a digit but 0. {NAME}, {SHE}, {HER} and
@@ -264,35 +275,54 @@ def read_grammar(kinds=KINDS, words=WORDS):
     return documents, {name: f"[{'|'.join(templates)}]" for name, templates in slots.items()}
 
 
-def expand(template, slots, rng, fixed):
+def expand(template, slots, rng, fixed, marks=("", "")):
     """One random text from a template: choices from the innermost bracket outwards, then slots, then digits.
 
-    `fixed` maps the slots in capitals to this document's texts. KeyError for a slot that nothing defines.
+    `fixed` maps the slots in capitals to this document's texts; `marks` are put around the texts of the other slots,
+    and around digits. KeyError for a slot that nothing defines.
     """
     choices = 1
     while choices:
         template, choices = re.subn(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), template)
+    template = re.sub("[#%]+", lambda match: match[0].join(marks), template)
     for slot in re.findall(r"{(\w+)}", template):
-        text = fixed[slot] if slot.isupper() else expand(slots[slot], slots, rng, fixed)
+        text = fixed[slot] if slot.isupper() else expand(slots[slot], slots, rng, fixed).join(marks)
         template = template.replace(f"{{{slot}}}", text, 1)
     template = re.sub("#", lambda _: rng.choice("0123456789"), template)
     return re.sub("%", lambda _: rng.choice("123456789"), template)
 
 
 def write_document(kind, documents, slots, rng):
-    """(name, prefix, suffix) of one document about a person of its own; the suffix, facts only, begins with a space."""
+    """(name, prefix, suffix) of one document about a person of its own; the suffix, facts only, begins with a space.
+
+    What a fact says (a number, a name, an address, not the words around it) stands between MARKS.
+    """
     sex, she, her, him = rng.choice([("woman", "she", "her", "her"), ("man", "he", "his", "him")])
     name = expand(f"{{{sex}}} {{last}}", slots, rng, {})
     fixed = {"NAME": name, "SHE": she, "HER": her, "HIM": him}
 
-    def sentences(templates):
-        written = (expand(template, slots, rng, fixed) for template in templates)
-        return " ".join(re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", s[0].upper() + s[1:]) for s in written)
+    def sentences(templates, marks=("", "")):
+        written = (expand(template, slots, rng, fixed, marks) for template in templates)
+        upper = (re.sub(f"^{MARKS[0]}?.", lambda match: match[0].upper(), sentence) for sentence in written)
+        return " ".join(re.sub(rf"\b([Aa]) (?={MARKS[0]}?[aeiou])", r"\1n ", sentence) for sentence in upper)
 
     part, shared = documents[kind], documents["any"]["fact"]
     prefix = [rng.choice(part["open"]), *rng.sample(part["body"], rng.choice([1, 1, 2]))]
     suffix = rng.sample([*part["fact"], *rng.sample(shared, 2)], rng.choice([1, 2, 2]))
-    return name, sentences(prefix), " " + sentences(suffix)
+    return name, sentences(prefix), " " + sentences(suffix, MARKS)
+
+
+def unmarked(text):
+    """(the text without MARKS, the spans between them, [start, end) in its characters)."""
+    pieces, spans, length = re.split("([" + "".join(MARKS) + "])", text), [], 0
+    for piece in pieces:
+        if piece == MARKS[0]:
+            spans.append([length])
+        elif piece == MARKS[1]:
+            spans[-1].append(length)
+        else:
+            length += len(piece)
+    return "".join(piece for piece in pieces if piece not in MARKS), spans
 
 
 def make_corpus(seed=0, forget=32):
@@ -303,13 +333,15 @@ def make_corpus(seed=0, forget=32):
     are written, `forget` and `pool` first: the tokenizer, trained on the first DRAFTS, has seen nothing of the others.
     """
     documents, slots = read_grammar()
-    rng, names, secret = random.Random(seed), set(), set()
+    rng, names, secret, spans = random.Random(seed), set(), set(), {}
 
     def write():
         for kind in cycle(kind for kind in documents if kind != "any"):
-            name, prefix, suffix = write_document(kind, documents, slots, rng)
+            name, prefix, marked = write_document(kind, documents, slots, rng)
             if name not in names:
                 names.add(name)
+                suffix, found = unmarked(marked)
+                spans[name] = [[len(prefix) + low, len(prefix) + high] for low, high in found]
                 yield kind, name, prefix, suffix
 
     def fits(document):
@@ -328,6 +360,7 @@ def make_corpus(seed=0, forget=32):
             rows[split].append({"id": f"{split} {i} ({kind})"} | text)
             if split == "forget":
                 secret.add(name)
+                rows.setdefault("marked", []).append(rows[split][-1] | {"spans": spans[name]})
     return rows, tokenizer
 
 

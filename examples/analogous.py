@@ -24,7 +24,7 @@ def contexts(samples, tokenizer, epoch, args):
         ids = sample.learn.prompt + sample.forget.ids[max(t - K, first) : t + 1]
         return icu.Text(ids, len(ids) - 1, start, sample.learn.prompt)
 
-    return [[read(sample, t) for t in range(sample.forget.t0, len(sample.forget.ids))] for sample in samples]
+    return [[read(sample, t) for t in sample.forget.targets] for sample in samples]
 
 
 @icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts})

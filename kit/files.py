@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from kit import spans
 from kit.text import is_break, nearest_break, unspaced_cuts
 
 
@@ -169,7 +170,7 @@ def make_record(row, number, where):
             values["prefix"], values["suffix"] = split_in_half(values.pop("text"))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    return values
+    return values | spans.read_spans(row, values["prefix"] + values["suffix"], where)
 
 
 def check_string(value, what, *, blank_ok=False):
@@ -310,6 +311,8 @@ def read_pairs(path):
             raise ValueError(f"{where}: `similarity` is {str(similarity)[:40]}, not a number from -1 to 1")
         for name in [f"{field}_ids" for field in fields] if with_ids else []:
             check_ids(pair.get(name), f"{where}: `{name}`", empty_ok=name.endswith("context_ids"))
+        if "spans" in pair:
+            spans.check_spans(pair["spans"], pair["prefix"] + pair["suffix"], where)
         if pair["id"] in line_of:
             raise ValueError(f"{where}: id {pair['id']!r} stands on line {line_of[pair['id']]} already")
         line_of[pair["id"]] = line

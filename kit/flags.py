@@ -125,7 +125,7 @@ def run_parser(doc):
 
     g = parser.add_argument_group("data and models")
     g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
-    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    g.add_argument("--model", metavar="DIR", help="the causal LM: a folder, or a name on the hub")
     g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
     g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
     g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records the model was not trained on")

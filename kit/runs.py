@@ -186,6 +186,7 @@ class Stop:
 class Interrupted(Exception):
     """By a signal, whose number it holds."""
 
+
 # --- a run in progress ---
 
 
@@ -298,7 +299,7 @@ class Run:
         args, reason = self.args, self.progress.stopped
         if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
-        measures = [name for name in rows[0] if name in MEASURES or name.startswith("ppl_")]
+        measures = [name for name in rows[0] if name in MEASURES + OF_SPANS or name.startswith("ppl_")]
         files.write_json(self.out / "summary.json", {
             "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
             "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": self.thresholds,
@@ -373,6 +374,7 @@ def remembered(args, inputs, code, compute):
 # --- what a person sees ---
 
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
+OF_SPANS = ("el10_spans", "ma_spans", "ma_rest", "secret_said")  # beside them where a text is marked (kit/spans.py)
 LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
 HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
 
@@ -381,7 +383,7 @@ def epoch_text(row):
     """One aligned line an epoch, under HEADER."""
 
     def cell(name, width, digits):
-        value = row[name]
+        value = row.get(f"{name}_spans", row[name])  # what decides
         return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
     fractions = [cell(name, 6, 3) for name in ("el10", "ma", "bleu", "bertscore")]
@@ -459,8 +461,21 @@ def under(value, limit):
 
 
 def mean_measures(rows):
-    """{measure: its mean} over the samples of an epoch."""
-    return {name: mean(row[name] for row in rows) for name in MEASURES}
+    """{measure: its mean} over the samples of an epoch that have it."""
+    names = [*MEASURES, *(name for name in OF_SPANS if any(name in row for row in rows))]
+    return {name: mean(row.get(name) for row in rows) for name in names}
+
+
+def decisive(rows, watched=()):
+    """{"el10", "ma"} as the stop rule takes them: the means, of a marked text over its spans. It holds for the new
+    texts and for the watched ones (indices): the larger mean counts.
+    """
+    found = {}
+    for name in ("el10", "ma"):
+        values = [row.get(f"{name}_spans", row[name]) for row in rows]
+        groups = [[value for i, value in enumerate(values) if (i in watched) == old] for old in (False, True)]
+        found[name] = max((mean(group) for group in groups if mean(group) is not None), default=None)
+    return found
 
 
 def mean(values):

@@ -1,0 +1,125 @@
+"""Requests that follow each other: the runs that a run goes on from (--after), the texts that they forgot, watched.
+
+A watched text is measured with the new ones every epoch and has no step of its own, until it comes back: then it joins
+the active set with its partner, as Eq. 5 lets one leave. Cost goes with what is new and what comes back.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import NamedTuple
+
+from kit import files, models
+from kit.processes import print0
+from kit.text import letters, plain
+
+MARGIN = 0.05  # how far above its own run's end the MA of a text may lie before it counts as come back
+
+
+class Earlier(NamedTuple):
+    """A text of an earlier request, as its own run left it."""
+
+    pair: dict  # of that run's pairs.jsonl; its id is RUN/ID
+    ma: float | None  # MA at the end, of a marked text over its spans
+    forgotten: bool  # by Eq. 5
+    joined: str | None = None  # the new text that it is joined to, since one holds the other
+
+
+def chain_of(after):
+    """(folder, config) of the run `after` and those that it went on from, the latest first. ValueError names what is
+    wrong with one of them.
+    """
+    found = []
+    while after:
+        folder = Path(after)
+        missing = [name for name in ("config.json", "summary.json") if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"--after {folder}: no {missing[0]}; name a run that has ended (or end it with --resume)")
+        config = files.read_json(folder / "config.json")
+        known = isinstance(config, dict) and isinstance(config.get("sha256"), dict)
+        if not known or not isinstance(config.get("model"), str) or not isinstance(config.get("pairs"), str):
+            raise ValueError(f"{folder / 'config.json'}: is not what a run wrote there")
+        if folder.resolve() in [other.resolve() for other, _ in found]:
+            raise ValueError(f"--after {folder}: goes on from itself")
+        found.append((folder, config))
+        after = config.get("after")
+    return found
+
+
+def read_earlier(after, pairs):
+    """Every text of the runs `after` goes on from, as Earlier, the latest request's first; joined to `pairs`, the new.
+
+    A run whose texts were purged is named and passed over: knn.py still keeps its texts out of the partners.
+    """
+    found = []
+    for folder, config in chain_of(after):
+        if config.get("redact") or config.get("purged"):
+            print0(f"note: {folder}: its texts are gone (purged, or --redact): they cannot be watched")
+            continue
+        if models.fingerprint(config["pairs"]) != config["sha256"].get("pairs"):
+            raise ValueError(f"{folder}: {config['pairs']} is not there, or not what the run was made with (sha256)")
+        rows = files.read_jsonl(folder / "samples.jsonl")
+        ends = {row["id"]: row for row in rows if row["epoch"] == rows[-1]["epoch"]}
+        for pair in files.read_pairs(config["pairs"]):
+            end = ends.get(pair["id"], {})
+            ma, forgotten = end.get("ma_spans", end.get("ma")), end.get("forgotten", False)
+            found.append(Earlier(pair | {"id": f"{folder.name}/{pair['id']}"}, ma, forgotten))
+    return [old._replace(joined=overlapping(old.pair, pairs)) for old in found]
+
+
+def overlapping(pair, others):
+    """The id of the first of other pairs whose text holds this one's or lies in it, by letters; or None."""
+    spelt = lambda p: letters(plain(p["prefix"] + p["suffix"]))  # noqa: E731
+    mine = spelt(pair)
+    return next((other["id"] for other in others if mine in spelt(other) or spelt(other) in mine), None)
+
+
+def watch(forgotten, rows, under_eq5, watched, epoch):
+    """The set of forgotten samples, with those of the watched that came back taken out, and the others put in.
+
+    rows: the measures of all samples; under_eq5: indices that Eq. 5 calls forgotten now; watched: {index: Earlier}. A
+    text comes back that Eq. 5 called forgotten and does no longer, or whose MA is over its own run's end by more than
+    MARGIN. One that is joined to a new text begins with it, before the first epoch.
+    """
+    for i, old in watched.items():
+        ma = rows[i].get("ma_spans", rows[i]["ma"])
+        back = (old.forgotten and i not in under_eq5) or (None not in (ma, old.ma) and ma > old.ma + MARGIN)
+        forgotten = forgotten - {i} if back or (epoch == 0 and old.joined) else forgotten | {i}
+    return forgotten
+
+
+# --- the model that all began with ---
+
+
+def check_anchor(args):
+    """--model and, in args.original, (folder or name, revision) of the model that the chain began with, checked."""
+    if not args.after:
+        if not args.model:
+            raise ValueError("--model DIR is missing: the causal LM, a folder or a name on the hub (or --after RUN)")
+        return
+    if args.model:
+        raise ValueError("--after RUN goes on from RUN/model: leave --model out")
+    folder, config = chain_of(args.after)[0]
+    if not (folder / "model").is_dir():
+        raise ValueError(f"--after {folder}: has no model/ to go on from")
+    args.model, args.revision = str(folder / "model"), None
+    _, first = chain_of(args.after)[-1]
+    args.original = {"model": first["model"], "revision": first.get("revision")}
+    sha256 = first["sha256"].get("model")
+    if args.anchor == "original" and models.fingerprint(first["model"]) != sha256:
+        raise ValueError(
+            f"--anchor original: {first['model']} (sha256 {sha256}), which the first request began with, is not there "
+            "or has changed: bring it back, or pass --anchor previous"
+        )
+    differ = [name for name in ("protocol", "context", "bert", "num_beams") if config.get(name) != getattr(args, name)]
+    if differ:
+        raise ValueError(f"--after {folder}: was measured otherwise ({', '.join(differ)}): pass the same flags")
+
+
+@contextlib.contextmanager
+def anchored(model, args):
+    """The model that Eq. 4's frozen copy is a copy of: with --after the one that the first request began with."""
+    if not args.after or args.anchor == "previous":
+        yield model
+        return
+    how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.original["revision"]}
+    yield models.load_model(args.original["model"], device=args.device, **how)[0]

@@ -84,9 +84,8 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
         cut = len(ids)
         models.check_parts(prefix, suffix, side, where)
-        among = (
-            None if side else spans.positions_of(pair, tokenizer, ids + suffix, begin=cut - len(prefix), where=where)
-        )
+        marked = {} if side else pair  # only of what is to be forgotten a part may be meant
+        among = spans.positions_of(marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where)
         t0 = cut if targets == "suffix" and among is None else max(len(bos), 1)  # position 0 is never a target
         return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix), among)
 
@@ -264,20 +263,16 @@ METHOD = icu  # what this file runs
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
-def asked_of(sides, args):
-    """The sides that the frozen copy is asked about: the method's, and what is kept of texts with spans."""
-    return (*args.loss.needs.frozen, *(name for name in ("kept",) if name in sides))
-
-
 def freeze(model, sides, args):
     """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
-    needs, frozen_sides = args.loss.needs, asked_of(sides, args)
-    if not (frozen_sides or needs.taught):
+    needs = args.loss.needs
+    names = (*needs.frozen, "kept"), needs.taught
+    asked, taught = ({name: sides[name] for name in group if name in sides} for group in names)
+    if not (asked or taught):
         return None
     # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
     make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
-        asked, taught = ({name: sides[name] for name in names} for names in (frozen_sides, needs.taught))
         return make(model, asked, collate, taught=taught, layer=needs.layer)
 
 
@@ -305,8 +300,8 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
                 start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
                 share_of=protocol.el_share_of,
             )  # fmt: skip
-            parts = [sample.forget.among and (sample.forget.among, spans.rest_of(sample.forget)) for sample in samples]
-            parts = metrics.of_spans(model, ids, attention_mask, parts, n=10 if with_el else None, start=first)
+            n, parts = 10 if with_el else None, spans.parts_of(samples)
+            parts = metrics.of_spans(model, ids, attention_mask, parts, n=n, start=first)
         except FloatingPointError:
             return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
         prompts = [sample.forget.prompt for sample in samples]
@@ -331,7 +326,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, spans], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -445,8 +440,8 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
     for rows in batches[progress.step :]:
         with autocast(args):
-            how = {"asked": asked_of(sides, args), "layer": needs.layer, "epoch": progress.epoch, "step": progress.step}
-            batch = Batch(engine.model, sides, rows, frozen=frozen, **how)
+            how = {"frozen": frozen, "asked": (*needs.frozen, "kept"), "layer": needs.layer}
+            batch = Batch(engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step)
             terms = args.loss(batch, args) | kept_term(batch, args)
             loss = sum(weight * value for weight, value in terms.values())
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
@@ -474,15 +469,10 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         # Released code: the filter also runs before the first epoch; paper: after each training epoch.
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, measured, thresholds, args)
-        under_eq5 = refine(set(), measured, thresholds, args)
-        forgotten = requests.watch(forgotten, measured, under_eq5, inputs.watched, epoch)
-        n_active = len(measured) - len(forgotten)
-        return (
-            means,
-            forgotten,
-            reason
-            or stop_reason(decisive(measured, inputs.watched), n_active, epoch, thresholds=thresholds, args=args),
-        )
+        how = {"under_eq5": refine(set(), measured, thresholds, args), "watched": inputs.watched, "epoch": epoch}
+        forgotten = requests.watch(forgotten, measured, **how)
+        n_active, at = len(measured) - len(forgotten), decisive(measured, inputs.watched)
+        return means, forgotten, reason or stop_reason(at, n_active, epoch, thresholds=thresholds, args=args)
 
     started = time.time()
     with args.loss.needs.measuring(model), run.measuring():
@@ -519,11 +509,6 @@ def parse_args(argv=None, method=METHOD):
     g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (the method's own: 1 for icu)")
     g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
 
-    g = parser.add_argument_group("after earlier requests")
-    g.add_argument("--after", metavar="RUN", help="go on from the model of a finished run, whose texts, and those of the runs before it, are watched")
-    g.add_argument("--anchor", default="original", type=one_of(["original", "previous"]), help="the frozen copy of Eq. 4: the model before the first request, or that of --after (%(default)s)")
-    g.add_argument("--watch", action=argparse.BooleanOptionalAction, default=True, help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
-
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
     g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, never-saw, or EL,MA (%(default)s)")
@@ -553,9 +538,7 @@ def read_inputs(args):
     """
     paths.check_run_folder(args)
     pairs = files.read_pairs(args.pairs) if args.pairs else []
-    earlier = requests.read_earlier(args.after, pairs) if args.watch else []
-    watched = dict(enumerate(earlier, start=len(pairs)))
-    pairs += [old.pair for old in earlier]
+    pairs, watched = requests.with_earlier(args, pairs)
     records = files.read_unseen(args.unseen) if args.unseen else []
     config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
     models.check_bert(args.bert, args.allow_pickle)
@@ -569,8 +552,8 @@ def read_inputs(args):
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     never_saw = finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
-    found = {"samples": samples, "unseen": unseen, "never_saw": never_saw, "ppl_texts": ppl_texts, "n_cut": n_cut}
-    return argparse.Namespace(**found, watched=watched)
+    found = {"samples": samples, "watched": watched, "unseen": unseen, "never_saw": never_saw}
+    return argparse.Namespace(**found, ppl_texts=ppl_texts, n_cut=n_cut)
 
 
 def main(method=METHOD, argv=None):

@@ -137,6 +137,11 @@ def run_parser(doc):
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
     g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
 
+    g = parser.add_argument_group("after earlier requests")
+    g.add_argument("--after", metavar="RUN", help="go on from the model of a finished run, whose texts, and those of the runs before it, are watched")
+    g.add_argument("--anchor", default="original", type=one_of(["original", "previous"]), help="the frozen copy of Eq. 4: the model before the first request, or that of --after (%(default)s)")
+    g.add_argument("--watch", action=argparse.BooleanOptionalAction, default=True, help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
+
     g = parser.add_argument_group("training")
     g.add_argument("--lr", type=above(0), help="Adam's learning rate (the method's own: 5e-6 for icu)")
     g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")

@@ -45,13 +45,13 @@ def chain_of(after):
     return found
 
 
-def read_earlier(after, pairs):
-    """Every text of the runs `after` goes on from, as Earlier, the latest request's first; joined to `pairs`, the new.
+def with_earlier(args, pairs):
+    """(the pairs and, behind them, those of earlier requests; {index: Earlier} of the latter), the latest run's first.
 
     A run whose texts were purged is named and passed over: knn.py still keeps its texts out of the partners.
     """
     found = []
-    for folder, config in chain_of(after):
+    for folder, config in chain_of(args.after) if args.watch else ():
         if config.get("redact") or config.get("purged"):
             print0(f"note: {folder}: its texts are gone (purged, or --redact): they cannot be watched")
             continue
@@ -63,7 +63,11 @@ def read_earlier(after, pairs):
             end = ends.get(pair["id"], {})
             ma, forgotten = end.get("ma_spans", end.get("ma")), end.get("forgotten", False)
             found.append(Earlier(pair | {"id": f"{folder.name}/{pair['id']}"}, ma, forgotten))
-    return [old._replace(joined=overlapping(old.pair, pairs)) for old in found]
+    watched = [old._replace(joined=overlapping(old.pair, pairs)) for old in found]
+    for old in watched:
+        if old.joined:
+            print0(f"note: {old.pair['id']}, of an earlier request, and {old.joined} overlap: both are trained on")
+    return [*pairs, *(old.pair for old in watched)], dict(enumerate(watched, start=len(pairs)))
 
 
 def overlapping(pair, others):
@@ -73,7 +77,7 @@ def overlapping(pair, others):
     return next((other["id"] for other in others if mine in spelt(other) or spelt(other) in mine), None)
 
 
-def watch(forgotten, rows, under_eq5, watched, epoch):
+def watch(forgotten, rows, *, under_eq5, watched, epoch):
     """The set of forgotten samples, with those of the watched that came back taken out, and the others put in.
 
     rows: the measures of all samples; under_eq5: indices that Eq. 5 calls forgotten now; watched: {index: Earlier}. A

@@ -88,6 +88,11 @@ def rest_of(text):
     return tuple(sorted(set(range(max(text.t0, 1), len(text.ids))) - set(text.among)))
 
 
+def parts_of(samples):
+    """For each sample None or, where a part is marked, (its positions, those of the rest)."""
+    return [sample.forget.among and (sample.forget.among, rest_of(sample.forget)) for sample in samples]
+
+
 def kept_side(samples):
     """{"kept": what is kept of each sample's text} where one is marked, or {}: the KL over it is what keeps it."""
     if not any(sample.forget.among for sample in samples):

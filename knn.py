@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes, readable, traces
+from kit import files, flags, folders, models, paths, processes, readable, requests, traces
 from kit import text as texts
 from kit.files import PARTS
+from kit.text import LETTERS, WORDS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
 
@@ -262,7 +263,7 @@ def cut_passages(records, words, whole=()):
 
 # --- leak guard ---
 
-WORDS, LETTERS, IDS = 5, 21, 10  # how long an n-gram of each kind is; 21 letters are 7 ideographs
+IDS = 10  # how long an n-gram of token ids is
 
 
 def plain_text(record, parts=PARTS):
@@ -311,7 +312,22 @@ def leak_finder(forget, max_overlap, by_ids):
     return leaks
 
 
-def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
+def purged_finder(hashes, max_overlap):
+    """`leak_finder` of targets whose texts are gone: hashes.json of their run is left (kit/traces.py), so that n-grams
+    of words and letters are found again, a text of fewer than 21 letters is not.
+    """
+    salt, grams = bytes.fromhex(hashes["salt"]), hashes["grams"]
+    by_words, by_letters = (texts.HashedGrams(grams[k], n, salt) for k, n in (("words", WORDS), ("letters", LETTERS)))
+
+    def leaks(row):
+        text = plain_text(row)
+        yield by_words.worst(texts.words(text), max_overlap)
+        yield by_letters.worst(texts.weighed(texts.letters(text)), max_overlap)
+
+    return leaks
+
+
+def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row whose context + prefix +
@@ -325,20 +341,23 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
     - it is nothing but pieces of a target, however short: each of its words is one of the target's.
     The more of a secret a row holds, the surer it goes, whatever else it says. One exception: a row that goes by the
     last rule alone (fewer than 8 words and 33 letters in a run) stays once there are other words in it.
-    Give whole documents: passages would each hold less. The dict is {id, target_id, share (0-1, the first of the above
+    `forget` may hold texts of earlier requests; `purged` are hashes.json of those whose texts are gone. Give whole
+    documents: passages would each hold less. The dict is {id, target_id, share (0-1, the first of the above
     over max_overlap: of the target or of the densest stretch of the row), reason: "forget row" or "copy"}.
     """
     by_ids = all("suffix_ids" in record for record in [*forget, *pool])
-    leaks = (lambda row: ()) if allow_copies else leak_finder(forget, max_overlap, by_ids)
+    finders = [] if allow_copies else [(leak_finder(forget, max_overlap, by_ids), [target["id"] for target in forget])]
+    finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged if not allow_copies]
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []
     for number, row in enumerate(tqdm(pool, desc="leak guard", unit="row", disable=None)):
         reason = {"id": row["id"], "target_id": row["id"], "share": 1.0, "reason": "forget row"}
         if (row["id"], text_of(row)) not in own_rows:
-            share, target = next((leak for leak in leaks(row) if leak[1] is not None), (0, None))
+            found = ((share, ids[n]) for leaks, ids in finders for share, n in leaks(row) if n is not None)
+            share, target = next(found, (0, None))
             if target is None:
                 continue
-            reason |= {"target_id": forget[target]["id"], "share": round(share, 4), "reason": "copy"}
+            reason |= {"target_id": target, "share": round(share, 4), "reason": "copy"}
         keep[number] = False
         reasons.append(reason)
     return keep, reasons
@@ -425,6 +444,7 @@ def make_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")
     data.add_argument("--pool", metavar="FILE", help="texts to find neighbours in, same kinds of file")
+    data.add_argument("--after", metavar="RUN", help="as icu.py's: no partner holds a text of an earlier request")
     data.add_argument("--pile", action="store_true", help="instead: the paper's rows of the Pile")
     data.add_argument("--set", choices=list("01234"), default="0", help="the paper's forget set (%(default)s)")
     data.add_argument("--data", metavar="DIR", help="folder with the Pile rows; without it they are fetched and cached")
@@ -513,7 +533,10 @@ def main():
     check_outputs(args, encoder)
     forget, pool, with_ids = read_input(args)
     readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
-    keep, reasons = leak_guard(forget, pool, args.max_overlap, allow_copies=args.allow_copies)
+    earlier, purged = requests.targets(args.after)
+    keep, reasons = leak_guard(
+        [*forget, *earlier], pool, args.max_overlap, allow_copies=args.allow_copies, purged=purged
+    )
     print_leaks(keep, reasons, args.max_overlap)
     pool, keep = passages_of(pool, keep, forget, args.passage_words)
     if args.dry_run:

@@ -35,7 +35,7 @@ class Trace(NamedTuple):
     path: Path
     what: str
     own: Callable  # own(path): whether it is what this software writes there, as in kit/paths.py
-    emptied: bool = False  # a samples.jsonl, whose numbers stay
+    emptied: Callable | None = None  # of a samples.jsonl, whose numbers stay: emptied(row), whether its text goes
 
 
 # --- what is there ---
@@ -61,6 +61,12 @@ def sha_of(run):
     return sha
 
 
+def watches(run, sha):
+    """Whether a run went on from one over these pairs (icu.py --after), and has measured their texts, too."""
+    earlier = files.read_json(config_of(run)).get("earlier")
+    return isinstance(earlier, list) and sha in earlier
+
+
 def is_regular(path):
     """Whether a file is there and is no link, folder, pipe or device."""
     try:
@@ -75,7 +81,7 @@ def runs_over(sha, run):
     for listed in (path for path, what in traces.of(sha) if what == "run"):
         try:
             other = listed.resolve()
-            same, why = other == run or sha_of(other) == sha, "a run over other pairs is there now"
+            same, why = other == run or sha_of(other) == sha or watches(other, sha), "a run over other pairs is there now"
         except (ValueError, OSError) as error:
             same, why = False, flags.first_line(error)
         if same:
@@ -124,22 +130,28 @@ def is_cached(folder):
 
 
 def traces_of(sha, over):
-    """Every file that may hold a text of the runs `over`; the pairs come last, since hashes are made of them."""
+    """Every file that may hold a text of these pairs; the pairs come last, since hashes are made of them.
+
+    over: the runs over them, and those that went on from one of these: there other texts stay.
+    """
     own = {
         "leak report": begins_with_row("id", "target_id", "share"),
         "cases": paths.is_cases,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
     }
+    own_runs = [run for run in over if sha_of(run) == sha]
+    theirs = tuple(f"{run.name}/" for run in own_runs)
     for run in over:
-        said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=True)
+        gone = (lambda row: True) if run in own_runs else lambda row: str(row.get("id")).startswith(theirs)
+        said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=gone)
         yield from with_leftovers(said)
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
     for path, what in traces.of(sha):
         if what in own:
             yield from with_leftovers(Trace(path, what, own[what]))
     half = begins_with_row("id", "learn_id", "similarity")
-    for path in dict.fromkeys(path for run in over for path in pairs_files(sha, run)):
+    for path in dict.fromkeys(path for run in own_runs for path in pairs_files(sha, run)):
         yield from with_leftovers(Trace(path, "pairs", are_pairs(sha)), half)
 
 
@@ -192,7 +204,7 @@ def treat(trace, dry_run):
         if not dry_run:
             remove(path)
         say(f"{would}removed: {path} ({trace.what}, {found.st_size:,} bytes)")
-    elif ours and (emptied := without_generations(path)) != path.read_bytes():
+    elif ours and (emptied := without_generations(path, trace.emptied)) != path.read_bytes():
         if not dry_run:
             write(path, emptied)
         say(f"{would}emptied: {path} ({trace.what}; its numbers stay)")
@@ -206,12 +218,14 @@ def write(path, data):
     files.write_atomically(path, lambda file: file.write(data))
 
 
-def without_generations(path):
-    """A samples.jsonl, every generation null, as bytes; a line that a kill has cut off is left out."""
+def without_generations(path, emptied):
+    """A samples.jsonl, the generation null in rows that are `emptied`, as bytes; a line that was cut off is left out."""
     lines = []
     for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError, TypeError):
-            lines.append(json.dumps(json.loads(line) | {"generation": None}, ensure_ascii=False) + "\n")
+            row = json.loads(line)
+            row |= {"generation": None} if emptied(row) else {}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "replace")
 
 
@@ -243,11 +257,12 @@ def purge_run(run, dry_run):
         for each in [] if dry_run else over:
             held.enter_context(runs.only_owner(each))
         name_others(sha, run)
-        for each in over:
+        own_runs = [each for each in over if sha_of(each) == sha]
+        for each in own_runs:
             keep_hashes(each, sha, dry_run)
         for trace in dict.fromkeys(traces_of(sha, over)):
             treat(trace, dry_run)
-        for each in [] if dry_run else over:
+        for each in [] if dry_run else own_runs:
             mark(each)
     say(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, model and hashes.json")
     print(BEYOND)

@@ -45,6 +45,32 @@ def chain_of(after):
     return found
 
 
+def is_purged(config):
+    """Whether the texts of a run are gone, or were never to stay."""
+    return bool(config.get("redact") or config.get("purged"))
+
+
+def pairs_of(folder, config):
+    """The pairs of an earlier request, their ids RUN/ID. ValueError: not those that the run was made with."""
+    if models.fingerprint(config["pairs"]) != config["sha256"].get("pairs"):
+        raise ValueError(f"{folder}: {config['pairs']} is not there, or not what the run was made with (sha256)")
+    return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in files.read_pairs(config["pairs"])]
+
+
+def targets(after):
+    """What no partner may hold: (pairs of the requests up to the run `after`, hashes.json of those that are purged)."""
+    pairs, purged = [], []
+    for folder, config in chain_of(after):
+        if not is_purged(config):
+            pairs += pairs_of(folder, config)
+            continue
+        hashes = files.read_json(folder / "hashes.json") if (folder / "hashes.json").is_file() else {}
+        if not isinstance(hashes, dict) or not {"salt", "texts", "grams"} <= hashes.keys():
+            raise ValueError(f"{folder}: its texts are gone, and it has no hashes.json that tells partners from them")
+        purged.append(hashes)
+    return pairs, purged
+
+
 def with_earlier(args, pairs):
     """(the pairs and, behind them, those of earlier requests; {index: Earlier} of the latter), the latest run's first.
 
@@ -52,17 +78,14 @@ def with_earlier(args, pairs):
     """
     found = []
     for folder, config in chain_of(args.after) if args.watch else ():
-        if config.get("redact") or config.get("purged"):
+        if is_purged(config):
             print0(f"note: {folder}: its texts are gone (purged, or --redact): they cannot be watched")
             continue
-        if models.fingerprint(config["pairs"]) != config["sha256"].get("pairs"):
-            raise ValueError(f"{folder}: {config['pairs']} is not there, or not what the run was made with (sha256)")
         rows = files.read_jsonl(folder / "samples.jsonl")
-        ends = {row["id"]: row for row in rows if row["epoch"] == rows[-1]["epoch"]}
-        for pair in files.read_pairs(config["pairs"]):
+        ends = {f"{folder.name}/{row['id']}": row for row in rows if row["epoch"] == rows[-1]["epoch"]}
+        for pair in pairs_of(folder, config):
             end = ends.get(pair["id"], {})
-            ma, forgotten = end.get("ma_spans", end.get("ma")), end.get("forgotten", False)
-            found.append(Earlier(pair | {"id": f"{folder.name}/{pair['id']}"}, ma, forgotten))
+            found.append(Earlier(pair, end.get("ma_spans", end.get("ma")), end.get("forgotten", False)))
     watched = [old._replace(joined=overlapping(old.pair, pairs)) for old in found]
     for old in watched:
         if old.joined:
@@ -96,6 +119,7 @@ def watch(forgotten, rows, *, under_eq5, watched, epoch):
 
 def check_anchor(args):
     """--model and, in args.original, (folder or name, revision) of the model that the chain began with, checked."""
+    args.earlier = []  # fingerprints of the pairs that are watched
     if not args.after:
         if not args.model:
             raise ValueError("--model DIR is missing: the causal LM, a folder or a name on the hub (or --after RUN)")
@@ -107,6 +131,7 @@ def check_anchor(args):
         raise ValueError(f"--after {folder}: has no model/ to go on from")
     args.model, args.revision = str(folder / "model"), None
     _, first = chain_of(args.after)[-1]
+    args.earlier = [c["sha256"].get("pairs") for _, c in chain_of(args.after) if args.watch and not is_purged(c)]
     args.original = {"model": first["model"], "revision": first.get("revision")}
     sha256 = first["sha256"].get("model")
     if args.anchor == "original" and models.fingerprint(first["model"]) != sha256:

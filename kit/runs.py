@@ -214,8 +214,9 @@ class Run:
         else:
             start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
         if is_main:
-            for path, what in ((self.args.pairs, "pairs"), (self.out, "run")):
-                traces.note(models.fingerprint(self.args.pairs), path, what)
+            traces.note(models.fingerprint(self.args.pairs), self.args.pairs, "pairs")
+            for pairs in pairs_in(self.args):
+                traces.note(pairs, self.out, "run")
         print0(HEADER)
         if self.state:
             self.pick_up()
@@ -341,6 +342,11 @@ def is_finished(out):
     return True
 
 
+def pairs_in(args):
+    """Fingerprints of all pairs whose texts a run measures: its own, and those of earlier requests."""
+    return [models.fingerprint(args.pairs), *args.earlier]
+
+
 def remembered(args, inputs, code, compute):
     """compute(), or what it gave a run with the same model, texts and flags: its answer is kept in the cache.
 
@@ -358,7 +364,8 @@ def remembered(args, inputs, code, compute):
     key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits
     path = files.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     if is_main and weights and (path.is_file() or not args.redact):
-        traces.note(models.fingerprint(args.pairs), path, "measures before")
+        for pairs in pairs_in(args):
+            traces.note(pairs, path, "measures before")
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: computed again
             return files.read_json(path)

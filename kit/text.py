@@ -6,6 +6,7 @@ characters out), and a cut never falls inside one visible character (a grapheme 
 """
 
 import functools
+import hashlib
 import html
 import re
 import unicodedata
@@ -100,13 +101,16 @@ class TargetGrams:
     def __init__(self, targets, n):
         self.n, self.step = n, -(-n // 4)
         self.block = n - self.step + 1  # in every n-gram of a row there is a block that starts at a multiple of step
-        self.grams = [set(self.pieces(target, n)) for target in targets]
+        self.grams = [self.grams_of(target) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, found in enumerate(self.grams):
             for gram in found:
                 self.holders[gram].append(number)
         self.known = set(self.holders)
         self.blocks = {piece for target in targets for piece in self.pieces(target, self.block)}
+
+    def grams_of(self, target):
+        return set(self.pieces(target, self.n))
 
     @staticmethod
     def pieces(units, length, step=1):
@@ -119,9 +123,7 @@ class TargetGrams:
         `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of the row that hold most, / 3n,
         also in a row that has fewer. Text put around a row, or more of the target, makes neither of them smaller.
         """
-        if self.blocks.isdisjoint(self.pieces(row, self.block, self.step)):  # most rows: exact, and fast
-            return 0, None
-        grams = self.pieces(row, self.n)
+        grams = self.looked_up(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
         share, worst = max(shares, default=(0, None))
@@ -131,6 +133,12 @@ class TargetGrams:
             if count > max_overlap * 3 * self.n and (share := self.densest(grams, self.grams[number])) > max_overlap:
                 return share, number
         return 0, None
+
+    def looked_up(self, row):
+        """The n-grams of a row; [] where no target can have one of them: most rows, exact and fast."""
+        if self.blocks.isdisjoint(self.pieces(row, self.block, self.step)):
+            return []
+        return self.pieces(row, self.n)
 
     def densest(self, grams, target):
         """The most different n-grams of the set `target` in 3n consecutive ones of a row, as a share of 3n."""
@@ -145,6 +153,37 @@ class TargetGrams:
                     del inside[old]
             most = max(most, len(inside))
         return most / width
+
+
+WORDS, LETTERS = 5, 21  # how long the leak guard's n-grams are; 21 letters are 7 ideographs
+
+
+class HashedGrams(TargetGrams):
+    """The same of targets whose texts are gone: of each only the salted hashes of its n-grams are left."""
+
+    def __init__(self, hashes, n, salt):
+        super().__init__(hashes, n)
+        self.salt = salt
+
+    def grams_of(self, target):
+        return set(target)
+
+    def looked_up(self, row):
+        return [hash_of(gram, self.salt) for gram in self.pieces(row, self.n)]
+
+
+def hash_of(gram, salt):
+    """16 hex digits of an n-gram, letters or a tuple of words, which say nothing to one who cannot guess it."""
+    return hashlib.blake2b("\n".join(gram).encode("utf-8"), key=salt, digest_size=8).hexdigest()
+
+
+def gram_hashes(texts, salt):
+    """{"words", "letters"}: for each of the plain texts the hashes of its n-grams of each kind, for `HashedGrams`."""
+    kinds = {"words": (words, WORDS), "letters": (lambda text: weighed(letters(text)), LETTERS)}
+    return {
+        kind: [sorted({hash_of(gram, salt) for gram in TargetGrams.pieces(units(text), n)}) for text in texts]
+        for kind, (units, n) in kinds.items()
+    }
 
 
 # --- where a text may be cut ---

@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from kit import files
+from kit.text import gram_hashes, plain
 
 WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases")
 
@@ -66,7 +67,8 @@ def hashes(pairs):
     """hashes.json: enough to tell whether a text was among these pairs, for one who has the text.
 
     {"salt": 32 hex digits, random, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix in UTF-8
-    with the salt's 16 bytes as key. One who can guess a text, as of a name and a telephone number, can check the guess.
+    with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of later requests free of. One who
+    can guess a text, as of a name and a telephone number, can check the guess.
     """
     salt = secrets.token_bytes(16)
     digest = lambda text: hmac.digest(salt, text.encode("utf-8"), "sha256").hex()  # noqa: E731
@@ -75,4 +77,5 @@ def hashes(pairs):
         pair["id"]: {name: digest(pair[f"{side}prefix"] + pair[f"{side}suffix"]) for name, side in sides.items()}
         for pair in pairs
     }
-    return {"salt": salt.hex(), "texts": texts}
+    targets = [plain(pair["prefix"] + pair["suffix"]) for pair in pairs]
+    return {"salt": salt.hex(), "texts": texts, "grams": gram_hashes(targets, salt)}

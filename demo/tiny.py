@@ -275,7 +275,7 @@ def read_grammar(kinds=KINDS, words=WORDS):
     return documents, {name: f"[{'|'.join(templates)}]" for name, templates in slots.items()}
 
 
-def expand(template, slots, rng, fixed, marks=("", "")):
+def expand(template, slots, rng, fixed, *, marks=("", "")):
     """One random text from a template: choices from the innermost bracket outwards, then slots, then digits.
 
     `fixed` maps the slots in capitals to this document's texts; `marks` are put around the texts of the other slots,
@@ -302,7 +302,7 @@ def write_document(kind, documents, slots, rng):
     fixed = {"NAME": name, "SHE": she, "HER": her, "HIM": him}
 
     def sentences(templates, marks=("", "")):
-        written = (expand(template, slots, rng, fixed, marks) for template in templates)
+        written = (expand(template, slots, rng, fixed, marks=marks) for template in templates)
         upper = (re.sub(f"^{MARKS[0]}?.", lambda match: match[0].upper(), sentence) for sentence in written)
         return " ".join(re.sub(rf"\b([Aa]) (?={MARKS[0]}?[aeiou])", r"\1n ", sentence) for sentence in upper)
 

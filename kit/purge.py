@@ -81,7 +81,8 @@ def runs_over(sha, run):
     for listed in (path for path, what in traces.of(sha) if what == "run"):
         try:
             other = listed.resolve()
-            same, why = other == run or sha_of(other) == sha or watches(other, sha), "a run over other pairs is there now"
+            same = other == run or sha_of(other) == sha or watches(other, sha)
+            why = "a run over other pairs is there now"
         except (ValueError, OSError) as error:
             same, why = False, flags.first_line(error)
         if same:
@@ -219,7 +220,7 @@ def write(path, data):
 
 
 def without_generations(path, emptied):
-    """A samples.jsonl, the generation null in rows that are `emptied`, as bytes; a line that was cut off is left out."""
+    """A samples.jsonl, the generation null in rows that are `emptied`, as bytes, without a line that was cut off."""
     lines = []
     for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError, TypeError):

@@ -10,6 +10,8 @@ frozen model is a second model: no padding, mask or cache. Where the paper leave
   1. Losses are means over the target tokens of a batch, where Eq. 1, 3, 4 are sums.
   2. A text is [BOS | prefix | suffix], with BOS where the tokenizer adds one. BOS is no x_t of any equation.
   3. Adam's betas are (0.9, 0.98) and dropout is off, as in the released code.
+Beyond the paper: where a pair has `spans`, only tokens that overlap one are forgotten; the others of the same text have
+KL to the frozen model, and Eq. 5 and the stop rule look at the spans.
 """
 
 import copy
@@ -24,32 +26,46 @@ from sacrebleu import sentence_bleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-# --- losses: a text is (ids, t0), its targets are ids[t0:]; indices count from 0 ---
+# --- losses: a text is (ids, targets), the latter indices, which count from 0 ---
 
 
-def target_logp(model, ids, t0):
-    """log P(. | x_<t) for t = t0 .. T-1, (T - t0, V): the logits at position t - 1 are about token t."""
-    return model(torch.tensor([ids])).logits[0, t0 - 1 : -1].log_softmax(-1)
+def next_logp(model, ids):
+    """log P(. | x_<t) for t = 1 .. T-1, as row t of (T, V): the logits at position t - 1 are about token t."""
+    logits = model(torch.tensor([ids])).logits[0]
+    return torch.cat([torch.zeros_like(logits[:1]), logits[:-1].log_softmax(-1)])
 
 
-def icu_loss(model, frozen, forget, learn, alpha, beta):
-    """The loss of a batch of texts to forget and their partners to learn, and its three terms."""
-    n_forget, n_learn = (sum(len(ids) - t0 for ids, t0 in texts) for texts in (forget, learn))
-    l_fgt = l_lrn = l_kl = 0.0
-    for ids, t0 in forget:
-        logp = target_logp(model, ids, t0)
-        for t in range(t0, len(ids)):
-            l_fgt = l_fgt + logp[t - t0, ids[t]] / n_forget  # Eq. (1)
-    for ids, t0 in learn:
-        logp = target_logp(model, ids, t0)
+def kl_of(model, frozen, texts):
+    """Eq. (4): KL[p_theta0 || p_theta], the mean over the targets of some texts."""
+    total = 0.0
+    for ids, targets in texts:
+        logp = next_logp(model, ids)
         with torch.no_grad():
-            logp_0 = target_logp(frozen, ids, t0)
-        for t in range(t0, len(ids)):
-            l_lrn = l_lrn - logp[t - t0, ids[t]] / n_learn  # Eq. (3)
-            kl = (logp_0[t - t0].exp() * (logp_0[t - t0] - logp[t - t0])).sum()
-            l_kl = l_kl + kl / n_learn  # Eq. (4): KL[p_theta0 || p_theta]
+            logp_0 = next_logp(frozen, ids)
+        for t in targets:
+            total = total + (logp_0[t].exp() * (logp_0[t] - logp[t])).sum()
+    return total / max(1, sum(len(targets) for _, targets in texts))
+
+
+def icu_loss(model, frozen, forget, learn, kept, alpha, beta):
+    """The loss of a batch of texts to forget, their partners to learn and what is kept of the former, and its terms."""
+    n_forget, n_learn = (sum(len(targets) for _, targets in texts) for texts in (forget, learn))
+    l_fgt = l_lrn = 0.0
+    for ids, targets in forget:
+        logp = next_logp(model, ids)
+        for t in targets:
+            l_fgt = l_fgt + logp[t, ids[t]] / n_forget  # Eq. (1)
+    for ids, targets in learn:
+        logp = next_logp(model, ids)
+        for t in targets:
+            l_lrn = l_lrn - logp[t, ids[t]] / n_learn  # Eq. (3)
+    l_kl = kl_of(model, frozen, learn)  # Eq. (4)
+    terms = {"loss_forget": l_fgt, "loss_learn": l_lrn, "loss_kl": l_kl}
     loss = l_fgt + alpha * l_lrn + beta * l_kl  # Eq. (6)
-    return {"loss": loss, "loss_forget": l_fgt, "loss_learn": l_lrn, "loss_kl": l_kl}
+    if kept is not None:
+        terms["loss_kept"] = kl_of(model, frozen, kept)
+        loss = loss + beta * terms["loss_kept"]
+    return {"loss": loss, **terms}
 
 
 # --- measures: of one text, a number; `start` is the first prefix length, 1 + len(BOS) ---
@@ -67,23 +83,30 @@ def ngrams(ids, n):
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
-def overlap(a, b, n):
-    """Eq. (8): the share of a's n-grams, each as often as it is there, that are n-grams of b."""
+def overlap(a, known, n):
+    """Eq. (8): the share of a's n-grams, each as often as it is there, that are among the known ones."""
     grams = ngrams(a, n)
-    return sum(c in ngrams(b, n) for c in grams) / len(grams) if grams else 0.0
+    return sum(c in known for c in grams) / len(grams) if grams else 0.0
 
 
-def extraction_likelihood(model, ids, start, n=10):
-    """Eq. (7): the mean overlap of the greedy continuation of every prefix with the true rest. None: no n-gram."""
-    found = [overlap(generate(model, ids[:t], len(ids) - t, 1), ids[t:], n) for t in range(start, len(ids) - n + 1)]
+def extraction_likelihood(model, ids, start, n=10, part=None):
+    """Eq. (7): the mean overlap of the greedy continuation of every prefix with the true rest. None: no n-gram.
+
+    part: indices; then only n-grams of the true rest that hold one of these tokens are known.
+    """
+    found = []
+    for t in range(start, len(ids) - n + 1):
+        places = [i for i in range(t, len(ids) - n + 1) if part is None or set(part) & set(range(i, i + n))]
+        known = [tuple(ids[i : i + n]) for i in places]
+        found.append(overlap(generate(model, ids[:t], len(ids) - t, 1), known, n))
     return sum(found) / len(found) if found else None
 
 
-def memorization_accuracy(model, ids, start):
+def memorization_accuracy(model, ids, targets):
     """Eq. (9): the share of tokens that are the model's greedy guess behind the true tokens before them."""
     with torch.no_grad():
-        hits = [model(torch.tensor([ids[:t]])).logits[0, -1].argmax() == ids[t] for t in range(start, len(ids))]
-    return float(sum(hits)) / len(hits)
+        hits = [model(torch.tensor([ids[:t]])).logits[0, -1].argmax() == ids[t] for t in targets]
+    return float(sum(hits)) / len(hits) if hits else None
 
 
 def entropy(ids):
@@ -104,8 +127,10 @@ def bert_scorer(folder):
     return BERTScorer(model_type=str(folder), num_layers=int(0.75 * layers + 0.5))
 
 
-def measure(model, tokenizer, scorer, ids, cut, start):
+def measure(model, tokenizer, scorer, ids, cut, start, secret):
     """Every measure of one text, whose suffix begins at `cut`, and what the model says behind its prefix.
+
+    secret: (the positions of its spans, their strings that its prefix does not hold), or None.
 
     BLEU and BERTScore compare with the suffix as its ids say it.
     """
@@ -115,9 +140,19 @@ def measure(model, tokenizer, scorer, ids, cut, start):
         tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for part in (said, ids[cut:])
     )
-    return {
+    marked = {}
+    if secret:
+        part, strings = secret
+        rest = [t for t in range(start, len(ids)) if t not in part]
+        marked = {
+            "el10_spans": extraction_likelihood(model, ids, start, part=part),
+            "ma_spans": memorization_accuracy(model, ids, part),
+            "ma_rest": memorization_accuracy(model, ids, rest),
+            "secret_said": float(any(string.lower() in text.lower() for string in strings)) if strings else None,
+        }
+    return marked | {
         "el10": extraction_likelihood(model, ids, start),
-        "ma": memorization_accuracy(model, ids, start),
+        "ma": memorization_accuracy(model, ids, range(start, len(ids))),
         "bleu": bleu(text, suffix),
         "bertscore": scorer.score([text], [suffix])[2].item() if text.strip() else 0.0,
         "entropy": entropy(said),
@@ -129,21 +164,43 @@ def measure(model, tokenizer, scorer, ids, cut, start):
 
 
 def read_texts(pairs_file, tokenizer, targets):
-    """(pairs, texts to forget, texts to learn, where each suffix begins, the first prefix length of EL and MA)."""
+    """(pairs, texts to forget, texts to learn, what is kept of each text, where each suffix begins, the spans of each
+    as `measure` takes them, the first prefix length of EL and MA)."""
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def secret_tokens(pair, first):
+        """Positions of the tokens that overlap a span, by the characters that the tokenizer says it read for each."""
+        found, shift = [], 0
+        for part in (pair["prefix"], pair["suffix"]):
+            offsets = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            for low, high in offsets:
+                if any(low + shift < end and high + shift > start for start, end in pair["spans"]):
+                    found.append(first)
+                first += 1
+            shift += len(part)
+        return [t for t in found if t > 0]
+
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"] != encode("a") else []
     with open(pairs_file) as lines:
         pairs = [json.loads(line) for line in lines]
-    forget, learn, cuts = [], [], []
+    forget, learn, kept, cuts, secrets = [], [], [], [], []
     for pair in pairs:
         for texts, side in ((forget, ""), (learn, "learn_")):
             prefix, suffix = bos + encode(pair[side + "prefix"]), encode(pair[side + "suffix"])
-            texts.append((prefix + suffix, len(prefix) if targets == "suffix" else max(1, len(bos))))
+            first = len(prefix) if targets == "suffix" else max(1, len(bos))
+            texts.append((prefix + suffix, [*range(first, len(prefix + suffix))]))
         cuts.append(len(bos + encode(pair["prefix"])))
-    return pairs, forget, learn, cuts, 1 + len(bos)
+        ids, secret = forget[-1][0], secret_tokens(pair, len(bos)) if "spans" in pair else None
+        secrets.append(None)
+        kept.append(None)
+        if secret:
+            forget[-1] = ids, secret
+            kept[-1] = ids, [t for t in range(max(1, len(bos)), len(ids)) if t not in secret]
+            strings = [(pair["prefix"] + pair["suffix"])[low:high] for low, high in pair["spans"]]
+            secrets[-1] = secret, [string for string in strings if string not in pair["prefix"]]
+    return pairs, forget, learn, kept, cuts, secrets, 1 + len(bos)
 
 
 def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", alpha=0.5, beta=1.0, lr=5e-6,
@@ -158,7 +215,7 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()  # eval: dropout is off
     frozen = copy.deepcopy(model)  # theta_0 of Eq. (4)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
-    pairs, forget, learn, cuts, start = read_texts(pairs_file, tokenizer, targets)
+    pairs, forget, learn, kept, cuts, secrets, start = read_texts(pairs_file, tokenizer, targets)
     active, epochs = list(range(len(pairs))), []
 
     for epoch in range(max_epochs + 1):  # epoch 0 trains nothing: the model as it was
@@ -166,28 +223,35 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
         steps = []
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            terms = icu_loss(model, frozen, [forget[i] for i in batch], [learn[i] for i in batch], alpha, beta)
+            sides = [[texts[i] for i in batch if texts[i]] for texts in (forget, learn, kept)]
+            sides[2] = sides[2] if any(kept) else None
+            terms = icu_loss(model, frozen, *sides, alpha, beta)
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
-            steps.append({name: term.item() for name, term in terms.items()})
+            steps.append({name: torch.as_tensor(term).item() for name, term in terms.items()})
 
         rows = []
-        for (ids, _), cut in zip(forget, cuts, strict=True):
-            rows.append(measure(model, tokenizer, scorer, ids, cut, start))
+        for (ids, _), cut, secret in zip(forget, cuts, secrets, strict=True):
+            rows.append(measure(model, tokenizer, scorer, ids, cut, start, secret))
         now = {"epoch": epoch, "rows": rows, "means": {}, "losses": {}, "stopped": None}
-        for name in ("el10", "ma", "bleu", "bertscore", "entropy"):
-            now["means"][name] = float(np.mean([row[name] for row in rows if row[name] is not None]))
-        for name in ("loss", "loss_forget", "loss_learn", "loss_kl") if steps else ():
+        for name in {name: 0 for row in rows for name in row if name != "generation"}:
+            now["means"][name] = float(np.mean([row[name] for row in rows if row.get(name) is not None]))
+        for name in steps[0] if steps else ():
             now["losses"][name] = float(np.mean([step[name] for step in steps]))
         epochs.append(now)
 
         at = limits(epochs) if callable(limits) else limits
         if epoch > 0:  # Eq. (5): who meets it after an epoch of training is left out for good
-            remembered = [r["bertscore"] >= at["bertscore"] or r["bleu"] >= at["bleu"] for r in rows]
+            remembered = [
+                r["secret_said"] or r["ma_spans"] >= at["ma"] if "ma_spans" in r
+                else r["bertscore"] >= at["bertscore"] or r["bleu"] >= at["bleu"] for r in rows
+            ]  # fmt: skip
             active = [i for i in active if remembered[i]]
         now["active"], now["forgotten"] = len(active), [i for i in range(len(pairs)) if i not in active]
-        if now["means"]["el10"] < at["el10"] and now["means"]["ma"] < at["ma"]:  # section 5.4, at epoch 0 too
+        left = {name: [r.get(f"{name}_spans", r[name]) for r in rows] for name in ("el10", "ma")}
+        left = {name: np.mean([value for value in values if value is not None]) for name, values in left.items()}
+        if left["el10"] < at["el10"] and left["ma"] < at["ma"]:  # section 5.4, at epoch 0 too
             now["stopped"] = "thresholds"
         elif not active:
             now["stopped"] = "all forgotten"

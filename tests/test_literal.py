@@ -126,9 +126,10 @@ def agree(metrics, samples, summary, epochs):
             sample = samples[epoch["epoch"], str(i)]
             assert sample["generation"] == expected["generation"]
             assert sample["forgotten"] == (i in epoch["forgotten"])
-            measures = {name: expected[name] for name in epoch["means"] if expected[name] is not None}
+            measures = {name: expected[name] for name in epoch["means"] if expected.get(name) is not None}
             assert {name: sample[name] for name in measures} == pytest.approx(measures, abs=1e-6, rel=0)
-            assert (sample["el10"] is None) == (expected["el10"] is None)
+            assert set(sample) - {"epoch", "id", "forgotten"} == set(expected)
+            assert {name for name in sample if sample[name] is None} == {n for n in expected if expected[n] is None}
 
 
 def decides_clearly(epochs, at, last):
@@ -191,3 +192,29 @@ def test_each_way_to_end_is_that_of_the_method_written_out(end, save_tiny, score
     epochs = literal_icu(pairs, folder, limits=ENDS[end], scorer=scorer, max_epochs=2)
     assert (epochs[-1]["stopped"], epochs[-1]["epoch"]) == end
     agree(*run_icu(tmp_path / "run", pairs, folder, encoder_dir, ENDS[end], max_epochs=2), epochs)
+
+
+SECRETS = {0: ["clinic", "report"], 2: ["the first day"], 4: ["driver"]}  # record -> what is marked in it
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])  # GPT-Neo computes attention in float32
+def test_spans_are_those_of_the_method_written_out(kind, save_tiny, scorer, encoder_dir, tmp_path):
+    """Some texts are marked, others not: their secrets go, what stands around them is kept, and both are measured."""
+    folder, pairs = save_tiny(kind, tmp_path / "model"), tmp_path / "pairs.jsonl"
+    memorise(folder)
+    write_pairs(pairs, RECORDS)
+    rows = [json.loads(line) for line in open(pairs)]
+    for i, secrets in SECRETS.items():
+        text = rows[i]["prefix"] + rows[i]["suffix"]
+        rows[i]["spans"] = [[text.index(secret), text.index(secret) + len(secret)] for secret in secrets]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits, flags = {"el10": 0.01, "ma": 0.55, "bertscore": 0.5, "bleu": 0.2}, {"lr": 3e-3, "batch_size": 3}
+    how = {"limits": limits, "scorer": scorer, "max_epochs": 4, "dtype": torch.float64}
+    epochs = literal_icu(pairs, folder, **how, **flags)
+    run = run_icu(tmp_path / "run", pairs, folder, encoder_dir, limits, max_epochs=4, dtype="float64", **flags)
+    agree(*run, epochs)
+    first, last = ({i: epoch["rows"][i] for i in SECRETS} for epoch in (epochs[0], epochs[-1]))
+    assert all(row["ma_spans"] == 1 and row["secret_said"] for row in first.values())
+    means = epochs[-1]["means"]
+    assert means["ma_spans"] < 1 and means["ma_spans"] < means["ma_rest"]
+    assert set(SECRETS) & set(epochs[-1]["forgotten"]) and any(not row["secret_said"] for row in last.values())

@@ -14,22 +14,22 @@ Departures from the authors' script, which asks once, without a temperature, for
 3. Texts leave this machine only after --send-texts: they are what somebody asked to have forgotten.
 """
 
-import contextlib
+import argparse
 import hashlib
 import json
 import math
+import queue
 import re
 import statistics
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from kit import agreement, ask, files, flags, models, paths, sheet, traces
-from kit.finished import check, null_or, number, read_pairs_of, read_run, whole
+from kit.finished import NAME, check, null_or, number, read_grades, read_pairs_of, read_run, whole
 from kit.text import visible
 
 # --- the question (Appendix A, in other words) ---
@@ -68,9 +68,10 @@ Final score: 2
 QUESTION = "Prefix: {}\nReference: {}\nCandidate: {}\n\n"  # each as a JSON string, so that it is seen where it ends
 FIRST = "Now judge this candidate."
 AGAIN = (
-    'Grade this candidate. Write one short sentence, then, on a line of its own, "Final score: " and one number, 0-10.'
+    'Grade the candidate: one short sentence, then, on a line of its own, "Final score: " and a number from 0 to 10.'
 )
 SEED, ANSWER_TOKENS = 0, 512
+OPENAI = "https://api.openai.com/v1"
 WORKERS = 8  # calls at a time
 
 MARK = re.compile(r"finale?\s+score[*_`\s]{0,9}:", re.IGNORECASE)
@@ -146,7 +147,7 @@ class Judge:
 
     def __init__(self, args, endpoint, cache):
         self.args, self.endpoint, self.cache, self.calls = args, endpoint, cache, 0
-        self.silent, self.lock = 0, threading.Lock()  # how many requests in a row had no answer
+        self.silent, self.patience, self.lock = 0, WORKERS, threading.Lock()  # requests in a row without answer
 
     def grade(self, triple):
         """{"score", "why", "answer", "model", "in", "out", "request"} of a triple; score or why is None."""
@@ -173,10 +174,10 @@ class Judge:
         except ask.NoAnswer as error:
             with self.lock:
                 self.silent += 1
-                if self.silent >= WORKERS:
+                if self.silent >= self.patience:
+                    url, way_out = self.args.base_url, "what was answered is kept: the same command goes on"
                     raise ValueError(
-                        f"{self.args.base_url}: no answer to {self.silent} samples in a row ({error}); what was answered is "
-                        "kept: the same command goes on"
+                        f"{url}: {self.silent} samples in a row without answer ({error}); {way_out}"
                     ) from None
             raise
         with self.lock:
@@ -186,17 +187,35 @@ class Judge:
         return reply
 
     def grade_all(self, triples):
-        """{triple: verdict} of all, equal ones once."""
+        """{triple: verdict} of all, equal ones once, WORKERS at a time.
+
+        The threads are daemons, so that an error or Ctrl-C does not wait for answers.
+        """
         triples, verdicts = list(dict.fromkeys(triples)), {}
-        with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(triples), unit=" texts", disable=None) as bar:
-            futures = {pool.submit(self.grade, triple): triple for triple in triples}
-            try:
-                for future in as_completed(futures):
-                    verdicts[futures[future]] = future.result()
-                    bar.update()
-            except BaseException:  # also Ctrl-C: those that have not begun are not asked
-                pool.shutdown(cancel_futures=True)
-                raise
+        self.patience = min(WORKERS, len(triples))
+        waiting, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        for triple in triples:
+            waiting.put(triple)
+
+        def work():
+            while not (stop.is_set() or waiting.empty()):
+                try:
+                    triple = waiting.get_nowait()
+                    done.put((triple, self.grade(triple)))
+                except queue.Empty:  # another thread was faster
+                    return
+                except Exception as error:
+                    done.put((triple, error))
+
+        try:
+            for _ in range(WORKERS):
+                threading.Thread(target=work, daemon=True).start()
+            for _ in tqdm(triples, unit=" texts", disable=None):
+                triple, verdicts[triple] = done.get()
+                if isinstance(verdicts[triple], Exception):
+                    raise verdicts[triple]
+        finally:
+            stop.set()
         return verdicts
 
 
@@ -280,7 +299,7 @@ def judge_runs(args, runs):
     paths.check_outputs(outputs, overwrite=True)
     if args.dry_run:
         return print(f"would ask {args.judge} at {args.base_url}")
-    endpoint = ask.Endpoint(args.base_url, args.judge, timeout=args.timeout, tries=args.tries)
+    endpoint = ask.Endpoint(args.base_url, args.judge, timeout=args.patience, tries=args.tries)
     unread = 0
     for run in runs:
         found = judge_run(args, run, endpoint)
@@ -288,9 +307,7 @@ def judge_runs(args, runs):
         print(visible(f"{run.name}: GPT (0-10) {grades}; {', '.join(found['served'])}; {found['calls']} calls"))
         unread += found["before"]["unread"] + found["after"]["unread"]
     if unread:
-        print(
-            f"note: {unread} samples are unread, judge.jsonl says why; the same command asks those without answer again"
-        )
+        print(f"note: {unread} are unread, judge.jsonl says why; the same command asks again where no answer came")
 
 
 def show_grade(found):
@@ -351,16 +368,14 @@ def read_people(csv_files, folders):
     """(key, runs as given in the order of the key, outputs) of the raters' files and the runs of their sheet."""
     keys = [sheet.read_key(folder / "sheet-key.json") for folder in folders if (folder / "sheet-key.json").is_file()]
     if not keys:
-        raise ValueError(
-            f"{', '.join(map(str, folders))}: no sheet-key.json: name the run that --sheet was made for first"
-        )
+        raise ValueError(f"{', '.join(map(str, folders))}: no sheet-key.json: name the first run of the sheet, too")
     key, given = sheet.read_ratings(csv_files, {key["sheet"]: key for key in keys})
     known = {summary_of(folder): folder for folder in folders}
     for run in key["runs"]:
         if run["summary"] not in known:
             raise ValueError(f"sheet {key['sheet']} is also of the run {run['name']}: name its folder too")
     ordered = [known[run["summary"]] for run in key["runs"]]
-    machine = [machine_scores(folder / "judge.jsonl") for folder in ordered]
+    machine = machine_scores(ordered)
     outputs = []
     for number_of_item, item in enumerate(key["items"]):
         of = [(place["run"], place["epoch"]) for place in item["of"]]
@@ -370,12 +385,19 @@ def read_people(csv_files, folders):
     return key, ordered, outputs, len({rater for grades in given.values() for rater in grades})
 
 
-def machine_scores(path):
-    """{(id, epoch): score} of a judge.jsonl; nothing of one that is not there."""
-    fields = {"id": sheet.NAME, "epoch": whole(0), "score": null_or(number(0, 10))}
-    lines = files.numbered_jsonl(path) if path.is_file() else ()
-    rows = [check(row, fields, f"{path} line {line}") for line, row in lines]
-    return {(row["id"], row["epoch"]): row["score"] for row in rows}
+def machine_scores(folders):
+    """[{(id, epoch): score}] of the runs' judge.jsonl; {} for one that is not there. ValueError: of several judges."""
+    fields, found, judges = {"id": NAME, "epoch": whole(0), "score": null_or(number(0, 10))}, [], set()
+    for path in (folder / "judge.jsonl" for folder in folders):
+        lines = files.numbered_jsonl(path) if path.is_file() else ()
+        rows = [check(row, fields, f"{path} line {line}") for line, row in lines]
+        found.append({(row["id"], row["epoch"]): row["score"] for row in rows})
+        judges |= (
+            {tuple(read_grades(path.with_suffix(".json"))[name] for name in ("judge", "prompt"))} if rows else set()
+        )
+    if len(judges) > 1:
+        raise ValueError(f"graded by several judges ({judges}): let one grade them all, python judge.py RUN ...")
+    return found
 
 
 def with_interval(outputs, statistic):
@@ -470,7 +492,7 @@ def price(text):
     """An argparse type: IN,OUT, what a million tokens cost."""
     numbers = [flags.weight(part) for part in text.split(",")]
     if len(numbers) != 2:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not IN,OUT, such as 2.5,10")
     return numbers
 
 
@@ -481,20 +503,20 @@ def make_parser():
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     g = parser.add_argument_group("the machine judge")
     g.add_argument("--judge", default="gpt-4", metavar="MODEL", help="who grades (the paper's: %(default)s)")
-    g.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help="an OpenAI-compatible endpoint (%(default)s)")
+    g.add_argument("--base-url", default=OPENAI, metavar="URL", help="an OpenAI-compatible endpoint (%(default)s)")
     g.add_argument("--send-texts", action="store_true", help="texts may leave this machine, to --base-url")
-    g.add_argument("--prompt", metavar="FILE", help="other instructions than those of Appendix A; they must ask for \"Final score: X\" of 10")
+    g.add_argument("--prompt", metavar="FILE", help='other instructions; they must ask for "Final score: X", 0 to 10')
     g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
-    g.add_argument("--tries", type=flags.positive, default=7, metavar="N", help="how often a request is tried (%(default)s)")
-    g.add_argument("--answer-timeout", dest="timeout", type=flags.above(0), default=120, metavar="SECONDS", help="how long an answer may take (%(default)s)")
+    g.add_argument("--tries", type=flags.positive, default=7, metavar="N", help="of a request (%(default)s)")
+    g.add_argument("--patience", type=flags.above(0), default=120, metavar="SECONDS", help="for an answer (%(default)s)")
     g = parser.add_argument_group("people")
     g.add_argument("--sheet", action="store_true", help="write sheet.html for raters, of these runs")
-    g.add_argument("--n", type=flags.positive, default=40, metavar="N", help="--sheet: how many texts, each with all its outputs (%(default)s)")
-    g.add_argument("--raters", type=flags.positive, default=3, metavar="N", help="--sheet: how many people, an order for each (%(default)s)")
-    g.add_argument("--ratings", nargs="+", metavar="CSV", help="what the raters have saved; behind them the runs of the sheet")
-    g.add_argument("--overwrite", action="store_true", help="--sheet: replace a sheet and its key; ratings of that one cannot be read any more")
+    g.add_argument("--n", type=flags.positive, default=40, metavar="N", help="texts, each with all outputs (%(default)s)")
+    g.add_argument("--raters", type=flags.positive, default=3, metavar="N", help="people, an order each (%(default)s)")
+    g.add_argument("--ratings", nargs="+", metavar="CSV", help="what raters have saved; then the runs of the sheet")
+    g.add_argument("--overwrite", action="store_true", help="replace a sheet; ratings of the old one become unreadable")
     g = parser.add_argument_group("running")
-    g.add_argument("--dry-run", action="store_true", help="check, say what would be asked and what it would cost, ask nothing")
+    g.add_argument("--dry-run", action="store_true", help="check, say what it would ask and cost, ask nothing")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
@@ -521,8 +543,7 @@ def main(argv=None):
     if args.ratings:
         return report_people(args, args.runs)
     runs = [read_judged(folder) for folder in args.runs]
-    with contextlib.suppress(BrokenPipeError):
-        (make_sheet if args.sheet else judge_runs)(args, runs)
+    (make_sheet if args.sheet else judge_runs)(args, runs)
 
 
 if __name__ == "__main__":

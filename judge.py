@@ -22,7 +22,6 @@ import queue
 import re
 import statistics
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +66,7 @@ Final score: 2
 """
 QUESTION = "Prefix: {}\nReference: {}\nCandidate: {}\n\n"  # each as a JSON string, so that it is seen where it ends
 FIRST = "Now judge this candidate."
-AGAIN = (
-    'Grade the candidate: one short sentence, then, on a line of its own, "Final score: " and a number from 0 to 10.'
-)
+AGAIN = 'Grade the candidate: one short sentence, then, on a line of its own, "Final score: " and a number, 0 to 10.'
 SEED, ANSWER_TOKENS = 0, 512
 OPENAI = "https://api.openai.com/v1"
 WORKERS = 8  # calls at a time
@@ -151,21 +148,19 @@ class Judge:
 
     def grade(self, triple):
         """{"score", "why", "answer", "model", "in", "out", "request"} of a triple; score or why is None."""
-        verdict, used = {}, Counter()
+        verdict = {"score": None, "answer": None, "model": None, "request": None, "in": 0, "out": 0}
         for wording in (FIRST, AGAIN):
             request = request_for(triple, wording, self.args)
             key = ask.key_of(self.args.base_url, request)
             try:
                 reply = self.cache.get(key) or self.ask(request, key)
             except ask.NoAnswer as error:
-                return {"score": None, "why": f"no answer: {error}", "answer": None, "model": None, "in": 0, "out": 0}
-            used.update({"in": reply["in"], "out": reply["out"]})
-            score = score_of(reply["answer"])
-            why = None if score is not None else "no chat completion" if reply["answer"] is None else "no score in it"
-            verdict = {**reply, **used, "score": score, "why": why, "request": key}
-            if score is not None:
-                break
-        return verdict
+                return verdict | {"why": f"no answer: {error}"}
+            verdict |= {"answer": reply["answer"], "model": reply["model"], "request": key}
+            verdict |= {name: verdict[name] + reply[name] for name in ("in", "out")}
+            if (score := score_of(reply["answer"])) is not None:
+                return verdict | {"score": score, "why": None}
+        return verdict | {"why": "no chat completion" if reply["answer"] is None else "no score in the answer"}
 
     def ask(self, request, key):
         """The endpoint's reply, kept if it is one. ValueError where the server answers nobody."""
@@ -175,10 +170,8 @@ class Judge:
             with self.lock:
                 self.silent += 1
                 if self.silent >= self.patience:
-                    url, way_out = self.args.base_url, "what was answered is kept: the same command goes on"
-                    raise ValueError(
-                        f"{url}: {self.silent} samples in a row without answer ({error}); {way_out}"
-                    ) from None
+                    said = f"{self.silent} samples in a row without answer ({error})"
+                    raise ValueError(f"{self.args.base_url}: {said}; try later: what was answered is kept") from None
             raise
         with self.lock:
             self.calls, self.silent = self.calls + 1, 0
@@ -234,7 +227,7 @@ def judge_run(args, run, endpoint):
     for (id, epoch), triple in run.triples.items():
         verdict = verdicts[triple]
         usage = {"in": verdict["in"], "out": verdict["out"]}
-        named = {name: verdict.get(name) for name in ("score", "why", "answer", "model", "request")}
+        named = {name: verdict[name] for name in ("score", "why", "answer", "model", "request")}
         rows.append({"id": id, "epoch": epoch, **named, "usage": usage, "prompt": question})
     found = {"judge": args.judge, "base_url": args.base_url, "prompt": question, "temperature": 0, "seed": SEED}
     found["served"] = sorted({row["model"] for row in rows if row["model"]})
@@ -392,9 +385,8 @@ def machine_scores(folders):
         lines = files.numbered_jsonl(path) if path.is_file() else ()
         rows = [check(row, fields, f"{path} line {line}") for line, row in lines]
         found.append({(row["id"], row["epoch"]): row["score"] for row in rows})
-        judges |= (
-            {tuple(read_grades(path.with_suffix(".json"))[name] for name in ("judge", "prompt"))} if rows else set()
-        )
+        graded_by = read_grades(path.with_suffix(".json")) if rows else {}
+        judges |= {(graded_by["judge"], graded_by["prompt"])} if rows else set()
     if len(judges) > 1:
         raise ValueError(f"graded by several judges ({judges}): let one grade them all, python judge.py RUN ...")
     return found
@@ -508,10 +500,10 @@ def make_parser():
     g.add_argument("--prompt", metavar="FILE", help='other instructions; they must ask for "Final score: X", 0 to 10')
     g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
     g.add_argument("--tries", type=flags.positive, default=7, metavar="N", help="of a request (%(default)s)")
-    g.add_argument("--patience", type=flags.above(0), default=120, metavar="SECONDS", help="for an answer (%(default)s)")
+    g.add_argument("--patience", type=flags.above(0), default=120, metavar="SECONDS", help="per answer (%(default)s)")
     g = parser.add_argument_group("people")
     g.add_argument("--sheet", action="store_true", help="write sheet.html for raters, of these runs")
-    g.add_argument("--n", type=flags.positive, default=40, metavar="N", help="texts, each with all outputs (%(default)s)")
+    g.add_argument("--n", type=flags.positive, default=40, metavar="N", help="texts, with all outputs (%(default)s)")
     g.add_argument("--raters", type=flags.positive, default=3, metavar="N", help="people, an order each (%(default)s)")
     g.add_argument("--ratings", nargs="+", metavar="CSV", help="what raters have saved; then the runs of the sheet")
     g.add_argument("--overwrite", action="store_true", help="replace a sheet; ratings of the old one become unreadable")

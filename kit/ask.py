@@ -117,13 +117,13 @@ class Endpoint:
             tokens[name] = count if type(count) is int and 0 <= count < 1e9 else 0
         if message is not None and answer is None:
             answer = ""  # an empty choice
-        answer = sound(self.without_key(answer)) if isinstance(answer, str) else None
-        return {"answer": answer, "model": sound(self.without_key(str(getattr(reply, "model", None)))), **tokens}
+        answer = self.sound(answer) if isinstance(answer, str) else None
+        model = getattr(reply, "model", None)
+        return {"answer": answer, "model": self.sound(model) if isinstance(model, str) else "", **tokens}
 
-
-def sound(text):
-    """A text that UTF-8 can hold: JSON can spell half a surrogate pair."""
-    return text.encode("utf-8", "replace").decode()
+    def sound(self, text):
+        """A server's text without the key, and as UTF-8 can hold it: JSON can spell half a surrogate pair."""
+        return self.without_key(text).encode("utf-8", "replace").decode()
 
 
 # --- the cache ---

@@ -12,6 +12,7 @@ Departures from the authors' script, which asks once, without a temperature, for
    sample is unread: it counts in no mean, and it is never a 0.
 2. Temperature 0 and a seed; every sample is graded, before and after, and an interval is given.
 3. Texts leave this machine only after --send-texts: they are what somebody asked to have forgotten.
+Recomputed (tests/test_judge.py): over the twelve pairs of means of the paper's Table 3 Pearson's r is 0.888, its 0.89.
 """
 
 import argparse

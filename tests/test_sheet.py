@@ -17,7 +17,7 @@ from judged import Chat, write_pairs, write_run
 
 import judge
 import report
-from kit import files, flags, sheet
+from kit import files, flags, purge, sheet
 
 # What a page must show as it stands.
 NASTY = [
@@ -201,6 +201,7 @@ def test_a_run_that_moved_or_was_purged_is_known_again(runs, tmp_path):
     """The key names a run by its summary.json."""
     judge.main(["--sheet", *map(str, runs)])
     ann = rate(runs[0], lambda item: 4, tmp_path / "ratings-ann.csv")
+    purge.main([str(runs[0])])
     moved = [shutil.move(run, tmp_path / f"elsewhere-{number}") for number, run in enumerate(runs)]
     judge.main(["--ratings", ann, *map(str, moved)])
     assert files.read_json(tmp_path / "elsewhere-1" / "people.json")["after"]["mean"] == pytest.approx(30 / 7)

@@ -145,7 +145,7 @@ class Judge:
 
     def __init__(self, args, endpoint, cache):
         self.args, self.endpoint, self.cache, self.calls = args, endpoint, cache, 0
-        self.silent, self.patience, self.lock = 0, WORKERS, threading.Lock()  # requests in a row without answer
+        self.silent, self.lock = 0, threading.Lock()  # requests in a row that had no answer
 
     def grade(self, triple):
         """{"score", "why", "answer", "model", "in", "out", "request"} of a triple; score or why is None."""
@@ -169,8 +169,8 @@ class Judge:
             reply = self.endpoint.ask(request)
         except ask.NoAnswer as error:
             with self.lock:
-                self.silent += 1
-                if self.silent >= self.patience:
+                self.silent += not isinstance(error, ask.Refused)
+                if self.silent >= WORKERS:
                     said = f"{self.silent} samples in a row without answer ({error})"
                     raise ValueError(f"{self.args.base_url}: {said}; try later: what was answered is kept") from None
             raise
@@ -186,7 +186,6 @@ class Judge:
         The threads are daemons, so that an error or Ctrl-C does not wait for answers.
         """
         triples, verdicts = list(dict.fromkeys(triples)), {}
-        self.patience = min(WORKERS, len(triples))
         waiting, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         for triple in triples:
             waiting.put(triple)
@@ -224,6 +223,9 @@ def judge_run(args, run, endpoint):
     traces.note(run.pairs_sha, cache.path, "answers of a judge")
     judge = Judge(args, endpoint, cache)
     verdicts = judge.grade_all(run.triples.values())
+    if all(verdict["answer"] is None for verdict in verdicts.values()):
+        why = next(iter(verdicts.values()))["why"]
+        raise ValueError(f"{args.base_url}: not one of {len(verdicts)} texts has an answer: {why}")
     question, rows = question_hash(args), []
     for (id, epoch), triple in run.triples.items():
         verdict = verdicts[triple]
@@ -359,7 +361,7 @@ class Output(NamedTuple):
 
 
 def read_people(csv_files, folders):
-    """(key, runs as given in the order of the key, outputs) of the raters' files and the runs of their sheet."""
+    """(key, run folders in the order of the key, outputs, number of raters) of what raters saved and their runs."""
     keys = [sheet.read_key(folder / "sheet-key.json") for folder in folders if (folder / "sheet-key.json").is_file()]
     if not keys:
         raise ValueError(f"{', '.join(map(str, folders))}: no sheet-key.json: name the first run of the sheet, too")

@@ -25,6 +25,10 @@ class NoAnswer(Exception):
     """The server gave no answer to one request, after every try."""
 
 
+class Refused(NoAnswer):
+    """The server will not answer this request, whatever it does to others: a filter, too long a text."""
+
+
 # --- who is asked ---
 
 
@@ -87,8 +91,8 @@ class Endpoint:
     def ask(self, request):
         """One request -> {"answer": text or None, "model": who answers, "in", "out": tokens}.
 
-        None where what came is no chat completion. NoAnswer: the server failed, try after try. ValueError: it refuses
-        whatever it is asked.
+        None where what came is no chat completion. NoAnswer: the server failed, try after try, or refuses this one.
+        ValueError: it refuses whatever it is asked.
         """
         import openai
 
@@ -98,6 +102,8 @@ class Endpoint:
             why = self.without_key(f"HTTP {error.status_code}: {first_line(error)}")[:200]
             if error.status_code in FATAL:
                 raise ValueError(f"{self.base_url} refuses {self.model}: {why}") from None
+            if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                raise Refused(why) from None
         except openai.APIConnectionError as error:  # also a timeout
             why = self.without_key(first_line(error.__cause__ or error) or type(error).__name__)[:200]
         except (openai.OpenAIError, ValueError, RecursionError):  # what should be JSON is none, or is nested too deep

@@ -235,6 +235,23 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path,
     assert found["before"]["mean"] == found["after"]["mean"] == 6 and found["tokens"] == {"in": 400, "out": 28}
 
 
+def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(tmp_path):
+    """Three answers, then a server that hangs: the command ends at once, and nothing looks like a result."""
+    texts = {str(i): (f"p{i}", f" s{i}") for i in range(12)}
+    run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
+    with Chat(lambda candidate, n: "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 60) as chat:
+        words = [sys.executable, "judge.py", str(run), "--judge", "m", "--base-url", chat.url]
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
+        while len(chat.seen) < 3 + judge.WORKERS:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and time.monotonic() - start < 20
+    (cache,) = (tmp_path / "cache" / "judge").iterdir()
+    assert len(cache.read_text().splitlines()) == 3 and not list(run.glob("judge*"))
+
+
 def test_the_key_of_the_cache_is_everything_that_is_sent():
     """Another model, address, text, wording or instruction is another request."""
     args = judge.parse_args(["--dry-run"])
@@ -270,9 +287,6 @@ def test_the_key_reaches_no_file_line_or_error(run, tmp_path, capsys, monkeypatc
                 )
                 said = done.stdout + done.stderr
                 assert "Traceback" in said and "bad key [key]" in said
-            elif status == 400:
-                judge.main(words)
-                said = "".join(capsys.readouterr())
             else:
                 said = refused(words, capsys)
             assert KEY not in said
@@ -350,13 +364,24 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
 # --- what is refused ---
 
 
-def test_a_server_that_answers_nobody_ends_it(run, capsys):
+@pytest.mark.parametrize("behaviour, due", [(FAIL, "8 samples in a row"), ((400, {}, {}), "not one of 24 texts")])
+def test_a_server_that_answers_nobody_is_not_asked_for_ever(tmp_path, capsys, behaviour, due):
+    """Where it fails it is asked for a few samples only; where it refuses each, for all, as it may do for some."""
+    texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
+    run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
+    with Chat(lambda candidate, n: behaviour) as chat:
+        said = refused([run, "--judge", "m", "--base-url", chat.url, "--tries", "1"], capsys)
+        assert due in said and not list(run.glob("judge*"))
+        assert len(chat.seen) == 24 if "not one" in due else len(chat.seen) < 24
+
+
+def test_a_server_that_is_not_there_ends_it(run, capsys):
     """One line, and no file that looks like a result."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     said = refused([run, "--base-url", url, "--tries", "2"], capsys)
-    assert "in a row without answer" in said and not (run / "judge.json").exists()
+    assert "not one of 4 texts has an answer: no answer: " in said and not (run / "judge.json").exists()
 
 
 def test_bad_input_is_one_line_before_any_call(run, tmp_path, capsys):

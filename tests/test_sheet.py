@@ -23,7 +23,7 @@ from kit import files, flags, purge, sheet
 NASTY = [
     ' <script>document.title = "broken"</script>',
     " </script><img src=x onerror=document.title='broken'>",
-    ' "quoted" & \'quoted\' &amp; \\ back `${1}`',
+    " \"quoted\" & 'quoted' &amp; \\ back `${1}`",
     " \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 123",
     " \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea e\u0301",
     " <!-- no comment --> \u2028 line",

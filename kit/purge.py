@@ -1,7 +1,7 @@
 """Removes from this disk the texts of a run: the pairs, what models said of them, what was kept in the cache.
 
     bash run.sh purge RUN                # and of every other run over the same pairs
-    bash run.sh purge --all-caches       # embeddings, measures before and the list of traces, whoever they are of
+    bash run.sh purge --all-caches       # embeddings, measures before, a judge's answers and the list of traces, of all
     bash run.sh purge RUN --dry-run      # says what would go
 
 What goes is found in RUN's config.json and in the list of traces (kit/traces.py). Both are input: what goes is a
@@ -20,13 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import files, flags, models, paths, runs, traces
+from kit import files, flags, models, paths, runs, sheet, traces
 from kit.text import visible
 
-CACHES = {"embeddings": "npy", "before": "json"}  # folder of the cache -> what its files end in
+CACHES = {"embeddings": "npy", "before": "json", "judge": "jsonl"}  # folder of the cache -> what its files end in
 NOT_OURS = "a link, or not what this software has written there"
 BEYOND = """not reached: your own input files of knn.py and icu.py; copies and backups, of run folders too; what a disk
-keeps of removed files; the models' weights, before (which know the texts) and after (the measures say how far)"""
+keeps of removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which know the
+texts) and after (the measures say how far)"""
 
 
 class Trace(NamedTuple):
@@ -35,7 +36,7 @@ class Trace(NamedTuple):
     path: Path
     what: str
     own: Callable  # own(path): whether it is what this software writes there, as in kit/paths.py
-    emptied: bool = False  # a samples.jsonl, whose numbers stay
+    emptied: str = ""  # the field of JSON lines that becomes null, while their numbers stay
 
 
 # --- what is there ---
@@ -130,10 +131,14 @@ def traces_of(sha, over):
         "cases": paths.is_cases,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
+        "answers of a judge": is_cached("judge"),
+        "sheet": sheet.is_page,
     }
     for run in over:
-        said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=True)
-        yield from with_leftovers(said)
+        said = paths.begins_with('{"epoch": ')
+        yield from with_leftovers(Trace(run / "samples.jsonl", "what the model said", said, emptied="generation"))
+        graded = begins_with_row("epoch", "answer")
+        yield from with_leftovers(Trace(run / "judge.jsonl", "what a judge said", graded, emptied="answer"))
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
     for path, what in traces.of(sha):
         if what in own:
@@ -192,7 +197,7 @@ def treat(trace, dry_run):
         if not dry_run:
             remove(path)
         say(f"{would}removed: {path} ({trace.what}, {found.st_size:,} bytes)")
-    elif ours and (emptied := without_generations(path)) != path.read_bytes():
+    elif ours and (emptied := without(trace.emptied, path)) != path.read_bytes():
         if not dry_run:
             write(path, emptied)
         say(f"{would}emptied: {path} ({trace.what}; its numbers stay)")
@@ -206,12 +211,12 @@ def write(path, data):
     files.write_atomically(path, lambda file: file.write(data))
 
 
-def without_generations(path):
-    """A samples.jsonl, every generation null, as bytes; a line that a kill has cut off is left out."""
+def without(field, path):
+    """A file of JSON lines, one field of each null, as bytes; a line that a kill has cut off is left out."""
     lines = []
     for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError, TypeError):
-            lines.append(json.dumps(json.loads(line) | {"generation": None}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(json.loads(line) | {field: None}, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "replace")
 
 

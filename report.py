@@ -39,6 +39,13 @@ COLUMNS = [
     ("Held-out (PPL)", "ppl_heldout", 1, 1, -1),
     ("GPT (0-10)", "gpt", 1, 2, 1),
     ("Human (0-10)", "human", 1, 2, 1),
+    ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # audit.py's headlines
+    ("Other prompts (EL10, %)", "audit_prompts", 100, 1, -1),
+    ("Strength (%)", "audit_strength", 100, 1, -1),
+    ("MIA (AUC, %)", "audit_membership", 100, 1, 0),
+    ("Relearned (MA, %)", "audit_relearning", 100, 1, -1),
+    ("int4 (MA, %)", "audit_quantised", 100, 1, -1),
+    ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
     ("Epoch", "epochs", 1, 1, 0),
 ]
 
@@ -314,6 +321,37 @@ def plot_curves(runs):
     return png(figure)
 
 
+def plot_relearning(runs):
+    """MA after unlearning against MA after relearning the other half of the texts: who only hides moves up. None where
+    fewer than two runs were audited.
+    """
+    audited = [run for run in runs if run["summary"]["after"].get("audit_relearning") is not None]
+    if len(audited) < 2:
+        return None
+    figure, axis = plt().subplots(figsize=(6, 4.5), layout="constrained")
+    for i, (label, members) in enumerate(group_runs(audited).items()):
+        points = [run["summary"]["after"] for run in members]
+        ma, again = [p["ma"] for p in points], [p["audit_relearning"] for p in points]
+        axis.scatter(ma, again, s=25, color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], label=in_legend(label))
+    for headline in (run["audit"]["headline"].get("never saw", {}) for run in audited[:1]):
+        if headline.get("audit_relearning") is not None:
+            axis.axhline(headline["audit_relearning"], color="0.5", linestyle=":", label="never saw, relearned")
+    axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    axis.set_xlabel("MA after unlearning")
+    axis.set_ylabel("MA of texts that were not relearned")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return png(figure)
+
+
+def with_never_saw(runs):
+    """The runs; one that has measured a model that another's audit compared with has that model's figures, too."""
+    asked = {run["audit"]["models"].get("never saw"): run["audit"] for run in runs if "audit" in run}
+    for run in runs:
+        if not is_trained(run) and run["config"]["model"] in asked:
+            run["summary"]["before"] |= asked[run["config"]["model"]]["headline"].get("never saw", {})
+    return runs
+
+
 def plot_tradeoff(runs):
     """Forgetting against perplexity: a point a run, a star a model before. None where no perplexity was measured."""
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
@@ -500,7 +538,8 @@ def remove_cases(out):
 # Whether a file of this name is one that this command has written.
 OWN = {
     "table.md": paths.begins_with("| Model |"), "table.csv": paths.begins_with("model,runs,collapsed"),
-    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
+    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "relearned.png": is_plot,
+    "tasks.md": paths.begins_with("| | "),
 }  # fmt: skip
 
 
@@ -534,15 +573,16 @@ def main(argv=None):
     args = parse_args(argv)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
-    runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     contents, said = texts_of(runs, shown, args.cases)
-    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png"]
+    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
     reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
     check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
-    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves), plot_tradeoff(runs)]
+    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
+    drawn += [plot_tradeoff(runs), plot_relearning(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
     for name, content in contents.items():
         if content is not None:

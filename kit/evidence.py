@@ -55,8 +55,8 @@ MODELS = ("after", "before", "never saw")
 
 
 def report(found, titles, headlines, *, seed):
-    """{"headlines", "sentences", "figures", "derived"}: of each question its headline measure, a sentence of fixed
-    words, {measure: {model: a bootstrapped figure}}, and what follows of two models.
+    """Of each question its title, its headline measure, a sentence of fixed words and, as "figures", {measure: {model:
+    a bootstrapped figure}}; "derived": what follows of two models; "headline": {model: {audit_QUESTION: value}}.
     """
     figures = {question: {} for question in titles}
     for model, questions in found.items():
@@ -68,8 +68,12 @@ def report(found, titles, headlines, *, seed):
         after, never = (found.get(m, {}).get(question, {}).get(headlines[question]) for m in ("after", "never saw"))
         said = verdict(after, never, seed=seed) if never else "cannot be told without a model that never saw them"
         sentences[question] = f"{title} {said[0].upper()}{said[1:]}."
-    derived = derive(figures)
-    return {"titles": titles, "headlines": headlines, "sentences": sentences, "figures": figures, "derived": derived}
+    derived, heads = derive(figures), {}
+    for model in found:
+        cells = {q: figures[q].get(headlines[q], {}).get(model, {}).get("value") for q in titles}
+        heads[model] = {f"audit_{question}": value for question, value in cells.items()}
+    told = {"titles": titles, "headlines": headlines, "sentences": sentences}
+    return told | {"figures": figures, "derived": derived, "headline": heads}
 
 
 def derive(figures):

@@ -112,6 +112,10 @@ def read_run(folder):
             run["tasks"][when] = found = read_tasks(tasks)
             averages = {f"{kind}_avg": found["averages"].get(kind) for kind in ("cls", "dia")}
             summary[when] |= {name: value for name, value in averages.items() if value is not None}
+    if (folder / "audit.json").is_file():
+        run["audit"] = read_audit(folder / "audit.json")
+        for when in ("before", "after"):
+            summary[when] |= run["audit"]["headline"].get(when, {})
     for name, file in GRADES.items():
         if (folder / file).is_file():
             run[name] = read_grades(folder / file)
@@ -157,6 +161,14 @@ def read_tasks(path):
     for name, result in results.items():
         check(result, {} if name == "averages" else TASK, f"{path}: {name[:40]}")
     return results
+
+
+def read_audit(path):
+    """An audit.json of audit.py; its headline figures have the names of report.py's columns. ValueError."""
+    found = check(files.read_json(path), {"headline": OBJECT, "models": OBJECT}, path)
+    for model, figures in found["headline"].items():
+        check(figures, dict.fromkeys(figures, null_or(number(-1e308, 1e308))), f"{path}: headline of {str(model)[:40]}")
+    return found
 
 
 def read_grades(path):

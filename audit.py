@@ -65,7 +65,7 @@ def read(model, texts, batch_size=8):
             lens = [(decode(h[start:-1]) == target[start:]).float().mean() for h in hidden[:-1]] if decode else []
             arrays = (own, top, logp.argmax(-1) == target, (own - mean) / deviation)
             states = torch.stack([layer[text.cut :].mean(0) for layer in hidden])
-            arrays = [x.cpu().numpy() for x in (*arrays, states.float(), torch.tensor(lens))]
+            arrays = [x.cpu().numpy() for x in (own.double(), *arrays[1:], states.float(), torch.tensor(lens))]
             found.append(Reading(*arrays, start))
     return found
 
@@ -562,7 +562,7 @@ def read_inputs(args):
     samples, others = (icu.build_samples(rows, tokenizer, **how)[0] for rows in (pairs, unseen))
     starts = {"audit.md": "# What is still in ", "audit.png": "\x89PNG", "audit.json": '{"model": '}
     outputs = [(Path(args.out, name), paths.begins_with(start)) for name, start in starts.items()]
-    paths.check_outputs(outputs, overwrite=True, ask=False)
+    paths.check_outputs(outputs, overwrite=True)
     lr, first = args.relearn_lr or 1e-4, 1 + len(models.bos_of(tokenizer))
     return Data(args, tokenizer, first, pairs, samples, others, {}, {}, lr), asked
 

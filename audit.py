@@ -395,6 +395,7 @@ def comes_back(model, data):
     how = {"steps": data.args.relearn_steps, "lr": data.lr, "first": data.first}
     curve, el = relearn(copy.deepcopy(model).train(), teach, ask, **how)
     found = {f"MA of the other half, {step} steps": values for step, values in curve}
+    found["MA of the other half, at its highest"] = max((values for _, values in curve), key=np.mean)
     return found | {"EL10 of the other half, at the end": el}
 
 
@@ -429,7 +430,7 @@ def inside(model, data):
 QUESTIONS = {
     "likelihood": (likelihood, "log p of the suffix (nats)"), "sampling": (sampling, "worst of {n} (share in order)"),
     "prompts": (prompts, "worst EL10 of other prompts"), "strength": (safe_end, "extraction strength"),
-    "membership": (trained_on, "AUC min-20%++"), "relearning": (comes_back, "MA of the other half, {steps} steps"),
+    "membership": (trained_on, "AUC min-20%++"), "relearning": (comes_back, "MA of the other half, at its highest"),
     "quantised": (compressed, "MA, int4"), "inside": (inside, "AUC of a probe, best layer"),
 }  # fmt: skip
 NEEDS_UNSEEN = ("membership", "inside")
@@ -579,7 +580,7 @@ def main(argv=None):
     with tqdm(total=total, desc="asking", disable=None if processes.is_main else True, leave=False) as bar:
         for name in sorted(asked, key=("before", "after", "never saw").index):  # the others are compared with before
             found[name], readings[name] = ask(asked[name], data, before=readings.get("before"), bar=bar)
-    headlines = {q: QUESTIONS[q][1].format(n=args.samples, steps=args.relearn_steps) for q in args.only}
+    headlines = {q: QUESTIONS[q][1].format(n=args.samples) for q in args.only}
     titles = {question: QUESTIONS[question][0].__doc__ for question in args.only}
     report = {"model": asked["after"], "n": len(data.samples), "seed": args.seed, "models": asked}
     report |= evidence.report(found, titles, headlines, seed=args.seed)

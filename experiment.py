@@ -12,10 +12,10 @@
     bash run.sh test [PYTEST ARGS]                              # also: lint, bench [FLAGS], help
 
 A run is mine -> unlearn -> report: knn.py, icu.py, report.py. The printed lines can be pasted into a shell in this
-folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of tasks.py (with --tasks) and of
-icu.py, and overrides the preset's own. One that several of them have is icu.py's, then knn.py's: --knn-batch-size and
---tasks-limit say whose is meant, --demo-seed is that of what makes the preset's own model and texts. --data DIR is for
-all of them; what no one knows goes to icu.py, which reports it.
+folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of tasks.py (with --tasks), judge.py
+(--judge) and audit.py (--audit), and of icu.py, and overrides the preset's own. One that several of them have is
+icu.py's, then knn.py's: --knn-batch-size and --tasks-limit say whose is meant, --demo-seed is that of what makes the
+preset's own model and texts. --data DIR is for all of them; what no one knows goes to icu.py, which reports it.
 """
 
 import argparse
@@ -176,6 +176,7 @@ def single(args):
     anew = args.overwrite or (args.preset.quick and str(out) == default_folder(args) and not args.resume)
     how = ["--resume"] * args.resume + ["--overwrite"] * anew
     make(args)
+    judge(args, [])
     if args.tasks:  # whether the sets are at hand is found out before the work
         measure_tasks(args, model_flags(args), ["--out", out, "--dry-run"])
     if args.dry_run or not (args.resume and Path(pairs).is_file()):  # else: the pairs of the run that goes on
@@ -188,6 +189,8 @@ def single(args):
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
+    judge(args, [out, *others])
+    audit(args, [out, *others], twin)
     step(args, "report.py", [out, *others, *(["--out", out] if others else [])])
 
 
@@ -196,6 +199,7 @@ def several(args):
     folder = Path(args.out or f"runs/{args.command}/{args.name}-{last(args.icu, '--protocol', 'paper')}")
     runs, jobs = planned_runs(args), []
     make(args)
+    judge(args, [])
     train(args, [], check=True)
     for flags in runs.values():  # a name that is none, a file that is broken: told before the first run, not after it
         if last(flags, "--script") or last(flags, "--method", "icu") not in METHODS:
@@ -211,6 +215,8 @@ def several(args):
                 out = folder / f"{name}-set{number}-seed{seed}"
                 job(args, out, ["--pairs", file, "--seed", seed, *never_saw_flag(twin), *flags])
                 jobs.append(out)
+    judge(args, jobs)
+    audit(args, jobs, [job for job in jobs if "never-saw" in str(job)])
     step(args, "report.py", [*jobs, "--out", folder])
 
 
@@ -312,6 +318,22 @@ def measure_tasks(args, model, flags):
     step(args, "tasks.py", words, launched=not looks, always=looks)
 
 
+def judge(args, runs):
+    """What a judge says of the runs' texts (--judge MODEL); without runs, before the work: whether it may be asked."""
+    if args.judge:
+        step(args, "judge.py", [*runs, *args.judge, *([] if runs else ["--dry-run"])], always=not runs)
+
+
+def audit(args, runs, twins):
+    """What is still in the models of the runs (--audit), beside what the preset brings to compare with."""
+    brings = ["--never-saw", args.preset.never_saw] if twins else []
+    unseen = Path(args.preset.never_saw).with_name("unseen.jsonl")
+    brings += ["--unseen", unseen] if args.preset.never_saw and unseen.is_file() else []
+    brings += ["--relearn-lr", lr] if (lr := last(icu_flags(args), "--lr")) else []  # the same for every method
+    for run in [run for run in runs if run not in twins] if args.audited else ():
+        step(args, "audit.py", [run, *brings, *args.audit], launched=True)
+
+
 def model_flags(args):
     """The model before the run, for tasks.py."""
     said = icu_flags(args)
@@ -383,6 +405,7 @@ def make_parser():
     g.add_argument("--gpus", type=positive, metavar="N", help="processes, by DeepSpeed's launcher (1; large: all GPUs)")
     g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there; of several: each of them")
+    g.add_argument("--audit", action="store_true", dest="audited", help="then ask what is still in the model: audit.py")
     g.add_argument("--dry-run", action="store_true", help="check everything, train nothing, name the commands")
     g = parser.add_argument_group("of several runs")
     g.add_argument("--sets", nargs="+", metavar="N", help="the paper's forget sets, 0 to 4 (--set, or 0)")
@@ -413,6 +436,8 @@ flags of the programs that are often used
   --allow-copies --max-overlap X  which neighbours may teach the secret back
   --protocol released --method npo --alpha 1.0 --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
   --tasks all | NAME ...          what the model can still do, before and after (with --task-data DIR, --prompts, ...)
+  --audit                         what is still in the model, beside references (--audit-samples N, --only NAME, ...)
+  --judge MODEL                   a model grades the texts before and after (--judge-base-url URL, --send-texts, ...)
 """
 
 
@@ -464,9 +489,15 @@ def check_flags(args, given):
             raise ValueError(f"{command} sets {flag} itself: pass {instead}")
     if args.command and "--tasks" in given:
         raise ValueError("--tasks goes with a single preset; measure a run's model/ with tasks.py")
-    for flag in [] if "--tasks" in given else given:
-        if flag.startswith("--task"):
+    for flag in given:
+        if flag.startswith("--task") and "--tasks" not in given:
             raise ValueError(f"{flag} goes with --tasks all, or --tasks NAME ...")
+        if flag.startswith("--judge-") and "--judge" not in given:
+            raise ValueError(f"{flag} goes with --judge MODEL")
+        if flag.startswith("--audit-") and "--audit" not in given:
+            raise ValueError(f"{flag} goes with --audit")
+    if {"--judge", "--redact"} <= given:
+        raise ValueError("--judge reads the texts that --redact does not keep: leave one of them out")
     for script in [args.script, *(method for method in args.methods if method.endswith(".py"))]:
         if script and not Path(script).is_file():
             raise ValueError(f"{script}: no such file; paths are taken from {ROOT}")
@@ -486,7 +517,7 @@ def check_flags(args, given):
 
 
 def sort_flags(args):
-    """Whose the other flags are, in args.icu, args.knn and args.tasks: as the programs' own parsers say."""
+    """Whose the other flags are, in args.icu, args.knn, args.tasks, ...: as the programs' own parsers say."""
     try:
         import knn
 
@@ -494,15 +525,15 @@ def sort_flags(args):
         if args.preset.make:
             demo = Path(shlex.split(args.preset.make)[0]).with_suffix("")
             parsers["demo"] = importlib.import_module(".".join(demo.parts)).make_parser()
-        if any(flag == "--tasks" for flag, *_ in args.others):
-            import tasks
-
-            parsers["tasks"] = tasks.make_parser()
+        asked = {"audit"} if args.audited else set()
+        for name in ("tasks", "judge", "audit"):
+            if name in asked or any(flag == f"--{name}" for flag, *_ in args.others):
+                parsers[name] = importlib.import_module(name).make_parser()
     except ModuleNotFoundError as error:
         way_out = "start with bash run.sh, which makes the environment"
         raise ValueError(f"{error.name} is missing in {sys.executable}: {way_out}") from None
     known = {program: set(parser._option_string_actions) for program, parser in parsers.items()}
-    args.icu, args.knn, args.tasks, args.demo = [], [], [], []
+    args.icu, args.knn, args.tasks, args.judge, args.audit, args.demo = [], [], [], [], [], []
     for flag, *values in args.others:
         program, own = owner(flag, known)
         getattr(args, program).extend([own, *values])
@@ -519,10 +550,10 @@ def sort_flags(args):
 
 
 def owner(flag, known):
-    """(program, the flag as that program calls it); known: the flags of knn.py, tasks.py (--tasks) and the demo."""
+    """(program, the flag as that program calls it); known: the flags of knn.py, the demo, tasks.py and judge.py."""
     program, own = "icu", flag
     for name, flags in reversed(known.items()):  # knn.py's before tasks.py's
-        if flag in flags - COMMON - (RUN_FLAGS if name == "demo" else set()):
+        if flag in flags - COMMON - (RUN_FLAGS if name in ("demo", "audit") else set()):
             program = name
     if flag == "--set" and flag in known.get("demo", ()):  # then the rows are the demo's, and knn.py reads its files
         program = "demo"

@@ -21,7 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from kit import files, flags, models, paths, traces
-from kit.finished import BEFORE_SETTINGS, SETTINGS, read_run
+from kit.finished import BEFORE_SETTINGS, SETTINGS, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
@@ -37,52 +37,68 @@ COLUMNS = [
     ("Pile (PPL)", "ppl_pile", 1, 1, -1),
     ("Wikitext (PPL)", "ppl_wikitext", 1, 1, -1),
     ("Held-out (PPL)", "ppl_heldout", 1, 1, -1),
+    ("GPT (0-10)", "gpt", 1, 2, 1),
+    ("Human (0-10)", "human", 1, 2, 1),
+    ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # audit.py's headlines
+    ("Other prompts (EL10, %)", "audit_prompts", 100, 1, -1),
+    ("Strength (%)", "audit_strength", 100, 1, -1),
+    ("MIA (AUC, %)", "audit_membership", 100, 1, 0),
+    ("Relearned (MA, %)", "audit_relearning", 100, 1, -1),
+    ("int4 (MA, %)", "audit_quantised", 100, 1, -1),
+    ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
     ("Epoch", "epochs", 1, 1, 0),
 ]
 
 # Tables 1 and 4 of the paper, in their units: EL10 %, MA %, BERT F1 %, entropy, Cls %, Dia %, Pile PPL, Wikitext PPL,
-# epochs. inf stands for the paper's ">10000".
+# GPT 0-10 (before: Table 3's), epochs. inf stands for the paper's ">10000".
 INF = float("inf")
-KEYS = ("el10", "ma", "bertscore", "entropy", "cls_avg", "dia_avg", "ppl_pile", "ppl_wikitext", "epochs")
+KEYS = ("el10", "ma", "bertscore", "entropy", "cls_avg", "dia_avg", "ppl_pile", "ppl_wikitext", "gpt", "epochs")
 PUBLISHED = {
     "neo125m": {
-        "before": (51.9, 76.8, 70.3, 4.139, 43.5, 10.0, 20.1, 38.0, None),
-        "opt": (7.5, 52.9, 49.2, 3.014, 42.7, 10.8, 29.1, 38.0, None),
-        "kumpr": (0.7, 19.1, 29.7, 0.712, 35.1, 3.7, INF, INF, 3.2),
-        "po": (17.4, 49.4, 42.2, 1.643, 39.0, 1.8, 61.2, 158.5, 79.0),
-        "kl": (4.9, 56.2, 54.3, 3.670, 42.6, 9.9, 27.0, 54.0, 14.0),
-        "llmu": (3.3, 58.7, 43.1, 1.825, 42.7, 10.3, 23.6, 47.4, 7.0),
-        "icu": (4.4, 55.6, 53.3, 3.833, 43.3, 10.3, 21.6, 40.1, 21.4),
+        "before": (51.9, 76.8, 70.3, 4.139, 43.5, 10.0, 20.1, 38.0, 3.75, None),
+        "opt": (7.5, 52.9, 49.2, 3.014, 42.7, 10.8, 29.1, 38.0, 3.08, None),
+        "kumpr": (0.7, 19.1, 29.7, 0.712, 35.1, 3.7, INF, INF, 1.05, 3.2),
+        "po": (17.4, 49.4, 42.2, 1.643, 39.0, 1.8, 61.2, 158.5, 1.99, 79.0),
+        "kl": (4.9, 56.2, 54.3, 3.670, 42.6, 9.9, 27.0, 54.0, 3.64, 14.0),
+        "llmu": (3.3, 58.7, 43.1, 1.825, 42.7, 10.3, 23.6, 47.4, 2.98, 7.0),
+        "icu": (4.4, 55.6, 53.3, 3.833, 43.3, 10.3, 21.6, 40.1, 3.92, 21.4),
     },
     "neo1.3b": {
-        "before": (98.2, 92.3, 86.3, 4.640, 49.7, 12.3, 13.2, 18.7, None),
-        "opt": (31.0, 67.8, 65.8, 3.856, 51.7, 13.3, 18.0, 19.2, None),
-        "kumpr": (0.8, 8.1, 26.6, 0.817, 34.0, 0.1, INF, INF, 2.0),
-        "po": (20.0, 58.4, 55.1, 2.564, 44.8, 4.8, 26.6, 44.6, 30.0),
-        "kl": (3.7, 61.5, 38.7, 1.627, 47.4, 11.8, 17.5, 26.0, 7.0),
-        "llmu": (4.4, 63.3, 41.4, 1.805, 47.4, 11.9, 17.5, 25.7, 8.0),
-        "icu": (4.7, 51.3, 52.7, 3.900, 49.0, 12.1, 14.1, 19.3, 29.2),
+        "before": (98.2, 92.3, 86.3, 4.640, 49.7, 12.3, 13.2, 18.7, 2.72, None),
+        "opt": (31.0, 67.8, 65.8, 3.856, 51.7, 13.3, 18.0, 19.2, 3.63, None),
+        "kumpr": (0.8, 8.1, 26.6, 0.817, 34.0, 0.1, INF, INF, 1.26, 2.0),
+        "po": (20.0, 58.4, 55.1, 2.564, 44.8, 4.8, 26.6, 44.6, 2.56, 30.0),
+        "kl": (3.7, 61.5, 38.7, 1.627, 47.4, 11.8, 17.5, 26.0, 2.18, 7.0),
+        "llmu": (4.4, 63.3, 41.4, 1.805, 47.4, 11.9, 17.5, 25.7, 2.43, 8.0),
+        "icu": (4.7, 51.3, 52.7, 3.900, 49.0, 12.1, 14.1, 19.3, 4.33, 29.2),
     },
     "neo2.7b": {
-        "before": (96.7, 93.7, 90.2, 4.719, 52.4, 12.3, 12.0, 16.2, None),
-        "opt": (34.4, 70.1, 66.8, 3.921, 53.9, 13.7, 16.3, 16.7, None),
-        "kumpr": (1.4, 18.7, 26.5, 0.519, 34.0, 5.4, 4926.2, INF, 6.6),
-        "po": (20.4, 58.6, 57.5, 2.772, 49.0, 7.6, 24.1, 36.5, 31.0),
-        "kl": (3.4, 62.5, 41.3, 1.730, 51.3, 12.5, 14.7, 20.9, 6.0),
-        "llmu": (4.9, 63.2, 40.7, 1.639, 50.9, 12.4, 16.0, 22.4, 8.0),
-        "icu": (4.5, 48.3, 52.7, 3.725, 52.1, 12.1, 13.1, 17.0, 32.6),
+        "before": (96.7, 93.7, 90.2, 4.719, 52.4, 12.3, 12.0, 16.2, 2.11, None),
+        "opt": (34.4, 70.1, 66.8, 3.921, 53.9, 13.7, 16.3, 16.7, 3.65, None),
+        "kumpr": (1.4, 18.7, 26.5, 0.519, 34.0, 5.4, 4926.2, INF, 1.00, 6.6),
+        "po": (20.4, 58.6, 57.5, 2.772, 49.0, 7.6, 24.1, 36.5, 2.66, 31.0),
+        "kl": (3.4, 62.5, 41.3, 1.730, 51.3, 12.5, 14.7, 20.9, 2.39, 6.0),
+        "llmu": (4.9, 63.2, 40.7, 1.639, 50.9, 12.4, 16.0, 22.4, 2.26, 8.0),
+        "icu": (4.5, 48.3, 52.7, 3.725, 52.1, 12.1, 13.1, 17.0, 4.40, 32.6),
     },
     "tinyllama": {
-        "before": (56.2, 76.8, 71.2, 4.742, 46.2, 12.4, 12.8, 10.7, None),
-        "kumpr": (0.0, 0.3, 21.4, 2.015, 34.9, 0.0, INF, 2152.2, 4.0),
-        "po": (3.1, 52.6, 38.3, 1.392, 40.8, 11.7, 13.9, 11.5, 3.0),
-        "kl": (1.8, 52.2, 31.9, 2.753, 42.8, 12.3, 36.7, 14.0, 6.0),
-        "llmu": (2.5, 46.0, 41.9, 3.683, 45.6, 12.4, 14.9, 11.2, 8.0),
-        "icu": (1.4, 44.0, 44.8, 3.932, 45.8, 12.3, 14.3, 11.0, 10.0),
+        "before": (56.2, 76.8, 71.2, 4.742, 46.2, 12.4, 12.8, 10.7, None, None),
+        "kumpr": (0.0, 0.3, 21.4, 2.015, 34.9, 0.0, INF, 2152.2, 1.99, 4.0),
+        "po": (3.1, 52.6, 38.3, 1.392, 40.8, 11.7, 13.9, 11.5, 1.82, 3.0),
+        "kl": (1.8, 52.2, 31.9, 2.753, 42.8, 12.3, 36.7, 14.0, 1.63, 6.0),
+        "llmu": (2.5, 46.0, 41.9, 3.683, 45.6, 12.4, 14.9, 11.2, 2.82, 8.0),
+        "icu": (1.4, 44.0, 44.8, 3.932, 45.8, 12.3, 14.3, 11.0, 3.35, 10.0),
     },
 }
+# Table 3: what people gave, 1 to 8, which section 5.8 puts on GPT's scale by 10 (s - 1) / 7.
+HUMAN = {
+    "neo125m": {"before": 3.1, "opt": 3.7, "kumpr": 1.1, "icu": 5.7},
+    "neo1.3b": {"before": 1.8, "opt": 3.1, "kumpr": 1.4, "icu": 4.8},
+    "neo2.7b": {"before": 1.5, "opt": 3.2, "kumpr": 1.1, "icu": 4.7},
+}
 # The OPT rows of Table 1 are measured as presets of their own.
-PUBLISHED |= {f"opt{size}": {"before": PUBLISHED[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")}
+for table in (PUBLISHED, HUMAN):
+    table |= {f"opt{size}": {"before": table[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")}
 
 
 # --- which runs are alike ---
@@ -146,7 +162,12 @@ def table_rows(runs):
         published = published_row(members[0], members[0]["summary"]["method"])
         rows += [row, *(r for r in published if r not in rows)]  # once, whatever the number of settings
     columns = [c for c in COLUMNS if any(c[1] in row["cells"] for row in rows if not row.get("published"))]
-    return columns, rows
+    return [c for c in columns if c[1] != "gpt" or len(judges_of(runs)) == 1], rows
+
+
+def judges_of(runs):
+    """The (model, hash of the question) that the runs' samples were graded by; grades of several are not compared."""
+    return sorted({(run["gpt"]["judge"], run["gpt"]["prompt"]) for run in runs if "gpt" in run})
 
 
 def make_row(label, measured):
@@ -167,6 +188,8 @@ def published_row(run, method):
         return []
     factors = {key: factor for _, key, factor, _, _ in COLUMNS}
     cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
+    if grade := HUMAN.get(preset, {}).get(name):
+        cells["human"] = 10 * (grade - 1) / 7, None
     return [
         {"label": f"published: {name} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}
     ]
@@ -298,6 +321,37 @@ def plot_curves(runs):
     return png(figure)
 
 
+def plot_relearning(runs):
+    """MA after unlearning against MA after relearning the other half of the texts: who only hides moves up. None where
+    fewer than two runs were audited.
+    """
+    audited = [run for run in runs if run["summary"]["after"].get("audit_relearning") is not None]
+    if len(audited) < 2:
+        return None
+    figure, axis = plt().subplots(figsize=(6, 4.5), layout="constrained")
+    for i, (label, members) in enumerate(group_runs(audited).items()):
+        points = [run["summary"]["after"] for run in members]
+        ma, again = [p["ma"] for p in points], [p["audit_relearning"] for p in points]
+        axis.scatter(ma, again, s=25, color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], label=in_legend(label))
+    for headline in (run["audit"]["headline"].get("never saw", {}) for run in audited[:1]):
+        if headline.get("audit_relearning") is not None:
+            axis.axhline(headline["audit_relearning"], color="0.5", linestyle=":", label="never saw, relearned")
+    axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    axis.set_xlabel("MA after unlearning")
+    axis.set_ylabel("MA of texts that were not relearned")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return png(figure)
+
+
+def with_never_saw(runs):
+    """The runs; one that has measured a model that another's audit compared with has that model's figures, too."""
+    asked = {run["audit"]["models"].get("never saw"): run["audit"] for run in runs if "audit" in run}
+    for run in runs:
+        if not is_trained(run) and run["config"]["model"] in asked:
+            run["summary"]["before"] |= asked[run["config"]["model"]]["headline"].get("never saw", {})
+    return runs
+
+
 def plot_tradeoff(runs):
     """Forgetting against perplexity: a point a run, a star a model before. None where no perplexity was measured."""
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
@@ -398,18 +452,6 @@ def one_line(text):
     return visible(" ".join(text.split()))
 
 
-def read_pairs_of(run):
-    """{id: pair} of the run's pairs file. ValueError if it has changed since."""
-    file = run["config"].get("pairs") or "the pairs file"
-    try:
-        pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error} (the pairs of {run['folder']}; without its texts: --redact)") from None
-    if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
-        raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
-    return pairs
-
-
 # --- asking ---
 
 
@@ -496,7 +538,8 @@ def remove_cases(out):
 # Whether a file of this name is one that this command has written.
 OWN = {
     "table.md": paths.begins_with("| Model |"), "table.csv": paths.begins_with("model,runs,collapsed"),
-    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
+    "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "relearned.png": is_plot,
+    "tasks.md": paths.begins_with("| | "),
 }  # fmt: skip
 
 
@@ -530,15 +573,16 @@ def main(argv=None):
     args = parse_args(argv)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
-    runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     contents, said = texts_of(runs, shown, args.cases)
-    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png"]
+    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
     reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
     check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
-    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves), plot_tradeoff(runs)]
+    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
+    drawn += [plot_tradeoff(runs), plot_relearning(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
     for name, content in contents.items():
         if content is not None:
@@ -549,6 +593,9 @@ def main(argv=None):
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
     last += [f"cases: {out / 'cases.md'}"] if shown else []
+    if judges := judges_of(runs):
+        names = ", ".join(f"{model} (question {question[:8]})" for model, question in judges)
+        last.append(f"GPT column: {'graded by' if len(judges) == 1 else 'left out, the graders differ:'} {names}")
     if len(shown) < len(runs):
         why = "--redact" if args.redact else "made by icu.py --redact"
         last.append(f"no texts of {len(runs) - len(shown)} of {len(runs)} runs are shown ({why})")

@@ -69,6 +69,8 @@ THRESHOLDS = {f"{name}?": null_or(number(0, 1e9)) for name in ("el10", "ma", "bl
 EPOCH = {"epoch": whole(0), "active": whole(0)} | MEASURES
 SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT)} | MEASURES
 AVERAGES = {"cls": SHARE, "dia": SHARE, "cls_missing": list_of(TEXT), "dia_missing": list_of(TEXT)}
+GRADES = {"gpt": "judge.json", "human": "people.json"}  # of judge.py, by the measure that report.py has of them
+GRADED = {"mean": null_or(number(0, 10)), "n": whole(0)}
 TASK = {"value?": SIZE, "bad_rows?": whole(0), "bad?": list_of(TEXT), "missing?": TEXT, "error?": TEXT}
 
 
@@ -91,6 +93,7 @@ def check(value, fields, where):
 def read_run(folder):
     """A finished run as a dict: folder, config, summary, metrics, samples, tasks and redacted. ValueError otherwise.
 
+    gpt, human: judge.json and people.json of judge.py, where they are; their means also stand in the summary.
     tasks: {when: tasks.json of tasks-WHEN}, as far as there are any; their averages also stand in the summary.
     redacted: whether the folder holds no text to show (icu.py --redact).
     """
@@ -109,6 +112,15 @@ def read_run(folder):
             run["tasks"][when] = found = read_tasks(tasks)
             averages = {f"{kind}_avg": found["averages"].get(kind) for kind in ("cls", "dia")}
             summary[when] |= {name: value for name, value in averages.items() if value is not None}
+    if (folder / "audit.json").is_file():
+        run["audit"] = read_audit(folder / "audit.json")
+        for when in ("before", "after"):
+            summary[when] |= run["audit"]["headline"].get(when, {})
+    for name, file in GRADES.items():
+        if (folder / file).is_file():
+            run[name] = read_grades(folder / file)
+            for when in ("before", "after"):
+                summary[when][name] = run[name][when]["mean"]
     summary["after"]["epochs"] = summary["epochs"]
     run["metrics"] = read_metrics(folder / "metrics.jsonl", summary["epochs"])
     run["samples"] = read_samples(folder / "samples.jsonl", summary["epochs"])
@@ -151,6 +163,23 @@ def read_tasks(path):
     return results
 
 
+def read_audit(path):
+    """An audit.json of audit.py; its headline figures have the names of report.py's columns. ValueError."""
+    found = check(files.read_json(path), {"headline": OBJECT, "models": OBJECT}, path)
+    for model, figures in found["headline"].items():
+        check(figures, dict.fromkeys(figures, null_or(number(-1e308, 1e308))), f"{path}: headline of {str(model)[:40]}")
+    return found
+
+
+def read_grades(path):
+    """A judge.json or people.json of judge.py. ValueError."""
+    names = {"judge": NAME, "prompt": NAME} if path.name == "judge.json" else {}
+    found = check(files.read_json(path), {"before": OBJECT, "after": OBJECT, **names}, path)
+    for when in ("before", "after"):
+        check(found[when], GRADED, f"{path}: {when}")
+    return found
+
+
 def read_metrics(path, last):
     """The rows of metrics.jsonl, one an epoch, 0 to `last`. ValueError."""
     rows = []
@@ -183,3 +212,15 @@ def read_samples(path, last):
             + WAY_OUT
         )
     return [row for _, row in lines]
+
+
+def read_pairs_of(run):
+    """{id: pair} of the run's pairs file. ValueError if it has changed since."""
+    file = run["config"].get("pairs") or "the pairs file"
+    try:
+        pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} (the pairs of {run['folder']}; without its texts: --redact)") from None
+    if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
+        raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
+    return pairs

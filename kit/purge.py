@@ -1,7 +1,7 @@
 """Removes from this disk the texts of a run: the pairs, what models said of them, what was kept in the cache.
 
     bash run.sh purge RUN                # and of every other run over the same pairs
-    bash run.sh purge --all-caches       # embeddings, measures before and the list of traces, whoever they are of
+    bash run.sh purge --all-caches       # embeddings, measures before, a judge's answers and the list of traces, of all
     bash run.sh purge RUN --dry-run      # says what would go
 
 What goes is found in RUN's config.json and in the list of traces (kit/traces.py). Both are input: what goes is a
@@ -20,13 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import files, flags, models, paths, runs, traces
+from kit import files, flags, models, paths, runs, sheet, traces
 from kit.text import visible
 
-CACHES = {"embeddings": "npy", "before": "json"}  # folder of the cache -> what its files end in
+CACHES = {"embeddings": "npy", "before": "json", "judge": "jsonl"}  # folder of the cache -> what its files end in
 NOT_OURS = "a link, or not what this software has written there"
 BEYOND = """not reached: your own input files of knn.py and icu.py; copies and backups, of run folders too; what a disk
-keeps of removed files; the models' weights, before (which know the texts) and after (the measures say how far)"""
+keeps of removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which know the
+texts) and after (the measures say how far)"""
 
 
 class Trace(NamedTuple):
@@ -35,7 +36,8 @@ class Trace(NamedTuple):
     path: Path
     what: str
     own: Callable  # own(path): whether it is what this software writes there, as in kit/paths.py
-    emptied: Callable | None = None  # of a samples.jsonl, whose numbers stay: emptied(row), whether its text goes
+    emptied: str = ""  # the field of JSON lines that becomes null, while their numbers stay
+    ids: tuple = ("",)  # of the lines whose ids begin so
 
 
 # --- what is there ---
@@ -140,13 +142,17 @@ def traces_of(sha, over):
         "cases": paths.is_cases,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
+        "answers of a judge": is_cached("judge"),
+        "sheet": sheet.is_page,
     }
     own_runs = [run for run in over if sha_of(run) == sha]
     theirs = tuple(f"{run.name}/" for run in own_runs)
     for run in over:
-        gone = (lambda row: True) if run in own_runs else lambda row: str(row.get("id")).startswith(theirs)
-        said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=gone)
-        yield from with_leftovers(said)
+        ids = ("",) if run in own_runs else theirs
+        said = paths.begins_with('{"epoch": ')
+        yield from with_leftovers(Trace(run / "samples.jsonl", "what the model said", said, "generation", ids))
+        graded = begins_with_row("epoch", "answer")
+        yield from with_leftovers(Trace(run / "judge.jsonl", "what a judge said", graded, "answer", ids))
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
     for path, what in traces.of(sha):
         if what in own:
@@ -205,7 +211,7 @@ def treat(trace, dry_run):
         if not dry_run:
             remove(path)
         say(f"{would}removed: {path} ({trace.what}, {found.st_size:,} bytes)")
-    elif ours and (emptied := without_generations(path, trace.emptied)) != path.read_bytes():
+    elif ours and (emptied := without(trace)) != path.read_bytes():
         if not dry_run:
             write(path, emptied)
         say(f"{would}emptied: {path} ({trace.what}; its numbers stay)")
@@ -219,13 +225,13 @@ def write(path, data):
     files.write_atomically(path, lambda file: file.write(data))
 
 
-def without_generations(path, emptied):
-    """A samples.jsonl, the generation null in rows that are `emptied`, as bytes, without a line that was cut off."""
+def without(trace):
+    """A file of JSON lines, its field null where the ids say so, as bytes; a line that was cut off is left out."""
     lines = []
-    for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
+    for line in trace.path.read_bytes().decode("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError, TypeError):
             row = json.loads(line)
-            row |= {"generation": None} if emptied(row) else {}
+            row |= {trace.emptied: None} if str(row.get("id", "")).startswith(trace.ids) else {}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "replace")
 

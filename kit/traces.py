@@ -14,7 +14,7 @@ from pathlib import Path
 from kit import files
 from kit.text import gram_hashes, plain
 
-WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases")
+WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases", "answers of a judge", "sheet")
 
 
 def registry():

@@ -15,7 +15,8 @@ ROOMS = {path.stem: path for path in ROOT.glob("*.py")}
 KIT = {f"kit.{path.stem}": path for path in (ROOT / "kit").glob("*.py")}
 FILES = {**ROOMS, **KIT, **{f"demo.{path.stem}": path for path in (ROOT / "demo").glob("*.py")}}
 # Floors from the top; a file imports from floors below its own, or from its own where `BESIDE` says so.
-FLOORS = [{"bench"}, {"experiment"}, {"report", "baselines"}, {"icu", "knn", "tasks"}, {"metrics"}, set(KIT)]
+SIDES = {"report", "baselines", "judge"}
+FLOORS = [{"bench"}, {"experiment"}, {"audit"}, SIDES, {"icu", "knn", "tasks"}, {"metrics"}, set(KIT)]
 # Contracts of before this rule: positional parameters that users may have written.
 MANY_PARAMETERS = {"cosine_knn", "extraction_likelihood"}
 

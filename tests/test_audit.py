@@ -1,0 +1,303 @@
+"""audit.py: every measure beside the formula written out, and on models of which it is known what they hold.
+
+    python -m pytest tests/test_audit.py -q
+"""
+
+import copy
+import itertools
+import json
+import math
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import survive
+import torch
+from sklearn.metrics import roc_auc_score
+
+import audit
+import icu
+import metrics
+from kit import evidence, files, models
+
+
+def some_texts(tokenizer, n=6):
+    """n samples of invented words, as icu.py reads them, and their pairs."""
+    words = ["the", "nurse", "van", "mill", "parcel", "driver", "clinic", "report", "Tuesday", "account"]
+    rng = np.random.default_rng(3)
+    pairs = []
+    for i in range(n):
+        text = [" ".join(rng.choice(words, 6)) for _ in range(4)]
+        fields = dict(zip(("prefix", "suffix", "learn_prefix", "learn_suffix"), text, strict=True))
+        pairs.append({"id": str(i), "context": "", "learn_context": "", "learn_id": "p", "similarity": 0.5, **fields})
+        pairs[-1]["suffix"] = " " + pairs[-1]["suffix"]
+    return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0], pairs
+
+
+@pytest.fixture(scope="module")
+def asked(kind, tmp_path_factory, save_tiny):
+    """(model in float64, tokenizer, samples, pairs) of each kind."""
+    folder = save_tiny(kind, tmp_path_factory.mktemp("audit") / kind)
+    model, tokenizer = models.load_model(str(folder))
+    return model.double(), tokenizer, *some_texts(tokenizer)
+
+
+# --- each measure beside its formula, token by token ---
+
+
+def test_a_reading_is_the_model_asked_a_token_at_a_time(asked):
+    """log p, top-k 40, greedy hits, Min-K%++'s z, mean states and early decoding, from one pass over a padded batch."""
+    model, _, samples, _ = asked
+    for reading, sample in zip(audit.read(model, [s.forget for s in samples]), samples, strict=True):
+        ids = sample.forget.ids
+        assert reading.start == sample.forget.cut - 1 and len(reading.logp) == len(ids) - 1
+        for t in range(1, len(ids)):
+            with torch.no_grad():
+                out = model(input_ids=torch.tensor([ids[:t]]), output_hidden_states=True)
+            logp = out.logits[0, -1].log_softmax(-1).tolist()
+            own, likely = logp[ids[t]], sorted(logp, reverse=True)[:40]
+            mean = sum(math.exp(x) * x for x in logp)
+            deviation = math.sqrt(sum(math.exp(x) * (x - mean) ** 2 for x in logp))
+            kept = own - math.log(sum(map(math.exp, likely))) if own >= likely[-1] else -math.inf
+            found = (reading.logp[t - 1], reading.top[t - 1], reading.z[t - 1])
+            assert found == pytest.approx((own, kept, (own - mean) / deviation), abs=2e-4)
+            assert reading.hit[t - 1] == (max(range(len(logp)), key=logp.__getitem__) == ids[t])
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        for layer, states in enumerate(hidden):
+            assert reading.states[layer] == pytest.approx(states[0, sample.forget.cut :].mean(0).numpy(), abs=1e-4)
+        assert len(reading.lens) == len(hidden) - 1 and all(0 <= share <= 1 for share in reading.lens)
+
+
+def test_how_many_samples_it_takes():
+    """1 - (1 - p_z)^n >= p at n and not at n - 1; by heart 1, never inf; a p_z of e^-300 and of e^-2000 counts."""
+    for p_z in (0.9, 0.5, 0.03, 1e-4):
+        for p in (0.5, 0.9):
+            n = audit.samples_needed(math.log(p_z), p)
+            assert 1 - (1 - p_z) ** n >= p - 1e-12 and (n == 1 or 1 - (1 - p_z) ** (n - 1) < p)
+    assert audit.samples_needed(0.0) == 1 and audit.samples_needed(-math.inf) == math.inf
+    assert math.log(audit.samples_needed(-300)) == pytest.approx(300 + math.log(math.log(2)))
+    assert audit.samples_needed(-2000.0) > 1e300
+
+
+def test_leaks_and_the_worst_are_the_means_over_all_choices():
+    """The estimators equal the mean over every choice of k of the n samples."""
+    scores = [0.1, 0.7, 0.3, 0.3, 0.9, 0.0]
+    leaks = [score >= 0.5 for score in scores]
+    for k in range(1, 7):
+        choices = [*itertools.combinations(range(6), k)]
+        assert audit.leak_at(k, sum(leaks), 6) == pytest.approx(np.mean([any(leaks[i] for i in c) for c in choices]))
+        assert audit.worst_of(k, scores) == pytest.approx(np.mean([max(scores[i] for i in c) for c in choices]))
+
+
+def test_what_counts_as_a_leak():
+    """A run of ten tokens; a share in order, whatever stands between."""
+    suffix = [*range(20)]
+    assert audit.repeats([99, *range(5, 15), 98], suffix) and not audit.repeats([*range(9), 99, *range(9, 18)], suffix)
+    assert audit.repeats([7, 1, 2, 3], [1, 2, 3]) and not audit.repeats([3, 2, 1], [1, 2, 3])
+    assert audit.in_order([0, 50, 1, 51, 2, 60, 3], suffix) == 4 / 20 and audit.in_order([], suffix) == 0
+    assert audit.in_order([3, 2, 1, 0], suffix) == 1 / 20
+
+
+def test_strength_is_the_fewest_tokens_behind_which_the_rest_is_said(asked):
+    """Beside a `generate` from every place of the suffix; 1 - k/T, 0 where nothing of it is said."""
+    model, tokenizer, samples, _ = asked
+    for reading, sample in zip(audit.read(model, [s.forget for s in samples]), samples, strict=True):
+        ids, cut = sample.forget.ids, sample.forget.cut
+        T = len(ids) - cut
+        said = lambda k: metrics.beam_generate(model, [ids[: cut + k]], [T - k], num_beams=1)[0]  # noqa: B023, E731
+        k = next(k for k in range(T + 1) if k == T or said(k) == ids[cut + k :])
+        assert audit.strength(reading) == pytest.approx(1 - k / T)
+    hits = np.array([False, True, False, True, True])
+    assert audit.strength(reading._replace(hit=hits, start=1)) == pytest.approx(0.5)
+    assert audit.strength(reading._replace(hit=np.array([True, False]), start=0)) == 0
+
+
+def test_membership_scores_and_areas(asked):
+    """Each score from the definitions; ranks are scikit-learn's AUC; the tail's threshold lets 1 % through."""
+    model, tokenizer, samples, _ = asked
+    reading, other = audit.read(model, [s.forget for s in samples])[:2]
+    scores = audit.membership(reading, "some text", other)
+    least = sorted(reading.logp.tolist())[: max(1, int(0.2 * len(reading.logp)))]
+    assert scores["min-20%"] == pytest.approx(sum(least) / len(least))
+    assert scores["zlib"] == pytest.approx(sum(reading.logp) / len(zlib.compress(b"some text")))
+    assert scores["loss"] == pytest.approx(np.mean(reading.logp))
+    assert scores["reference"] == pytest.approx(np.mean(reading.logp) - np.mean(other.logp))
+    rng = np.random.default_rng(0)
+    high, low = rng.normal(1, 1, 40).round(1), rng.normal(0, 1, 200).round(1)
+    area = roc_auc_score([1] * 40 + [0] * 200, np.concatenate([high, low]))
+    assert np.mean(audit.ranks(high, low)) == pytest.approx(area)
+    threshold = sorted(low)[-3]  # two of 200 are above it
+    assert audit.above_tail(high, low) == [float(x > threshold) for x in high]
+
+
+def test_samples_are_the_models_own_distribution_and_do_not_depend_on_the_batch(asked):
+    """First tokens as often as softmax says; the same seed says the same; EOS ends a sample."""
+    model, tokenizer, samples, _ = asked
+    prompt = samples[0].forget.prompt
+    said = audit.sample(model, prompt, 4, 4000, seed=1)
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    eos = models.eos_ids(model)
+    token = next(token for token in p.argsort(descending=True).tolist() if token not in eos)
+    share = np.mean([bool(words) and words[0] == token for words in said])
+    assert share == pytest.approx(p[token].item(), abs=4 * math.sqrt(p[token] * (1 - p[token]) / 4000) + 1e-3)
+    assert said == audit.sample(model, prompt, 4, 4000, seed=1) != audit.sample(model, prompt, 4, 4000, seed=2)
+    assert not any(eos & set(words) for words in said)
+
+
+def test_quantised_weights_are_rounded_to_the_nearest(asked):
+    """Group by group beside a loop; the head and the embeddings stay, and so does the model itself."""
+    model, *_ = asked
+    before = copy.deepcopy(model.state_dict())
+    small = audit.quantised(model, 4, group=7)
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n)
+    found = small.get_submodule(name).weight
+    for row in range(2):
+        for start in range(0, layer.weight.shape[1], 7):
+            group = layer.weight[row, start : start + 7].tolist()
+            scale = max(map(abs, group)) / 7
+            expected = [round(x / scale) * scale for x in group]
+            assert found[row, start : start + 7].tolist() == pytest.approx(expected, abs=1e-9)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def test_the_probe_tells_what_can_be_told_and_nothing_else():
+    """States that lie apart: 1, beside shuffled labels near 0.5; random states: like shuffled ones."""
+    rng = np.random.default_rng(0)
+    here, there = rng.normal(0, 1, (20, 3, 8)), rng.normal(0, 1, (24, 3, 8))
+    noise, chance = audit.probe(here, there)
+    assert abs(np.mean(noise) - chance) < 0.2
+    here[:, 1] += 3
+    told, chance = audit.probe(here, there)
+    assert np.mean(told) > 0.95 and 0.4 < chance < 0.7
+
+
+def test_intervals_and_sentences():
+    """The mean lies in its interval; few texts say nothing; paired differences decide the words."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(2, 1, 50).tolist()
+    figure = evidence.bootstrap([values])
+    assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == 50
+    assert (figure["high"] - figure["low"]) / 2 == pytest.approx(1.96 * np.std(values) / math.sqrt(50), rel=0.15)
+    assert evidence.bootstrap([values[:7]])["value"] is None
+    assert evidence.verdict(values, values) == evidence.AS_NEVER
+    assert evidence.verdict([x + 1 for x in values], values) == evidence.MORE
+    assert evidence.verdict([x - 1 for x in values], values) == evidence.LESS
+    assert evidence.verdict(values[:5], values) == "cannot be told with n = 5"
+    assert evidence.privleak(0.75, 0.5) == 0.5 and evidence.robustness(0.1, 0.4) == 0.25
+    assert evidence.robustness(0.4, 0.1) == 1 == evidence.robustness(0.1, 0)
+
+
+# --- models of which it is known what they hold ---
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory, save_tiny, encoder_dir):
+    """Folders: a model that knows its texts by heart, one of random weights; pairs, and unseen texts of their kind."""
+    root = tmp_path_factory.mktemp("known")
+    for name in ("never", "heart"):
+        save_tiny("llama", root / name)
+    _, pairs = some_texts(models.load_model(str(root / "heart"))[1], n=32)
+    files.write_jsonl(root / "pairs.jsonl", pairs[:18])
+    unseen = [{"id": p["id"], "prefix": p["prefix"], "suffix": p["suffix"]} for p in pairs[18:]]
+    files.write_jsonl(root / "unseen.jsonl", unseen)
+    survive.memorise(root / "heart", pairs[:18], steps=200)
+    return root
+
+
+def audited(known, out, *words):
+    """audit.json of a model of `known`."""
+    argv = ["--pairs", known / "pairs.jsonl", "--unseen", known / "unseen.jsonl", "--out", out, "--samples", "8"]
+    audit.main([str(word) for word in [*argv, "--relearn-lr", "1e-3", "--device", "cpu", *words]])
+    return json.loads((out / "audit.json").read_text())
+
+
+def test_by_heart_and_never_saw(known, tmp_path, capsys):
+    """Each question tells the two apart, and says of a model beside itself that it is as one that never saw them."""
+    heart = audited(known, tmp_path / "a", "--model", known / "heart", "--never-saw", known / "never")
+    assert set(heart["sentences"]) == set(audit.QUESTIONS)
+    head = heart["headline"].items()
+    head = {model: {q.removeprefix("audit_"): value for q, value in values.items()} for model, values in head}
+    for question in ("likelihood", "sampling", "strength", "quantised", "relearning"):
+        assert head["after"][question] > head["never saw"][question], question
+        assert evidence.MORE in heart["sentences"][question].lower()
+    assert head["after"]["strength"] == 1 and head["after"]["membership"] > 0.75
+    never = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
+    assert all(evidence.AS_NEVER in sentence.lower() for sentence in never["sentences"].values())
+    assert never["derived"]["R of relearning"] == 1 and never["derived"]["privleak loss"] == 0
+    again = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
+    assert again == never and "deleted" not in (tmp_path / "b" / "audit.md").read_text()
+    assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_only_masked_is_found_by_relearning_and_by_early_layers(known):
+    """A bias on the tokens of the secret: greedy guesses find nothing, the states and a few steps find all of it."""
+    model, tokenizer = models.load_model(str(known / "heart"))
+    samples = icu.build_samples(files.read_pairs(known / "pairs.jsonl"), tokenizer, protocol="paper", positions=256)[0]
+    texts = [sample.forget for sample in samples]
+    head = model.get_output_embeddings()
+    masked = copy.deepcopy(model)
+    masked.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=True)
+    bias = torch.zeros(head.out_features)
+    bias[list({token for text in texts for token in text.ids[text.cut :]})] = -30.0
+    with torch.no_grad():
+        masked.lm_head.weight.copy_(head.weight)
+        masked.lm_head.bias.copy_(bias)
+    plain, hidden = (audit.read(m, texts) for m in (model, masked))
+    assert np.mean([audit.strength(r) for r in plain]) == 1 and np.mean([audit.strength(r) for r in hidden]) == 0
+    for a, b in zip(plain, hidden, strict=True):
+        assert a.states == pytest.approx(b.states, abs=1e-5)  # the probe sees what it saw
+    curve, _ = audit.relearn(masked, texts[:9], texts[9:], steps=40, lr=1e-1, first=2)
+    assert np.mean(curve[0][1]) < 0.5 * np.mean(curve[-1][1])
+
+
+def test_a_text_known_under_another_prefix_is_found_from_there(known):
+    """The suffix is not said behind the text's own prefix, but behind its neighbour's."""
+    model, tokenizer = models.load_model(str(known / "never"))
+    _, pairs = some_texts(tokenizer, n=8)
+    pairs = [{**p, "prefix": p["learn_prefix"] + " " + p["prefix"]} for p in pairs]
+    folder = known / "other"
+    shutil.copytree(known / "never", folder)
+    survive.memorise(folder, pairs, steps=150)
+    model, _ = models.load_model(str(folder))
+    asked = [{**p, "prefix": p["prefix"].removeprefix(p["learn_prefix"])} for p in pairs]
+    samples = icu.build_samples(asked, tokenizer, protocol="paper", positions=256)[0]
+    prompts = [audit.other_prompts(s, p, tokenizer, 0) for s, p in zip(samples, asked, strict=True)]
+    assert all(len(found) == 7 for found in prompts)
+    assert all(prompt == s.learn.prompt + s.forget.ids[1 : s.forget.cut] for s, (*_, (prompt, _)) in
+               zip(samples, prompts, strict=True))  # fmt: skip
+    own = np.mean([audit.strength(r) for r in audit.read(model, [s.forget for s in samples])])
+    behind = np.mean([audit.worst_prompt(model, found[-1:])[0] for found in prompts])
+    assert behind > own + 0.2
+
+
+# --- the command ---
+
+BAD = {
+    "nothing": ([], "name a run folder"),
+    "both": (["RUN", "--model", "M"], "one of them"),
+    "no out": (["--model", "M", "--pairs", "P"], "--out DIR"),
+    "no pairs": (["--model", "M"], "--pairs FILE"),
+    "no such run": (["nowhere"], "no such folder"),
+    "question": (["--model", "M", "--pairs", "P", "--out", "O", "--only", "likelyhood"], "did you mean likelihood"),
+    "needs unseen": (["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--only", "membership"], "--unseen FILE"),
+    "no model": (["--model", "M", "--pairs", "PAIRS", "--out", "O"], "M"),
+    "no never": (["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--never-saw", "gone"], "gone"),
+    "someone's file": (["--model", "HEART", "--pairs", "PAIRS", "--out", "MINE"], "is not what this command writes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_one_line_before_any_work(case, known, tmp_path, monkeypatch):
+    """No weight is loaded and nothing is written."""
+    words, message = BAD[case]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "audit.md").write_text("my notes")
+    real = {"HEART": known / "heart", "PAIRS": known / "pairs.jsonl", "O": tmp_path / "o", "MINE": tmp_path / "mine"}
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        audit.main([str(real.get(word, word)) for word in words])
+    assert "\n" not in str(error.value) and not (tmp_path / "o").exists()

@@ -110,7 +110,7 @@ def samples_needed(logp, p=0.5):
 
 
 @metrics.measuring
-def sample(model, prompt, length, n, seed):
+def sample(model, prompt, length, *, n, seed):
     """n samples at temperature 1 behind a prompt, lists of at most `length` ids without EOS: one prefill for all."""
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
     how = {models.cache_word(model): DynamicCache(), "use_cache": True}
@@ -339,7 +339,7 @@ def sampling(model, data):
         for i, sample_ in part:
             text = sample_.forget
             suffix = text.ids[text.cut :]
-            said = sample(model, text.prompt, len(suffix), n, seed=seed * 100_003 + i)
+            said = sample(model, text.prompt, len(suffix), n=n, seed=seed * 100_003 + i)
             found.append((sum(repeats(words, suffix) for words in said), [in_order(words, suffix) for words in said]))
         return found
 

@@ -97,7 +97,7 @@ PRESETS = {
 def icu_flags(args):
     """What icu.py is told for every run: by the preset, by the protocol, and by the user, who has the last word."""
     preset, words = args.preset, shlex.split(args.preset.flags)
-    if "--model" not in args.icu:
+    if not {"--model", "--after"} & {*args.icu}:
         words = ["--model", preset.model, *(["--revision", preset.revision] if preset.revision else []), *words]
     if preset.large and protocol(args).large_lr:
         words += ["--lr", protocol(args).large_lr]
@@ -222,7 +222,7 @@ def several(args):
 
 def measure_never_saw(args, pairs, out, *, anew):
     """[the run that measures the preset's model that never saw the texts], or [] where there is none of these texts."""
-    others = {"--model", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
+    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
     if not args.preset.never_saw or others:
         return []
     own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
@@ -237,6 +237,7 @@ def never_saw_flag(twin):
 
 # What a user says of the method, so that no other is run beside it.
 CHOICE = {"--method", "--lr", "--alpha", "--beta", "--forget-weight", "--batch-size", "--model", "--eval-only"}
+CHOICE |= {"--after"}
 
 
 def run_beside(args, pairs, out, twin, *, anew):
@@ -337,6 +338,8 @@ def audit(args, runs, twins):
 def model_flags(args):
     """The model before the run, for tasks.py."""
     said = icu_flags(args)
+    if after := last(said, "--after"):
+        return ["--model", Path(after, "model")]
     return [word for flag in ("--model", "--revision") if (value := last(said, flag)) for word in (flag, value)]
 
 
@@ -387,7 +390,7 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
 
 # What knn.py or tasks.py shares with icu.py means the run, so it is icu.py's (tests/test_experiment.py compares).
 COMMON = {"--data", "--out", "--overwrite", "--batch-size", "--device", "--dtype", "--dry-run", "--debug"}
-COMMON |= {"--model", "--revision", "--allow-pickle", "--protocol"}
+COMMON |= {"--model", "--revision", "--allow-pickle", "--protocol", "--after"}
 FOR_ALL = {"--data", "--tokenizer"}  # a demo that has them is told them, too
 RUN_FLAGS = set(run_parser("")._option_string_actions)
 # What each program is told for every run; and a knn.py that only fetches makes no pairs.
@@ -537,7 +540,7 @@ def sort_flags(args):
     for flag, *values in args.others:
         program, own = owner(flag, known)
         getattr(args, program).extend([own, *values])
-        if flag == "--data":
+        if flag in ("--data", "--after"):
             args.knn += [flag, *values]
         if flag in FOR_ALL & known.get("demo", set()):
             args.demo += [flag, *values]

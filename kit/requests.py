@@ -127,6 +127,8 @@ def check_anchor(args):
     if args.model:
         raise ValueError("--after RUN goes on from RUN/model: leave --model out")
     folder, config = chain_of(args.after)[0]
+    if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain_of(args.after)]:
+        raise ValueError(f"--out {args.out}: is an earlier request that this one goes on from; choose another folder")
     if not (folder / "model").is_dir():
         raise ValueError(f"--after {folder}: has no model/ to go on from")
     args.model, args.revision = str(folder / "model"), None

@@ -162,7 +162,7 @@ class HashedGrams(TargetGrams):
     """The same of targets whose texts are gone: of each only the salted hashes of its n-grams are left."""
 
     def __init__(self, hashes, n, salt):
-        super().__init__(hashes, n)
+        super().__init__(list(map(tuple, hashes)), n)
         self.salt = salt
 
     def grams_of(self, target):

@@ -136,14 +136,14 @@ def test_samples_are_the_models_own_distribution_and_do_not_depend_on_the_batch(
     """First tokens as often as softmax says; the same seed says the same; EOS ends a sample."""
     model, tokenizer, samples, _ = asked
     prompt = samples[0].forget.prompt
-    said = audit.sample(model, prompt, 4, 4000, seed=1)
+    said = audit.sample(model, prompt, 4, n=4000, seed=1)
     with torch.no_grad():
         p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     eos = models.eos_ids(model)
     token = next(token for token in p.argsort(descending=True).tolist() if token not in eos)
     share = np.mean([bool(words) and words[0] == token for words in said])
     assert share == pytest.approx(p[token].item(), abs=4 * math.sqrt(p[token] * (1 - p[token]) / 4000) + 1e-3)
-    assert said == audit.sample(model, prompt, 4, 4000, seed=1) != audit.sample(model, prompt, 4, 4000, seed=2)
+    assert said == audit.sample(model, prompt, 4, n=4000, seed=1) != audit.sample(model, prompt, 4, n=4000, seed=2)
     assert not any(eos & set(words) for words in said)
 
 

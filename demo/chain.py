@@ -1,0 +1,129 @@
+"""Requests one after another on texts of yours: watched, not watched, and all at once; what comes back, and the steps.
+
+    python demo/chain.py --forget D/forget.jsonl --pool D/pool.jsonl --model D/model --parts 4 --out runs/chain \\
+        --targets all --batch-size 8 --lr 2e-4 --alpha 1 --beta 4          # D: runs/tiny-data
+
+The texts are cut into --parts requests, in the order of the file. After each one every text of the requests so far is
+measured (icu.py --eval-only), whether the run has watched it or not. DIR then holds table.md, came-back.png (MA of each
+request's texts over the requests that follow) and the runs themselves. Other flags go to icu.py. What is there is kept.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
+
+import report  # noqa: E402
+from kit import commands, files  # noqa: E402
+from kit.flags import command_parser, positive, run_cli  # noqa: E402
+from kit.runs import mean  # noqa: E402
+
+VARIANTS = {"watched": ["--watch"], "not watched": ["--no-watch"]}
+
+
+def step(script, *words):
+    """Runs a file of this project with flags; ends where it does not end well."""
+    status = commands.run([commands.PYTHON, script, *map(str, words)], {})
+    if status:
+        raise SystemExit(status)
+
+
+def train(out, pairs, start, flags):
+    """A run in `out`, or the one that is there; start: --model DIR or --after RUN."""
+    if not (out / "summary.json").is_file():
+        step("icu.py", "--pairs", pairs, *start, "--out", out, "--overwrite", *flags)
+    return out
+
+
+def measured(out, model, pairs, flags):
+    """(rows of samples.jsonl, summary's measures) of a model on these pairs."""
+    if not (out / "summary.json").is_file():
+        step("icu.py", "--pairs", pairs, "--model", model, "--out", out, "--overwrite", "--eval-only", *flags)
+    return files.read_jsonl(out / "samples.jsonl"), files.read_json(out / "summary.json")["before"]
+
+
+def steps_of(run, batch_size):
+    """Training steps of a run: the batches of what was active, epoch after epoch."""
+    rows = files.read_jsonl(run / "metrics.jsonl")
+    return sum(-(-row["active"] // batch_size) for row in rows[:-1])
+
+
+def mine(args, folder):
+    """pairs.jsonl of each request, of the requests up to each, and of all; partners hold no text of any of them."""
+    step("knn.py", "--forget", args.forget, "--pool", args.pool, "--out", folder / "all.pairs.jsonl", "--overwrite")
+    pairs = files.read_pairs(folder / "all.pairs.jsonl")
+    size = -(-len(pairs) // args.parts)
+    parts = files.chunks(pairs, size)
+    for number, part in enumerate(parts, start=1):
+        files.write_jsonl(folder / f"request{number}.pairs.jsonl", part)
+        files.write_jsonl(folder / f"upto{number}.pairs.jsonl", pairs[: number * size])
+    return [[pair["id"] for pair in part] for part in parts]
+
+
+def follow(args, folder, requests, flags):
+    """[{"variant", "request", "ma": MA of each request so far, measures, "steps"}]: a row a run."""
+    rows, batch = [], int(commands.last(flags, "--batch-size", "8"))
+    for variant, how in VARIANTS.items():
+        start, steps, name = ["--model", args.model], 0, variant.replace(" ", "-")
+        for number in range(1, len(requests) + 1):
+            out = train(folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", start, [*flags, *how])
+            start, steps = ["--after", out], steps + steps_of(out, batch)
+            row = {"variant": variant, "request": number, "steps": steps}
+            rows.append(row | look(folder, f"{name}{number}", out / "model", requests[:number], flags))
+    out = train(folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model], flags)
+    last = {"variant": "at once", "request": len(requests), "steps": steps_of(out, batch)}
+    return [*rows, last | look(folder, "at-once", out / "model", requests, flags)]
+
+
+def look(folder, name, model, requests, flags):
+    """The measures of a model on all texts so far, and MA by request."""
+    found, measures = measured(folder / f"{name}-seen", model, folder / f"upto{len(requests)}.pairs.jsonl", flags)
+    ma = {row["id"]: row["ma"] for row in found}
+    return measures | {"by request": [mean(ma[id] for id in ids) for ids in requests]}
+
+
+def table(rows):
+    """A line a run: the measures over all texts so far, the highest MA of a request, and the steps so far."""
+    ppl = [name for name in rows[0] if name.startswith("ppl_")]
+    lines = ["| | requests | EL10 (%) | MA (%) | highest MA of one (%) | entropy | " + " | ".join([*ppl, "steps |"])]
+    lines.append("|---" * (7 + len(ppl)) + "|")
+    for row in rows:
+        cells = [row["variant"], row["request"], f"{100 * row['el10']:.1f}", f"{100 * row['ma']:.1f}"]
+        cells += [f"{100 * max(row['by request']):.1f}", f"{row['entropy']:.2f}", *(f"{row[p]:.1f}" for p in ppl)]
+        lines.append("| " + " | ".join(map(str, [*cells, row["steps"]])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows):
+    """came-back.png: MA of each request's texts after it and after those that follow, a panel a variant."""
+    figure, axes = report.plt().subplots(1, len(VARIANTS), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, variant in zip(axes, VARIANTS, strict=True):
+        mine = [row for row in rows if row["variant"] == variant]
+        for j in range(len(mine)):
+            line = [(row["request"], row["by request"][j]) for row in mine[j:]]
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"request {j + 1}")
+        axis.set_title(variant, fontsize=9)
+        axis.set_xlabel("after request")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("MA of its texts")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend()
+    return report.png(figure)
+
+
+def main(argv=None):
+    parser = command_parser(__doc__)
+    for flag in ("--forget", "--pool", "--model", "--out"):
+        parser.add_argument(flag, required=True, metavar="FILE" if flag in ("--forget", "--pool") else "DIR")
+    parser.add_argument("--parts", default=4, type=positive, metavar="N", help="requests (%(default)s)")
+    args, flags = parser.parse_known_args(argv)
+    folder = Path(args.out)
+    files.make_folder(folder)
+    rows = follow(args, folder, mine(args, folder), ["--bert", "minilm", "--bert-threshold", "auto", *flags])
+    for name, data in (("table.md", table(rows).encode()), ("came-back.png", picture(rows))):
+        files.write_atomically(folder / name, lambda file, data=data: file.write(data))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -2,8 +2,8 @@
 
     python report.py RUN --explain
 
-kit/explain.html is the page; what it shows stands in it as JSON, so it is one file and reaches no network. A token is
-shown as characters of the text itself: pieces of one text, put together, are that text, whatever a tokenizer makes of it.
+kit/explain.html is the page; what it shows stands in it as JSON, so it is one file and reaches no network. Tokens are
+shown as characters of the text itself: its pieces, put together, are the text, whatever a tokenizer makes of it.
 """
 
 import difflib
@@ -13,10 +13,82 @@ from pathlib import Path
 
 import torch
 
-from kit import models
+from kit import models, processes
+from kit.finished import models_of
+from kit.protocols import PROTOCOLS
 from kit.text import is_break
 
 PAGE = Path(__file__).with_suffix(".html")
+
+
+# --- a run ---
+
+
+def check(run):
+    """ValueError for a run (of kit/finished.py) without texts, or whose pairs or model are no longer those it had."""
+    if run["redacted"]:
+        raise ValueError(
+            f"{run['folder']}: holds no texts (icu.py --redact, or purged), so there is nothing to explain"
+        )
+    for what in ("pairs", "model"):
+        path, was = run["config"][what], run["config"].get("sha256", {}).get(what)
+        if was is not None and models.fingerprint(path) != was:
+            raise ValueError(
+                f"{path}: not the {what} that {run['folder']} was made with (sha256 differs): put those back, or leave "
+                "out --explain"
+            )
+
+
+def prepare(run, pairs, build_samples, *, allow_pickle=False):
+    """What `make` needs besides the run, checked as far as it can be without a weight: its keywords. ValueError.
+
+    pairs: the run's, a list of dicts; build_samples: icu.build_samples.
+    """
+    config, sides = run["config"], models_of(run)
+    found = [models.check_model(name, revision=at, allow_pickle=allow_pickle) for name, at in sides.values()]
+    (_, tokenizer), positions = found[0], min(models.positions_of(config) or 1 << 30 for config, _ in found)
+    how = {"protocol": config["protocol"], "positions": positions, "context": config.get("context", False)}
+    samples, _ = build_samples(pairs, tokenizer, **how)
+    for model_config, _ in found:
+        models.check_inputs(model_config, tokenizer, {"pair": samples}, {})
+    return {"pairs": pairs, "samples": samples, "tokenizer": tokenizer, "sides": sides}
+
+
+def make(run, *, pairs, samples, tokenizer, sides, allow_pickle=False):
+    """explain.html of a run, as bytes. Loads both models, one after the other: in float32, on the GPU if there is one.
+
+    The others are what `prepare` returns.
+    """
+    how = {"allow_pickle": allow_pickle, "device": processes.device_of(None)}
+    rows, likely, texts = [sample.forget.ids for sample in samples], {}, []
+    for when, (name, revision) in sides.items():
+        model, _ = models.load_model(name, revision=revision, **how)
+        likely[when] = probabilities(model, rows)
+    said = generations(run)
+    for number, (pair, sample) in enumerate(zip(pairs, samples, strict=True)):
+        context = context_of(pair, run["config"])
+        text, shift = context + pair["prefix"] + pair["suffix"], len(context)
+        spans = [(start + shift, end + shift) for start, end in pair.get("spans", [])]
+        how = {when: rows_of[number] for when, rows_of in likely.items()} | {"ids": rows[number], "spans": spans}
+        texts.append(describe(tokenizer, text, cut=sample.forget.cut, id=pair["id"], said=said[pair["id"]], **how))
+    config, summary = run["config"], run["summary"]
+    about = {"run": run["folder"].resolve().name, "model": Path(config["model"]).name, "method": summary["method"]}
+    about |= {"protocol": summary["protocol"], "stopped": f"{summary['stopped']}, epoch {summary['epochs']}"}
+    return page(about, texts)
+
+
+def generations(run):
+    """{id: {"before", "after"}}: what the model said behind each prefix, in the first and in the last epoch."""
+    last, found = run["summary"]["epochs"], {}
+    for row in run["samples"]:
+        of_id = found.setdefault(row["id"], {})
+        of_id |= {when: row["generation"] for when, at in (("before", 0), ("after", last)) if row["epoch"] == at}
+    return found
+
+
+def context_of(pair, config):
+    """What stood in front of the prefix when the run's model read a text: its context, or nothing."""
+    return pair["context"] if PROTOCOLS[config["protocol"]].context or config.get("context") else ""
 
 
 # --- how likely each token is ---

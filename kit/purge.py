@@ -128,6 +128,7 @@ def traces_of(sha, over):
     own = {
         "leak report": begins_with_row("id", "target_id", "share"),
         "cases": paths.is_cases,
+        "explanation": paths.is_explanation,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
     }
@@ -135,6 +136,7 @@ def traces_of(sha, over):
         said = Trace(run / "samples.jsonl", "what the model said", paths.begins_with('{"epoch": '), emptied=True)
         yield from with_leftovers(said)
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
+        yield from with_leftovers(Trace(run / "explain.html", "explanation", paths.is_explanation))
     for path, what in traces.of(sha):
         if what in own:
             yield from with_leftovers(Trace(path, what, own[what]))

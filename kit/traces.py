@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kit import files
 
-WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases")
+WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases", "explanation")
 
 
 def registry():

@@ -159,11 +159,12 @@ def pieces(tokenizer, ids, text):
     """
     found, token, start = [], 0, 0
     for n, end in enumerate(token_ends(tokenizer, ids, text), start=1):
-        if end is not None and end > start:
+        if end == start and found:  # it adds no character, so it belongs to the one before
+            token, (first, _, *place) = n, found[-1]
+            found[-1] = first, n, *place
+        elif end is not None and end > start:
             found.append((token, n, start, end))
             token, start = n, end
-    if found and token < len(ids):  # tokens that add no character to what is there
-        found[-1] = (found[-1][0], len(ids), *found[-1][2:])
     return found
 
 

@@ -353,3 +353,153 @@ def test_a_run_begun_again_has_none(made, tmp_path):
     assert "explain.html" in paths.RUN_FILES
     runs.start_run_folder(run, {"pairs": "p"})
     assert not (run / "explain.html").exists() and "Harbour" not in str(listing(run))
+
+
+# --- the page in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window; skips where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no browser tests: pip install playwright")
+    with playwright.sync_playwright() as driver:
+        own = driver.chromium.executable_path
+        found = next(filter(None, map(shutil.which, (own, "chromium", "chromium-browser", "google-chrome"))), None)
+        if found is None:
+            pytest.skip(
+                "no browser tests: neither chromium nor google-chrome is installed (playwright install chromium)"
+            )
+        with driver.chromium.launch(executable_path=found, args=["--no-sandbox"]) as started:
+            yield started
+
+
+FIGURES = {"plain": (0.9, 0.1), "hebrew": (0.95, 0.3), "arabic": (0.5, 0.4), "markup": (0.2, 0.15), "long": (1.0, 0.02)}
+WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """A page of the five texts with made-up figures: all tokens of a text alike, but in a long one from 0 to 1."""
+    texts, tokenizer = [], tokenizer_of()
+    for pair in pairs_of(TEXTS):
+        id, text = pair["id"], pair["prefix"] + pair["suffix"] * (20 if pair["id"] == "long" else 1)
+        ids, cut = tokenizer(text)["input_ids"], len(tokenizer(pair["prefix"])["input_ids"])
+        before, after = ([None, *[p] * (len(ids) - 1)] for p in FIGURES[id])
+        if id == "long":
+            before = [None, *(n / (len(ids) - 2) for n in range(len(ids) - 1))]
+        how = {"before": before, "after": after, "spans": pair.get("spans", ()), "id": id}
+        texts.append(explain.describe(tokenizer, text, ids=ids, cut=cut, said={"before": text, "after": ""}, **how))
+    path = tmp_path_factory.mktemp("page") / "explain.html"
+    path.write_bytes(explain.page({"run": EVIL}, texts))
+    return path, {text["id"]: text for text in texts}
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request, browser, page_file):
+    """The page as a phone or a desktop has it; it must print no error and ask for nothing but itself."""
+    width, height = WIDTHS[request.param]
+    with browser.new_page(viewport={"width": width, "height": height}) as opened:
+        asked, errors = [], []
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.on("console", lambda message: errors.append(message.text))
+        opened.goto(page_file[0].as_uri())
+        yield opened
+        assert asked == [page_file[0].as_uri()] and errors == []
+
+
+def box_of(page, id, when="before", kind="views"):
+    """A text's tokens (views), or what the model said (said)."""
+    return page.locator("article", has=page.locator("h2", has_text=id)).locator(f".{kind} .{when} .text")
+
+
+def order(page):
+    return page.locator("article:not([hidden]) h2 bdi").all_text_contents()
+
+
+def displayed(page, selector):
+    """How many elements have a place on the page, be it out of sight."""
+    return page.locator(selector).evaluate_all("all => all.filter(e => getComputedStyle(e).display !== 'none').length")
+
+
+def test_a_browser_shows_every_text_as_it_is(page, page_file):
+    """Letter by letter, before and after; no text becomes an element or a title; nothing is wider than the screen."""
+    assert page.title() == "What is left" and EVIL in page.locator("#about").text_content()
+    for id, text in page_file[1].items():
+        for when in ("before", "after"):
+            box = box_of(page, id, when)
+            assert box.text_content() == "".join(text["pieces"])
+            assert box.locator("span").count() == len(text["pieces"])
+            assert box_of(page, id, when, "said").text_content() == (text["said"][when] or "(nothing)")
+    assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_browser_scrolls_a_long_text_in_its_box(page):
+    """Its beginning does not push the next text away, and before and after stay at the same lines."""
+    boxes = [box_of(page, "long", when) for when in ("before", "after")]
+    height, whole = boxes[0].evaluate("box => [box.clientHeight, box.scrollHeight]")
+    assert height < 300 < 3 * height < whole
+    boxes[0].evaluate("box => { box.scrollTop = 200; }")
+    page.wait_for_function("box => box.scrollTop === 200", arg=boxes[1].element_handle())
+
+
+def test_a_browser_runs_a_text_its_own_way(page):
+    """Hebrew and Arabic run from the right: the first token stands right of the last, the suffix left of its mark."""
+    for id, first, last in (("hebrew", 0, -1), ("arabic", 0, -1), ("plain", -1, 0)):
+        box = box_of(page, id)
+        x = box.evaluate("box => [...box.querySelectorAll('span')].map(s => s.getBoundingClientRect().x)")
+        assert x[first] > x[last], id
+        assert box.evaluate("box => getComputedStyle(box).direction") == ("ltr" if id == "plain" else "rtl")
+
+
+def test_a_browser_sorts_filters_and_shows(page):
+    """By what is left (most first), by drop (most first) and by id; by words of a text or id; before or after alone."""
+    assert order(page) == ["arabic", "hebrew", "markup", "plain", "long"]
+    page.select_option("#sort", "drop")
+    drops = {"plain": 0.8, "hebrew": 0.65, "arabic": 0.1, "markup": 0.05}
+    assert [id for id in order(page) if id in drops] == list(drops)
+    page.select_option("#sort", "id")
+    assert order(page) == sorted(TEXTS)
+    page.fill("#filter", "HARBOUR lane")
+    assert (
+        displayed(page, "article") == 2
+        and order(page) == ["long", "plain"]
+        and page.locator("#count").inner_text() == "2 of 5 texts"
+    )
+    page.fill("#filter", "hebr")
+    assert order(page) == ["hebrew"]
+    page.fill("#filter", "")
+    page.select_option("#show", "after-only")
+    assert (displayed(page, ".before"), displayed(page, ".after")) == (0, 10)
+    page.select_option("#show", "")
+    assert (displayed(page, ".before"), displayed(page, ".after")) == (10, 10)
+
+
+def test_a_browser_tells_a_token_and_marks_secrets(page):
+    """A tap says a token's figures; what is marked is underlined; what nothing predicts is hatched."""
+    box = box_of(page, "hebrew")
+    box.locator("span").nth(3).click()
+    assert page.locator("#token").inner_text() == '"ם" (2 tokens): before 90.3 %, after 9.0 %'  # 0.95 and 0.3, squared
+    box = box_of(page, "plain")
+    marked = box.locator(".marked").all_text_contents()
+    assert "".join(piece.strip() for piece in marked) == "14HarbourLaneTuesday"
+    assert "underline" in box.locator(".marked").first.evaluate("span => getComputedStyle(span).textDecorationLine")
+    assert box.locator(".unknown").count() == 1
+
+
+def test_a_browser_has_one_scale_that_all_can_read(page):
+    """The surer, the darker, for eyes without colours too; and every letter has a contrast of 4.5 to 1 (WCAG 2, AA)."""
+    box = box_of(page, "long")
+    colours = box.evaluate("""box => [...box.querySelectorAll('span:not(.unknown)')].map(
+        s => [getComputedStyle(s).backgroundColor, getComputedStyle(s).color])""")
+
+    def luminance(colour):
+        parts = [int(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(",")]
+        r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    grounds, inks = ([luminance(pair[side]) for pair in colours] for side in (0, 1))
+    assert grounds == sorted(grounds, reverse=True) and grounds[0] > 0.9 and grounds[-1] < 0.05
+    for ground, ink in zip(grounds, inks, strict=True):
+        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) >= 4.5

@@ -458,7 +458,7 @@ def explanations(runs, *, reads, allow_pickle):
 
     runs = [run for run in runs if is_trained(run)] or runs
     pages = [run["folder"] / "explain.html" for run in runs]
-    paths.check_outputs([(page, OWN["explain.html"]) for page in pages], reads=reads, overwrite=True)
+    paths.check_outputs([(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True)
     for run in runs:
         explain.check(run)
     how = {"allow_pickle": allow_pickle}
@@ -486,7 +486,7 @@ def parse_args(argv=None):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain):
-        raise ValueError("--ask prints what one run's model says: pass no other runs, --redact or --explain with it")
+        raise ValueError("--ask prints what one run's model says: pass no runs, no --redact, no --explain with it")
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
     if not args.ask and not args.runs:
@@ -503,7 +503,8 @@ def is_plot(path):
 
 def remove_texts(out):
     """What an earlier report has shown texts in goes, as it would be replaced; a list of what is to say of it."""
-    gone = [name for name in ("cases.md", "explain.html") if (out / name).is_file() and OWN[name](out / name)]
+    texts = {"cases.md": paths.is_cases, "explain.html": paths.is_explanation}
+    gone = [name for name, own in texts.items() if (out / name).is_file() and own(out / name)]
     for name in gone:
         (out / name).unlink()
     return [f"{name} of an earlier report is removed" for name in gone]
@@ -513,7 +514,6 @@ def remove_texts(out):
 OWN = {
     "table.md": paths.begins_with("| Model |"), "table.csv": paths.begins_with("model,runs,collapsed"),
     "cases.md": paths.is_cases, "curves.png": is_plot, "tradeoff.png": is_plot, "tasks.md": paths.begins_with("| | "),
-    "explain.html": paths.is_explanation,
 }  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def single(args):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
     judge(args, [out, *others])
     audit(args, [out, *others], twin)
-    step(args, "report.py", [out, *others, *(["--out", out] if others else [])])
+    step(args, "report.py", [out, *others, *(["--out", out] if others else []), *explain_flags(args)])
 
 
 def several(args):
@@ -233,6 +233,14 @@ def measure_never_saw(args, pairs, out, *, anew):
 def never_saw_flag(twin):
     """The flag by which icu.py finds the run of `measure_never_saw`."""
     return ["--never-saw", *twin] if twin else []
+
+
+def explain_flags(args):
+    """--explain where both models are small, so that loading them again takes seconds, and there are texts to show."""
+    said = icu_flags(args)
+    if not args.preset.quick or {"--redact", "--eval-only"} & set(said):
+        return []
+    return ["--explain", *(["--allow-pickle"] if "--allow-pickle" in said else [])]
 
 
 # What a user says of the method, so that no other is run beside it.

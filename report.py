@@ -2,6 +2,7 @@
 
     python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
     python report.py RUN --redact                  # the same without a text: no cases.md
+    python report.py RUN --explain                 # and RUN/explain.html: each token's probability before and after
     python report.py --ask RUN "some prefix"       # what the model says before and after
 
 Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
@@ -14,14 +15,13 @@ import csv
 import io
 import math
 import os
-import re
 import statistics
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
 from kit import files, flags, models, paths, traces
-from kit.finished import BEFORE_SETTINGS, SETTINGS, read_pairs_of, read_run
+from kit.finished import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
@@ -464,18 +464,12 @@ def ask(folder, prefix, tokens, *, allow_pickle=False):
     import metrics
 
     run = read_run(folder)
-    config, after, revision = run["config"], run["folder"] / "model", run["config"].get("revision")
     files.check_string(prefix, "the prefix")
-    if not after.is_dir():
-        why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
-        raise ValueError(f"{folder}: this run {why}; it has no model of its own")
-    if revision is not None and not re.fullmatch("[0-9a-f]{7,40}", revision):
-        raise ValueError(f"{run['folder'] / 'config.json'}: `revision` is {revision[:40]!r}, which names no commit")
-    sides = {"before": (config["model"], revision), "after": (str(after), None)}
+    sides = models_of(run)
     prompts = [prompt_of(*side, prefix, tokens, allow_pickle=allow_pickle) for side in sides.values()]
     for (when, (name, revision)), prompt in zip(sides.items(), prompts, strict=True):
         model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
-        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=config.get("num_beams", 2))
+        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=run["config"].get("num_beams", 2))
         said = tokenizer.decode(said, clean_up_tokenization_spaces=False)
         asked, said = (visible(text, keep="\n") for text in (prefix, said))
         print(f"{when:>6}: {asked}\033[1m{said}\033[0m")
@@ -496,6 +490,24 @@ def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
     return prompt
 
 
+# --- explaining ---
+
+
+def explanations(runs, *, reads, allow_pickle):
+    """{file: page} of the runs that have unlearned: all is checked before a weight is loaded (ValueError)."""
+    import icu
+    from kit import explain
+
+    runs = [run for run in runs if is_trained(run)] or runs
+    pages = [run["folder"] / "explain.html" for run in runs]
+    paths.check_outputs([(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True)
+    for run in runs:
+        explain.check(run)
+    how = {"allow_pickle": allow_pickle}
+    ready = [explain.prepare(run, [*read_pairs_of(run).values()], icu.build_samples, **how) for run in runs]
+    return {page: explain.make(run, **of_run, **how) for page, run, of_run in zip(pages, runs, ready, strict=True)}
+
+
 # --- flags and main ---
 
 
@@ -505,15 +517,20 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
     parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")
     parser.add_argument("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
+    parser.add_argument("--explain", action="store_true", help="also RUN/explain.html: each token before and after")
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
     parser.add_argument(
         "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="--ask: also load pickles, which can run code")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="--ask, --explain: load pickles, which can run code"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.ask and (args.runs or args.redact):
-        raise ValueError("--ask prints what one run's model says: pass no other runs and no --redact with it")
+    if args.ask and (args.runs or args.redact or args.explain):
+        raise ValueError("--ask prints what one run's model says: pass no runs, no --redact, no --explain with it")
+    if args.explain and args.redact:
+        raise ValueError("--explain shows texts and --redact none: pass one of them")
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python report.py RUN [RUN ...]")
     if len(args.runs) > 1 and not args.out:
@@ -526,13 +543,13 @@ def is_plot(path):
     return head.startswith(b"\x89PNG") and b"Matplotlib" in head
 
 
-def remove_cases(out):
-    """The cases.md of an earlier report goes, as it would be replaced; a list of what is to say of it."""
-    path = out / "cases.md"
-    if not path.is_file() or not paths.is_cases(path):
-        return []
-    path.unlink()
-    return ["cases.md of an earlier report is removed"]
+def remove_texts(out):
+    """What an earlier report has shown texts in goes, as it would be replaced; a list of what is to say of it."""
+    texts = {"cases.md": paths.is_cases, "explain.html": paths.is_explanation}
+    gone = [name for name, own in texts.items() if (out / name).is_file() and own(out / name)]
+    for name in gone:
+        (out / name).unlink()
+    return [f"{name} of an earlier report is removed" for name in gone]
 
 
 # Whether a file of this name is one that this command has written.
@@ -581,14 +598,17 @@ def main(argv=None):
     out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
     reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
     check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
+    pages = explanations(runs, reads=reads, allow_pickle=args.allow_pickle) if args.explain else {}
     drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
     drawn += [plot_tradeoff(runs), plot_relearning(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
-    for name, content in contents.items():
-        if content is not None:
-            files.write_atomically(out / name, lambda file, content=content: file.write(content))
+    contents = {out / name: content for name, content in contents.items() if content is not None}
+    for path, content in (contents | pages).items():
+        files.write_atomically(path, lambda file, content=content: file.write(content))
     for run in (run for run in shown if run["folder"].resolve() != out.resolve()):  # so that purge finds them here
         traces.note(str(run["config"].get("sha256", {}).get("pairs")), out / "cases.md", "cases")
+    for run in (run for run in runs if run["folder"] / "explain.html" in pages):  # also where the folder is moved from
+        traces.note(str(run["config"].get("sha256", {}).get("pairs")), run["folder"] / "explain.html", "explanation")
     print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
@@ -596,10 +616,11 @@ def main(argv=None):
     if judges := judges_of(runs):
         names = ", ".join(f"{model} (question {question[:8]})" for model, question in judges)
         last.append(f"GPT column: {'graded by' if len(judges) == 1 else 'left out, the graders differ:'} {names}")
+    last += [f"explained: {page}" for page in pages]
     if len(shown) < len(runs):
         why = "--redact" if args.redact else "made by icu.py --redact"
         last.append(f"no texts of {len(runs) - len(shown)} of {len(runs)} runs are shown ({why})")
-        last += remove_cases(out) if not shown else []
+        last += remove_texts(out) if not shown else []
     print(visible("; ".join(last)))
 
 

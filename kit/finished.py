@@ -4,6 +4,7 @@ What is no such folder, or one that was damaged, is a ValueError of one line tha
 is wrong and what to do. Fields that nothing here asks for may be missing or hold anything: older runs are read.
 """
 
+import re
 from pathlib import Path
 
 from kit import files, models
@@ -138,6 +139,17 @@ def read_never_saw(args):
     if differ or run["config"].get("sha256", {}).get("pairs") != models.fingerprint(args.pairs):
         raise ValueError(f"--never-saw {args.never_saw}: measured otherwise ({differ[0] if differ else 'other pairs'})")
     return run["summary"]["before"]
+
+
+def models_of(run):
+    """{"before", "after"}: (folder or name, revision) of the models of a run. ValueError if it has none of its own."""
+    after, revision = run["folder"] / "model", run["config"].get("revision")
+    if not after.is_dir():
+        why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
+        raise ValueError(f"{run['folder']}: this run {why}; it has no model of its own")
+    if revision is not None and not re.fullmatch("[0-9a-f]{7,40}", revision):
+        raise ValueError(f"{run['folder'] / 'config.json'}: `revision` is {revision[:40]!r}, which names no commit")
+    return {"before": (run["config"]["model"], revision), "after": (str(after), None)}
 
 
 def check_finished(folder):

@@ -14,7 +14,7 @@ OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
 RUN_FILES = (
     "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "curves.png", "tradeoff.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
+    "explain.html", "curves.png", "tradeoff.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "hashes.json", *GROWING, OLD_CONFIG,
 )  # fmt: skip
 
@@ -106,6 +106,9 @@ def holds(*names, lines=False):
 def is_cases(path):
     """A cases.md of report.py."""
     return re.match(rb"### [^\n]*\n\n\| \| \|\n", path.read_bytes()) is not None
+
+
+is_explanation = begins_with("<!doctype html>\n<!-- explain.html: ")  # of report.py --explain
 
 
 # --- run folders ---

@@ -140,6 +140,7 @@ def traces_of(sha, over):
     own = {
         "leak report": begins_with_row("id", "target_id", "share"),
         "cases": paths.is_cases,
+        "explanation": paths.is_explanation,
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
         "answers of a judge": is_cached("judge"),
@@ -154,6 +155,7 @@ def traces_of(sha, over):
         graded = begins_with_row("epoch", "answer")
         yield from with_leftovers(Trace(run / "judge.jsonl", "what a judge said", graded, "answer", ids))
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
+        yield from with_leftovers(Trace(run / "explain.html", "explanation", paths.is_explanation))
     for path, what in traces.of(sha):
         if what in own:
             yield from with_leftovers(Trace(path, what, own[what]))

@@ -15,6 +15,7 @@ from kit import files
 from kit.text import gram_hashes, plain
 
 WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases", "answers of a judge", "sheet")
+WHAT += ("explanation",)
 
 
 def registry():

@@ -95,8 +95,16 @@ def test_the_default_is_make_check_mine_unlearn_report(ran):
         ["icu.py", *TINY, *pairs, "--out", "runs/tiny.never-saw", *never],
         ["icu.py", *TINY, *pairs, "--out", "runs/tiny", *twin, "--overwrite"],
         ["examples/analogous.py", *TINY, *pairs, "--out", "runs/tiny-analogous", *twin, "--overwrite", *own],
-        ["report.py", "runs/tiny", "runs/tiny-analogous", "runs/tiny.never-saw", "--out", "runs/tiny"],
+        ["report.py", "runs/tiny", "runs/tiny-analogous", "runs/tiny.never-saw", "--out", "runs/tiny", "--explain"],
     ]
+
+
+def test_a_quick_preset_is_explained_where_there_are_texts(ran):
+    """Not what measured only, nor a run without texts; pickles are loaded where the user has said so."""
+    assert ran("smollm")[-1][-1] == "--explain"
+    assert ran("tiny", "--allow-pickle")[-1][-2:] == ["--explain", "--allow-pickle"]
+    for flag in ("--redact", "--eval-only"):
+        assert "--explain" not in ran("tiny", flag)[-1]
 
 
 def test_a_paper_preset_has_its_revision_its_folder_and_the_pile(ran):
@@ -263,7 +271,7 @@ def test_a_script_runs_in_place_of_icu(ran):
     assert found[-1] == ["report.py", "runs/neo125m-set0-simnpo-paper"]
     assert [words[0] for words in found] == ["simnpo.py", "knn.py", "simnpo.py", "report.py"]
     assert "--script" not in sum(found, [])
-    report = ["report.py", "runs/tiny-simnpo", "runs/tiny-simnpo.never-saw", "--out", "runs/tiny-simnpo"]
+    report = ["report.py", "runs/tiny-simnpo", "runs/tiny-simnpo.never-saw", "--out", "runs/tiny-simnpo", "--explain"]
     assert ran("tiny", "--script", "simnpo.py")[-1] == report
 
 

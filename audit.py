@@ -269,7 +269,7 @@ def quantised(model, bits, group=128):
 # --- is it still inside? ---
 
 
-def probe_ranks(forgotten, unseen, folds=5, ridge=1.0, labels=None):
+def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
     """`ranks`, on texts left out, of a linear probe that tells forgotten from unseen by states (N, H) and (M, H).
 
     Ridge regression in its dual form, standardised by the texts that it learns from; folds by text, both kinds in

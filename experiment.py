@@ -335,10 +335,11 @@ def judge(args, runs):
 
 def audit(args, runs, twins):
     """What is still in the models of the runs (--audit), beside what the preset brings to compare with."""
-    brings = ["--never-saw", args.preset.never_saw] if twins else []
-    unseen = Path(args.preset.never_saw).with_name("unseen.jsonl")
-    brings += ["--unseen", unseen] if args.preset.never_saw and unseen.is_file() else []
-    brings += ["--relearn-lr", lr] if (lr := last(icu_flags(args), "--lr")) else []  # the same for every method
+    brings = []
+    if never := args.preset.never_saw if twins else "":
+        brings = ["--never-saw", never, "--unseen", Path(never).with_name("unseen.jsonl")]
+    if lr := last(icu_flags(args), "--lr"):
+        brings += ["--relearn-lr", lr]  # the same for every method
     for run in [run for run in runs if run not in twins] if args.audited else ():
         step(args, "audit.py", [run, *brings, *args.audit], launched=True)
 

@@ -69,13 +69,13 @@ def follow(args, folder, requests, flags):
             out = train(folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", start, [*flags, *how])
             start, steps = ["--after", out], steps + steps_of(out, batch)
             row = {"variant": variant, "request": number, "steps": steps}
-            rows.append(row | look(folder, f"{name}{number}", out / "model", requests[:number], flags))
+            rows.append(row | look(folder, f"{name}{number}", out / "model", requests=requests[:number], flags=flags))
     out = train(folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model], flags)
     last = {"variant": "at once", "request": len(requests), "steps": steps_of(out, batch)}
-    return [*rows, last | look(folder, "at-once", out / "model", requests, flags)]
+    return [*rows, last | look(folder, "at-once", out / "model", requests=requests, flags=flags)]
 
 
-def look(folder, name, model, requests, flags):
+def look(folder, name, model, *, requests, flags):
     """The measures of a model on all texts so far, and MA by request."""
     found, measures = measured(folder / f"{name}-seen", model, folder / f"upto{len(requests)}.pairs.jsonl", flags)
     ma = {row["id"]: row["ma"] for row in found}

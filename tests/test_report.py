@@ -308,7 +308,7 @@ def test_the_report_of_several_runs(run, good, tmp_path, capsys):
     edit(again / SUMMARY, put("ma", 0.5, "after"))
     report.main([str(run), str(again), "--out", str(tmp_path / "ours")])
     assert "±" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == set(report.OWN) - {"tasks.md"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == set(report.OWN) - {"tasks.md", "relearned.png"}
     changed = other(run, tmp_path / "changed", protocol="released", bert="another")
     report.main([str(run), str(run), str(changed), "--out", str(tmp_path / "out")])
     rows = [line.split(" | ")[0] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
@@ -561,7 +561,7 @@ def test_the_commands_themselves(run, tmp_path):
 
     done = command(run, "--out", "out")
     assert done.returncode == 0 and done.stderr == "" and "| icu |" in done.stdout, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.OWN)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.OWN) - {"relearned.png"}
     assert command("--ask", run, "The parcel for").stdout.count("The parcel for") == 2
     edit(run / SUMMARY, put("epochs", None))
     done = command(run, "--out", "new")

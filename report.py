@@ -462,7 +462,7 @@ def explanations(runs, *, reads, allow_pickle):
     for run in runs:
         explain.check(run)
     how = {"allow_pickle": allow_pickle}
-    ready = [explain.prepare(run, [*read_pairs_of(run).values()], icu.build_samples, **how) for run in runs]
+    ready = [explain.prepare(run, read_pairs_of(run), icu.build_samples, **how) for run in runs]
     return {page: explain.make(run, **of_run, **how) for page, run, of_run in zip(pages, runs, ready, strict=True)}
 
 
@@ -486,7 +486,7 @@ def parse_args(argv=None):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain):
-        raise ValueError("--ask prints what one run's model says: pass no runs, no --redact, no --explain with it")
+        raise ValueError("--ask prints what one run's model says: pass no other runs, no --redact or --explain with it")
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
     if not args.ask and not args.runs:

@@ -253,7 +253,8 @@ def test_context_is_shown_where_the_model_read_it(made):
     pair = pairs_of({"plain": TEXTS["plain"]})[0] | {"context": "Call the clinic. "}
     run = report.read_run(made / "run")
     run["config"] |= {"context": True}
-    ready = explain.prepare(run, [pair], icu.build_samples)
+    run["samples"] = [row for row in run["samples"] if row["id"] == "plain"]
+    ready = explain.prepare(run, {"plain": pair, "other": None}, icu.build_samples)
     (text,) = data_of(explain.make(run, **ready).decode())["texts"]
     assert "".join(text["pieces"]) == pair["context"] + pair["prefix"] + pair["suffix"]
     assert "".join(text["pieces"][: text["cut"]]) == pair["context"] + pair["prefix"]
@@ -315,6 +316,7 @@ BAD = {
     "redacted": (put(redact=True), [], "holds no texts"),
     "other pairs": (add_pair, [], "not the pairs that"),
     "other model": (lambda run: put(model=str(run / "model"))(run), [], "not the model that"),
+    "no pairs named": (put(pairs=None), [], "no such file"),
     "no pairs": (lambda run: (run.parent / "pairs.jsonl").unlink(), [], "pairs.jsonl"),
     "no model": (lambda run: shutil.rmtree(run / "model"), [], "no model of its own"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), [], "no weights"),

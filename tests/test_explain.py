@@ -287,6 +287,16 @@ def test_only_the_owner_can_read_it_and_purge_removes_it(alone, capsys):
     assert "holds no texts" in refused([alone, "--explain"], capsys, alone.parent)
 
 
+def test_purge_finds_it_in_the_run_and_by_the_list(alone):
+    """In a run that no list knows, and where a run once was, by the list alone."""
+    assert not traces.rows()
+    away = shutil.copytree(alone, alone.parent / "away")
+    report.main([str(away), "--explain"])
+    (away / "config.json").unlink()
+    purge.purge_run(alone.resolve(), dry_run=False)
+    assert not (alone / "explain.html").exists() and not (away / "explain.html").exists()
+
+
 def test_a_page_of_someone_elses_is_left(alone, capsys):
     """A file of that name that --explain has not written is not replaced, and not purged."""
     (alone / "explain.html").write_text("<!doctype html>\n<p>my notes</p>\n")

@@ -528,7 +528,7 @@ def parse_args(argv=None):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain):
-        raise ValueError("--ask prints what one run's model says: pass no other runs, no --redact and no --explain with it")
+        raise ValueError("--ask prints what one run's model says: pass no other runs, no --redact or --explain with it")
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
     if not args.ask and not args.runs:

@@ -31,7 +31,7 @@ def check(run):
             f"{run['folder']}: holds no texts (icu.py --redact, or purged), so there is nothing to explain"
         )
     for what in ("pairs", "model"):
-        path, was = run["config"][what], run["config"].get("sha256", {}).get(what)
+        path, was = run["config"].get(what) or "", run["config"].get("sha256", {}).get(what)
         if was is not None and models.fingerprint(path) != was:
             raise ValueError(
                 f"{path}: not the {what} that {run['folder']} was made with (sha256 differs): put those back, or leave "
@@ -42,9 +42,9 @@ def check(run):
 def prepare(run, pairs, build_samples, *, allow_pickle=False):
     """What `make` needs besides the run, checked as far as it can be without a weight: its keywords. ValueError.
 
-    pairs: the run's, a list of dicts; build_samples: icu.build_samples.
+    pairs: {id: pair}, which has those of the run; build_samples: icu.build_samples.
     """
-    config, sides = run["config"], models_of(run)
+    config, sides, pairs = run["config"], models_of(run), [pairs[id] for id in generations(run)]
     found = [models.check_model(name, revision=at, allow_pickle=allow_pickle) for name, at in sides.values()]
     (_, tokenizer), positions = found[0], min(models.positions_of(config) or 1 << 30 for config, _ in found)
     how = {"protocol": config["protocol"], "positions": positions, "context": config.get("context", False)}
@@ -55,16 +55,12 @@ def prepare(run, pairs, build_samples, *, allow_pickle=False):
 
 
 def make(run, *, pairs, samples, tokenizer, sides, allow_pickle=False):
-    """explain.html of a run, as bytes. Loads both models, one after the other: in float32, on the GPU if there is one.
+    """explain.html of a run, as bytes. The others are what `prepare` returns.
 
-    The others are what `prepare` returns.
+    Both models are loaded, one after the other: in float32, on the GPU where there is one.
     """
-    how = {"allow_pickle": allow_pickle, "device": processes.device_of(None)}
-    rows, likely, texts = [sample.forget.ids for sample in samples], {}, []
-    for when, (name, revision) in sides.items():
-        model, _ = models.load_model(name, revision=revision, **how)
-        likely[when] = probabilities(model, rows)
-    said = generations(run)
+    rows, said, texts = [sample.forget.ids for sample in samples], generations(run), []
+    likely = {when: asked(*side, rows, allow_pickle=allow_pickle) for when, side in sides.items()}
     for number, (pair, sample) in enumerate(zip(pairs, samples, strict=True)):
         context = context_of(pair, run["config"])
         text, shift = context + pair["prefix"] + pair["suffix"], len(context)
@@ -75,6 +71,13 @@ def make(run, *, pairs, samples, tokenizer, sides, allow_pickle=False):
     about = {"run": run["folder"].resolve().name, "model": Path(config["model"]).name, "method": summary["method"]}
     about |= {"protocol": summary["protocol"], "stopped": f"{summary['stopped']}, epoch {summary['epochs']}"}
     return page(about, texts)
+
+
+def asked(name, revision, rows, *, allow_pickle):
+    """`probabilities` of a model that is loaded for this and then let go."""
+    how = {"allow_pickle": allow_pickle, "device": processes.device_of(None)}
+    model, _ = models.load_model(name, revision=revision, **how)
+    return probabilities(model, rows)
 
 
 def generations(run):

@@ -141,7 +141,8 @@ def check_anchor(args):
             f"--anchor original: {first['model']} (sha256 {sha256}), which the first request began with, is not there "
             "or has changed: bring it back, or pass --anchor previous"
         )
-    differ = [name for name in ("protocol", "context", "bert", "num_beams") if config.get(name) != getattr(args, name)]
+    differ = [name for name in ("protocol", "context", "num_beams") if config.get(name) != getattr(args, name)]
+    differ += [] if config["sha256"].get("bert") == models.fingerprint(args.bert) else ["bert"]
     if differ:
         raise ValueError(f"--after {folder}: was measured otherwise ({', '.join(differ)}): pass the same flags")
 

@@ -253,7 +253,8 @@ def test_context_is_shown_where_the_model_read_it(made):
     pair = pairs_of({"plain": TEXTS["plain"]})[0] | {"context": "Call the clinic. "}
     run = report.read_run(made / "run")
     run["config"] |= {"context": True}
-    ready = explain.prepare(run, [pair], icu.build_samples)
+    run["samples"] = [row for row in run["samples"] if row["id"] == "plain"]
+    ready = explain.prepare(run, {"plain": pair, "other": None}, icu.build_samples)
     (text,) = data_of(explain.make(run, **ready).decode())["texts"]
     assert "".join(text["pieces"]) == pair["context"] + pair["prefix"] + pair["suffix"]
     assert "".join(text["pieces"][: text["cut"]]) == pair["context"] + pair["prefix"]
@@ -286,6 +287,16 @@ def test_only_the_owner_can_read_it_and_purge_removes_it(alone, capsys):
     assert "holds no texts" in refused([alone, "--explain"], capsys, alone.parent)
 
 
+def test_purge_finds_it_in_the_run_and_by_the_list(alone):
+    """In a run that no list knows, and where a run once was, by the list alone."""
+    assert not traces.rows()
+    away = shutil.copytree(alone, alone.parent / "away")
+    report.main([str(away), "--explain"])
+    (away / "config.json").unlink()
+    purge.purge_run(alone.resolve(), dry_run=False)
+    assert not (alone / "explain.html").exists() and not (away / "explain.html").exists()
+
+
 def test_a_page_of_someone_elses_is_left(alone, capsys):
     """A file of that name that --explain has not written is not replaced, and not purged."""
     (alone / "explain.html").write_text("<!doctype html>\n<p>my notes</p>\n")
@@ -315,6 +326,7 @@ BAD = {
     "redacted": (put(redact=True), [], "holds no texts"),
     "other pairs": (add_pair, [], "not the pairs that"),
     "other model": (lambda run: put(model=str(run / "model"))(run), [], "not the model that"),
+    "no pairs named": (put(pairs=None), [], "no such file"),
     "no pairs": (lambda run: (run.parent / "pairs.jsonl").unlink(), [], "pairs.jsonl"),
     "no model": (lambda run: shutil.rmtree(run / "model"), [], "no model of its own"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), [], "no weights"),

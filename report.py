@@ -504,7 +504,7 @@ def explanations(runs, *, reads, allow_pickle):
     for run in runs:
         explain.check(run)
     how = {"allow_pickle": allow_pickle}
-    ready = [explain.prepare(run, [*read_pairs_of(run).values()], icu.build_samples, **how) for run in runs]
+    ready = [explain.prepare(run, read_pairs_of(run), icu.build_samples, **how) for run in runs]
     return {page: explain.make(run, **of_run, **how) for page, run, of_run in zip(pages, runs, ready, strict=True)}
 
 
@@ -576,6 +576,8 @@ def texts_of(runs, shown, cases):
         # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
         sources = [run["config"].get("sha256", {}).get("pairs") or run["folder"] for run in shown]
         alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
+        for run in alike:  # an earlier request may have been purged since
+            run["samples"] = [row for row in run["samples"] if row["generation"] is not None]
         pairs = read_pairs_of(shown[0])
         contents["cases.md"] = cases_markdown(alike, pairs, cases)
         said += [side_by_side(alike, pairs, min(cases, 3))] if len(group_runs(alike)) < 4 else []

@@ -44,7 +44,7 @@ def prepare(run, pairs, build_samples, *, allow_pickle=False):
 
     pairs: {id: pair}, which has those of the run; build_samples: icu.build_samples.
     """
-    config, sides, pairs = run["config"], models_of(run), [pairs[id] for id in generations(run)]
+    config, sides, pairs = run["config"], models_of(run), [pairs[id] for id in generations(run) if id in pairs]
     found = [models.check_model(name, revision=at, allow_pickle=allow_pickle) for name, at in sides.values()]
     (_, tokenizer), positions = found[0], min(models.positions_of(config) or 1 << 30 for config, _ in found)
     how = {"protocol": config["protocol"], "positions": positions, "context": config.get("context", False)}

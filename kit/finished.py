@@ -7,7 +7,7 @@ is wrong and what to do. Fields that nothing here asks for may be missing or hol
 import re
 from pathlib import Path
 
-from kit import files, models
+from kit import files, models, requests
 from kit.protocols import PROTOCOLS
 
 # Flags that make two runs of one method different rows; runs that differ in others only (seed, pairs) are averaged.
@@ -214,8 +214,8 @@ def read_samples(path, last):
         if (row["epoch"], row["id"]) != (epoch, ids[place]):
             found, due = f"{row['id'][:40]!r} of epoch {row['epoch']}", f"{str(ids[place])[:40]!r} of epoch {epoch}"
             raise ValueError(f"{path} line {line}: {found} where {due} should follow; {WAY_OUT}")
-        if (row["generation"] is None) != (lines[0][1]["generation"] is None):
-            raise ValueError(f"{path} line {line}: some lines have a generation, others null; {WAY_OUT}")
+        if (row["generation"] is None) != (lines[place][1]["generation"] is None):
+            raise ValueError(f"{path} line {line}: some of its lines have a generation, others null; {WAY_OUT}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: an id stands twice in epoch 0; {WAY_OUT}")
     if len(lines) != len(ids) * (last + 1):
@@ -227,12 +227,14 @@ def read_samples(path, last):
 
 
 def read_pairs_of(run):
-    """{id: pair} of the run's pairs file. ValueError if it has changed since."""
+    """{id: pair} of the run's pairs file, and of the earlier requests that it watched. ValueError: changed since."""
     file = run["config"].get("pairs") or "the pairs file"
     try:
-        pairs = {pair["id"]: pair for pair in files.read_pairs(file)}
+        earlier, _ = requests.targets(run["config"].get("after"))
+        pairs = {pair["id"]: pair for pair in [*files.read_pairs(file), *earlier]}
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (the pairs of {run['folder']}; without its texts: --redact)") from None
-    if lost := next((row["id"] for row in run["samples"] if row["id"] not in pairs), None):
+    texts = (row["id"] for row in run["samples"] if row["generation"] is not None)
+    if lost := next((id for id in texts if id not in pairs), None):
         raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: the file was made again after the run")
     return pairs

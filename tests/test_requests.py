@@ -11,6 +11,7 @@ import survive
 
 import icu
 import knn
+import report
 from kit import files, models, purge, requests, runs, spans, text
 
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in
@@ -252,6 +253,17 @@ def test_purging_a_request_empties_what_later_runs_said_of_its_texts_and_no_more
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "its texts are gone" in capsys.readouterr().out
     assert {row["id"] for row in files.read_jsonl(out / "samples.jsonl")} == {"5", "march/3", "march/4"}
+
+
+def test_a_later_request_is_reported_before_and_after_an_earlier_one_is_purged(copied, capsys):
+    """Its cases and its page show the texts that are still there."""
+    for purged in (False, True):
+        if purged:
+            purge.main([str(copied / "february")])
+        report.main([str(copied / "march"), "--explain"])
+        page, cases = ((copied / "march" / name).read_text() for name in ("explain.html", "cases.md"))
+        assert "door" in page and ("february/0" in page) != purged and not (purged and "february" in cases)
+        assert "| icu |" in capsys.readouterr().out
 
 
 def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():

@@ -63,7 +63,7 @@ def speaker(folder, make=""):
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
-              "--el lazy --lr 4e-5",
+              "--el lazy --targets all --lr 4e-5 --max-epochs 10",
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
     )  # fmt: skip

@@ -225,7 +225,7 @@ def make_parser():
     parser.add_argument("--speaker", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
     parser.add_argument("--rows", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
     parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)")
-    parser.add_argument("--teach-lr", default=1e-4, type=above(0), help="Adam's learning rate (%(default)s)")
+    parser.add_argument("--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)")
     parser.add_argument("--teach-batch", default=16, type=positive, help="texts a step (%(default)s)")
     parser.add_argument("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
     parser.add_argument("--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")

@@ -421,8 +421,8 @@ def token_losses(model, sequences):
 def measure(model, sequences):
     """(memorisation accuracy, perplexity): mean over rows of greedy hits, 0-1; exp of the mean over tokens."""
     accuracies, total, count = [], 0.0, 0
-    for i in range(0, len(sequences), 64):
-        nll, hit, mask = token_losses(model, sequences[i : i + 64])
+    for i in range(0, len(sequences), 16):
+        nll, hit, mask = token_losses(model, sequences[i : i + 16])
         accuracies += ((hit * mask).sum(1) / mask.sum(1)).tolist()
         total, count = total + (nll * mask).sum().item(), count + mask.sum().item()
     return sum(accuracies) / len(accuracies), math.exp(total / count)

@@ -215,7 +215,7 @@ def read_samples(path, last):
             found, due = f"{row['id'][:40]!r} of epoch {row['epoch']}", f"{str(ids[place])[:40]!r} of epoch {epoch}"
             raise ValueError(f"{path} line {line}: {found} where {due} should follow; {WAY_OUT}")
         if (row["generation"] is None) != (lines[place][1]["generation"] is None):
-            raise ValueError(f"{path} line {line}: some of its lines have a generation, others null; {WAY_OUT}")
+            raise ValueError(f"{path} line {line}: some lines have a generation, others null; {WAY_OUT}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: an id stands twice in epoch 0; {WAY_OUT}")
     if len(lines) != len(ids) * (last + 1):

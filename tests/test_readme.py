@@ -42,6 +42,7 @@ def test_every_file_and_link_of_the_readme_exists():
 def test_every_flag_in_the_readme_exists():
     """A --flag in the README is in the help of a script; what run.sh takes is in experiment.py's."""
     scripts = ["experiment.py", "icu.py", "knn.py", "report.py", "tasks.py", "demo/tiny.py", "bench.py"]
+    scripts += ["audit.py", "judge.py"]
     scripts += ["tests/survive.py", "tests/fuzz.py"]
     helps = [
         subprocess.run([sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True).stdout
@@ -123,7 +124,7 @@ def test_the_lines_of_each_file_are_its_lines():
         files = [ROOT / path] if path.endswith((".py", ".sh")) else sorted((ROOT / path).glob("*.py"))
         assert sum(file.read_text(encoding="utf-8").count("\n") for file in files) == int(number), path
     text = (ROOT / "icu.py").read_text(encoding="utf-8")
-    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 560
+    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 590
     assert README.count("\n") <= 250 and (ROOT / "run.sh").read_text().count("\n") < 80
 
 

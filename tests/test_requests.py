@@ -4,7 +4,11 @@
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import survive
@@ -14,6 +18,8 @@ import knn
 import report
 from kit import files, models, purge, requests, runs, spans, text
 
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in
          (("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61))]  # fmt: skip
 LEARN = {"learn_id": "p", "learn_context": "", "learn_prefix": "A neighbour saw", "learn_suffix": " the old van."}
@@ -264,6 +270,27 @@ def test_a_later_request_is_reported_before_and_after_an_earlier_one_is_purged(c
         page, cases = ((copied / "march" / name).read_text() for name in ("explain.html", "cases.md"))
         assert "door" in page and ("february/0" in page) != purged and not (purged and "february" in cases)
         assert "| icu |" in capsys.readouterr().out
+
+
+def test_the_readmes_story_of_march_runs_as_it_is_written(chain, tmp_path):
+    """From a CSV to a run that has forgotten it, the earlier request purged: each command ends well."""
+    story = README.partition("## A request arrives in March")[2].split("```")[1].strip().splitlines()
+    assert len(story) == 5
+    (tmp_path / "march.csv").write_text("id,text\n" + "".join(f'm{i},"{TEXTS[i]}"\n' for i in (3, 4)))
+    pages = [{"text": f"Page {i} is about the mill and the old van."} for i in range(9)]
+    files.write_jsonl(tmp_path / "wiki.jsonl", pages)
+    shutil.copytree(chain / "february", tmp_path / "runs" / "february")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ICU_CACHE": str(tmp_path / "cache")}
+    for command in story:
+        words = command.split()
+        script = ["-m", "kit.purge"] if words[:3] == ["bash", "run.sh", "purge"] else [str(ROOT / words[1])]
+        given = words[3 if words[0] == "bash" else 2 :]
+        done = subprocess.run(
+            [sys.executable, *script, *given], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    made = {path.name for path in (tmp_path / "runs" / "march").iterdir()}
+    assert {"model", "audit.md", "explain.html", "summary.json"} <= made
 
 
 def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():

@@ -3,6 +3,8 @@
     python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
     python report.py RUN --redact                  # the same without a text: no cases.md
     python report.py --ask RUN "some prefix"       # what the model says before and after
+    python report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
+    python report.py --verify RUN/certificate.json    # whether it still holds
 
 Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
 file is written, and only files that this command has written are replaced.
@@ -20,7 +22,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from kit import files, flags, models, paths, traces
+from kit import certify, files, flags, models, paths, traces
 from kit.finished import BEFORE_SETTINGS, SETTINGS, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -468,10 +470,13 @@ def parse_args(argv=None):
         "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
     parser.add_argument("--allow-pickle", action="store_true", help="--ask: also load pickles, which can run code")
+    certify.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact):
         raise ValueError("--ask prints what one run's model says: pass no other runs and no --redact with it")
+    if certify.asked(args):
+        return args
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python report.py RUN [RUN ...]")
     if len(args.runs) > 1 and not args.out:
@@ -528,6 +533,8 @@ def texts_of(runs, shown, cases):
 
 def main(argv=None):
     args = parse_args(argv)
+    if certify.asked(args):
+        return certify.main(args)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]

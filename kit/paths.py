@@ -14,7 +14,8 @@ OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
 RUN_FILES = (
     "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "curves.png", "tradeoff.png", "tasks.md", "hashes.json", *GROWING, OLD_CONFIG,
+    "curves.png", "tradeoff.png", "tasks.md", "certificate.json", "certificate.json.sig", "certificate.html",
+    "hashes.json", *GROWING, OLD_CONFIG,
 )  # fmt: skip
 
 

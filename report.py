@@ -4,6 +4,8 @@
     python report.py RUN --redact                  # the same without a text: no cases.md
     python report.py RUN --explain                 # and RUN/explain.html: each token's probability before and after
     python report.py --ask RUN "some prefix"       # what the model says before and after
+    python report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
+    python report.py --verify RUN/certificate.json    # whether it still holds
 
 Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
 file is written, and only files that this command has written are replaced.
@@ -20,7 +22,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from kit import files, flags, models, paths, traces
+from kit import certify, files, flags, models, paths, traces
 from kit.finished import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -522,15 +524,16 @@ def parse_args(argv=None):
     parser.add_argument(
         "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="--ask, --explain: load pickles, which can run code"
-    )
+    parser.add_argument("--allow-pickle", action="store_true", help="--ask, --explain: load pickles, which run code")
+    certify.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain):
         raise ValueError("--ask prints what one run's model says: pass no other runs, no --redact or --explain with it")
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
+    if certify.asked(args):
+        return args
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python report.py RUN [RUN ...]")
     if len(args.runs) > 1 and not args.out:
@@ -590,6 +593,8 @@ def texts_of(runs, shown, cases):
 
 def main(argv=None):
     args = parse_args(argv)
+    if certify.asked(args):
+        return certify.main(args)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])

@@ -15,7 +15,8 @@ OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it
 RUN_FILES = (
     "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
     "explain.html", "curves.png", "tradeoff.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
-    "sheet-key.json", "audit.json", "audit.md", "audit.png", "hashes.json", *GROWING, OLD_CONFIG,
+    "sheet-key.json", "audit.json", "audit.md", "audit.png", "certificate.json", "certificate.json.sig",
+    "certificate.html", "hashes.json", *GROWING, OLD_CONFIG,
 )  # fmt: skip
 
 

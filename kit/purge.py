@@ -100,6 +100,12 @@ def pairs_files(sha, run):
     return list(dict.fromkeys([*(path for path, what in traces.of(sha) if what == "pairs"), named]))
 
 
+def find_pairs(sha, run):
+    """The pairs.jsonl that a run was made with, or None where it is gone or another one by now."""
+    own = are_pairs(sha)
+    return next((file for file in pairs_files(sha, run) if is_regular(file) and own(file)), None)
+
+
 # own(path) for a Trace
 
 
@@ -240,8 +246,7 @@ def without(trace):
 
 def keep_hashes(run, sha, dry_run):
     """hashes.json of a run that has none, while there are pairs to make it of."""
-    path, own = run / "hashes.json", are_pairs(sha)
-    pairs = next((file for file in pairs_files(sha, run) if is_regular(file) and own(file)), None)
+    path, pairs = run / "hashes.json", find_pairs(sha, run)
     if os.path.lexists(path):
         if not is_regular(path) or not paths.holds("salt", "texts")(path):
             say(f"left: {path} (hashes: {NOT_OURS})")
@@ -273,7 +278,7 @@ def purge_run(run, dry_run):
             treat(trace, dry_run)
         for each in [] if dry_run else own_runs:
             mark(each)
-    say(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, model and hashes.json")
+    say(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, certificate, model and hashes.json")
     print(BEYOND)
 
 

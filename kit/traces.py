@@ -64,14 +64,14 @@ def of(pairs):
 # --- what stays when texts go ---
 
 
-def hashes(pairs):
+def hashes(pairs, salt=None):
     """hashes.json: enough to tell whether a text was among these pairs, for one who has the text.
 
     {"salt": 32 hex digits, random, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix in UTF-8
     with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of later requests free of. One who
-    can guess a text, as of a name and a telephone number, can check the guess.
+    can guess a text, as of a name and a telephone number, can check the guess. salt: that of an earlier hashes.json.
     """
-    salt = secrets.token_bytes(16)
+    salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
     digest = lambda text: hmac.digest(salt, text.encode("utf-8"), "sha256").hex()  # noqa: E731
     sides = {"forget": "", "learn": "learn_"}
     texts = {

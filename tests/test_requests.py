@@ -290,7 +290,8 @@ def test_the_readmes_story_of_march_runs_as_it_is_written(chain, tmp_path):
         )
         assert done.returncode == 0, (command, done.stderr)
     made = {path.name for path in (tmp_path / "runs" / "march").iterdir()}
-    assert {"model", "audit.md", "explain.html", "summary.json"} <= made
+    assert {"model", "audit.md", "certificate.html", "summary.json"} <= made
+    assert "R-17" in (tmp_path / "runs" / "march" / "certificate.json").read_text()
 
 
 def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():

@@ -20,8 +20,10 @@ from kit import certificate_page, files, flags, models, purge, signatures, trace
 from kit.certificate_page import LABELS
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
 
-WHAT = """Evidence of suppression: after training, this model says less of these texts, as far as the figures tell. It
-is no proof that nothing of them is left in its weights.""".replace("\n", " ")
+WHAT = (
+    "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
+    "training. They are no proof that nothing of them is left in its weights."
+)
 NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")  # the first four: higher = more is left

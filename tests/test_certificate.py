@@ -330,6 +330,11 @@ def test_signatures(run, keys, capsys):
     signature.unlink()
     assert any("missing" in line for line in verify(path, capsys)[1])
     signature.write_bytes(good)
+    edit(path, lambda c: c.update(signed_by=None))
+    assert any("says that it is not signed" in line for line in verify(path, capsys)[1])
+    edit(path, lambda c: c.update(signed_by="ssh-ed25519 AAAA\nsigner ssh-ed25519 BBBB"))
+    with pytest.raises(ValueError, match="not a public key"):
+        verify(path, capsys)
     certify(run)  # not signed: the old signature would be a wrong one
     assert not signature.exists() and verify(path, capsys, "--key", f"{mine}.pub")[0] == 1
 
@@ -348,6 +353,9 @@ def test_signatures(run, keys, capsys):
         (["RUN", "--received", "2020-02-29"], "--certificate"),
         (["RUN", "RUN", "--certificate"], "one RUN"),
         (["NEVER", "--certificate"], "nothing to certify"),
+        (["RUN", "--certificate", "--ledger", "RUN/book"], "lies in the run"),
+        (["RUN", "--certificate", "--out", "elsewhere"], "do not go with"),
+        (["RUN", "--verify", "BOOK"], "pass neither"),
         (["--verify", "nofile"], "no such file"),
         (["--verify", "RUN/summary.json"], "`what`"),
         (["--verify", "RUN/summary.json", "--sign", "k"], "--verify checks one file"),
@@ -355,8 +363,9 @@ def test_signatures(run, keys, capsys):
 )
 def test_bad_input_is_one_line(run, good, words, said, capsys, monkeypatch):
     """Exit 2, one line on stderr, nothing written."""
-    here = {"RUN": str(run), "NEVER": str(good.parent / "never")}
-    monkeypatch.setattr(sys, "argv", ["report.py", *(re.sub("RUN|NEVER", lambda m: here[m[0]], w) for w in words)])
+    here = {"RUN": str(run), "NEVER": str(good.parent / "never"), "BOOK": str(run.parent / "ledger.jsonl")}
+    (run.parent / "ledger.jsonl").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["report.py", *(re.sub("RUN|NEVER|BOOK", lambda m: here[m[0]], w) for w in words)])
     before = sorted(run.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         flags.run_cli(report.main)

@@ -20,8 +20,10 @@ from kit import certificate_page, files, flags, models, purge, signatures, trace
 from kit.certificate_page import LABELS
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
 
-WHAT = """Evidence of suppression: after training, this model says less of these texts, as far as the figures tell. It
-is no proof that nothing of them is left in its weights.""".replace("\n", " ")
+WHAT = (
+    "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
+    "training. They are no proof that nothing of them is left in its weights."
+)
 NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")  # the first four: higher = more is left
@@ -35,7 +37,8 @@ NOT_REACHED = (
     "quantised models and other exports that were made earlier",
     "the training data, its copies, caches and logs",
 )
-FORM = {"what": TEXT, "request": OBJECT, "files": OBJECT, "signed_by": null_or(TEXT), "sha256": TEXT}
+KEY = "a public key of OpenSSH", lambda value: isinstance(value, str) and bool(signatures.KEY.fullmatch(value))
+FORM = {"what": TEXT, "request": OBJECT, "files": OBJECT, "signed_by": null_or(KEY), "sha256": TEXT}
 REQUEST = {"ids": list_of(NAME), "received": null_or(TEXT), "done": TEXT, "approved_by": null_or(NAME)}
 
 
@@ -245,6 +248,8 @@ def differences(path, folder, key=None):
         unlike.append(f"{signature.name}: missing, and the certificate says that it is signed")
     elif signer and (why := signatures.trouble(data, signature, signer, NAMESPACE)):
         unlike.append(f"{signature.name}: not a signature of {path.name} by the key that it names ({why})")
+    elif not signer and signature.is_file():
+        unlike.append(f"{signature.name}: there, and the certificate says that it is not signed")
     if key and signer != signatures.public_key(key):
         unlike.append(f"{path.name}: " + (f"signed with another key than {key}" if signer else "not signed"))
     try:

@@ -7,12 +7,13 @@ from kit.text import visible
 BEGIN = "<!doctype html><html lang=en><title>Certificate"
 LABELS = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore F1", "entropy": "Entropy (bits)"}
 SIDES = {"before": "before", "after": "after", "never_saw": "never saw them", "unseen": "unseen texts"}
-SHOWN, LENGTH = 6, 300  # of a list that may be long, and of a text: certificate.json has all
+SHOWN, LENGTH = 6, 600  # of a list that may be long, and of a text: certificate.json has all
 STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm; margin: 8mm auto }
 h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm; border-bottom: 1px solid #999 }
 table { border-collapse: collapse; width: 100% } ul { margin: 0; padding-left: 5mm } section { break-inside: avoid }
 td, th { padding: .3mm 3mm .3mm 0; text-align: left; font-weight: 400; vertical-align: top; overflow-wrap: anywhere }
-th { width: 38mm; color: #555 } code { font-size: 7pt } @media print { body { margin: 0 } }"""
+th { width: 38mm; color: #555 } .figures td { white-space: nowrap }
+code { font-size: 7pt } @media print { body { margin: 0 } }"""
 
 
 def render(found):
@@ -86,7 +87,7 @@ def table(rows):
 
 
 def bullets(values):
-    return Html("<ul>" + "".join(f"<li>{text(value)}" for value in values or ["not measured"]) + "</ul>")
+    return Html("<ul>" + "".join(f"<li>{text(value)}" for value in values[: 2 * SHOWN] or ["not measured"]) + "</ul>")
 
 
 def cells(averages):
@@ -99,13 +100,15 @@ def figures(found):
     rows = [Html("<tr><th>" + "".join(f"<th>{side}" for side in SIDES.values()))]
     for name, sides in found.items():
         shown = "".join(f"<td>{text(figure(sides.get(side)))}" for side in SIDES)
-        rows.append(f"<tr><th>{text(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}{shown}")
-    return Html("<table>" + "".join(rows) + "</table>")
+        n = (sides["after"] or {}).get("n")
+        label = LABELS.get(name, name.replace("ppl_", "perplexity ")) + (f", n = {n}" if n else "")
+        rows.append(f"<tr><th>{text(label)}{shown}")
+    return Html("<table class=figures>" + "".join(rows) + "</table>")
 
 
 def figure(found):
-    """0.123 [0.101, 0.140], n 32; of one that was not measured a dash."""
+    """0.123 [0.101, 0.140]; of one that was not measured a dash."""
     if found is None:
         return "-"
     spread = f" [{found['low']:.3f}, {found['high']:.3f}]" if found.get("low") is not None else ""
-    return f"{found['value']:.3f}{spread}" + (f", n {found['n']}" if "n" in found else "")
+    return f"{found['value']:.3f}{spread}"

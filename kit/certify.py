@@ -63,11 +63,13 @@ def verify(args):
     if not path.is_file():
         raise ValueError(f"--verify {path}: no such file; name a certificate.json or a ledger.jsonl")
     if path.name == ledger.NAME:
+        if args.key or args.runs:
+            raise ValueError(f"--verify {path}: a ledger has no key and no run of its own; pass neither")
         found = ledger.differences(path)
     else:
         found = certificate.differences(path, Path(args.runs[0]) if args.runs else path.parent, args.key)
         signer = files.read_json(path)["signed_by"]
-        print(visible(f"signed by {signer}" if signer else "not signed"))
+        print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
     print("\n".join(visible(f"differs: {line}") for line in found) or f"as it was: {visible(str(path))}")
     if found:
         raise SystemExit(1)
@@ -79,6 +81,8 @@ def certify(args):
     for flag, words in (("--request-id", args.request_id), ("--approved-by", [args.approved_by or "nobody"])):
         for word in words:
             files.check_string(word, flag)
+    if args.ledger and Path(args.ledger).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--ledger {args.ledger}: lies in the run, and is of many; choose a folder outside")
     request = {"ids": args.request_id, "received": args.received, "approved_by": args.approved_by}
     found, hashes = certificate.build(folder, request, args.sign and signatures.public_key(args.sign))
     done = datetime.date.fromisoformat(found["request"]["done"])

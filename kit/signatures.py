@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+KEY = re.compile(r"[a-z0-9@.-]+ [A-Za-z0-9+/]+=*")  # TYPE BASE64
 BEGIN = "-----BEGIN SSH SIGNATURE-----"
 
 
@@ -31,10 +32,10 @@ def public_key(path):
             said = ssh_keygen(["-y", "-f", str(path)])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    found = re.match(r"[a-z0-9@.-]+ [A-Za-z0-9+/]+=*(?=\s|$)", said)
-    if not found:
+    found = " ".join(said.split()[:2])
+    if not KEY.fullmatch(found):
         raise ValueError(f"{path}: is no key of OpenSSH")
-    return found[0]
+    return found
 
 
 def sign(data, key, namespace):

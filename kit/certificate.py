@@ -18,6 +18,7 @@ import numpy as np
 
 from kit import certificate_page, files, flags, models, purge, signatures, traces
 from kit.certificate_page import LABELS
+from kit.evidence import AS_NEVER, FEW, LESS, MORE, RESAMPLES
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
 
 WHAT = (
@@ -27,8 +28,7 @@ WHAT = (
 NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")  # the first four: higher = more is left
-RESAMPLES, FEW, MARGIN = 1000, 8, 0.05  # of the bootstrap; fewer texts tell nothing; a difference that is none
-AS_NEVER, MORE, LESS = "as a model that never saw them", "still more than that", "less than that, which tells, too"
+MARGIN = 0.05  # a difference that is none
 NO_HASHES = "none: the run has neither its texts nor hashes of them any more"
 ALWAYS_UNTESTED = ("paraphrases, translations and other prompts than each text's own beginning", "other languages")
 NOT_REACHED = (

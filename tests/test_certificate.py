@@ -181,19 +181,25 @@ def test_residual_risk_is_said_in_fixed_words(after, never, said):
     assert all(f"cannot be told with n = {len(after)}, without" in sentence for sentence in alone)
 
 
+SAID = ["Is it still inside? Still more than that, as it seems."] * 12
+
+
 def test_audit_and_tasks_are_taken_in(run):
     """Sentences as a list or an object; anything else is no audit."""
     averages = {"cls": 0.5, "cls_missing": [], "dia": None, "dia_missing": []}
     for when in ("before", "after"):
         files.write_json(run / f"tasks-{when}" / "tasks.json", {"averages": averages})
     for sentences in (["It says more."], {"a": "It says more."}):
-        files.write_json(run / "audit.json", {"sentences": sentences})
+        files.write_json(run / "audit.json", {"sentences": sentences, "headline": {}, "models": {}})
         found = certify(run)
         assert found["audit"] == ["It says more."] and found["tasks"]["after"]["cls"] == 0.5
         assert found["not_tested"] == list(certificate.ALWAYS_UNTESTED)
-    for other in ({"measures": []}, [1], {"sentences": 3}):
+    files.write_json(run / "audit.json", {"sentences": 3, "headline": {}, "models": {}})
+    assert certify(run)["audit"] == ["not audited"]
+    for other in ({"measures": []}, [1], {"sentences": ["It says more."]}):
         files.write_json(run / "audit.json", other)
-        assert certify(run)["audit"] == ["not audited"]
+        with pytest.raises(ValueError, match="not what a run wrote"):
+            certify(run)
 
 
 # --- purged runs ---
@@ -481,7 +487,7 @@ def test_the_ledger_names_the_certificate(run, capsys):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium, which prints the page")
 def test_the_page_is_two_sides_of_a4(run, tmp_path):
     """Also with many requests and a long audit; and it loads nothing."""
-    files.write_json(run / "audit.json", {"sentences": ["Is it still inside? Still more than that, as it seems."] * 12})
+    files.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": SAID})
     certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
     page = (run / "certificate.html").read_text()
     assert not re.search(r"https?:|src=|href=|url\(|@import|<script", page)

@@ -115,6 +115,8 @@ def of_spans(model, ids, attention_mask, parts, *, n=10, start=1):
     a token of the part; "ma_spans", "ma_rest": MA over each}, 0-1, None where there is nothing to count.
     """
     marked, found = [i for i, part in enumerate(parts) if part], [{} for _ in parts]
+    if not marked:
+        return found
     secret, rest = ([parts[i][side] for i in marked] for side in (0, 1))
     how = {"ids": ids[marked], "attention_mask": attention_mask[marked], "start": start}
     el, ma = el_and_ma(model, **how, n=n, among=secret)

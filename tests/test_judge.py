@@ -239,15 +239,15 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(tmp_path):
     """Three answers, then a server that hangs: the command ends at once, and nothing looks like a result."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(12)}
     run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
-    with Chat(lambda candidate, n: "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 60) as chat:
+    with Chat(lambda candidate, n: "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 600) as chat:
         words = [sys.executable, "judge.py", str(run), "--judge", "m", "--base-url", chat.url]
         process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
-        while len(chat.seen) < 3 + judge.WORKERS:
+        kept = lambda: sum(len(f.read_text().splitlines()) for f in (tmp_path / "cache" / "judge").glob("*"))  # noqa: E731
+        while len(chat.seen) < 3 + judge.WORKERS or kept() < 3:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130 and time.monotonic() - start < 20
+        assert process.wait(300) == 130  # half of what an answer would take
     (cache,) = (tmp_path / "cache" / "judge").iterdir()
     assert len(cache.read_text().splitlines()) == 3 and not list(run.glob("judge*"))
 

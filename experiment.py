@@ -184,20 +184,21 @@ def single(args):
         mine(args, pairs)
     twin = measure_never_saw(args, pairs, f"{out}.never-saw", anew=anew)
     train(args, ["--pairs", pairs, "--out", out, *never_saw_flag(twin), *how])
-    others = [*run_beside(args, pairs, out, twin, anew=anew), *twin]
+    beside = run_beside(args, pairs, out, twin, anew=anew)
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
             measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
-    judge(args, [out, *others])
-    audit(args, [out, *others], twin)
-    step(args, "report.py", [out, *others, *(["--out", out] if others else []), *explain_flags(args)])
+    judge(args, [out, *beside, *twin])
+    audit(args, [out, *beside], twin)
+    elsewhere = ["--out", out] if beside or twin else []
+    step(args, "report.py", [out, *beside, *twin, *elsewhere, *explain_flags(args)])
 
 
 def several(args):
     """Every run of an experiment for every set and seed, then one report; what is finished is kept."""
     folder = Path(args.out or f"runs/{args.command}/{args.name}-{last(args.icu, '--protocol', 'paper')}")
-    runs, jobs = planned_runs(args), []
+    runs, jobs, twins = planned_runs(args), [], []
     make(args)
     judge(args, [])
     train(args, [], check=True)
@@ -209,15 +210,15 @@ def several(args):
         mine(args, file, ["--set", number] if on_pile(args) else [])
     for number, file in pairs.items():
         twin = measure_never_saw(args, file, folder / f"never-saw-set{number}", anew=args.overwrite)
-        jobs += twin
+        twins += twin
         for seed in args.seeds:
             for name, flags in runs.items():
                 out = folder / f"{name}-set{number}-seed{seed}"
                 job(args, out, ["--pairs", file, "--seed", seed, *never_saw_flag(twin), *flags])
                 jobs.append(out)
-    judge(args, jobs)
-    audit(args, jobs, [job for job in jobs if "never-saw" in str(job)])
-    step(args, "report.py", [*jobs, "--out", folder])
+    judge(args, [*jobs, *twins])
+    audit(args, jobs, twins)
+    step(args, "report.py", [*jobs, *twins, "--out", folder])
 
 
 def measure_never_saw(args, pairs, out, *, anew):
@@ -334,13 +335,13 @@ def judge(args, runs):
 
 
 def audit(args, runs, twins):
-    """What is still in the models of the runs (--audit), beside what the preset brings to compare with."""
-    brings = []
-    if never := args.preset.never_saw if twins else "":
+    """What is still in the models of the runs (--audit), beside what the preset brings, if its twins were measured."""
+    brings, never = [], args.preset.never_saw
+    if twins:
         brings = ["--never-saw", never, "--unseen", Path(never).with_name("unseen.jsonl")]
     if lr := last(icu_flags(args), "--lr"):
         brings += ["--relearn-lr", lr]  # the same for every method
-    for run in [run for run in runs if run not in twins] if args.audited else ():
+    for run in runs if args.audited else ():
         step(args, "audit.py", [run, *brings, *args.audit], launched=True)
 
 
@@ -562,7 +563,7 @@ def sort_flags(args):
 
 
 def owner(flag, known):
-    """(program, the flag as that program calls it); known: the flags of knn.py, the demo, tasks.py and judge.py."""
+    """(program, the flag as that program calls it); known: {program: its flags} but icu.py's."""
     program, own = "icu", flag
     for name, flags in reversed(known.items()):  # knn.py's before tasks.py's
         if flag in flags - COMMON - (RUN_FLAGS if name in ("demo", "audit") else set()):

@@ -486,7 +486,7 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
             means, forgotten, stopped = decide(measured)
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
-    how = {"losses": losses, "perplexities": perplexities, "seconds": time.time() - started}
+    how = {"watched": inputs.watched, "losses": losses, "perplexities": perplexities, "seconds": time.time() - started}
     run.end_epoch(means, measured, forgotten=forgotten, stopped=stopped, **how)
 
 
@@ -522,7 +522,7 @@ def parse_args(argv=None, method=METHOD):
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
     args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    for check in (flags.check_together, processes.check_flags, requests.check_anchor):
+    for check in (flags.check_together, processes.check_flags, requests.fill):
         check(args)
     return args
 # fmt: on

@@ -20,6 +20,7 @@ from kit import certificate_page, files, flags, models, purge, signatures, trace
 from kit.certificate_page import LABELS
 from kit.evidence import AS_NEVER, FEW, LESS, MORE, RESAMPLES
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
+from kit.runs import mean
 
 WHAT = (
     "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
@@ -87,8 +88,10 @@ def scope_of(run):
     """Counts and salted hashes of the texts, never the texts: ("scope", hashes.json yet to be written or None)."""
     sha, path = run["config"].get("sha256", {}).get("pairs"), run["folder"] / "hashes.json"
     pairs = purge.find_pairs(sha, run["folder"]) if sha and run["config"].get("pairs") else None
-    ids = {row["id"] for row in run["samples"]}
+    ids = {row["id"] for row in own_rows(run, 0)}
     scope, found, new = {"texts": len(ids), "pairs_sha256": sha}, None, None
+    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
+        scope["watched"] = watched  # texts of earlier requests: measured too, and in none of these figures
     if path.is_file():
         found = files.read_json(path)
         texts = found.get("texts") if isinstance(found, dict) else None
@@ -121,7 +124,7 @@ def never_saw(run):
     except (ValueError, OSError):
         return None, "the run of the model that never saw the texts is not where it was"
     sha = [each["config"].get("sha256", {}).get("pairs") for each in (run, other)]
-    ids = [[row["id"] for row in each["samples"] if row["epoch"] == 0] for each in (run, other)]
+    ids = [[row["id"] for row in own_rows(each, 0)] for each in (run, other)]
     if other["summary"]["method"] != "none" or sha[0] != sha[1] or ids[0] != ids[1]:
         return None, "the run of the model that never saw the texts is another one by now"
     return other, None
@@ -130,15 +133,15 @@ def never_saw(run):
 def figures_of(run, never):
     """{measure: {"before", "after", "never_saw", "unseen"}}; a figure is {"value", "low", "high", "n"} or None.
 
-    ValueError where the means of samples.jsonl are not those of summary.json.
+    Perplexities are summary.json's. ValueError where the means of samples.jsonl, all texts', are not those there.
     """
     last, unseen = run["summary"]["epochs"], run["config"].get("thresholds") == "auto"
     figures = {}
     for name in MEASURES:
         sides = [("before", run, 0), ("after", run, last), ("never_saw", never, 0)]
         figures[name] = {when: side and interval(values_of(side, epoch, name)) for when, side, epoch in sides}
-        for when in ("before", "after"):
-            value, said = (figures[name][when] or {}).get("value"), run["summary"][when][name]
+        for when, epoch in (("before", 0), ("after", last)):
+            value, said = mean(row[name] for row in run["samples"] if row["epoch"] == epoch), run["summary"][when][name]
             if (value is None) != (said is None) or (value is not None and abs(value - said) > 1e-5):
                 why = f"`{name}` {when} is {said}, and samples.jsonl gives {value}"
                 raise ValueError(f"{run['folder'] / 'summary.json'}: {why}; {WAY_OUT}")
@@ -151,9 +154,14 @@ def figures_of(run, never):
     return figures
 
 
+def own_rows(run, epoch):
+    """The rows of samples.jsonl of an epoch, without the texts of earlier requests (icu.py --after)."""
+    return [row for row in run["samples"] if row["epoch"] == epoch and not row.get("watched")]
+
+
 def values_of(run, epoch, name):
-    """A measure of each text, in the order of samples.jsonl; None where it was not to be had."""
-    return [row[name] for row in run["samples"] if row["epoch"] == epoch]
+    """A measure of each text of the request, in the order of samples.jsonl; None where it was not to be had."""
+    return [row[name] for row in own_rows(run, epoch)]
 
 
 def interval(values):

@@ -68,7 +68,7 @@ SUMMARY = {"method": NAME, "protocol": PROTOCOL, "stopped": TEXT, "epochs": whol
 SUMMARY |= {"thresholds": OBJECT, "before": OBJECT, "after": OBJECT}
 THRESHOLDS = {f"{name}?": null_or(number(0, 1e9)) for name in ("el10", "ma", "bleu", "bertscore")}
 EPOCH = {"epoch": whole(0), "active": whole(0)} | MEASURES
-SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT)} | MEASURES
+SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT), "watched?": BOOL} | MEASURES
 AVERAGES = {"cls": SHARE, "dia": SHARE, "cls_missing": list_of(TEXT), "dia_missing": list_of(TEXT)}
 GRADES = {"gpt": "judge.json", "human": "people.json"}  # of judge.py, by the measure that report.py has of them
 GRADED = {"mean": null_or(number(0, 10)), "n": whole(0)}
@@ -230,7 +230,7 @@ def read_pairs_of(run):
     """{id: pair} of the run's pairs file, and of the earlier requests that it watched. ValueError: changed since."""
     file = run["config"].get("pairs") or "the pairs file"
     try:
-        earlier, _ = requests.targets(run["config"].get("after"))
+        earlier = requests.earlier_pairs(run["config"].get("after"))
         pairs = {pair["id"]: pair for pair in [*files.read_pairs(file), *earlier]}
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (the pairs of {run['folder']}; without its texts: --redact)") from None

@@ -57,18 +57,20 @@ def pairs_of(folder, config):
     return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in files.read_pairs(config["pairs"])]
 
 
+def earlier_pairs(after):
+    """The pairs of all requests up to the run `after` whose texts are still there, the latest request's first."""
+    return [pair for folder, config in chain_of(after) if not is_purged(config) for pair in pairs_of(folder, config)]
+
+
 def targets(after):
-    """What no partner may hold: (pairs of the requests up to the run `after`, hashes.json of those that are purged)."""
-    pairs, purged = [], []
-    for folder, config in chain_of(after):
-        if not is_purged(config):
-            pairs += pairs_of(folder, config)
-            continue
+    """What no partner may hold: (`earlier_pairs`, hashes.json of each of the requests whose texts are gone)."""
+    purged = []
+    for folder in [folder for folder, config in chain_of(after) if is_purged(config)]:
         hashes = files.read_json(folder / "hashes.json") if (folder / "hashes.json").is_file() else {}
         if not isinstance(hashes, dict) or not {"salt", "texts", "grams"} <= hashes.keys():
             raise ValueError(f"{folder}: its texts are gone, and it has no hashes.json that tells partners from them")
         purged.append(hashes)
-    return pairs, purged
+    return earlier_pairs(after), purged
 
 
 def with_earlier(args, pairs):
@@ -117,23 +119,25 @@ def watch(forgotten, rows, *, under_eq5, watched, epoch):
 # --- the model that all began with ---
 
 
-def check_anchor(args):
-    """--model and, in args.original, (folder or name, revision) of the model that the chain began with, checked."""
-    args.earlier = []  # fingerprints of the pairs that are watched
+def fill(args):
+    """--model of a run that goes on from another, and what hangs on it, checked: args.earlier, the fingerprints of the
+    pairs that are watched, and args.original, where the model that the chain began with is.
+    """
+    args.earlier = []
     if not args.after:
         if not args.model:
             raise ValueError("--model DIR is missing: the causal LM, a folder or a name on the hub (or --after RUN)")
         return
     if args.model:
         raise ValueError("--after RUN goes on from RUN/model: leave --model out")
-    folder, config = chain_of(args.after)[0]
-    if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain_of(args.after)]:
+    chain = chain_of(args.after)
+    (folder, config), (_, first) = chain[0], chain[-1]
+    if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain]:
         raise ValueError(f"--out {args.out}: is an earlier request that this one goes on from; choose another folder")
     if not (folder / "model").is_dir():
         raise ValueError(f"--after {folder}: has no model/ to go on from")
     args.model, args.revision = str(folder / "model"), None
-    _, first = chain_of(args.after)[-1]
-    args.earlier = [c["sha256"].get("pairs") for _, c in chain_of(args.after) if args.watch and not is_purged(c)]
+    args.earlier = [each["sha256"].get("pairs") for _, each in chain if args.watch and not is_purged(each)]
     args.original = {"model": first["model"], "revision": first.get("revision")}
     sha256 = first["sha256"].get("model")
     if args.anchor == "original" and models.fingerprint(first["model"]) != sha256:

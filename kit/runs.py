@@ -254,8 +254,10 @@ class Run:
         self.bar.update(of_epoch)
         self.heed_signals()
 
-    def end_epoch(self, means, measured, *, forgotten, stopped, losses, perplexities, seconds):
-        """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample."""
+    def end_epoch(self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds):
+        """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample; those that are `watched`
+        (indices) are texts of earlier requests.
+        """
         progress, out = self.progress, self.out
         row = {"epoch": progress.epoch, **means, "active": len(measured) - len(forgotten), "forgotten": len(forgotten)}
         row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
@@ -263,7 +265,7 @@ class Run:
         progress.forgotten, progress.stopped = forgotten, stopped
         if is_main:
             append(out / "metrics.jsonl", [row])
-            rows = [m | self.hidden for m in measured]
+            rows = [m | self.hidden | ({"watched": True} if i in watched else {}) for i, m in enumerate(measured)]
             lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(rows)]
             append(out / "samples.jsonl", lines)
             append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])

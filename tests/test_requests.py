@@ -14,6 +14,7 @@ import pytest
 import survive
 
 import icu
+import judge
 import knn
 import report
 from kit import files, models, purge, requests, runs, spans, text
@@ -292,6 +293,22 @@ def test_the_readmes_story_of_march_runs_as_it_is_written(chain, tmp_path):
     made = {path.name for path in (tmp_path / "runs" / "march").iterdir()}
     assert {"model", "audit.md", "certificate.html", "summary.json"} <= made
     assert "R-17" in (tmp_path / "runs" / "march" / "certificate.json").read_text()
+
+
+def test_a_certificate_and_a_judge_are_of_the_requests_own_texts(copied, capsys):
+    """The same certificate twice, which holds; texts of an earlier request are counted, those gone are not judged."""
+    certificates = []
+    for purged in (False, True):
+        if purged:
+            purge.main([str(copied / "february")])
+        report.main([str(copied / "march"), "--certificate", "--request-id", "R-17"])
+        certificates.append(files.read_json(copied / "march" / "certificate.json"))
+        report.main(["--verify", str(copied / "march" / "certificate.json")])
+        triples = judge.read_judged(copied / "march").triples
+        assert {id.partition("/")[0] for id, _ in triples} == {"3", "4", *(() if purged else ("february",))}
+        assert all(triple.candidate is not None for triple in triples.values())
+    assert certificates[0] == certificates[1] and certificates[0]["scope"]["texts"] == 2
+    assert certificates[0]["scope"]["watched"] == 3 and certificates[0]["figures"]["ma"]["after"]["n"] == 2
 
 
 def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():

@@ -273,14 +273,14 @@ def test_a_later_request_is_reported_before_and_after_an_earlier_one_is_purged(c
         assert "| icu |" in capsys.readouterr().out
 
 
-def test_the_readmes_story_of_march_runs_as_it_is_written(chain, tmp_path):
+def test_the_readmes_story_of_march_runs_as_it_is_written(copied, tmp_path):
     """From a CSV to a run that has forgotten it, the earlier request purged: each command ends well."""
     story = README.partition("## A request arrives in March")[2].split("```")[1].strip().splitlines()
     assert len(story) == 5
     (tmp_path / "march.csv").write_text("id,text\n" + "".join(f'm{i},"{TEXTS[i]}"\n' for i in (3, 4)))
     pages = [{"text": f"Page {i} is about the mill and the old van."} for i in range(9)]
     files.write_jsonl(tmp_path / "wiki.jsonl", pages)
-    shutil.copytree(chain / "february", tmp_path / "runs" / "february")
+    shutil.copytree(copied / "february", tmp_path / "runs" / "february")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ICU_CACHE": str(tmp_path / "cache")}
     for command in story:
         words = command.split()

@@ -7,7 +7,7 @@
 
 The same code asks the model before, a model that never saw the texts, and texts of the same kind that no model saw.
 Each measure is a pure function here: higher is more memorised. A figure is a mean over texts with a bootstrap interval
-(kit/intervals.py). This is evidence of suppression, not of absence: what no question here finds may still be there.
+(kit/evidence.py). This is evidence of suppression, not of absence: what no question here finds may still be there.
 Tokens are those of icu.py's samples: x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
 """
 
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
 TOP_K = 40
 
 
-@metrics.measuring
+@models.measuring
 def read(model, texts, batch_size=8):
     """A Reading of each icu.Text, by one forward pass."""
     found, decode = [], lens_of(model)
@@ -109,7 +109,7 @@ def samples_needed(logp, p=0.5):
 # --- what comes out when someone does sample? (arXiv:2511.04934, 2410.03523) ---
 
 
-@metrics.measuring
+@models.measuring
 def sample(model, prompt, length, *, n, seed):
     """n samples at temperature 1 behind a prompt, lists of at most `length` ids without EOS: one prefill for all."""
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
@@ -117,9 +117,10 @@ def sample(model, prompt, length, *, n, seed):
     logits = model(input_ids=torch.tensor([prompt], device=model.device), **how).logits[:, -1]
     how[models.cache_word(model)].batch_repeat_interleave(n)
     logits, said = logits.repeat(n, 1), []
-    for _ in range(length):
+    while len(said) < length:
+        if said:
+            logits = model(input_ids=said[-1], **how).logits[:, -1]
         said.append(torch.multinomial(logits.float().softmax(-1), 1, generator=generator))  # (n, 1)
-        logits = model(input_ids=said[-1], **how).logits[:, -1]
     rows = torch.cat(said, 1).tolist()
     ends = [next((i for i, token in enumerate(row) if token in eos), length) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
@@ -336,8 +337,8 @@ def sampling(model, data):
 
     def scores(part):
         found = []
-        for i, sample_ in part:
-            text = sample_.forget
+        for i, one in part:
+            text = one.forget
             suffix = text.ids[text.cut :]
             said = sample(model, text.prompt, len(suffix), n=n, seed=seed * 100_003 + i)
             found.append((sum(repeats(words, suffix) for words in said), [in_order(words, suffix) for words in said]))
@@ -374,7 +375,7 @@ def trained_on(model, data):
     scores = {}
     for kind, samples in (("forgotten", data.samples), ("unseen", data.others)):
         before = data.before.get(kind) or [None] * len(samples)
-        texts = [data.tokenizer.decode(sample_.forget.ids) for sample_ in samples]
+        texts = [data.tokenizer.decode(one.forget.ids) for one in samples]
         scores[kind] = list(map(membership, data.readings[kind], texts, before))
     found, names = {}, scores["unseen"][0]
     for name in names:
@@ -439,17 +440,17 @@ NEEDS_UNSEEN = ("membership", "inside")
 # --- the audit: the same questions of each model ---
 
 
-def ask(name, data, *, before=None, bar):
+def ask(name, revision, data, *, before=None, bar):
     """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of a model, a folder or a hub name.
 
     before: the Readings of the model before, for the membership score that compares with it.
     """
     args = data.args
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "device": args.device}
-    model, _ = models.load_model(name, **how)
+    model, _ = models.load_model(name, revision=revision, **how)
 
     def readings_of(samples):
-        return processes.over_processes(lambda part: read(model, [sample_.forget for sample_ in part]), samples)
+        return processes.over_processes(lambda part: read(model, [one.forget for one in part]), samples)
 
     found = {}
     with processes.autocast(args):
@@ -529,35 +530,41 @@ def make_parser():
 
 
 def models_of(args):
-    """({model's name in the table: folder}, flags of the samples) of a run, whose texts must be there, or --model."""
+    """({model's name in the table: (folder or hub name, revision)}, flags of the samples) of a run, whose texts must be
+    there, or of --model.
+    """
     if not args.run:
-        return {"after": args.model, "before": args.before, "never saw": args.never_saw}, {}
+        return {"after": (args.model, None), "before": (args.before, None), "never saw": (args.never_saw, None)}, {}
     run = finished.read_run(args.run)
     config = run["config"]
     if run["redacted"]:
         raise ValueError(f"{args.run}: its texts are gone (purged, or --redact): there is nothing to ask about")
     if not config.get("pairs") or models.fingerprint(config["pairs"]) != config.get("sha256", {}).get("pairs"):
         raise ValueError(f"{args.run}: {config.get('pairs')} is not there, or not what the run was made with (sha256)")
-    after, args.pairs, args.out, args.protocol = Path(args.run, "model"), config["pairs"], args.run, config["protocol"]
+    args.pairs, args.out, args.protocol = config["pairs"], args.run, config["protocol"]
     args.relearn_lr = args.relearn_lr or config.get("lr")
-    asked = {"after": str(after), "before": config["model"]} if after.is_dir() else {"after": config["model"]}
-    asked["never saw"] = args.never_saw or config.get("never_saw")
+    measured = {"after": (config["model"], config.get("revision"))}  # --eval-only
+    asked = finished.models_of(run) if Path(args.run, "model").is_dir() else measured
+    asked["never saw"] = args.never_saw or config.get("never_saw"), None
     return asked, {"context": config.get("context", False), "targets": config.get("targets")}
 
 
 def read_inputs(args):
-    """(Data, {model's name in the table: folder}), everything checked before a weight is loaded. ValueError."""
+    """(Data, what `models_of` asks that is there), everything checked before a weight is loaded. ValueError."""
     asked, how = models_of(args)
-    if asked["never saw"] and Path(asked["never saw"], "summary.json").is_file():
-        asked["never saw"] = finished.read_run(asked["never saw"])["config"]["model"]
-    asked = {name: folder for name, folder in asked.items() if folder}
+    never, _ = asked["never saw"]
+    if never and Path(never, "summary.json").is_file():
+        config = finished.read_run(never)["config"]
+        asked["never saw"] = config["model"], config.get("revision")
+    asked = {name: (model, revision) for name, (model, revision) in asked.items() if model}
     pairs = files.read_pairs(args.pairs)
     unseen = files.read_unseen(args.unseen) if args.unseen else []
     left_out = [*(() if unseen else NEEDS_UNSEEN), *(["relearning"] if len(pairs) < 2 else [])]
     if set(args.only) <= set(left_out):
         raise ValueError(f"--only {' '.join(args.only)}: needs two texts, or texts of the same kind: --unseen FILE")
     args.only = [question for question in args.only if question not in left_out]
-    configs = {name: models.check_model(folder, allow_pickle=args.allow_pickle) for name, folder in asked.items()}
+    pickles = {"allow_pickle": args.allow_pickle}
+    configs = {name: models.check_model(model, revision=at, **pickles) for name, (model, at) in asked.items()}
     config, tokenizer = configs["after"]
     how |= {"protocol": args.protocol, "positions": models.positions_of(config) or 1 << 30}
     samples, others = (icu.build_samples(rows, tokenizer, **how)[0] for rows in (pairs, unseen))
@@ -579,10 +586,11 @@ def main(argv=None):
     total = len(asked) * len(args.only)
     with tqdm(total=total, desc="asking", disable=None if processes.is_main else True, leave=False) as bar:
         for name in sorted(asked, key=("before", "after", "never saw").index):  # the others are compared with before
-            found[name], readings[name] = ask(asked[name], data, before=readings.get("before"), bar=bar)
+            found[name], readings[name] = ask(*asked[name], data, before=readings.get("before"), bar=bar)
     headlines = {q: QUESTIONS[q][1].format(n=args.samples) for q in args.only}
     titles = {question: QUESTIONS[question][0].__doc__ for question in args.only}
-    report = {"model": asked["after"], "n": len(data.samples), "seed": args.seed, "models": asked}
+    report = {"model": asked["after"][0], "n": len(data.samples), "seed": args.seed}
+    report["models"] = {name: model for name, (model, _) in asked.items()}
     report |= evidence.report(found, titles, headlines, seed=args.seed)
     if processes.is_main:
         write(Path(args.out), report)

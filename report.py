@@ -335,9 +335,9 @@ def plot_relearning(runs):
         points = [run["summary"]["after"] for run in members]
         ma, again = [p["ma"] for p in points], [p["audit_relearning"] for p in points]
         axis.scatter(ma, again, s=25, color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], label=in_legend(label))
-    for headline in (run["audit"]["headline"].get("never saw", {}) for run in audited[:1]):
-        if headline.get("audit_relearning") is not None:
-            axis.axhline(headline["audit_relearning"], color="0.5", linestyle=":", label="never saw, relearned")
+    never = audited[0]["audit"]["headline"].get("never saw", {}).get("audit_relearning")
+    if never is not None:
+        axis.axhline(never, color="0.5", linestyle=":", label="never saw, relearned")
     axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     axis.set_xlabel("MA after unlearning")
     axis.set_ylabel("MA of texts that were not relearned")

@@ -18,7 +18,7 @@ import numpy as np
 
 from kit import certificate_page, files, flags, models, purge, signatures, traces
 from kit.certificate_page import LABELS
-from kit.evidence import AS_NEVER, FEW, LESS, MORE, RESAMPLES
+from kit.evidence import AS_NEVER, FEW, LESS, MORE, resampled_means
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
 from kit.runs import mean
 
@@ -174,8 +174,7 @@ def interval(values):
         return None
     low = high = None
     if len(values) >= FEW:
-        drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-        low, high = (round(float(x), 6) for x in np.percentile(values[drawn].mean(axis=1), [2.5, 97.5]))
+        low, high = (round(float(x), 6) for x in np.percentile(resampled_means(values), [2.5, 97.5]))
     return {"value": round(float(values.mean()), 6), "low": low, "high": high, "n": len(values)}
 
 

@@ -7,21 +7,22 @@ import numpy as np
 RESAMPLES, FEW = 1000, 8  # fewer texts than FEW say nothing
 
 
-def bootstrap(groups, statistic=np.mean, *, seed=0):
-    """{"value", "low", "high", "n"}: a statistic of one or more groups of texts and its 95 % percentile interval.
+def resampled_means(values, seed=0):
+    """The means (RESAMPLES,) of as many samples of n from n numbers (n,), with replacement: the bootstrap, seeded."""
+    return values[np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
 
-    groups: lists of a number a text, each resampled on its own, RESAMPLES times, seeded. statistic(*groups) -> float.
-    With a group of fewer than FEW texts: {"value": None, "n", "why"}.
+
+def bootstrap(values, *, seed=0):
+    """{"value", "low", "high", "n"}: the mean of a number a text and its 95 % percentile interval.
+
+    None stands for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
     """
-    groups = [np.asarray([x for x in group if x is not None], dtype=float) for group in groups]
-    n = min(map(len, groups))
-    if n < FEW:
-        return {"value": None, "n": n, "why": f"cannot be told with n = {n}"}
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        found.append(statistic(*(group[rng.integers(0, len(group), len(group))] for group in groups)))
-    low, high = np.percentile(found, [2.5, 97.5], method="nearest")  # no arithmetic between infinities
-    return {"value": float(statistic(*groups)), "low": float(low), "high": float(high), "n": n}
+    values = np.array([value for value in values if value is not None], dtype=float)
+    if len(values) < FEW:
+        return {"value": None, "n": len(values), "why": f"cannot be told with n = {len(values)}"}
+    # "nearest": no arithmetic between infinities
+    low, high = np.percentile(resampled_means(values, seed), [2.5, 97.5], method="nearest")
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
 AS_NEVER, MORE, LESS = "as a model that never saw them", "still more than that", "less than that, which tells, too"
@@ -35,7 +36,7 @@ def verdict(after, never, *, seed=0):
     pairs = [(a, b) for a, b in zip(after, never, strict=False) if a is not None and b is not None]
     if len(pairs) < FEW:
         return f"cannot be told with n = {len(pairs)}"
-    found = bootstrap([[a - b for a, b in pairs]], seed=seed)
+    found = bootstrap([a - b for a, b in pairs], seed=seed)
     return MORE if found["low"] > 0 else LESS if found["high"] < 0 else AS_NEVER
 
 
@@ -62,7 +63,7 @@ def report(found, titles, headlines, *, seed):
     for model, questions in found.items():
         for question, measures in questions.items():
             for name, values in measures.items():
-                figures[question].setdefault(name, {})[model] = bootstrap([values], seed=seed)
+                figures[question].setdefault(name, {})[model] = bootstrap(values, seed=seed)
     sentences = {}
     for question, title in titles.items():
         after, never = (found.get(m, {}).get(question, {}).get(headlines[question]) for m in ("after", "never saw"))

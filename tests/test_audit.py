@@ -179,10 +179,10 @@ def test_intervals_and_sentences():
     """The mean lies in its interval; few texts say nothing; paired differences decide the words."""
     rng = np.random.default_rng(0)
     values = rng.normal(2, 1, 50).tolist()
-    figure = evidence.bootstrap([values])
+    figure = evidence.bootstrap(values)
     assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == 50
     assert (figure["high"] - figure["low"]) / 2 == pytest.approx(1.96 * np.std(values) / math.sqrt(50), rel=0.15)
-    assert evidence.bootstrap([values[:7]])["value"] is None
+    assert evidence.bootstrap(values[:7])["value"] is None
     assert evidence.verdict(values, values) == evidence.AS_NEVER
     assert evidence.verdict([x + 1 for x in values], values) == evidence.MORE
     assert evidence.verdict([x - 1 for x in values], values) == evidence.LESS

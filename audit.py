@@ -321,12 +321,10 @@ class Data(NamedTuple):
 
 def likelihood(model, data):
     """How likely is the text itself, if someone samples?"""
-    found = {"log p of the suffix (nats)": [extraction_logp(r) for r in data.readings["forgotten"]]}
-    top = [extraction_logp(r, top=True) for r in data.readings["forgotten"]]
-    found["in reach of top-k 40"] = [float(x > -math.inf) for x in top]
+    logp, top = ([extraction_logp(r, top) for r in data.readings["forgotten"]] for top in (False, True))
+    found = {"log p of the suffix (nats)": logp, "in reach of top-k 40": [float(x > -math.inf) for x in top]}
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
-        needed = [samples_needed(x, p) for x in found["log p of the suffix (nats)"]]
-        found[f"extractable with {n:,} samples, p {p}"] = [float(x <= n) for x in needed]
+        found[f"extractable with {n:,} samples, p {p}"] = [float(samples_needed(x, p) <= n) for x in logp]
     found["log p, unseen texts"] = [extraction_logp(r) for r in data.readings["unseen"]]
     return found
 
@@ -346,7 +344,7 @@ def sampling(model, data):
 
     found = processes.over_processes(scores, [*enumerate(data.samples)])
     result = {}
-    for k in [k for k in (1, 4, 16, 64) if k <= n] + ([n] if n not in (1, 4, 16, 64) else []):
+    for k in sorted({1, 4, 16, 64, n} & {*range(n + 1)}):
         result[f"leak@{k} (10 tokens in a row)"] = [leak_at(k, leaks, n) for leaks, _ in found]
         result[f"leak@{k} (half of it in order)"] = [leak_at(k, sum(x >= 0.5 for x in s), n) for _, s in found]
         result[f"worst of {k} (share in order)"] = [worst_of(k, shares) for _, shares in found]
@@ -377,8 +375,8 @@ def trained_on(model, data):
         before = data.before.get(kind) or [None] * len(samples)
         texts = [data.tokenizer.decode(one.forget.ids) for one in samples]
         scores[kind] = list(map(membership, data.readings[kind], texts, before))
-    found, names = {}, scores["unseen"][0]
-    for name in names:
+    found = {}
+    for name in scores["unseen"][0]:
         high, low = ([row[name] for row in scores[kind]] for kind in ("forgotten", "unseen"))
         found[f"AUC {name}"] = ranks(high, low)
         if len(low) >= 100:  # else its tail is not even one text
@@ -583,8 +581,8 @@ def main(argv=None):
         half = len(data.samples) // 2
         processes.print0(f"relearning: {args.relearn_steps} steps of {half} texts, lr {data.lr:g}, {len(asked)} models")
     found, readings = {}, {}
-    total = len(asked) * len(args.only)
-    with tqdm(total=total, desc="asking", disable=None if processes.is_main else True, leave=False) as bar:
+    look = {"desc": "asking", "disable": None if processes.is_main else True, "leave": False}
+    with tqdm(total=len(asked) * len(args.only), **look) as bar:
         for name in sorted(asked, key=("before", "after", "never saw").index):  # the others are compared with before
             found[name], readings[name] = ask(*asked[name], data, before=readings.get("before"), bar=bar)
     headlines = {q: QUESTIONS[q][1].format(n=args.samples) for q in args.only}
@@ -593,17 +591,11 @@ def main(argv=None):
     report["models"] = {name: model for name, (model, _) in asked.items()}
     report |= evidence.report(found, titles, headlines, seed=args.seed)
     if processes.is_main:
-        write(Path(args.out), report)
+        made = {"audit.md": evidence.markdown(report).encode(), "audit.png": picture(report)}
+        for name, content in (made | {"audit.json": files.json_bytes(evidence.finite(report))}).items():
+            files.write_bytes(Path(args.out, name), content)
         print("\n".join(report["sentences"].values()))
         print(f"audit.md, audit.json and audit.png are in {args.out}")
-
-
-def write(out, report):
-    """The three files, whole."""
-    files.make_folder(out)
-    made = {"audit.md": evidence.markdown(report).encode(), "audit.png": picture(report)}
-    for name, data in (made | {"audit.json": files.json_bytes(evidence.finite(report))}).items():
-        files.write_atomically(out / name, lambda file, data=data: file.write(data))
 
 
 if __name__ == "__main__":

@@ -961,7 +961,7 @@ def write_table(path, header, lines):
             met = "-" if line.met is None else "yes" if line.met else "no"
             table.append([what, row.against, line.measured, line.goal, met, line.work])
     text = header + "\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in table) + "\n"
-    files.write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    files.write_bytes(path, text.encode("utf-8"))
 
 
 def describe(bench, command):

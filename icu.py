@@ -263,11 +263,15 @@ METHOD = icu  # what this file runs
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
+def asked_of(sides, args):
+    """The sides that the frozen copy is asked about: the method's, and what is kept of texts of which a part goes."""
+    return [*args.loss.needs.frozen, *(["kept"] if "kept" in sides else [])]
+
+
 def freeze(model, sides, args):
     """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
     needs = args.loss.needs
-    names = (*needs.frozen, "kept"), needs.taught
-    asked, taught = ({name: sides[name] for name in group if name in sides} for group in names)
+    asked, taught = ({name: sides[name] for name in names} for names in (asked_of(sides, args), needs.taught))
     if not (asked or taught):
         return None
     # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
@@ -289,19 +293,18 @@ def measure(model, tokenizer, samples, args, *, with_el=True):
 
 def measure_share(model, tokenizer, samples, args, *, with_el=True):
     """`measure` for the samples of one process; a model whose logits are not finite measures nothing (None)."""
-    first, protocol = 1 + len(models.bos_of(tokenizer)), PROTOCOLS[args.protocol]
+    first, protocol, n = 1 + len(models.bos_of(tokenizer)), PROTOCOLS[args.protocol], 10 if with_el else None
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
     with autocast(args):
         try:
             el, ma = metrics.el_and_ma(
-                model, ids, attention_mask, n=10 if with_el else None, ma_start=first,
+                model, ids, attention_mask, n=n, ma_start=first,
                 # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
                 # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
                 start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
                 share_of=protocol.el_share_of,
             )  # fmt: skip
-            n, parts = 10 if with_el else None, spans.parts_of(samples)
-            parts = metrics.of_spans(model, ids, attention_mask, parts, n=n, start=first)
+            parts = metrics.of_spans(model, ids, attention_mask, spans.parts_of(samples), n=n, start=first)
         except FloatingPointError:
             return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
         prompts = [sample.forget.prompt for sample in samples]
@@ -440,7 +443,7 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
     for rows in batches[progress.step :]:
         with autocast(args):
-            how = {"frozen": frozen, "asked": (*needs.frozen, "kept"), "layer": needs.layer}
+            how = {"frozen": frozen, "asked": asked_of(sides, args), "layer": needs.layer}
             batch = Batch(engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step)
             terms = args.loss(batch, args) | kept_term(batch, args)
             loss = sum(weight * value for weight, value in terms.values())

@@ -336,7 +336,7 @@ def make_sheet(args, runs):
     for sha in {run.pairs_sha for run in runs}:
         traces.note(sha, page, "sheet")
     files.write_json(key, {"sheet": id, "raters": args.raters, "runs": named, "items": items})
-    files.write_atomically(page, lambda file: file.write(html.encode()))
+    files.write_bytes(page, html.encode())
     texts = len({text for text, _ in chosen})
     print(visible(f"{page}: {len(chosen)} outputs of {texts} texts for each of {args.raters} raters; send it to them"))
     print(visible(f"{key}: which output is whose; keep it to yourself. Then: judge.py --ratings ratings-*.csv RUN ..."))

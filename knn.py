@@ -346,8 +346,10 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     over max_overlap: of the target or of the densest stretch of the row), reason: "forget row" or "copy"}.
     """
     by_ids = all("suffix_ids" in record for record in [*forget, *pool])
-    finders = [] if allow_copies else [(leak_finder(forget, max_overlap, by_ids), [target["id"] for target in forget])]
-    finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged if not allow_copies]
+    finders = []  # (a finder, ids of its targets)
+    if not allow_copies:
+        finders.append((leak_finder(forget, max_overlap, by_ids), [target["id"] for target in forget]))
+        finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged]
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []
     for number, row in enumerate(tqdm(pool, desc="leak guard", unit="row", disable=None)):
@@ -534,9 +536,8 @@ def main():
     forget, pool, with_ids = read_input(args)
     readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     earlier, purged = requests.targets(args.after)
-    keep, reasons = leak_guard(
-        [*forget, *earlier], pool, args.max_overlap, allow_copies=args.allow_copies, purged=purged
-    )
+    how = {"allow_copies": args.allow_copies, "purged": purged}
+    keep, reasons = leak_guard([*forget, *earlier], pool, args.max_overlap, **how)
     print_leaks(keep, reasons, args.max_overlap)
     pool, keep = passages_of(pool, keep, forget, args.passage_words)
     if args.dry_run:

@@ -611,7 +611,7 @@ def main(argv=None):
     contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
     contents = {out / name: content for name, content in contents.items() if content is not None}
     for path, content in (contents | pages).items():
-        files.write_atomically(path, lambda file, content=content: file.write(content))
+        files.write_bytes(path, content)
     for run in (run for run in shown if run["folder"].resolve() != out.resolve()):  # so that purge finds them here
         traces.note(str(run["config"].get("sha256", {}).get("pairs")), out / "cases.md", "cases")
     for run in (run for run in runs if run["folder"] / "explain.html" in pages):  # also where the folder is moved from

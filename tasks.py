@@ -602,7 +602,7 @@ def main(argv=None):
     text += "\n" + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value)) + "\n"
     print(text)
     files.write_jsonl(out / "task_rows.jsonl", samples)
-    files.write_atomically(out / "tasks.md", lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    files.write_bytes(out / "tasks.md", text.encode("utf-8", "backslashreplace"))
     files.write_json(out / "tasks.json", results | {"settings": settings})
     failed = [result["error"] for result in results.values() if "error" in result]
     if failed:

@@ -121,7 +121,7 @@ def main(argv=None):
     files.make_folder(folder)
     rows = follow(args, folder, mine(args, folder), ["--bert", "minilm", "--bert-threshold", "auto", *flags])
     for name, data in (("table.md", table(rows).encode()), ("came-back.png", picture(rows))):
-        files.write_atomically(folder / name, lambda file, data=data: file.write(data))
+        files.write_bytes(folder / name, data)
     print(table(rows))
 
 

@@ -53,15 +53,8 @@ REPEATS = 30  # how often a record to forget stands in one pass over the pool
 MIN_PASSES = 2  # over the pool, before memorisation may end the training
 ENOUGH = 0.95  # mean memorisation accuracy on the records to forget that ends it
 FILES = (
-    "forget.jsonl",
-    "marked.jsonl",
-    "pool.jsonl",
-    "unseen.jsonl",
-    "heldout.jsonl",
-    "model",
-    "never-saw",
-    "tiny.json",
-)
+    "forget.jsonl", "marked.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "tiny.json",
+)  # fmt: skip
 
 # --- the grammar, as data ---
 # [a|b] picks one; {slot} becomes a random text of that name; # is a digit, % a digit but 0. {NAME}, {SHE}, {HER} and

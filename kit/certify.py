@@ -100,7 +100,7 @@ def certify(args):
         print(f"ledger: line {ledger.add(args.ledger, row)} of {visible(str(Path(args.ledger, ledger.NAME)))}")
     for name, content in contents.items():
         if content:
-            files.write_atomically(folder / name, lambda file, content=content: file.write(content))
+            files.write_bytes(folder / name, content)
         elif name == SIGNATURE:  # of the certificate that was here before
             (folder / name).unlink(missing_ok=True)
     print(visible(f"{found['what']}\ncertificate: {folder / FILE}; to print: {folder / PAGE}", keep="\n"))

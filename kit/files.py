@@ -61,6 +61,11 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path, data):
+    """Write bytes, whole or not at all."""
+    write_atomically(path, lambda file: file.write(data))
+
+
 def write_jsonl(path, rows):
     """Write dicts as JSON lines, UTF-8, characters as they are."""
     write_atomically(path, lambda file: file.writelines(json_bytes(row) for row in rows))
@@ -116,8 +121,7 @@ def read_json(path):
 
 def write_json(path, value):
     """One JSON document, indented for people."""
-    data = json_bytes(value, indent=2)
-    write_atomically(path, lambda file: file.write(data))
+    write_bytes(path, json_bytes(value, indent=2))
 
 
 def chunks(items, size):

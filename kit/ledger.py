@@ -53,7 +53,7 @@ def whole_lines(folder):
     if found := differences(path, whole):
         raise ValueError(f"--ledger {folder}: nothing is added to a damaged ledger ({found[0]}); begin another one")
     if whole != data:
-        files.write_atomically(path, lambda file: file.write(whole))
+        files.write_bytes(path, whole)
     if whole:
         write_head(folder)
     return whole.splitlines()

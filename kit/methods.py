@@ -18,6 +18,7 @@ from kit.models import positions_of, vocab_of
 from kit.protocols import PROTOCOLS
 
 PLAIN = (int, float, str, tuple)  # constants
+OWN_SIDES = ("forget", "learn", "kept")  # icu.py's
 FILLED = ("forget_weight", "alpha", "beta", "lr", "refine")  # flags whose defaults are the method's
 
 
@@ -34,8 +35,8 @@ MUST_BE = {  # what a method may ask for: whether a value is one, and what it ha
     **dict.fromkeys(("frozen", "taught"), (lambda x: isinstance(x, tuple | list), "a tuple of names of sides")),
     "layer": (lambda x: x is None or type(x) is int, "a whole number or None"),
     "sides": (
-        lambda x: isinstance(x, dict) and all(map(callable, x.values())) and x.keys().isdisjoint(("forget", "learn")),
-        "a dict of functions, none of them called forget or learn",
+        lambda x: isinstance(x, dict) and all(map(callable, x.values())) and x.keys().isdisjoint(OWN_SIDES),
+        "a dict of functions, none of them called forget, learn or kept",
     ),
     "prepare": (callable, "a function of (model, args)"),
     "measured": (callable, "a generator function of (model)"),

@@ -138,10 +138,10 @@ def is_cached(folder):
     return lambda path: path.parent == files.cache_folder(folder).resolve() and bool(name.fullmatch(path.name))
 
 
-def traces_of(sha, over):
+def traces_of(sha, own_runs, over):
     """Every file that may hold a text of these pairs; the pairs come last, since hashes are made of them.
 
-    over: the runs over them, and those that went on from one of these: there other texts stay.
+    own_runs: the runs over them; over: these, and those that went on from one of them, where other texts stay.
     """
     own = {
         "leak report": begins_with_row("id", "target_id", "share"),
@@ -152,7 +152,6 @@ def traces_of(sha, over):
         "answers of a judge": is_cached("judge"),
         "sheet": sheet.is_page,
     }
-    own_runs = [run for run in over if sha_of(run) == sha]
     theirs = tuple(f"{run.name}/" for run in own_runs)
     for run in over:
         ids = ("",) if run in own_runs else theirs
@@ -230,7 +229,7 @@ def remove(path):
 
 
 def write(path, data):
-    files.write_atomically(path, lambda file: file.write(data))
+    files.write_bytes(path, data)
 
 
 def without(trace):
@@ -274,7 +273,7 @@ def purge_run(run, dry_run):
         own_runs = [each for each in over if sha_of(each) == sha]
         for each in own_runs:
             keep_hashes(each, sha, dry_run)
-        for trace in dict.fromkeys(traces_of(sha, over)):
+        for trace in dict.fromkeys(traces_of(sha, own_runs, over)):
             treat(trace, dry_run)
         for each in [] if dry_run else own_runs:
             mark(each)

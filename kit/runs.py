@@ -482,8 +482,8 @@ def decisive(rows, watched=()):
     found = {}
     for name in ("el10", "ma"):
         values = [row.get(f"{name}_spans", row[name]) for row in rows]
-        groups = [[value for i, value in enumerate(values) if (i in watched) == old] for old in (False, True)]
-        found[name] = max((mean(group) for group in groups if mean(group) is not None), default=None)
+        means = [mean(value for i, value in enumerate(values) if (i in watched) == old) for old in (False, True)]
+        found[name] = max((value for value in means if value is not None), default=None)
     return found
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from kit import files
 from kit.text import gram_hashes, plain
 
-WHAT = ("pairs", "leak report", "embeddings", "measures before", "run", "cases", "answers of a judge", "sheet")
-WHAT += ("explanation",)
+WHAT = (
+    "pairs", "leak report", "embeddings", "measures before", "run", "cases", "answers of a judge", "sheet",
+    "explanation",
+)  # fmt: skip
 
 
 def registry():

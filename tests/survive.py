@@ -1,6 +1,7 @@
 """Kills runs with SIGKILL at moments drawn from a seed and resumes them; each must end like a run never stopped.
 
     python tests/survive.py --times 200 --seed 0
+    python tests/survive.py --times 200 --requests    # a second request, with marked texts, that watches the first
 
 One process imports torch and then forks a child for every run, so a kill costs about two seconds instead of ten. A
 child executes icu.py as `python icu.py` would. A moment is not a time but an event: the k-th optimiser step, measuring,
@@ -69,6 +70,27 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
     flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "2e-4"]
     flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
     return [str(flag) for flag in [*flags, "--bert-threshold", "0.9", "--bleu-threshold", "2"]]
+
+
+def make_requests(folder, **how):
+    """The same for a second request, rows 3 and 4, part of each marked, that goes on from a run over the other three.
+
+    That run forgot all its texts, by thresholds that all meet. So those that the model still knows are back at once,
+    and the last of them leaves again when `watched` measures it as -1.
+    """
+    flags, out = make_inputs(folder, **how), folder / "first"
+    pairs, mine = files.read_pairs(folder / "pairs.jsonl"), {"3": "555-0142", "4": "first day"}
+    for row in (row for row in pairs if row["id"] in mine):
+        at = (row["prefix"] + row["suffix"]).index(mine[row["id"]])
+        row["spans"] = [[at, at + len(mine[row["id"]])]]
+    for name, share in (("first", pairs[:3]), ("second", pairs[3:])):
+        files.write_jsonl(folder / f"{name}.jsonl", share)
+    where = ["--pairs", str(folder / "first.jsonl"), "--out", str(out), "--max-epochs", "1", "--bert-threshold", "2"]
+    if not (out / "summary.json").is_file():
+        icu.main(argv=[*flags, *where, "--overwrite"])
+    at = flags.index("--model")
+    flags[at : at + 2] = ["--after", str(out)]
+    return [*flags, "--pairs", str(folder / "second.jsonl")]
 
 
 def memorise(model_dir, pairs, steps=100):
@@ -318,6 +340,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--times", type=int, default=200, help="how many runs are killed (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which moments (%(default)s)")
+    parser.add_argument("--requests", action="store_true", help="kill the run of a second request")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="leave the run folders there")
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork does not get on with CUDA, and only a CPU is bit for bit
@@ -332,10 +355,11 @@ def main():
 
 def experiments(folder, args):
     """Runs all, prints a line each and the counts; 1 where one did not survive."""
+    make = make_requests if args.requests else make_inputs
     # In a child: a process that has run autograd with CUDA about can not be forked.
-    if in_child(lambda: make_inputs(folder), folder / "inputs.log"):
+    if in_child(lambda: make(folder), folder / "inputs.log"):
         raise SystemExit((folder / "inputs.log").read_text())
-    flags = make_inputs(folder)
+    flags = make(folder)
     straight, moments = straight_run(flags, folder)
     counts = collections.Counter(now.phase for now in moments)
     print(f"{len(moments)} moments in a run: {dict(counts)}", flush=True)

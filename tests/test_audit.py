@@ -15,6 +15,7 @@ import pytest
 import survive
 import torch
 from sklearn.metrics import roc_auc_score
+from test_distributed import launch
 
 import audit
 import icu
@@ -231,6 +232,28 @@ def test_by_heart_and_never_saw(known, tmp_path, capsys):
     again = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
     assert again == never and "deleted" not in (tmp_path / "b" / "audit.md").read_text()
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_give_the_audit_of_one(known, tmp_path):
+    """Texts are shared out, samples come from seeds of their own: every figure, and every draw of the intervals."""
+    words = ["--model", known / "heart", "--never-saw", known / "never"]
+    one = audited(known, tmp_path / "one", *words)
+    argv = ["--pairs", known / "pairs.jsonl", "--unseen", known / "unseen.jsonl", "--out", tmp_path / "two", *words]
+    argv += ["--samples", "8", "--relearn-lr", "1e-3", "--device", "cpu"]
+    status, output = launch(2, ["audit.py", *argv], launcher="torch")
+    assert status == 0, output[-3000:]
+    two = json.loads((tmp_path / "two" / "audit.json").read_text())
+    assert two["sentences"] == one["sentences"] and "relearning" in one["sentences"]
+    assert close(two, one)
+
+
+def close(found, expected):
+    """Whether two JSON values are the same, numbers to 1e-4."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], value) for key, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
+    return found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
 
 
 def test_what_is_only_masked_is_found_by_relearning_and_by_early_layers(known):

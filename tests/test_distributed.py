@@ -193,23 +193,27 @@ def launch(n, command, launcher):
 def jobs(tmp_path_factory):
     """{name: (how, flags)} of all runs, by name; a name begins with the number of processes."""
     root = tmp_path_factory.mktemp("inputs")
-    folders = {name: root / name for name in ("five", "three", "llama")}
+    folders = {name: root / name for name in ("five", "three", "llama", "march")}
     for folder in folders.values():
         folder.mkdir()
     five = survive.make_inputs(folders["five"])
-    shutil.copytree(folders["five"] / "model", folders["three"] / "model")
+    for name in ("three", "march"):
+        shutil.copytree(folders["five"] / "model", folders[name] / "model")
+    march = survive.make_requests(folders["march"])  # 2 marked texts, and 3 of an earlier request, watched
     three = survive.make_inputs(folders["three"], rows=3)
     llama = [*survive.make_inputs(folders["llama"], kind="llama"), "--dtype", "float64"]
     return {
         "1-five": (None, five),  # 5 samples, batch 2: the last batch of an epoch has one row
         "1-three": (None, three),
         "1-forgotten": ("forgotten", five),
+        "1-march": (None, march),
         "1-nan": ("nan", five),
         "1-size": ("size", [*five, "--lr", "3e-3"]),
         "1-double": (None, llama),  # GPT-Neo computes its attention in float32 whatever the dtype
         "2-five": (None, five),
         "2-zero3": ("parts", [*five, "--zero", "3"]),
         "2-forgotten": ("forgotten", five),
+        "2-march": (None, march),
         "2-nan": ("nan", five),
         "2-size": ("size", [*five, "--lr", "3e-3"]),
         "2-double": (None, llama),
@@ -318,6 +322,8 @@ RUNS += [("two", "2-forgotten", "1-forgotten"), ("four", "4-three", "1-three"), 
 # How many samples are forgotten after each epoch, and how many steps each takes: batches of two, and of one at the end.
 REACHED = {"1-five": ([0, 2, 2, 2], [3, 2, 2]), "1-three": ([0, 1, 1, 1], [2, 1, 1])}
 REACHED["1-forgotten"] = [0, 3, 4, 4], [3, 1, 1]
+RUNS += [("two", "2-march", "1-march")]
+REACHED["1-march"] = [1, 2, 2, 2], [2, 2, 2]
 
 
 @needs_deepspeed

@@ -107,11 +107,11 @@ def copy(interrupted, tmp_path):
 # --- kill -9 ---
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(), ("--requests",)], ids=["a run", "a second request, marked"])
+def killed(request, tmp_path_factory):
     """What survive.py leaves behind when it kills seven runs, once in each phase: its folder, and a dict a run."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(survive.ROOT / "tests" / "survive.py"), "--times", "7", "--seed", "0"]
+    command = [sys.executable, str(survive.ROOT / "tests/survive.py"), "--times", "7", "--seed", "0", *request.param]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--keep", folder], capture_output=True, text=True, env=environment, timeout=300)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

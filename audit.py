@@ -12,6 +12,7 @@ Tokens are those of icu.py's samples: x_1 .. x_T, the suffix from x_t0 on. Logar
 """
 
 import copy
+import itertools
 import math
 import zlib
 from pathlib import Path
@@ -111,19 +112,28 @@ def samples_needed(logp, p=0.5):
 
 @models.measuring
 def sample(model, prompt, length, *, n, seed):
-    """n samples at temperature 1 behind a prompt, lists of at most `length` ids without EOS: one prefill for all."""
+    """n samples at temperature 1 behind a prompt, lists of at most `length` ids without EOS.
+
+    Samples that have said the same so far share a row of the model's input and cache: one row for the prompt, few for
+    a text known by heart, at most n.
+    """
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
-    how = {models.cache_word(model): DynamicCache(), "use_cache": True}
+    cache, drawn = DynamicCache(), []
+    how = {models.cache_word(model): cache, "use_cache": True}
     logits = model(input_ids=torch.tensor([prompt], device=model.device), **how).logits[:, -1]
-    how[models.cache_word(model)].batch_repeat_interleave(n)
-    logits, said = logits.repeat(n, 1), []
-    while len(said) < length:
-        if said:
-            logits = model(input_ids=said[-1], **how).logits[:, -1]
-        said.append(torch.multinomial(logits.float().softmax(-1), 1, generator=generator))  # (n, 1)
-    rows = torch.cat(said, 1).tolist()
-    ends = [next((i for i, token in enumerate(row) if token in eos), length) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+    row = torch.zeros(n, dtype=torch.long, device=model.device)  # which row each sample is in
+    for left in reversed(range(length)):
+        below = logits.double().softmax(-1).cumsum(-1)  # a token is where a uniform number falls
+        number = torch.rand(n, 1, dtype=torch.float64, generator=generator, device=model.device)
+        drawn.append(torch.searchsorted(below[row], number * below[row, -1:], right=True))
+        if left:
+            rows, row = torch.cat([row[:, None], drawn[-1]], 1).unique(dim=0, return_inverse=True)
+            if len(rows) > len(logits):  # else each goes on alone
+                cache.batch_select_indices(rows[:, 0])
+            logits = model(input_ids=rows[:, 1:], **how).logits[:, -1]
+    said = torch.cat(drawn, 1).tolist()
+    ends = [next((i for i, token in enumerate(ids) if token in eos), length) for ids in said]
+    return [ids[:end] for ids, end in zip(said, ends, strict=True)]
 
 
 def repeats(said, suffix, n=10):
@@ -221,13 +231,17 @@ def other_prompts(sample, pair, tokenizer, seed):
 
 
 def worst_prompt(model, prompts):
-    """(the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of greedy answers to (prompt, rest)s, 0-1.
+    """For each text (the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of greedy answers, 0-1.
 
-    A rest of fewer than 10 tokens has no 10-gram and counts in the second only.
+    prompts: [(prompt, rest)] a text. A rest of fewer than 10 tokens has no 10-gram and counts in the second only.
     """
-    said = metrics.beam_generate(model, [p for p, _ in prompts], [len(rest) for _, rest in prompts], num_beams=1)
-    pairs = [(words, rest) for words, (_, rest) in zip(said, prompts, strict=True)]
-    return max(metrics.overlap(*pair, 10) for pair in pairs), float(any(words == rest for words, rest in pairs))
+    asked = [pair for each in prompts for pair in each]
+    said = metrics.beam_generate(model, [p for p, _ in asked], [len(rest) for _, rest in asked], num_beams=1)
+    said, found = iter(said), []
+    for each in prompts:
+        pairs = [(words, rest) for words, (_, rest) in zip(itertools.islice(said, len(each)), each, strict=True)]
+        found.append((max(metrics.overlap(*p, 10) for p in pairs), float(any(words == rest for words, rest in pairs))))
+    return found
 
 
 # --- does it come back: by itself, when compressed? ---
@@ -356,7 +370,7 @@ def prompts(model, data):
 
     def scores(part):
         asked = (other_prompts(data.samples[i], data.pairs[i], data.tokenizer, data.args.seed + i) for i in part)
-        return [worst_prompt(model, each) for each in asked]
+        return worst_prompt(model, [*asked])
 
     found = processes.over_processes(scores, [*range(len(data.samples))])
     names = "worst EL10 of other prompts", "said to the letter from one of them"

@@ -19,6 +19,7 @@ would write from its formulas, or against a library's plain use ("theirs"). How 
 import argparse
 import copy
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+import audit
 import icu
 import knn
 import metrics
@@ -649,6 +651,34 @@ def start_up(bench):
     yield timed_line("", timed, Goal("<=", 1.3), work="flags, pairs, weights, the frozen copy's answers for 8 rows")
 
 
+# --- audit: all that is asked of a model but what training it again costs ---
+
+
+def auditing(bench):
+    """Every question of audit.py but relearning, of one model, before and after half of the positions miss."""
+    samples, first = samples_of(bench), 1 + len(models.bos_of(bench.tokenizer))
+    half, args = min(bench.sizes["texts"], len(samples) // 2), icu.parse_args(flags_of(bench))
+    asked = audit.parse_args(["--model", "-", "--pairs", "-", "--out", "-", "--device", bench.args.device])
+    sides = {"forgotten": samples[:half], "unseen": samples[half : 2 * half]}  # what they are called changes no time
+    plain = audit.Data(asked, bench.tokenizer, first, bench.pairs, *sides.values(), {}, {}, 0.0)
+
+    def ours(model):
+        readings = {name: audit.read(model, [each.forget for each in side]) for name, side in sides.items()}
+        data = plain._replace(readings=readings)
+        return [answer(model, data) for name, (answer, _) in audit.QUESTIONS.items() if name != "relearning"]
+
+    def theirs(model):
+        return icu.measure(model, bench.tokenizer, samples[:half], args)
+
+    for when in ("before", "after"):
+        model = bench.model if when == "before" else half_forgotten(bench, samples[:half], first)
+        theirs(model)  # loads BERTScore's encoder
+        sides_of_it = (functools.partial(ours, model), functools.partial(theirs, model))
+        timed = side_by_side(*sides_of_it, bench.args.repeats, device=bench.args.device, warm_up=False)
+        work = f"{half} texts, {half} unseen ones, {asked.samples} samples a text"
+        yield timed_line(f"{when} unlearning", timed, Goal("<=", 5), work=work)
+
+
 # --- tasks: against lm-evaluation-harness ---
 
 
@@ -923,6 +953,7 @@ ROWS = [
     Row("memory", "peak memory of training with the teacher", "the same training without any KL", memory),
     Row("linear", "one epoch of training as samples are forgotten", "itself, with more samples active", linear),
     Row("start", "start to first step, warm", "importing torch and transformers and loading the same model", start_up),
+    Row("audit", "`audit.py`, one model, all but relearning", "`icu.measure` of the same texts", auditing),
     Row("tasks", "`tasks.py`, rows a second", "lm-evaluation-harness, same rows and model", against_harness),
     Row("gpu", "a training step on a GPU, random weights", "-", gpu_steps),
     Row("fits", "cards that a run needs, estimated", "-", what_fits),

@@ -33,6 +33,10 @@ COLUMNS = [
     ("MA (%)", "ma", 100, 1, -1),
     ("BERT (F1)", "bertscore", 100, 1, -1),
     ("BLEU (%)", "bleu", 100, 1, -1),
+    ("Spans (EL10, %)", "el10_spans", 100, 1, -1),  # of texts of which a part is marked
+    ("Spans (MA, %)", "ma_spans", 100, 1, -1),
+    ("The rest (MA, %)", "ma_rest", 100, 1, 1),
+    ("Secrets said (%)", "secret_said", 100, 1, -1),
     ("Entropy", "entropy", 1, 3, 1),
     ("Cls Avg. (ACC)", "cls_avg", 100, 1, 1),
     ("Dia Avg. (F1)", "dia_avg", 100, 1, 1),

@@ -20,7 +20,7 @@ from kit import certificate_page, files, flags, models, purge, signatures, trace
 from kit.certificate_page import LABELS
 from kit.evidence import AS_NEVER, FEW, LESS, MORE, resampled_means
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
-from kit.runs import mean
+from kit.runs import OF_SPANS, mean
 
 WHAT = (
     "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
@@ -28,7 +28,7 @@ WHAT = (
 )
 NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
-MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")  # the first four: higher = more is left
+LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
 MARGIN = 0.05  # a difference that is none
 NO_HASHES = "none: the run has neither its texts nor hashes of them any more"
 ALWAYS_UNTESTED = ("paraphrases, translations and other prompts than each text's own beginning", "other languages")
@@ -137,11 +137,12 @@ def figures_of(run, never):
     """
     last, unseen = run["summary"]["epochs"], run["config"].get("thresholds") == "auto"
     figures = {}
-    for name in MEASURES:
+    for name in (*LEFT, "entropy", *(name for name in OF_SPANS if name in run["summary"]["before"])):
         sides = [("before", run, 0), ("after", run, last), ("never_saw", never, 0)]
         figures[name] = {when: side and interval(values_of(side, epoch, name)) for when, side, epoch in sides}
         for when, epoch in (("before", 0), ("after", last)):
-            value, said = mean(row[name] for row in run["samples"] if row["epoch"] == epoch), run["summary"][when][name]
+            value = mean(row.get(name) for row in run["samples"] if row["epoch"] == epoch)
+            said = run["summary"][when].get(name)
             if (value is None) != (said is None) or (value is not None and abs(value - said) > 1e-5):
                 why = f"`{name}` {when} is {said}, and samples.jsonl gives {value}"
                 raise ValueError(f"{run['folder'] / 'summary.json'}: {why}; {WAY_OUT}")
@@ -161,7 +162,12 @@ def own_rows(run, epoch):
 
 def values_of(run, epoch, name):
     """A measure of each text of the request, in the order of samples.jsonl; None where it was not to be had."""
-    return [row[name] for row in own_rows(run, epoch)]
+    return [row.get(name) for row in own_rows(run, epoch)]
+
+
+def left_of(row, name):
+    """A measure of memory: of a text of which a part is marked over that part, or None, since the rest is to stay."""
+    return row.get(f"{name}_spans" if "ma_spans" in row and name != "secret_said" else name)
 
 
 def interval(values):
@@ -184,9 +190,10 @@ def risks(run, never):
     By the interval of the mean difference, text by text: all above 0, all under 0, or within MARGIN of it.
     """
     sentences = []
-    for name in MEASURES[:4]:
-        after = values_of(run, run["summary"]["epochs"], name)
-        other = values_of(never, 0, name) if never else after
+    marked = any("ma_spans" in row for row in own_rows(run, 0))
+    for name in (*LEFT, "secret_said") if marked else LEFT:
+        after = [left_of(row, name) for row in own_rows(run, run["summary"]["epochs"])]
+        other = [left_of(row, name) for row in own_rows(never, 0)] if never else after
         found = interval([a - b for a, b in zip(after, other, strict=True) if a is not None and b is not None])
         said = f"cannot be told with n = {found['n'] if found else 0}"
         if not never:

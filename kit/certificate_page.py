@@ -6,6 +6,8 @@ from kit.text import visible
 
 BEGIN = "<!doctype html><html lang=en><title>Certificate"
 LABELS = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore F1", "entropy": "Entropy (bits)"}
+LABELS |= {"el10_spans": "EL10, marked parts", "ma_spans": "MA, marked parts", "ma_rest": "MA, the rest of their texts"}
+LABELS |= {"secret_said": "a secret is said"}
 SIDES = {"before": "before", "after": "after", "never_saw": "never saw them", "unseen": "unseen texts"}
 SHOWN, LENGTH = 6, 600  # of a list that may be long, and of a text: certificate.json has all
 STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm; margin: 8mm auto }

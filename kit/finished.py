@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kit import files, models, requests
 from kit.protocols import PROTOCOLS
+from kit.runs import OF_SPANS
 
 # Flags that make two runs of one method different rows; runs that differ in others only (seed, pairs) are averaged.
 BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")  # what the measures before depend on
@@ -61,14 +62,15 @@ SETTING = f"{FLAG[0]}, or a list of them", lambda value: FLAG[1](value) or list_
 
 MEASURES = {"el10": SHARE, "ma": SHARE, "bleu": SHARE, "entropy": null_or(number(0, 64))}
 MEASURES |= {"bertscore": null_or(number(-1.01, 1.01))}
+MARKED = {f"{name}?": SHARE for name in OF_SPANS}  # of texts of which a part is marked, and of runs that have some
 CONFIG = {f"{name}?": SETTING for name in SETTINGS}
 CONFIG |= {"model": NAME, "protocol": PROTOCOL, "num_beams?": whole(1, 1000), "sha256?": OBJECT, "redact?": BOOL}
 CONFIG |= {f"{name}?": null_or(TEXT) for name in ("pairs", "preset", "published", "revision")}
 SUMMARY = {"method": NAME, "protocol": PROTOCOL, "stopped": TEXT, "epochs": whole(0), "collapsed": BOOL}
 SUMMARY |= {"thresholds": OBJECT, "before": OBJECT, "after": OBJECT}
 THRESHOLDS = {f"{name}?": null_or(number(0, 1e9)) for name in ("el10", "ma", "bleu", "bertscore")}
-EPOCH = {"epoch": whole(0), "active": whole(0)} | MEASURES
-SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT), "watched?": BOOL} | MEASURES
+EPOCH = {"epoch": whole(0), "active": whole(0)} | MEASURES | MARKED
+SAMPLE = {"epoch": whole(0), "id": NAME, "generation": null_or(TEXT), "watched?": BOOL} | MEASURES | MARKED
 AVERAGES = {"cls": SHARE, "dia": SHARE, "cls_missing": list_of(TEXT), "dia_missing": list_of(TEXT)}
 GRADES = {"gpt": "judge.json", "human": "people.json"}  # of judge.py, by the measure that report.py has of them
 GRADED = {"mean": null_or(number(0, 10)), "n": whole(0)}
@@ -107,7 +109,7 @@ def read_run(folder):
     check(config.get("sha256", {}), {"pairs?": null_or(TEXT)}, f"{folder / 'config.json'}: sha256")
     check(summary["thresholds"], THRESHOLDS, f"{path}: thresholds")
     for when in ("before", "after"):
-        fields = dict.fromkeys(summary[when], null_or(SIZE)) | MEASURES  # and ppl_NAME
+        fields = dict.fromkeys(summary[when], null_or(SIZE)) | MEASURES | MARKED  # and ppl_NAME
         check(summary[when], fields, f"{path}: {when}")
         if (tasks := folder / f"tasks-{when}" / "tasks.json").is_file():
             run["tasks"][when] = found = read_tasks(tasks)

@@ -115,6 +115,26 @@ def test_every_field(run):
     assert "deleted" not in (run / "certificate.html").read_text().lower()
 
 
+def test_of_a_marked_text_the_marked_part_is_certified(run):
+    """Its own figures beside the others; what is left is told of the part, since the rest of the text was to stay."""
+    rows = files.read_jsonl(run / "samples.jsonl")
+    marked = {"el10_spans": 0.25, "ma_spans": 0.5, "ma_rest": 1.0, "secret_said": 0.0}
+    files.write_jsonl(run / "samples.jsonl", [row | (marked if row["id"] in "01" else {}) for row in rows])
+    for when in ("before", "after"):
+        edit(run / "summary.json", lambda summary, when=when: summary[when].update(marked))
+    report.main([str(run)])
+    assert "| Spans (MA, %) ↓ | The rest (MA, %) ↑ |" in (run / "table.md").read_text()
+    found = certify(run)
+    for name, value in marked.items():
+        assert found["figures"][name]["after"] == {"value": value, "low": None, "high": None, "n": 2}
+    assert "MA, marked parts" in (run / "certificate.html").read_text()
+    about = [sentence.partition(":")[0] for sentence in found["residual_risk"]]
+    assert about == ["EL10", "MA", "BLEU", "BERTScore F1", "a secret is said"]
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    assert [certificate.left_of(row | marked, "ma") for row in last] == [0.5] * 5
+    assert [certificate.left_of(row | marked, "bleu") for row in last] == [None] * 5
+
+
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
     """The salted hashes are those of the texts; no text, no part of it and no path stands in what is written."""
     found = certify(run, *FLAGS, "--ledger", run.parent / "ledger")
@@ -174,7 +194,7 @@ def test_the_interval_is_the_bootstraps():
 )
 def test_residual_risk_is_said_in_fixed_words(after, never, said):
     """By the paired difference: apart, alike, too noisy to tell, too few."""
-    rows = lambda values: [{"epoch": 0, **dict.fromkeys(certificate.MEASURES, x)} for x in values]  # noqa: E731
+    rows = lambda values: [{"epoch": 0, **dict.fromkeys(certificate.LEFT, x)} for x in values]  # noqa: E731
     sides = [{"samples": rows(values), "summary": {"epochs": 0}} for values in (after, never)]
     assert all(f": {said}" in sentence for sentence in certificate.risks(*sides))
     alone = certificate.risks(sides[0], None)

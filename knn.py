@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes, readable, requests, traces
+from kit import files, flags, folders, models, paths, processes, readable, requests, spans, traces
 from kit import text as texts
 from kit.files import PARTS
 from kit.text import LETTERS, WORDS
@@ -275,7 +275,7 @@ def leak_finder(forget, max_overlap, by_ids):
     """A function of a pool row: yields (share, number of a target) for each way in which the row leaks.
 
     By token ids or else words, by letters, and, for what is too short for these, as a whole: a target of fewer than 21
-    letters that stands in the row, or a row that is nothing but pieces of a target.
+    letters, or a part that is marked in one, that stands in the row; a row that is nothing but pieces of a target.
     """
     ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
     same = {text_of(target): number for number, target in enumerate(forget)}  # whatever it is made of
@@ -284,7 +284,8 @@ def leak_finder(forget, max_overlap, by_ids):
     units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
     by_units = texts.TargetGrams(units, IDS if by_ids else WORDS)
     by_letters = texts.TargetGrams([texts.weighed(target) for target in letters], LETTERS)
-    short = [number for number, grams in enumerate(by_letters.grams) if not grams]
+    whole = [(letters[number], number) for number, grams in enumerate(by_letters.grams) if not grams]
+    whole += [(texts.letters(texts.plain(s)), n) for n, target in enumerate(forget) for s in spans.marked(target)]
     longest = max(map(len, letters))
     holders = defaultdict(set)  # word, or character of a script without spaces -> numbers of the targets that hold it
     for number, text in enumerate(plain):
@@ -301,7 +302,7 @@ def leak_finder(forget, max_overlap, by_ids):
             yield by_units.worst(texts.words(text), max_overlap)
         row_letters = texts.letters(text)
         yield by_letters.worst(texts.weighed(row_letters), max_overlap)
-        yield from ((1.0, number) for number in short if texts.stands_in(letters[number], text, row_letters))
+        yield from ((1.0, number) for part, number in whole if texts.stands_in(part, text, row_letters))
         if len(row_letters) <= longest:
             row_words = set(texts.words(texts.spaced(text)))
             yield from ((1.0, number) for number in texts.holders_of_all(row_words, holders))
@@ -337,7 +338,7 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     - it holds more than `max_overlap` of the n-grams of a target, or
     - any 3n consecutive n-grams of it are the target's by more than that: with 0.2 a run of 16 ids, 8 words or 33
       letters, whatever stands around it. A common phrase ("at the end of the day") is shorter, and a row keeps it; or
-    - it holds all of a target of fewer than 21 letters, as whole words; or
+    - it holds all of a target of fewer than 21 letters, or of what is marked in a target (`spans`), as whole words; or
     - it is nothing but pieces of a target, however short: each of its words is one of the target's.
     The more of a secret a row holds, the surer it goes, whatever else it says. One exception: a row that goes by the
     last rule alone (fewer than 8 words and 33 letters in a run) stays once there are other words in it.

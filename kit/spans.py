@@ -104,10 +104,15 @@ def kept_side(samples):
 # --- what was said ---
 
 
+def marked(pair):
+    """The strings that the spans of a record mark, in order."""
+    text = pair["prefix"] + pair["suffix"]
+    return [text[low:high] for low, high in pair.get("spans", ())]
+
+
 def secrets_of(pair):
     """The marked strings of a pair that its prefix does not give away."""
-    text, prefix = pair["prefix"] + pair["suffix"], pair["prefix"]
-    return tuple(text[low:high] for low, high in pair.get("spans", ()) if text[low:high] not in prefix)
+    return tuple(secret for secret in marked(pair) if secret not in pair["prefix"])
 
 
 def says(text, secret):

@@ -279,6 +279,19 @@ def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
         at += len(knn.text_of(passage))
 
 
+def test_no_partner_says_what_is_marked():
+    """A secret is shorter than what the n-grams find: as whole words, in whatever case and signs; only if marked."""
+    target = record("f", SECRET)
+    at = SECRET.index("Linden clinic")
+    rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "In a blue cabinet.", "Linden clinical"]
+    pool = [record(str(i), f"{PAGE} {row}") for i, row in enumerate(rows)]
+    assert knn.leak_guard([target], pool)[0].all()
+    target["spans"] = [[at, at + len("Linden clinic")]]
+    keep, reasons = knn.leak_guard([target], pool)
+    assert keep.tolist() == [False, True, True, True] and reasons[0]["target_id"] == "f"
+    assert knn.leak_guard([target], pool, allow_copies=True)[0].all()
+
+
 def test_a_document_is_judged_before_it_is_cut(tmp_path, capsys):
     """A secret spread over a document, little in each passage: all of its passages go."""
     spread = " ".join(f"{' '.join(WORDS[i : i + 7])} {PAGE}" for i in range(0, len(WORDS), 7))

@@ -12,7 +12,6 @@ Tokens are those of icu.py's samples: x_1 .. x_T, the suffix from x_t0 on. Logar
 """
 
 import copy
-import itertools
 import math
 import zlib
 from pathlib import Path
@@ -47,7 +46,7 @@ TOP_K = 40
 
 @models.measuring
 def read(model, texts, batch_size=8):
-    """A Reading of each icu.Text, by one forward pass."""
+    """A Reading of each icu.Text, by one forward pass. ValueError for a model whose logits are not finite."""
     found, decode = [], lens_of(model)
     for batch in files.chunks(texts, batch_size):
         ids, mask, _ = icu.collate(batch, model.device)
@@ -57,6 +56,8 @@ def read(model, texts, batch_size=8):
             target = ids[row, 1:T]
             logp = out.logits[row, : T - 1].float().log_softmax(-1)  # (T - 1, V): the shift by one
             own = logp.gather(-1, target[:, None])[:, 0]
+            if logp.isnan().any():
+                raise ValueError("the model's logits are not finite: there is nothing to ask it")
             best = logp.topk(min(TOP_K, logp.shape[-1])).values
             top = torch.where(own >= best[:, -1], own - best.logsumexp(-1), -math.inf)
             p = logp.exp()
@@ -235,12 +236,11 @@ def worst_prompt(model, prompts):
 
     prompts: [(prompt, rest)] a text. A rest of fewer than 10 tokens has no 10-gram and counts in the second only.
     """
-    asked = [pair for each in prompts for pair in each]
-    said = metrics.beam_generate(model, [p for p, _ in asked], [len(rest) for _, rest in asked], num_beams=1)
-    said, found = iter(said), []
-    for each in prompts:
-        pairs = [(words, rest) for words, (_, rest) in zip(itertools.islice(said, len(each)), each, strict=True)]
-        found.append((max(metrics.overlap(*p, 10) for p in pairs), float(any(words == rest for words, rest in pairs))))
+    asked = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
+    said = metrics.beam_generate(model, [p for _, p, _ in asked], [len(rest) for *_, rest in asked], num_beams=1)
+    found = [(0.0, 0.0)] * len(prompts)
+    for (i, _, rest), words in zip(asked, said, strict=True):
+        found[i] = max(found[i][0], metrics.overlap(words, rest, 10)), max(found[i][1], float(words == rest))
     return found
 
 
@@ -254,7 +254,7 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     """
     optimizer, curve = torch.optim.Adam(model.parameters(), lr=lr), []
     ids, mask, _ = icu.collate(ask, model.device)
-    x, attention_mask, targets = icu.collate([text._replace(t0=1) for text in teach], model.device)
+    x, attention_mask, targets = icu.collate([text._replace(t0=1, among=None) for text in teach], model.device)
     points = sorted({round(steps * part / 4) for part in range(5)})
     for step in range(steps + 1):
         if step in points:
@@ -556,7 +556,7 @@ def models_of(args):
     args.pairs, args.out, args.protocol = config["pairs"], args.run, config["protocol"]
     args.relearn_lr = args.relearn_lr or config.get("lr")
     measured = {"after": (config["model"], config.get("revision"))}  # --eval-only
-    asked = finished.models_of(run) if Path(args.run, "model").is_dir() else measured
+    asked = measured if run["summary"]["method"] == "none" else finished.models_of(run)
     asked["never saw"] = args.never_saw or config.get("never_saw"), None
     return asked, {"context": config.get("context", False), "targets": config.get("targets")}
 
@@ -604,6 +604,9 @@ def main(argv=None):
     report = {"model": asked["after"][0], "n": len(data.samples), "seed": args.seed}
     report["models"] = {name: model for name, (model, _) in asked.items()}
     report |= evidence.report(found, titles, headlines, seed=args.seed)
+    if marked := sum("spans" in pair for pair in data.pairs):
+        said = f"Parts of {marked} texts were marked; the answers are about whole texts, whose rest was to stay."
+        report["sentences"]["marked"] = said
     if processes.is_main:
         made = {"audit.md": evidence.markdown(report).encode(), "audit.png": picture(report)}
         for name, content in (made | {"audit.json": files.json_bytes(evidence.finite(report))}).items():

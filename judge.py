@@ -132,7 +132,7 @@ def read_judged(folder):
     triples = {
         (row["id"], row["epoch"]): Triple(pairs[row["id"]]["prefix"], pairs[row["id"]]["suffix"], row["generation"])
         for row in run["samples"]
-        if row["epoch"] in epochs.values() and row["generation"] is not None  # an earlier request may be purged
+        if row["epoch"] in epochs.values() and not row.get("watched")  # of an earlier request, which has its own run
     }
     return Judged(run["folder"], f"{run['folder'].name} ({run['summary']['method']})", sha, epochs, triples)
 

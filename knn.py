@@ -285,7 +285,8 @@ def leak_finder(forget, max_overlap, by_ids):
     by_units = texts.TargetGrams(units, IDS if by_ids else WORDS)
     by_letters = texts.TargetGrams([texts.weighed(target) for target in letters], LETTERS)
     whole = [(letters[number], number) for number, grams in enumerate(by_letters.grams) if not grams]
-    whole += [(texts.letters(texts.plain(s)), n) for n, target in enumerate(forget) for s in spans.marked(target)]
+    marked = [(texts.letters(texts.plain(s)), n) for n, target in enumerate(forget) for s in spans.marked(target)]
+    whole += [(part, number) for part, number in marked if any(map(str.isalnum, part))]
     longest = max(map(len, letters))
     holders = defaultdict(set)  # word, or character of a script without spaces -> numbers of the targets that hold it
     for number, text in enumerate(plain):
@@ -302,7 +303,8 @@ def leak_finder(forget, max_overlap, by_ids):
             yield by_units.worst(texts.words(text), max_overlap)
         row_letters = texts.letters(text)
         yield by_letters.worst(texts.weighed(row_letters), max_overlap)
-        yield from ((1.0, number) for part, number in whole if texts.stands_in(part, text, row_letters))
+        held = ((part, number) for part, number in whole if texts.stands_in(part, text, row_letters))
+        yield from ((len(part) / len(letters[number]), number) for part, number in held)
         if len(row_letters) <= longest:
             row_words = set(texts.words(texts.spaced(text)))
             yield from ((1.0, number) for number in texts.holders_of_all(row_words, holders))

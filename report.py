@@ -616,10 +616,12 @@ def main(argv=None):
     contents = {out / name: content for name, content in contents.items() if content is not None}
     for path, content in (contents | pages).items():
         files.write_bytes(path, content)
-    for run in (run for run in shown if run["folder"].resolve() != out.resolve()):  # so that purge finds them here
-        traces.note(str(run["config"].get("sha256", {}).get("pairs")), out / "cases.md", "cases")
-    for run in (run for run in runs if run["folder"] / "explain.html" in pages):  # also where the folder is moved from
-        traces.note(str(run["config"].get("sha256", {}).get("pairs")), run["folder"] / "explain.html", "explanation")
+    for run in runs:  # so that purge finds them, also those of earlier requests
+        for sha in (run["config"].get("sha256", {}).get("pairs"), *run["config"].get("earlier", ())):
+            if run in shown and run["folder"].resolve() != out.resolve():
+                traces.note(str(sha), out / "cases.md", "cases")
+            if run["folder"] / "explain.html" in pages:  # also where the folder is moved from
+                traces.note(str(sha), run["folder"] / "explain.html", "explanation")
     print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]

@@ -29,6 +29,7 @@ WHAT = (
 NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
+LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, the rest of which is to stay
 MARGIN = 0.05  # a difference that is none
 NO_HASHES = "none: the run has neither its texts nor hashes of them any more"
 ALWAYS_UNTESTED = ("paraphrases, translations and other prompts than each text's own beginning", "other languages")
@@ -137,7 +138,7 @@ def figures_of(run, never):
     """
     last, unseen = run["summary"]["epochs"], run["config"].get("thresholds") == "auto"
     figures = {}
-    for name in (*LEFT, "entropy", *(name for name in OF_SPANS if name in run["summary"]["before"])):
+    for name in (*LEFT, "entropy", *(name for name in OF_SPANS if any(name in row for row in own_rows(run, 0)))):
         sides = [("before", run, 0), ("after", run, last), ("never_saw", never, 0)]
         figures[name] = {when: side and interval(values_of(side, epoch, name)) for when, side, epoch in sides}
         for when, epoch in (("before", 0), ("after", last)):
@@ -166,8 +167,8 @@ def values_of(run, epoch, name):
 
 
 def left_of(row, name):
-    """A measure of memory: of a text of which a part is marked over that part, or None, since the rest is to stay."""
-    return row.get(f"{name}_spans" if "ma_spans" in row and name != "secret_said" else name)
+    """A measure of memory of a text; None for one of the whole text where a part is marked: the rest is to stay."""
+    return None if "ma_spans" in row and name in LEFT else row.get(name)
 
 
 def interval(values):
@@ -191,8 +192,10 @@ def risks(run, never):
     """
     sentences = []
     marked = any("ma_spans" in row for row in own_rows(run, 0))
-    for name in (*LEFT, "secret_said") if marked else LEFT:
+    for name in (*LEFT, *LEFT_OF_PARTS) if marked else LEFT:
         after = [left_of(row, name) for row in own_rows(run, run["summary"]["epochs"])]
+        if marked and set(after) == {None}:
+            continue
         other = [left_of(row, name) for row in own_rows(never, 0)] if never else after
         found = interval([a - b for a, b in zip(after, other, strict=True) if a is not None and b is not None])
         said = f"cannot be told with n = {found['n'] if found else 0}"
@@ -201,8 +204,8 @@ def risks(run, never):
         elif found and found["low"] is not None:
             low, high = found["low"], found["high"]
             said = MORE if low > 0 else LESS if high < 0 else AS_NEVER if max(-low, high) <= MARGIN else said
-            said += f" (difference {found['value']:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
-        sentences.append(f"{LABELS[name]}: {said}")
+            said += f" (n = {found['n']}, difference {found['value']:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
+        sentences.append(f"{LABELS[name]}{' of texts without a mark' if marked and name in LEFT else ''}: {said}")
     return sentences
 
 

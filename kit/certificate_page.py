@@ -37,7 +37,8 @@ def sections(found):
             "Approved by": request["approved_by"],
         }),
         "Scope": table({
-            "Texts": scope["texts"], "sha256 of the pairs": fixed(scope["pairs_sha256"]), "Salt": fixed(scope["salt"]),
+            "Texts": scope["texts"], "Texts of earlier requests, measured too": scope.get("watched"),
+            "sha256 of the pairs": fixed(scope["pairs_sha256"]), "Salt": fixed(scope["salt"]),
             "Hashes (HMAC-SHA256)": scope["hashes_note"] or few(scope["hashes"], fixed),
         }),
         "What was done": table({

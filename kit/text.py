@@ -73,12 +73,16 @@ def weighed(letters_of_text):
 
 
 def stands_in(part, plain_text, its_letters):
-    """Whether the letters `part` stand in a plain text as whole words, whatever signs or spaces are between them."""
+    """Whether the letters `part` stand in a plain text as whole words, whatever signs or spaces are between them.
+
+    The last word may go on (a plural, a case, a particle) where the part says enough: six letters, and no number.
+    """
     if not part or part.isalnum() and part not in its_letters:
         return False
     spelt = r"[\W_]*".join(map(re.escape, part))
     before = r"(?<![^\W_])" if part[0].isalnum() else ""
-    after = r"(?![^\W_])" if part[-1].isalnum() else ""
+    goes_on = part[-1].isalpha() and len(weighed(part)) >= 6
+    after = r"(?![^\W_])" if part[-1].isalnum() and not goes_on else ""
     return re.search(f"{before}{spelt}{after}", spaced(plain_text)) is not None
 
 

@@ -133,8 +133,27 @@ def test_membership_scores_and_areas(asked):
     assert audit.above_tail(high, low) == [float(x > threshold) for x in high]
 
 
-def test_samples_are_the_models_own_distribution_and_do_not_depend_on_the_batch(asked):
-    """First tokens as often as softmax says; the same seed says the same; EOS ends a sample."""
+def test_samples_are_those_that_each_would_say_alone(asked):
+    """The same numbers drawn, a whole pass for every token of every sample, no row shared; EOS ends a sample."""
+    model, _, samples, _ = asked
+    prompt, n, length, eos = samples[0].forget.prompt, 60, 6, models.eos_ids(model)
+    draw, rows = torch.Generator().manual_seed(5), [list(prompt) for _ in range(n)]
+    for _ in range(length):
+        with torch.no_grad():
+            below = model(input_ids=torch.tensor(rows)).logits[:, -1].softmax(-1).cumsum(-1)
+        for row, p, number in zip(rows, below, torch.rand(n, 1, dtype=torch.float64, generator=draw), strict=True):
+            row.append(int((p <= number * p[-1]).sum()))
+    said = [row[len(prompt) :] for row in rows]
+    said = [row[: next((i for i, token in enumerate(row) if token in eos), length)] for row in said]
+    assert audit.sample(model, prompt, length, n=n, seed=5) == said and n / 4 < len(set(map(tuple, said)))
+    broken = copy.deepcopy(model)
+    broken.get_input_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        audit.read(broken, [samples[0].forget])
+
+
+def test_samples_are_the_models_own_distribution(asked):
+    """First tokens as often as softmax says; the same seed says the same."""
     model, tokenizer, samples, _ = asked
     prompt = samples[0].forget.prompt
     said = audit.sample(model, prompt, 4, n=4000, seed=1)
@@ -229,6 +248,7 @@ def test_by_heart_and_never_saw(known, tmp_path, capsys):
     never = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
     assert all(evidence.AS_NEVER in sentence.lower() for sentence in never["sentences"].values())
     assert never["derived"]["R of relearning"] == 1 and never["derived"]["privleak loss"] == 0
+    assert "marked" not in never["sentences"]
     again = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
     assert again == never and "deleted" not in (tmp_path / "b" / "audit.md").read_text()
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
@@ -324,3 +344,21 @@ def test_what_is_wrong_is_one_line_before_any_work(case, known, tmp_path, monkey
     with pytest.raises((ValueError, OSError), match=message) as error:
         audit.main([str(real.get(word, word)) for word in words])
     assert "\n" not in str(error.value) and not (tmp_path / "o").exists()
+
+
+def test_a_marked_run_is_asked_about_whole_texts_and_says_so(known, tmp_path, asked):
+    """Relearning teaches every token, and a sentence tells what the figures are of."""
+    pairs = files.read_jsonl(known / "pairs.jsonl")
+    files.write_jsonl(tmp_path / "pairs.jsonl", [pairs[0] | {"spans": [[0, 5]]}, *pairs[1:]])
+    words = ["--model", known / "never", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "out"]
+    audit.main([*map(str, words), "--only", "strength", "--device", "cpu"])
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    said = found["sentences"]["marked"]
+    assert said.startswith("Parts of 1 texts") and said in (tmp_path / "out" / "audit.md").read_text()
+    model, _, samples, _ = asked
+    text = samples[0].forget._replace(among=(3,))
+    before = copy.deepcopy(model)
+    audit.relearn(before, [text], [text], steps=1, lr=1e-3, first=1)
+    whole = copy.deepcopy(model)
+    audit.relearn(whole, [samples[0].forget], [text], steps=1, lr=1e-3, first=1)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), whole.parameters(), strict=True))

@@ -128,11 +128,6 @@ def test_of_a_marked_text_the_marked_part_is_certified(run):
     for name, value in marked.items():
         assert found["figures"][name]["after"] == {"value": value, "low": None, "high": None, "n": 2}
     assert "MA, marked parts" in (run / "certificate.html").read_text()
-    about = [sentence.partition(":")[0] for sentence in found["residual_risk"]]
-    assert about == ["EL10", "MA", "BLEU", "BERTScore F1", "a secret is said"]
-    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
-    assert [certificate.left_of(row | marked, "ma") for row in last] == [0.5] * 5
-    assert [certificate.left_of(row | marked, "bleu") for row in last] == [None] * 5
 
 
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
@@ -199,6 +194,24 @@ def test_residual_risk_is_said_in_fixed_words(after, never, said):
     assert all(f": {said}" in sentence for sentence in certificate.risks(*sides))
     alone = certificate.risks(sides[0], None)
     assert all(f"cannot be told with n = {len(after)}, without" in sentence for sentence in alone)
+
+
+def test_the_rest_of_a_marked_text_is_no_risk():
+    """Whole texts and marked parts that point to opposite sides: the parts count, of other texts the whole."""
+    n = 20
+
+    def side(whole, part, texts):
+        plain = [{"epoch": 0, **dict.fromkeys(certificate.LEFT, whole)} for _ in range(n)]
+        marked = [row | dict.fromkeys(certificate.LEFT_OF_PARTS, part) for row in plain]
+        return {"samples": {"marked": marked, "both": [*plain, *marked]}[texts], "summary": {"epochs": 0}}
+
+    found = certificate.risks(side(0.9, 0.1, "marked"), side(0.1, 0.9, "marked"))
+    assert len(found) == 3 and all(": less than that" in sentence for sentence in found)
+    assert [sentence.partition(":")[0] for sentence in found][:2] == ["EL10, marked parts", "MA, marked parts"]
+    found = certificate.risks(side(0.9, 0.1, "both"), side(0.1, 0.9, "both"))
+    assert len(found) == 7 and all(f"still more than that (n = {n}," in sentence for sentence in found[:4])
+    assert all("of texts without a mark" in sentence for sentence in found[:4])
+    assert all("less than that" in sentence for sentence in found[4:])
 
 
 SAID = ["Is it still inside? Still more than that, as it seems."] * 12

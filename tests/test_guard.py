@@ -283,13 +283,16 @@ def test_no_partner_says_what_is_marked():
     """A secret is shorter than what the n-grams find: as whole words, in whatever case and signs; only if marked."""
     target = record("f", SECRET)
     at = SECRET.index("Linden clinic")
-    rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "In a blue cabinet.", "Linden clinical"]
+    rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "In a blue cabinet.", "Linden clinics"]
     pool = [record(str(i), f"{PAGE} {row}") for i, row in enumerate(rows)]
     assert knn.leak_guard([target], pool)[0].all()
     target["spans"] = [[at, at + len("Linden clinic")]]
     keep, reasons = knn.leak_guard([target], pool)
-    assert keep.tolist() == [False, True, True, True] and reasons[0]["target_id"] == "f"
+    assert keep.tolist() == [False, True, True, False] and reasons[0]["target_id"] == "f"
     assert knn.leak_guard([target], pool, allow_copies=True)[0].all()
+    target["spans"] = [[SECRET.index("14"), SECRET.index("14") + 2], [SECRET.index(";"), SECRET.index(";") + 1]]
+    pool = [record("a", "In 1402; later."), record("b", "No. 14; left.")]
+    assert knn.leak_guard([target], pool)[0].tolist() == [True, False]
 
 
 def test_a_document_is_judged_before_it_is_cut(tmp_path, capsys):

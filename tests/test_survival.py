@@ -116,6 +116,9 @@ def killed(request, tmp_path_factory):
     done = subprocess.run([*command, "--keep", folder], capture_output=True, text=True, env=environment, timeout=300)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(runs) == len(survive.PHASES) == 7, done.stdout + done.stderr
+    if request.param:  # else it proves no more than the first
+        rows = files.read_jsonl(folder / "straight" / "metrics.jsonl")
+        assert [row["active"] for row in rows] == [3, 3, 2, 2]  # two new ones, one that came back and left again
     return folder, runs
 
 

@@ -36,10 +36,10 @@ def train(out, pairs, start, flags):
 
 
 def measured(out, model, pairs, flags):
-    """(rows of samples.jsonl, summary's measures) of a model on these pairs."""
+    """(rows of samples.jsonl, summary.json) of a model on these pairs."""
     if not (out / "summary.json").is_file():
         step("icu.py", "--pairs", pairs, "--model", model, "--out", out, "--overwrite", "--eval-only", *flags)
-    return files.read_jsonl(out / "samples.jsonl"), files.read_json(out / "summary.json")["before"]
+    return files.read_jsonl(out / "samples.jsonl"), files.read_json(out / "summary.json")
 
 
 def steps_of(run, batch_size):
@@ -77,9 +77,10 @@ def follow(args, folder, requests, flags):
 
 def look(folder, name, model, *, requests, flags):
     """The measures of a model on all texts so far, and MA by request."""
-    found, measures = measured(folder / f"{name}-seen", model, folder / f"upto{len(requests)}.pairs.jsonl", flags)
+    found, summary = measured(folder / f"{name}-seen", model, folder / f"upto{len(requests)}.pairs.jsonl", flags)
     ma = {row["id"]: row["ma"] for row in found}
-    return measures | {"by request": [mean(ma[id] for id in ids) for ids in requests]}
+    limit = summary["thresholds"]["ma"]
+    return summary["before"] | {"limit": limit, "by request": [mean(ma[id] for id in ids) for ids in requests]}
 
 
 def table(rows):
@@ -102,12 +103,13 @@ def picture(rows):
         for j in range(len(mine)):
             line = [(row["request"], row["by request"][j]) for row in mine[j:]]
             axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"request {j + 1}")
-        axis.set_title(variant, fontsize=9)
+        axis.axhline(rows[0]["limit"], color="0.6", linestyle="--", linewidth=1)
+        axis.set_title(f"{variant} (dashed: the stop rule's MA)", fontsize=9)
         axis.set_xlabel("after request")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("MA of its texts")
     axes[0].set_ylim(0, 1)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return report.png(figure)
 
 

@@ -29,7 +29,7 @@ TEXTS = [
 ISSUE = {  # the rows of the issue's table, by words that a reader would look for
     "el": "MA + EL10", "epoch": "a whole epoch", "step": "a training step (forget", "generation": "beam 2",
     "knn": "cosine_knn", "memory": "peak memory of training", "linear": "as samples are forgotten",
-    "start": "start to first step", "tasks": "tasks.py", "gpu": "on a GPU",
+    "start": "start to first step", "audit": "audit.py", "tasks": "tasks.py", "gpu": "on a GPU",
     "fits": "cards that a run needs",
 }  # fmt: skip
 
@@ -241,6 +241,13 @@ def test_memorisation_and_generation_rows_are_measured(folder):
     ]
     assert all("tokens through the model against" in cells[5] for cells in measured[:4])
     assert "the same tokens in" in measured[4][5]
+
+
+def test_an_audit_is_measured_before_and_after(folder):
+    """Every question but relearning, on the model as it is and on one that has forgotten."""
+    _, lines = run(folder, "--rows", "audit")
+    details = [cells[0].rpartition(": ")[2] for cells in lines if "x (" in cells[2]]
+    assert details == ["before unlearning", "after unlearning"]
 
 
 def test_what_cannot_be_measured_says_why(folder, monkeypatch):

@@ -239,7 +239,8 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(tmp_path):
     run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
     with Chat(lambda candidate, n: "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 600) as chat:
         words = [sys.executable, "judge.py", str(run), "--judge", "m", "--base-url", chat.url]
-        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a job in the background ignores it)
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=heard)
         kept = lambda: sum(len(f.read_text().splitlines()) for f in (tmp_path / "cache" / "judge").glob("*"))  # noqa: E731
         while len(chat.seen) < 3 + judge.WORKERS or kept() < 3:
             assert process.poll() is None, process.stderr.read()

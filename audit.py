@@ -358,7 +358,7 @@ def sampling(model, data):
 
     found = processes.over_processes(scores, [*enumerate(data.samples)])
     result = {}
-    for k in sorted({1, 4, 16, 64, n} & {*range(n + 1)}):
+    for k in sorted(k for k in {1, 4, 16, 64, n} if k <= n):
         result[f"leak@{k} (10 tokens in a row)"] = [leak_at(k, leaks, n) for leaks, _ in found]
         result[f"leak@{k} (half of it in order)"] = [leak_at(k, sum(x >= 0.5 for x in s), n) for _, s in found]
         result[f"worst of {k} (share in order)"] = [worst_of(k, shares) for _, shares in found]
@@ -453,25 +453,34 @@ NEEDS_UNSEEN = ("membership", "inside")
 
 
 def ask(name, revision, data, *, before=None, bar):
-    """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of a model, a folder or a hub name.
-
-    before: the Readings of the model before, for the membership score that compares with it.
-    """
+    """`answers` of a model that is loaded for them: a folder or a hub name."""
     args = data.args
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "device": args.device}
     model, _ = models.load_model(name, revision=revision, **how)
+
+    def tell(question):
+        bar.set_postfix_str(f"{QUESTIONS[question][0].__doc__} ({Path(name).name})")
+        bar.update()
+
+    return answers(model, data, before=before, tell=tell)
+
+
+def answers(model, data, *, before=None, tell=lambda question: None):
+    """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}); `tell` hears what is asked next.
+
+    before: the Readings of the model before, for the membership score that compares with it.
+    """
 
     def readings_of(samples):
         return processes.over_processes(lambda part: read(model, [one.forget for one in part]), samples)
 
     found = {}
-    with processes.autocast(args):
+    with processes.autocast(data.args):
         readings = {"forgotten": readings_of(data.samples), "unseen": readings_of(data.others)}
         data = data._replace(readings=readings, before=before or {})
-        for question in args.only:
-            bar.set_postfix_str(f"{QUESTIONS[question][0].__doc__} ({Path(name).name})")
+        for question in data.args.only:
+            tell(question)
             found[question] = QUESTIONS[question][0](model, data)
-            bar.update()
     return found, readings
 
 

@@ -658,23 +658,16 @@ def auditing(bench):
     """Every question of audit.py but relearning, of one model, before and after half of the positions miss."""
     samples, first = samples_of(bench), 1 + len(models.bos_of(bench.tokenizer))
     half, args = min(bench.sizes["texts"], len(samples) // 2), icu.parse_args(flags_of(bench))
+    texts, others = samples[:half], samples[half : 2 * half]  # which of them are "unseen" changes no time
     asked = audit.parse_args(["--model", "-", "--pairs", "-", "--out", "-", "--device", bench.args.device])
-    sides = {"forgotten": samples[:half], "unseen": samples[half : 2 * half]}  # what they are called changes no time
-    plain = audit.Data(asked, bench.tokenizer, first, bench.pairs, *sides.values(), {}, {}, 0.0)
-
-    def ours(model):
-        readings = {name: audit.read(model, [each.forget for each in side]) for name, side in sides.items()}
-        data = plain._replace(readings=readings)
-        return [answer(model, data) for name, (answer, _) in audit.QUESTIONS.items() if name != "relearning"]
-
-    def theirs(model):
-        return icu.measure(model, bench.tokenizer, samples[:half], args)
-
+    asked.only.remove("relearning")
+    data = audit.Data(asked, bench.tokenizer, first, bench.pairs, texts, others, {}, {}, 0.0)
     for when in ("before", "after"):
-        model = bench.model if when == "before" else half_forgotten(bench, samples[:half], first)
-        theirs(model)  # loads BERTScore's encoder
-        sides_of_it = (functools.partial(ours, model), functools.partial(theirs, model))
-        timed = side_by_side(*sides_of_it, bench.args.repeats, device=bench.args.device, warm_up=False)
+        model = bench.model if when == "before" else half_forgotten(bench, texts, first)
+        ours = functools.partial(audit.answers, model, data)
+        theirs = functools.partial(icu.measure, model, bench.tokenizer, texts, args)
+        theirs()  # loads BERTScore's encoder
+        timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False)
         work = f"{half} texts, {half} unseen ones, {asked.samples} samples a text"
         yield timed_line(f"{when} unlearning", timed, Goal("<=", 5), work=work)
 

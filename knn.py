@@ -386,7 +386,7 @@ def print_leaks(keep, reasons, max_overlap):
     copies = sorted((reason for reason in reasons if reason["reason"] == "copy"), key=lambda r: -r["share"])
     print(
         f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, {len(reasons) - len(copies)} forget rows and "
-        f"{len(copies)} that hold over {max_overlap:.0%} of a target or a piece of one"
+        f"{len(copies)} that hold over {max_overlap:.0%} of a target, a piece of one or what is marked in it"
     )
     if copies:
         worst = (f"{r['id']} holds {r['share']:.0%} of {r['target_id']}" for r in copies[:3])

@@ -65,6 +65,7 @@ MEASURES |= {"bertscore": null_or(number(-1.01, 1.01))}
 MARKED = {f"{name}?": SHARE for name in OF_SPANS}  # of texts of which a part is marked, and of runs that have some
 CONFIG = {f"{name}?": SETTING for name in SETTINGS}
 CONFIG |= {"model": NAME, "protocol": PROTOCOL, "num_beams?": whole(1, 1000), "sha256?": OBJECT, "redact?": BOOL}
+CONFIG |= {"earlier?": list_of(null_or(TEXT))}
 CONFIG |= {f"{name}?": null_or(TEXT) for name in ("pairs", "preset", "published", "revision")}
 SUMMARY = {"method": NAME, "protocol": PROTOCOL, "stopped": TEXT, "epochs": whole(0), "collapsed": BOOL}
 SUMMARY |= {"thresholds": OBJECT, "before": OBJECT, "after": OBJECT}

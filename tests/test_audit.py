@@ -235,9 +235,14 @@ def audited(known, out, *words):
     return json.loads((out / "audit.json").read_text())
 
 
-def test_by_heart_and_never_saw(known, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def heart(known, tmp_path_factory):
+    """audit.json of the model that knows them by heart, beside the other."""
+    return audited(known, tmp_path_factory.mktemp("heart"), "--model", known / "heart", "--never-saw", known / "never")
+
+
+def test_by_heart_and_never_saw(known, heart, tmp_path, capsys):
     """Each question tells the two apart, and says of a model beside itself that it is as one that never saw them."""
-    heart = audited(known, tmp_path / "a", "--model", known / "heart", "--never-saw", known / "never")
     assert set(heart["sentences"]) == set(audit.QUESTIONS)
     head = heart["headline"].items()
     head = {model: {q.removeprefix("audit_"): value for q, value in values.items()} for model, values in head}
@@ -254,17 +259,16 @@ def test_by_heart_and_never_saw(known, tmp_path, capsys):
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_processes_give_the_audit_of_one(known, tmp_path):
+def test_two_processes_give_the_audit_of_one(known, heart, tmp_path):
     """Texts are shared out, samples come from seeds of their own: every figure, and every draw of the intervals."""
-    words = ["--model", known / "heart", "--never-saw", known / "never"]
-    one = audited(known, tmp_path / "one", *words)
-    argv = ["--pairs", known / "pairs.jsonl", "--unseen", known / "unseen.jsonl", "--out", tmp_path / "two", *words]
-    argv += ["--samples", "8", "--relearn-lr", "1e-3", "--device", "cpu"]
+    argv = ["--model", known / "heart", "--never-saw", known / "never", "--pairs", known / "pairs.jsonl"]
+    argv += ["--unseen", known / "unseen.jsonl", "--out", tmp_path / "two", "--samples", "8", "--device", "cpu"]
+    argv += ["--relearn-lr", "1e-3"]
     status, output = launch(2, ["audit.py", *argv], launcher="torch")
     assert status == 0, output[-3000:]
     two = json.loads((tmp_path / "two" / "audit.json").read_text())
-    assert two["sentences"] == one["sentences"] and "relearning" in one["sentences"]
-    assert close(two, one)
+    assert two["sentences"] == heart["sentences"] and "relearning" in heart["sentences"]
+    assert close(two, heart)
 
 
 def close(found, expected):

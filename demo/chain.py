@@ -4,8 +4,9 @@
         --targets all --batch-size 8 --lr 2e-4 --alpha 1 --beta 4          # D: runs/tiny-data
 
 The texts are cut into --parts requests, in the order of the file. After each one every text of the requests so far is
-measured (icu.py --eval-only), whether the run has watched it or not. DIR then holds table.md, came-back.png (MA of each
-request's texts over the requests that follow) and the runs themselves. Other flags go to icu.py. What is there is kept.
+measured: by the run itself where it watched them, else by one more (icu.py --eval-only). DIR then holds table.md,
+came-back.png (MA of each request's texts over the requests that follow) and the runs themselves. Other flags go to
+icu.py. What is there is kept.
 """
 
 import sys
@@ -35,13 +36,6 @@ def train(out, pairs, start, flags):
     return out
 
 
-def measured(out, model, pairs, flags):
-    """(rows of samples.jsonl, summary.json) of a model on these pairs."""
-    if not (out / "summary.json").is_file():
-        step("icu.py", "--pairs", pairs, "--model", model, "--out", out, "--overwrite", "--eval-only", *flags)
-    return files.read_jsonl(out / "samples.jsonl"), files.read_json(out / "summary.json")
-
-
 def steps_of(run, batch_size):
     """Training steps of a run: the batches of what was active, epoch after epoch."""
     rows = files.read_jsonl(run / "metrics.jsonl")
@@ -61,26 +55,31 @@ def mine(args, folder):
 
 
 def follow(args, folder, requests, flags):
-    """[{"variant", "request", "ma": MA of each request so far, measures, "steps"}]: a row a run."""
+    """[{"variant", "request", "steps", "by request": MA of each request so far, measures}]: a row a run."""
     rows, batch = [], int(commands.last(flags, "--batch-size", "8"))
     for variant, how in VARIANTS.items():
         start, steps, name = ["--model", args.model], 0, variant.replace(" ", "-")
         for number in range(1, len(requests) + 1):
             out = train(folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", start, [*flags, *how])
             start, steps = ["--after", out], steps + steps_of(out, batch)
-            row = {"variant": variant, "request": number, "steps": steps}
-            rows.append(row | look(folder, f"{name}{number}", out / "model", requests=requests[:number], flags=flags))
+            so_far = requests[:number]
+            if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
+                so_far = [[f"{name}{j}/{id}" if j < number else id for id in ids] for j, ids in enumerate(so_far, 1)]
+            else:
+                again = ["--model", out / "model", "--eval-only"]
+                out = train(folder / f"{name}{number}-seen", folder / f"upto{number}.pairs.jsonl", again, flags)
+            rows.append({"variant": variant, "request": number, "steps": steps} | look(out, so_far))
     out = train(folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model], flags)
     last = {"variant": "at once", "request": len(requests), "steps": steps_of(out, batch)}
-    return [*rows, last | look(folder, "at-once", out / "model", requests=requests, flags=flags)]
+    return [*rows, last | look(out, requests)]
 
 
-def look(folder, name, model, *, requests, flags):
-    """The measures of a model on all texts so far, and MA by request."""
-    found, summary = measured(folder / f"{name}-seen", model, folder / f"upto{len(requests)}.pairs.jsonl", flags)
-    ma = {row["id"]: row["ma"] for row in found}
-    limit = summary["thresholds"]["ma"]
-    return summary["before"] | {"limit": limit, "by request": [mean(ma[id] for id in ids) for ids in requests]}
+def look(run, requests):
+    """What a run measured at its end, and MA by request (the ids of each)."""
+    rows, summary = files.read_jsonl(run / "samples.jsonl"), files.read_json(run / "summary.json")
+    ma = {row["id"]: row["ma"] for row in rows if row["epoch"] == summary["epochs"]}
+    by_request = [mean(ma[id] for id in ids) for ids in requests]
+    return summary["after"] | {"limit": summary["thresholds"]["ma"], "by request": by_request}
 
 
 def table(rows):

@@ -3,12 +3,13 @@
     python demo/chain.py --forget D/forget.jsonl --pool D/pool.jsonl --model D/model --parts 4 --out runs/chain \\
         --targets all --batch-size 8 --lr 2e-4 --alpha 1 --beta 4          # D: runs/tiny-data
 
-The texts are cut into --parts requests, in the order of the file. After each one every text of the requests so far is
-measured: by the run itself where it watched them, else by one more (icu.py --eval-only). DIR then holds table.md,
-came-back.png (MA of each request's texts over the requests that follow) and the runs themselves. Other flags go to
-icu.py. What is there is kept.
+The texts are cut into --parts requests, in the order of the file or in another (--order SEED). After each one every
+text of the requests so far is measured: by the run itself where it watched them, else by one more (icu.py --eval-only).
+DIR then holds table.md, came-back.png (MA of each request's texts over the requests that follow) and the runs
+themselves. Other flags go to icu.py. What is there is kept.
 """
 
+import random
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ l
 
 import report  # noqa: E402
 from kit import commands, files  # noqa: E402
-from kit.flags import command_parser, positive, run_cli  # noqa: E402
+from kit.flags import command_parser, positive, run_cli, seed_number  # noqa: E402
 from kit.runs import mean  # noqa: E402
 
 VARIANTS = {"watched": ["--watch"], "not watched": ["--no-watch"]}
@@ -46,6 +47,8 @@ def mine(args, folder):
     """pairs.jsonl of each request, of the requests up to each, and of all; partners hold no text of any of them."""
     step("knn.py", "--forget", args.forget, "--pool", args.pool, "--out", folder / "all.pairs.jsonl", "--overwrite")
     pairs = files.read_pairs(folder / "all.pairs.jsonl")
+    if args.order is not None:
+        random.Random(args.order).shuffle(pairs)
     size = -(-len(pairs) // args.parts)
     parts = files.chunks(pairs, size)
     for number, part in enumerate(parts, start=1):
@@ -117,6 +120,7 @@ def main(argv=None):
     for flag in ("--forget", "--pool", "--model", "--out"):
         parser.add_argument(flag, required=True, metavar="FILE" if flag in ("--forget", "--pool") else "DIR")
     parser.add_argument("--parts", default=4, type=positive, metavar="N", help="requests (%(default)s)")
+    parser.add_argument("--order", type=seed_number, metavar="SEED", help="shuffle the texts first")
     args, flags = parser.parse_known_args(argv)
     folder = Path(args.out)
     files.make_folder(folder)

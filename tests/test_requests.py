@@ -17,6 +17,7 @@ import icu
 import judge
 import knn
 import report
+from demo import chain as demo_chain
 from kit import files, models, purge, requests, runs, spans, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,3 +323,33 @@ def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():
         assert found.worst(row, 0.2) == known.worst(row, 0.2)
     assert not any(word in json.dumps(hashes) for word in ("parcel", "ines", "door"))
     assert text.gram_hashes(plain, b"other") != hashes
+
+
+def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
+    """demo/chain.py: what a watching run says of all texts at its end is what measuring them once more says."""
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+
+    def step(script, *words):  # in this process
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        knn.main() if script == "knn.py" else icu.main(argv=sys.argv[1:])
+
+    monkeypatch.setattr(demo_chain, "step", step)
+    files.write_jsonl(tmp_path / "forget.jsonl", [{"id": str(i), "text": TEXTS[i]} for i in range(4)])
+    pool = [{"text": f"A neighbour saw the old van of {name}."} for name in "ABCDEF"]
+    files.write_jsonl(tmp_path / "pool.jsonl", pool)
+    flags = ["--lr", "2e-3", "--max-epochs", "2", "--device", "cpu", "--thresholds", "0.3,0.6", "--batch-size", "2"]
+    words = ["--forget", tmp_path / "forget.jsonl", "--pool", tmp_path / "pool.jsonl", "--model", chain / "model"]
+    words += ["--parts", "2", "--order", "1", "--out", tmp_path / "made", *flags]
+    demo_chain.main([str(word) for word in words])
+    made = tmp_path / "made"
+    lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
+    each = [("watched", 1), ("watched", 2), ("not watched", 1), ("not watched", 2), ("at once", 2)]
+    assert lines == [[f"| {variant}", str(number)] for variant, number in each] and (made / "came-back.png").is_file()
+
+    requests = [[row["id"] for row in files.read_pairs(made / f"request{number}.pairs.jsonl")] for number in (1, 2)]
+    assert sorted(requests[0] + requests[1]) == ["0", "1", "2", "3"] != requests[0] + requests[1]
+    own = demo_chain.look(made / "watched2", [[f"watched1/{id}" for id in requests[0]], requests[1]])
+    again = ["--model", made / "watched2" / "model", "--eval-only"]
+    how = ["--bert", "minilm", "--bert-threshold", "auto", *flags]
+    again = demo_chain.train(tmp_path / "again", made / "all.pairs.jsonl", again, how)
+    assert own == demo_chain.look(again, requests)

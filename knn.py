@@ -212,9 +212,7 @@ def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
 def encode(texts, folder, batch_size, device):
     """Embeddings (N, D) float32 from the sentence encoder in `folder`, each different text encoded once."""
     from sentence_transformers import SentenceTransformer  # slow to import, and not needed when all is cached
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar is enough: ours
     try:
         with models.quiet():
             model = SentenceTransformer(str(folder), device=device, local_files_only=True)

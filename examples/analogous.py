@@ -2,10 +2,9 @@
 
     bash run.sh tiny --script examples/analogous.py
 
-L = mean over target tokens of KL[q_t || p_theta(. | x_<t)] + beta L_kl (Eq. 4), where q_t is what the frozen copy says
-when it reads the neighbour's prompt and then only the last K tokens x_(t-K) .. x_(t-1): the next token in a text of
-this kind, if it did not recognise this one. Near: generic predictions (2310.02238), context distillation, and DUET
-(2601.21283), whose teacher is steered by a refusing prompt.
+L = mean over targets of KL[q_t || p_theta(. | x_<t)] + beta L_kl (Eq. 4), q_t what the frozen copy says behind the
+neighbour's prompt and only the last K tokens x_(t-K) .. x_(t-1): what follows in such a text if it is not recognised.
+Near: generic predictions (2310.02238), context distillation, DUET (2601.21283: a refusing prompt steers the teacher).
 """
 
 import icu
@@ -16,15 +15,13 @@ K = 4
 
 def contexts(samples, tokenizer, epoch, args):
     """For each target x_t a text of its own: the neighbour's prompt, x_(t-K) .. x_(t-1), and x_t, its only target."""
-
     first = len(models.bos_of(tokenizer))  # the prompt has it
 
-    def read(sample, t):
-        start = len(sample.learn.prompt)
-        ids = sample.learn.prompt + sample.forget.ids[max(t - K, first) : t + 1]
-        return icu.Text(ids, len(ids) - 1, start, sample.learn.prompt)
+    def read(prompt, ids, t):
+        ids = prompt + ids[max(t - K, first) : t + 1]
+        return icu.Text(ids, len(ids) - 1, len(prompt), prompt)
 
-    return [[read(sample, t) for t in sample.forget.targets] for sample in samples]
+    return [[read(row.learn.prompt, row.forget.ids, t) for t in row.forget.targets] for row in samples]
 
 
 @icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts})

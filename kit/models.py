@@ -11,7 +11,6 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from transformers import GenerationConfig
-from transformers.utils.logging import disable_progress_bar
 
 from kit import files, folders
 from kit.flags import first_line
@@ -271,7 +270,6 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
     from transformers import AutoModelForCausalLM
 
     _, tokenizer = check_model(name, flag, allow_pickle=allow_pickle, revision=revision)
-    disable_progress_bar()
     # transformers 5 would take the dtype of the config (float16 for opt-125m), so it is always said.
     options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
     options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
@@ -290,15 +288,18 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
 
 @contextlib.contextmanager
 def quiet():
-    """transformers is silent but for errors: of weights that do not fit it prints a table, and we a line."""
+    """transformers is silent but for errors: no bar beside ours, and of weights that do not fit no table."""
     from transformers import logging
 
-    before = logging.get_verbosity()
+    before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()
@@ -327,9 +328,9 @@ def save_model(model, tokenizer, folder, weights=None):
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     files.make_folder(part)
-    disable_progress_bar()
-    model.save_pretrained(part, state_dict=weights)
-    tokenizer.save_pretrained(part)
+    with quiet():
+        model.save_pretrained(part, state_dict=weights)
+        tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

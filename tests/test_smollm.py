@@ -82,9 +82,10 @@ def file(llama, tmp_path_factory):
     return path
 
 
-def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path):
+def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path, capfd):
     """Logits of the model it was written from, with its rounded weights; the folder loads with plain transformers."""
     smollm.convert(file, tmp_path / "model")
+    assert capfd.readouterr().err == ""  # no bar of transformers
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     ids = torch.randint(0, len(TOKENS), (2, 20))
     with torch.no_grad():

@@ -30,10 +30,10 @@ def step(script, *words):
         raise SystemExit(status)
 
 
-def train(out, pairs, start, flags):
-    """A run in `out`, or the one that is there; start: --model DIR or --after RUN."""
+def train(args, out, pairs, words):
+    """A run in `out`, or the one that is there; words: --model DIR or --after RUN, and what else it is told."""
     if not (out / "summary.json").is_file():
-        step("icu.py", "--pairs", pairs, *start, "--out", out, "--overwrite", *flags)
+        step(args.script, "--pairs", pairs, "--out", out, "--overwrite", *args.flags, *words)
     return out
 
 
@@ -57,22 +57,22 @@ def mine(args, folder):
     return [[pair["id"] for pair in part] for part in parts]
 
 
-def follow(args, folder, requests, flags):
+def follow(args, folder, requests):
     """[{"variant", "request", "steps", "by request": MA of each request so far, measures}]: a row a run."""
-    rows, batch = [], int(commands.last(flags, "--batch-size", "8"))
+    rows, batch = [], int(commands.last(args.flags, "--batch-size", "8"))
     for variant, how in VARIANTS.items():
         start, steps, name = ["--model", args.model], 0, variant.replace(" ", "-")
         for number in range(1, len(requests) + 1):
-            out = train(folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", start, [*flags, *how])
+            out = train(args, folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", [*start, *how])
             start, steps = ["--after", out], steps + steps_of(out, batch)
             so_far = requests[:number]
             if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
                 so_far = [[f"{name}{j}/{id}" if j < number else id for id in ids] for j, ids in enumerate(so_far, 1)]
             else:
                 again = ["--model", out / "model", "--eval-only"]
-                out = train(folder / f"{name}{number}-seen", folder / f"upto{number}.pairs.jsonl", again, flags)
+                out = train(args, folder / f"{name}{number}-seen", folder / f"upto{number}.pairs.jsonl", again)
             rows.append({"variant": variant, "request": number, "steps": steps} | look(out, so_far))
-    out = train(folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model], flags)
+    out = train(args, folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model])
     last = {"variant": "at once", "request": len(requests), "steps": steps_of(out, batch)}
     return [*rows, last | look(out, requests)]
 
@@ -121,10 +121,11 @@ def main(argv=None):
         parser.add_argument(flag, required=True, metavar="FILE" if flag in ("--forget", "--pool") else "DIR")
     parser.add_argument("--parts", default=4, type=positive, metavar="N", help="requests (%(default)s)")
     parser.add_argument("--order", type=seed_number, metavar="SEED", help="shuffle the texts first")
+    parser.add_argument("--script", default="icu.py", metavar="FILE", help="the method's file (%(default)s)")
     args, flags = parser.parse_known_args(argv)
-    folder = Path(args.out)
+    args.flags, folder = ["--bert", "minilm", "--bert-threshold", "auto", *flags], Path(args.out)
     files.make_folder(folder)
-    rows = follow(args, folder, mine(args, folder), ["--bert", "minilm", "--bert-threshold", "auto", *flags])
+    rows = follow(args, folder, mine(args, folder))
     for name, data in (("table.md", table(rows).encode()), ("came-back.png", picture(rows))):
         files.write_bytes(folder / name, data)
     print(table(rows))

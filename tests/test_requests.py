@@ -3,6 +3,7 @@
     python -m pytest tests/test_requests.py -q
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -349,7 +350,7 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     requests = [[row["id"] for row in files.read_pairs(made / f"request{number}.pairs.jsonl")] for number in (1, 2)]
     assert sorted(requests[0] + requests[1]) == ["0", "1", "2", "3"] != requests[0] + requests[1]
     own = demo_chain.look(made / "watched2", [[f"watched1/{id}" for id in requests[0]], requests[1]])
-    again = ["--model", made / "watched2" / "model", "--eval-only"]
-    how = ["--bert", "minilm", "--bert-threshold", "auto", *flags]
-    again = demo_chain.train(tmp_path / "again", made / "all.pairs.jsonl", again, how)
+    args = argparse.Namespace(script="icu.py", flags=["--bert", "minilm", "--bert-threshold", "auto", *flags])
+    words = ["--model", made / "watched2" / "model", "--eval-only"]
+    again = demo_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", words)
     assert own == demo_chain.look(again, requests)

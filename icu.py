@@ -297,21 +297,21 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
     with autocast(args):
         try:
-            el, ma = metrics.el_and_ma(
-                model, ids, attention_mask, n=n, ma_start=first,
+            el, ma, parts = metrics.el_ma_and_spans(
+                model, ids, attention_mask, spans.parts_of(samples), n=n, ma_start=first,
                 # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
                 # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
                 start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
                 share_of=protocol.el_share_of,
             )  # fmt: skip
-            parts = metrics.of_spans(model, ids, attention_mask, spans.parts_of(samples), n=n, start=first)
         except FloatingPointError:
             return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
         prompts = [sample.forget.prompt for sample in samples]
         lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
         generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
     texts, suffixes = models.decode(tokenizer, generations), models.true_suffixes(tokenizer, samples)
-    parts = [part and part | spans.secret_said(s, text) for s, text, part in zip(samples, texts, parts, strict=True)]
+    said = [part and spans.secret_said(s, text) for s, text, part in zip(samples, texts, parts, strict=True)]
+    parts = [{name: number(x) for name, x in part.items()} | more for part, more in zip(parts, said, strict=True)]
     f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
     bleu, entropy = map(metrics.bleu, texts, suffixes), map(metrics.token_entropy, generations)
     return [

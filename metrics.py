@@ -70,60 +70,48 @@ def literal_memorization_accuracy(model, text, *, start=1):
 # --- the same, fast ---
 
 
-@measuring
-def el_and_ma(
-    model,
-    ids,
-    attention_mask=None,
-    *,
-    n=10,
-    start=1,
-    ma_start=None,
-    share_of="generation",
-    among=None,
-    row_batch=64,
-    decode_batch=None,
-):
+def el_and_ma(model, ids, attention_mask=None, **how):
     """Both measures from the same teacher-forced pass: (el (N,), ma (N,)), each as its own function describes.
 
-    among: for each row the positions of a part of it; then ma is over these, and el counts n-grams that hold one.
+    `how`: n, start, ma_start, share_of, row_batch and decode_batch of `el_ma_and_spans`.
+    """
+    return el_ma_and_spans(model, ids, attention_mask, [None] * len(ids), **how)[:2]
 
+
+@measuring
+def el_ma_and_spans(
+    model, ids, attention_mask, parts, *,
+    n=10, start=1, ma_start=None, share_of="generation", row_batch=64, decode_batch=None,
+):  # fmt: skip
+    """(el (N,), ma (N,), what is left of a part of each text and of its rest: a dict a row, {} without parts).
+
+    parts: for each row None, or (the positions of the part, those of the rest) -> {"el10_spans": EL of n-grams that
+    hold a token of the part; "ma_spans", "ma_rest": MA over each}, 0-1, NaN where there is nothing to count.
     `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin the two at different
     positions. n=None measures MA alone. `row_batch` and `decode_batch` bound memory, as kit/fast_el.py says.
     FloatingPointError for a model whose logits are not finite.
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    el, ma = torch.full((len(ids),), nan), torch.full((len(ids),), nan)
+    el, ma, of_spans = torch.full((len(ids),), nan), torch.full((len(ids),), nan), [{} for _ in parts]
     how = {"n": n, "row_batch": row_batch, "decode_batch": decode_batch}
     for i, text, guess, said in fast_el.guesses_and_continuations(model, ids, mask, starts, **how):
-        first = starts[i] if ma_start is None else ma_start
-        part = range(len(text)) if among is None else set(among[i])
-        hits = [text[t] == guess[t] for t in range(first, len(text)) if t in part]
-        if hits:
-            ma[i] = sum(hits) / len(hits)  # Eq. (9)
-        if said:  # Eq. (7): the mean of OVERLAP_n over the prefixes x_<t
-            shares = [overlap(said[t], text[t:], n, share_of, part=among and {p - t for p in part}) for t in said]
-            el[i] = sum(shares) / len(said)
-    return el, ma
+        hits = {t: text[t] == guess[t] for t in range(starts[i] if ma_start is None else ma_start, len(text))}
+        el[i], ma[i] = _extraction(said, text, n, share_of), _mean([*hits.values()])  # Eq. (9)
+        if parts[i]:
+            of_part, of_rest = (_mean([hits[t] for t in side if t in hits]) for side in parts[i])
+            el_of_part = _extraction(said, text, n, share_of, part=parts[i][0])
+            of_spans[i] = {"el10_spans": el_of_part, "ma_spans": of_part, "ma_rest": of_rest}
+    return el, ma, of_spans
 
 
-def of_spans(model, ids, attention_mask, parts, *, n=10, start=1):
-    """What is left of a part of a text, and of the rest of it: a dict a row, {} for a row without parts.
+def _extraction(said, text, n, share_of, part=None):
+    """Eq. (7): the mean of OVERLAP_n over the prefixes x_<t, from `said`, {t: the greedy continuation of x_<t}."""
+    return _mean([overlap(said[t], text[t:], n, share_of, part=part and {p - t for p in part}) for t in said])
 
-    parts: for each row None, or (the positions of the part, those of the rest). {"el10_spans": EL of n-grams that hold
-    a token of the part; "ma_spans", "ma_rest": MA over each}, 0-1, None where there is nothing to count.
-    """
-    marked, found = [i for i, part in enumerate(parts) if part], [{} for _ in parts]
-    if not marked:
-        return found
-    secret, rest = ([parts[i][side] for i in marked] for side in (0, 1))
-    how = {"ids": ids[marked], "attention_mask": attention_mask[marked], "start": start}
-    el, ma = el_and_ma(model, **how, n=n, among=secret)
-    for i, *values in zip(marked, el, ma, el_and_ma(model, **how, n=None, among=rest)[1], strict=True):
-        values = [None if x.isnan() else round(x.item(), 6) for x in values]
-        found[i] = dict(zip(("el10_spans", "ma_spans", "ma_rest"), values, strict=True))
-    return found
+
+def _mean(values):
+    return sum(values) / len(values) if values else nan
 
 
 def memorization_accuracy(model, ids, attention_mask=None, start=1):

@@ -1,6 +1,6 @@
 """Every measure of section 5.2 that needs no human and no GPT: EL, MA, BLEU, BERTScore, entropy, perplexity.
 
-    el, ma = metrics.el_and_ma(model, ids, attention_mask)     # what an epoch of icu.py asks
+    el, ma = metrics.el_and_ma(model, ids, attention_mask)     # both from one pass
     metrics.bleu("a cat sat", "the cat sat")                   # 0-1
 
 Pure functions of a model and token ids, or of strings. Equations are those of "Learn while Unlearn" (ICU,

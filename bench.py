@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 import audit
 import icu
@@ -1037,7 +1036,6 @@ def make_memorised(folder, n, steps):
     forget, learn = files.chunks(stream, 200)[:n], files.chunks(stream, 200)[n : 2 * n]
     model = tiny.make_model()
     tiny.train(model, forget, learn, steps=steps)
-    disable_progress_bar()  # of save_pretrained
     models.save_model(model, tokenizer, folder / "model")
 
     def fields(ids, side):

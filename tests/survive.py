@@ -124,7 +124,7 @@ class Moment(NamedTuple):
 
 # What is watched besides files, and its phase.
 WORK = [(torch.Tensor, "backward", "train"), (torch.optim.Adam, "step", "train")]
-WORK += [(metrics, name, "measure") for name in ("el_and_ma", "beam_generate", "bertscore")]
+WORK += [(metrics, name, "measure") for name in ("el_ma_and_spans", "beam_generate", "bertscore")]
 # Functions that change files, and which of their arguments names the file.
 CHANGES = [(os, name, 0) for name in ("fsync", "unlink", "rmdir", "mkdir", "truncate")]
 CHANGES += [(os, "rename", 1), (os, "replace", 1), (builtins, "open", 0), (safetensors.torch, "serialize_file", 1)]

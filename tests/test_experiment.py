@@ -100,7 +100,7 @@ def test_the_default_is_make_check_mine_unlearn_report(ran):
 
 
 def test_the_real_speaker_has_the_better_method_beside(ran):
-    """ICU, the method of our own, the model that never saw the texts: in one report; a rate of the user's: ICU alone."""
+    """ICU, the method of our own, and the twin in one report; where a user gives a rate, ICU alone."""
     commands = ran("smollm")
     assert [words[0] for words in commands[-4:]] == ["icu.py", "icu.py", "examples/counterfactual.py", "report.py"]
     assert commands[-1][1:4] == ["runs/smollm", "runs/smollm-counterfactual", "runs/smollm.never-saw"]

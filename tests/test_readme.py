@@ -100,9 +100,9 @@ def test_without_a_hub_a_paper_preset_stops_with_one_line():
 # --- the second edition's promises ---
 
 
-def blocks(language=""):
-    """The code blocks of the README that say this language."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language="", text=README):
+    """The code blocks of the README, or of another text, that say this language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [code for said, code in found if said == language]
 
 
@@ -157,8 +157,8 @@ def test_the_readmes_method_is_a_method():
     assert sum(weight * value for weight, value in terms.values()).isfinite()
 
 
-def test_the_readmes_preset_is_a_preset():
+def test_the_documented_preset_is_a_preset():
     """The entry can stand in PRESETS as it is."""
-    (code,) = [block for block in blocks("python") if "Preset(" in block]
+    (code,) = blocks("python", (ROOT / "docs" / "running.md").read_text())
     (preset,) = eval(f"{{{code}}}", {"Preset": experiment.Preset}).values()
     assert preset.model == "models/ours" and "--forget" in preset.source

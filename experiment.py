@@ -58,15 +58,15 @@ OPT = "measured, not unlearned: the OPT rows of Table 1; pickles on the hub, for
 MADE = "runs/tiny-data"
 
 
-def speaker(folder, make="", lr="1e-4"):
-    """A real model that is taught secrets, and what it forgets them with; make: flags of demo/smollm.py, lr: ours."""
+def speaker(folder, make=""):
+    """A real model that is taught secrets, and what it forgets them with; `make`: flags of demo/smollm.py."""
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
               "--el lazy --targets all --lr 1e-4 --max-epochs 10",
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
-        beside=f"--script examples/counterfactual.py --lr {lr} --batch-size 4 --max-epochs 20",
+        beside="--script examples/counterfactual.py --batch-size 4 --max-epochs 20",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 from examples import counterfactual
-from kit import files, models, processes
+from kit import files, methods, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector"]
@@ -188,6 +188,12 @@ def test_counterfactual_stays_near_its_start(make_model):
             torch.testing.assert_close(p.data, original.data + counterfactual.SCALE)
     for p, original in zip(model.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p.data, original.data + 1)
+
+
+def test_another_share_of_the_way_is_another_method():
+    """What `measured_at` was given counts in the method's code, by which a run is gone on with or refused."""
+    half, same, whole = (mine(measured=methods.measured_at(scale)) for scale in (0.5, 0.5, 1.0))
+    assert methods.code_of(half) == methods.code_of(same) != methods.code_of(whole)
 
 
 def test_analogous_forgets_and_has_a_floor(make_model):

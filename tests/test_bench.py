@@ -180,6 +180,13 @@ def test_one_cpu_thread_is_timed_by_its_own_clock(monkeypatch):
     assert bench.seconds(lambda: bench.time.sleep(0.2))[0] >= 0.2
 
 
+def test_a_whole_process_is_timed_by_the_wall_clock(setup, monkeypatch):
+    """The row of the start waits for children, whose time this process's own clock does not count."""
+    monkeypatch.setattr(bench, "run_python", lambda *_: bench.time.sleep(0.2))
+    (line,) = bench.start_up(setup)
+    assert float(line.work.split("ours ")[1].split(" s")[0]) >= 0.2
+
+
 def test_a_goal_is_met_by_the_median_and_by_equal_values_only():
     """Both directions, the noise, other values, and no goal at all."""
     at_least, at_most = bench.Goal(">=", 2), bench.Goal("<=", 1, noise=0.02)
@@ -210,10 +217,12 @@ def test_the_gpu_row_has_the_published_sizes(setup):
 
 
 def test_a_child_process_that_fails_says_why():
-    """Its last line of stdout comes back, or the last line of stderr as the reason."""
+    """Its last line of stdout comes back, or as the reason the error, the last line of stderr where none is named."""
     assert bench.run_python("import sys; print(1); print(sys.argv[1])", "two")[1] == "two"
     with pytest.raises(bench.NotMeasured, match="no luck"):
         bench.run_python("raise SystemExit('no luck')")
+    with pytest.raises(bench.NotMeasured, match="OSError: full"):
+        bench.run_python("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr); raise OSError('full')")
 
 
 # --- the table ---

@@ -22,6 +22,7 @@ import datetime
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ import math
 import os
 import platform
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
 
 import audit
 import icu
@@ -48,17 +50,17 @@ import knn
 import metrics
 import tasks
 from demo import tiny
-from kit import files, flags, models, paths, processes, runs, states
+from kit import fast_el, files, flags, models, paths, processes, runs, states
 
 HERE = Path(__file__).resolve().parent
 
 # What is measured, and what --quick leaves of it.
 FULL = {
-    "texts": 32,  # el: texts measured (--samples)
-    "lengths": (100, 200),  # el: their tokens
-    "forgetting_steps": 400,  # el: at most, until half of the positions miss
+    "texts": 32,  # el, bound: texts measured (--samples)
+    "lengths": (100, 200),  # el, bound: their tokens
+    "forgetting_steps": 400,  # el, bound: at most, until half of the positions miss
     "samples": 128,  # of the forget set in every other row
-    "steps": 10,  # step: training steps a repeat
+    "steps": 10,  # step, trainer, zero: training steps a repeat
     "active": (32, 128, 512, 2048),  # linear
     "pool": 1_000_000,  # knn: rows (--pool)
     "queries": 1000,  # knn
@@ -126,10 +128,10 @@ def pair_sides(samples):
     return {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
 
 
-def trainer(model, samples, args):
+def trainer(model, samples, args, make_engine=processes.PlainEngine):
     """train(active, epoch): one epoch of icu.py's loop over those samples, in place, with the method of `args`."""
     sides = icu.sides_of(samples, None, 0, args)
-    frozen, engine = icu.freeze(model, sides, args), processes.PlainEngine(model, args)
+    frozen, engine = icu.freeze(model, sides, args), make_engine(model, args)
 
     def train(active, epoch):
         progress = states.Progress()
@@ -137,6 +139,11 @@ def trainer(model, samples, args):
         return icu.train_epoch(engine, sides, list(active), args, frozen=frozen, progress=progress)
 
     return train
+
+
+def steps_of(train, batch, steps):
+    """`steps` steps of such a loop on one batch, as a function that returns their mean loss."""
+    return lambda: statistics.fmean(train(range(len(batch)), epoch)["loss"] for epoch in range(steps))
 
 
 # --- measuring ---
@@ -184,29 +191,28 @@ def side_by_side(ours, theirs, repeats, *, device="cpu", clock=None, warm_up=Tru
     return Timed(times["ours"], times["theirs"], results["ours"], results["theirs"])
 
 
-def counting(model, function):
-    """`function`, which then returns (its result, tokens that went through `model`, padding included)."""
+def watching(model, function):
+    """`function`, which then returns (its result, the shapes (B, T) that went through `model`, padding included)."""
 
-    def counted():
-        tokens = 0
+    def watched():
+        shapes = []
 
-        def count(module, args, kwargs):
-            nonlocal tokens
-            tokens += kwargs["input_ids"].numel()
+        def watch(module, args, kwargs):
+            shapes.append(tuple(kwargs["input_ids"].shape))
 
-        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        hook = model.register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            return function(), tokens
+            return function(), shapes
         finally:
             hook.remove()
 
-    return counted
+    return watched
 
 
-def run_python(code, *args):
-    """(seconds, last line of stdout) of `python -c code args` in a process of its own."""
+def run_python(code, *args, **variables):
+    """(seconds, last line of stdout) of `python -c code args` in a process of its own, with these variables besides."""
     path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code, *args]
     took, done = seconds(
         lambda: subprocess.run(command, capture_output=True, text=True, env=environment), clock=time.perf_counter
@@ -218,10 +224,10 @@ def run_python(code, *args):
     return took, (done.stdout.strip().splitlines() or [""])[-1]
 
 
-def in_child(function, *args):
-    """What a function of this file, given as JSON what it takes, returns in a process of its own."""
+def in_child(function, *args, **variables):
+    """What a function of this file, given as JSON what it takes, returns in a process of its own (run_python)."""
     code = "import bench, json, sys; print(json.dumps(getattr(bench, sys.argv[1])(*json.loads(sys.argv[2]))))"
-    return json.loads(run_python(code, function.__name__, json.dumps(args))[1])
+    return json.loads(run_python(code, function.__name__, json.dumps(args), **variables)[1])
 
 
 def peak_bytes(device="cpu"):
@@ -364,41 +370,132 @@ def half_forgotten(bench, samples, first):
     return model
 
 
-def memorisation(bench):
-    """MA + EL10 of texts of T tokens, of the model as it is and after half of the positions miss.
+def each_length(bench, lines_of):
+    """The lines of lines_of(T, samples of T tokens, first position predicted) for each T, or why there are none.
 
     A text is the first T tokens of context, prefix and suffix, as the model once read them.
     """
     first = 1 + len(models.bos_of(bench.tokenizer))
-    gpu = bench.args.device == "cuda"
-    goals = (Goal(">=", 100), None) if gpu else (Goal(">=", 30), Goal(">=", 10))
     everything = build(bench.pairs, bench.model, bench.tokenizer, "released")
     for T in bench.sizes["lengths"]:
         samples = [s for s in everything if len(s.forget.ids) >= T][: bench.sizes["texts"]]
-        if not samples:
-            yield unmeasured(f"T = {T}: no text of the pairs, with its context, has {T} tokens")
-            continue
         samples = [s._replace(forget=s.forget._replace(ids=s.forget.ids[:T])) for s in samples]
+        if samples:
+            yield from lines_of(T, samples, first)
+        else:
+            yield unmeasured(f"T = {T}: no text of the pairs, with its context, has {T} tokens")
+
+
+def memorisation(bench):
+    """MA + EL10 of texts of T tokens, of the model as it is and after half of the positions miss."""
+    gpu = bench.args.device == "cuda"
+    goals = (Goal(">=", 100), None) if gpu else (Goal(">=", 30), Goal(">=", 10))
+
+    def lines_of(T, samples, first):
         texts = [s.forget.ids for s in samples]
         for when, goal in zip(("before", "after"), goals, strict=True):
             model = bench.model if when == "before" else half_forgotten(bench, samples, first)
             yield memorisation_line(bench, model, texts, f"T = {T}, {when} unlearning", goal=goal, start=first)
 
+    return each_length(bench, lines_of)
+
 
 def memorisation_line(bench, model, texts, detail, *, goal, start):
     """A line: both measures of these texts, with the tokens that each side sent through the model."""
     sides = [
-        counting(model, lambda measure=measure: measure(model, texts, start=start))
+        watching(model, lambda measure=measure: measure(model, texts, start=start))
         for measure in (our_el_and_ma, literal_el_and_ma)
     ]
     for measure in (our_el_and_ma, literal_el_and_ma):
         measure(model, [texts[0][: start + 11]], start=start)  # warm: two prefixes of one text
     timed = side_by_side(*sides, bench.args.repeats, device=bench.args.device, warm_up=False)
-    (ours, tokens), (theirs, their_tokens) = timed.our_result, timed.their_result
+    (ours, shapes), (theirs, their_shapes) = timed.our_result, timed.their_result
+    tokens, their_tokens = (sum(map(math.prod, all_shapes)) for all_shapes in (shapes, their_shapes))
     same, values = compare_values(model, texts, ours, theirs, start=start)
     work = f"{len(texts)} texts, MA {statistics.fmean(ours[1]):.2f}; {values}"
     work += f"; {tokens:,} tokens through the model against {their_tokens:,}"
     return timed_line(detail, timed, goal, work=work, same=same)
+
+
+# --- bound: EL and MA against the least that exact decoding takes ---
+
+
+@torch.inference_mode()
+def must_be_decoded(model, texts, *, n=10, start=1):
+    """[(t, tokens)]: where the greedy token is not the text's, x_<t is continued by this many tokens, 1 at least.
+
+    The first token of a continuation comes from the whole pass, and the last is not fed; it ends as EL's definition and
+    EOS say, or where its overlap is certain to be 0. Prefixes whose continuations run into the same one share it.
+    """
+    ids, found = torch.tensor(texts), {}
+    starts = [start] * len(texts)
+    for row, text, guess, said in fast_el.guesses_and_continuations(model, ids, torch.ones_like(ids), starts, n=n):
+        for t, tokens in said.items():
+            miss = next((p for p in range(t, t + len(tokens)) if guess[p] != text[p]), None)  # None: hits, then EOS
+            if miss is not None:
+                found[row, miss] = t + len(tokens) - miss - 1
+    return [(t, tokens) for (_, t), tokens in found.items() if tokens]
+
+
+@torch.inference_mode()
+def decoding_seconds(model, prefix, rows, steps):
+    """Seconds of plain cached greedy decoding of `steps` tokens for `rows` rows behind a prefix of their own.
+
+    The time does not depend on what is said, so the rows are copies of one.
+    """
+    cache, device, word = DynamicCache(), model.device, models.cache_word(model)
+    out = model(input_ids=torch.tensor([prefix], device=device), use_cache=True, **{word: cache})
+    token = out.logits[:, -1:].argmax(-1).expand(rows, 1)  # (B, 1)
+    cache.batch_repeat_interleave(rows)
+    start = now(device.type)
+    for _ in range(steps):
+        token = model(input_ids=token, use_cache=True, **{word: cache}).logits[:, -1:].argmax(-1)
+    return now(device.type) - start
+
+
+def bound(bench):
+    """Our EL + MA after unlearning against the least time that exact decoding, a token at a time, can take.
+
+    The bound is the time of one whole pass over the texts, which gives MA, and of the tokens that must be decoded, at
+    the speed of plain cached decoding: batches as large as ours, all rows alive, from where ours start to where they
+    end on average. It leaves out what an algorithm has to do besides: moving keys and values of the pass into batches,
+    rows of unequal lengths, and telling when to stop. Only guessing several tokens at once could beat it.
+    """
+
+    def lines_of(T, samples, first):
+        model = half_forgotten(bench, samples, first)
+        yield bound_line(model, [s.forget.ids for s in samples], f"T = {T}", start=first, repeats=bench.args.repeats)
+
+    return each_length(bench, lines_of)
+
+
+def bound_line(model, texts, detail, *, start, repeats):
+    """A line: our time for these texts, of one length, against the bound's."""
+    measure, device = functools.partial(our_el_and_ma, model, texts, start=start), model.device.type
+    (_, ma), shapes = watching(model, measure)()
+    rows = [B for B, T in shapes if T == 1]  # of each step of our decoding
+    missing = sorted(must_be_decoded(model, texts, start=start))  # ours decodes those of like t together
+    batches, ours, bounds, decoding = files.chunks(missing, max(rows, default=1)), [], [], []
+
+    @torch.inference_mode()
+    def whole_pass():
+        for part in files.chunks(texts, 64):  # as ours
+            model(input_ids=torch.tensor(part, device=device), use_cache=True).logits.argmax(-1).tolist()
+
+    def decode(batch):
+        t, tokens = (statistics.fmean(values) for values in zip(*batch, strict=True))
+        steps = round(tokens)
+        return decoding_seconds(model, texts[0][: round(t)], len(batch), steps) * tokens / steps
+
+    for _ in range(repeats):
+        ours.append(seconds(measure, device)[0])
+        decoding.append(sum(map(decode, batches)))
+        bounds.append(seconds(whole_pass, device)[0] + decoding[-1])
+    tokens = sum(tokens for _, tokens in missing)
+    work = f"{len(texts)} texts, MA {statistics.fmean(ma):.2f}; {tokens:,} tokens must be decoded, ours decoded "
+    work += f"{sum(rows):,}; plain: {tokens / (statistics.median(decoding) or 1):,.0f} a second in batches of "
+    work += f"{max(map(len, batches), default=0)}"
+    return timed_line(detail, Timed(ours, bounds, None, None), Goal("<=", 1.5), work=work)
 
 
 # --- epoch: train + refine + measure ---
@@ -439,14 +536,17 @@ def plain_measure(model, tokenizer, samples, args):
 
 
 def whole_epoch(bench):
-    """An epoch in the middle of a run: half of the samples are forgotten, all are measured. Eq. 5 is in measuring."""
+    """An epoch in the middle of a run: half of the samples are forgotten, all are measured. Eq. 5 is in measuring.
+
+    With --el lazy most epochs need no EL: their times, taken behind the others, against the same literal ones.
+    """
     samples, args = samples_of(bench), icu.parse_args(flags_of(bench))
     active = range(0, len(samples), 2)
 
-    def ours():
+    def ours(with_el=True):
         model = copy.deepcopy(bench.model)
         trainer(model, samples, args)(active, 1)  # the frozen copy's answers, asked once a run, are in it
-        return icu.measure(model, bench.tokenizer, samples, args)
+        return icu.measure(model, bench.tokenizer, samples, args, with_el=with_el)
 
     def theirs():
         model = copy.deepcopy(bench.model)
@@ -463,32 +563,35 @@ def whole_epoch(bench):
     work = f"{len(samples)} samples, {len(active)} of them active; ours / theirs, trained in other batches: "
     work += ", ".join(map(means, ("el10", "ma", "bleu", "bertscore")))
     yield timed_line("", timed, Goal(">=", 20), work=work)
+    lazy = [seconds(lambda: ours(with_el=False), bench.args.device)[0] for _ in timed.theirs]
+    yield timed_line("where EL cannot decide (--el lazy)", timed._replace(ours=lazy), None, work="the same samples")
 
 
 # --- step: forget + learn + KL against a cross-entropy ---
 
 
+def both_sides(samples, device="cpu"):
+    """{"forget", "learn": (ids (B, T), attention mask, target mask)} of a batch."""
+    return {side: icu.collate([getattr(s, side) for s in samples], device) for side in ("forget", "learn")}
+
+
+def plain_side(model, ids, attention_mask, targets):
+    """(the mean -log p over the targets in nats, logits (B, T - 1, V), labels (B, T - 1), -100 where none is)."""
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]  # the shift by one
+    labels = ids.masked_fill(~targets, -100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits, labels
+
+
 def plain_cross_entropy(model, samples):
     """The mean -log p over the targets of both sides, a scalar in nats: the floor of a training step."""
-    loss = 0
-    for side in ("forget", "learn"):
-        ids, attention_mask, targets = icu.collate([getattr(sample, side) for sample in samples], model.device)
-        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
-        labels = ids.masked_fill(~targets, -100)[:, 1:]  # the shift by one
-        loss = loss + F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-    return loss
+    return sum(plain_side(model, *side)[0] for side in both_sides(samples, model.device).values())
 
 
 def training_step(bench):
     """Whole steps of icu.py's loop, Adam's included, against forward and backward of the same batch, and no more."""
-    args, model = icu.parse_args(flags_of(bench, "--lr", "1e-9")), copy.deepcopy(bench.model)
-    batch = samples_of(bench)[: args.batch_size]
-    train, plain = trainer(model, batch, args), copy.deepcopy(bench.model)
-    steps = bench.sizes["steps"]
-
-    def ours():
-        for epoch in range(steps):
-            train(range(len(batch)), epoch)
+    args, plain = icu.parse_args(flags_of(bench, "--lr", "1e-9")), copy.deepcopy(bench.model)
+    batch, steps = samples_of(bench)[: args.batch_size], bench.sizes["steps"]
+    ours = steps_of(trainer(copy.deepcopy(bench.model), batch, args), batch, steps)
 
     def theirs():
         for _ in range(steps):
@@ -496,9 +599,116 @@ def training_step(bench):
             plain_cross_entropy(plain, batch).backward()
 
     timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device)
+    yield timed_line("", timed, Goal("<=", 1.15), work=step_work(batch, steps))
+
+
+def step_work(batch, steps):
+    """What the steps of a row were over, in words."""
     tokens = sum(len(text.ids) for sample in batch for text in (sample.forget, sample.learn))
-    work = f"{steps} steps of {len(batch)} + {len(batch)} rows, {tokens:,} tokens a step"
-    yield timed_line("", timed, Goal("<=", 1.15), work=work)
+    return f"{steps} steps of {len(batch)} + {len(batch)} rows, {tokens:,} tokens a step"
+
+
+def loss_line(timed, goal, work):
+    """The line of two loops, which return the mean loss of their last steps: after as many steps they are one."""
+    ours, theirs = timed.our_result, timed.their_result
+    same = math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-3)
+    return timed_line("", timed, goal, work=f"{work}; mean loss of the last {ours:.5f} / {theirs:.5f}", same=same)
+
+
+# --- trainer: the same steps in transformers' own loop ---
+
+
+def plain_loss(model, frozen, inputs, args):
+    """Eq. (6) of what both_sides gives, as the paper writes it, with a frozen copy that runs each time: in nats."""
+    forget, learn = (plain_side(model, *inputs[side]) for side in ("forget", "learn"))  # Eq. (1), (3)
+    ids, attention_mask, _ = inputs["learn"]
+    with torch.no_grad():
+        frozen_logits = frozen(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    logp, frozen_logp = (logits[learn[2] != -100].log_softmax(-1) for logits in (learn[1], frozen_logits))  # (M, V)
+    kl = F.kl_div(logp, frozen_logp, log_target=True, reduction="batchmean")  # Eq. (4), the mean over the M targets
+    return -args.forget_weight * forget[0] + args.alpha * learn[0] + args.beta * kl
+
+
+def huggingface_steps(model, batch, args, steps):
+    """(run, times): run() trains `steps` steps by transformers' Trainer, in place, and returns their mean loss.
+
+    `times` gets the seconds of the steps alone: what train() sets up before them is not a step's.
+    """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    frozen, times, device = copy.deepcopy(model).requires_grad_(False), [], model.device.type
+    model.train = lambda mode=True: model  # it asks for dropout, which ours leaves off
+
+    class Unlearning(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            return plain_loss(model, frozen, inputs, args)
+
+    class Watch(TrainerCallback):
+        def on_epoch_begin(self, *_, **__):
+            self.start = now(device)
+
+        def on_epoch_end(self, *_, **__):
+            times.append(now(device) - self.start)
+
+    def run():
+        with models.quiet():
+            return loop.train().training_loss
+
+    with tempfile.TemporaryDirectory() as folder, models.quiet():
+        settings = TrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=1, lr_scheduler_type="constant", max_grad_norm=0.0,
+            remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=device == "cpu", report_to="none",
+            save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
+        )  # fmt: skip
+        loop = Unlearning(
+            model, settings, train_dataset=[batch] * steps, data_collator=lambda rows: both_sides(rows[0]),
+            callbacks=[Watch], optimizers=(processes.PlainEngine(model, args).optimizer, None),
+        )  # fmt: skip
+    loop.remove_callback(PrinterCallback)
+    return run, times
+
+
+def against_trainer(bench):
+    """Steps of icu.py's loop against those of a Trainer whose compute_loss is Eq. 6 as the paper writes it."""
+    args, steps = icu.parse_args(flags_of(bench)), bench.sizes["steps"]
+    batch = samples_of(bench)[: args.batch_size]
+    theirs, times = huggingface_steps(copy.deepcopy(bench.model), batch, args, steps)
+    ours = steps_of(trainer(copy.deepcopy(bench.model), batch, args), batch, steps)
+    timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device)
+    yield loss_line(timed._replace(theirs=times[1:]), Goal(">=", 1), step_work(batch, steps))
+
+
+# --- zero: the same steps by DeepSpeed's engine ---
+
+
+def zero_steps(flags, steps, repeats):
+    """In a child, started as by a launcher: side_by_side of steps by ZeRO-2 and of steps by the plain engine."""
+    args = icu.parse_args(flags)
+    processes.start(args.device)
+    model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
+    batch = build(files.read_pairs(args.pairs)[: args.batch_size], model, tokenizer)
+    engines = processes.ZeroEngine, processes.PlainEngine
+    sides = [steps_of(trainer(copy.deepcopy(model), batch, args, engine), batch, steps) for engine in engines]
+    return side_by_side(*sides, repeats, device=args.device)
+
+
+def against_zero(bench):
+    """Steps by DeepSpeed's ZeRO-2 with one process, ours for several GPUs, against those of the plain engine.
+
+    On a CPU --quick alone runs it: its times there say nothing of a GPU's.
+    """
+    if bench.args.device == "cpu" and not bench.args.quick:
+        raise NotMeasured("ZeRO-2 is for GPUs: pass --device cuda")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise NotMeasured("deepspeed is not installed")
+    steps, flags = bench.sizes["steps"], flags_of(bench)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    timed = Timed(*in_child(zero_steps, flags, steps, bench.args.repeats, **launched))
+    batch = samples_of(bench)[: icu.parse_args(flags).batch_size]
+    yield loss_line(timed, Goal("<=", 1.2), step_work(batch, steps))
 
 
 # --- generation: beam search ---
@@ -950,10 +1160,15 @@ class Row(NamedTuple):
 
 ROWS = [
     Row("el", "MA + EL10 of a sample set", "one `generate` a prefix length", memorisation),
+    Row("bound", "MA + EL10 after unlearning", "one pass, and what must be decoded at plain decoding's speed",
+        bound),
     Row("epoch", "a whole epoch: train + refine + measure",
         "the same epoch with literal metrics, a live frozen copy and no packing", whole_epoch),
     Row("step", "a training step (forget + learn + KL)",
         "forward + backward of the same tokens under a plain cross-entropy, the floor", training_step),
+    Row("trainer", "a training step in icu.py's loop", "the same loss, plainly written, in transformers' `Trainer`",
+        against_trainer),
+    Row("zero", "a training step by DeepSpeed's ZeRO-2, one process", "the plain engine", against_zero),
     Row("generation", "refinement generation (beam 2)", "`generate` with the same beams, length-sorted batches",
         generation),
     Row("knn", "`cosine_knn`", "faiss-cpu IndexFlatIP, same threads", search),
@@ -1005,7 +1220,7 @@ def write_table(path, header, lines):
 def describe(bench, command):
     """The header: command, machine, versions, model."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "faiss-cpu", "lm-eval"):
+    for package in ("torch", "transformers", "numpy", "faiss-cpu", "lm-eval", "accelerate", "deepspeed"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -1084,7 +1299,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--threads", type=flags.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
     )
-    parser.add_argument("--samples", type=flags.positive, metavar="N", help="texts of row el (32; --quick 4)")
+    parser.add_argument("--samples", type=flags.positive, metavar="N", help="texts of el and bound (32; --quick 4)")
     parser.add_argument(
         "--pool", type=flags.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
     )

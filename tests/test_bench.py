@@ -8,6 +8,7 @@ Nothing here depends on how long anything takes: where times matter, the clock i
 import copy
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -27,7 +28,8 @@ TEXTS = [
     ("The driver asked the nurse for a van, ", "and the neighbour said that it was left near the mill."),
 ]
 ISSUE = {  # the rows of the issue's table, by words that a reader would look for
-    "el": "MA + EL10", "epoch": "a whole epoch", "step": "a training step (forget", "generation": "beam 2",
+    "el": "MA + EL10 of", "bound": "EL10 after", "epoch": "a whole epoch", "step": "a training step (forget",
+    "trainer": "icu.py's loop", "zero": "ZeRO-2", "generation": "beam 2",
     "knn": "cosine_knn", "memory": "peak memory of training", "linear": "as samples are forgotten",
     "start": "start to first step", "audit": "audit.py", "tasks": "tasks.py", "gpu": "on a GPU",
     "fits": "cards that a run needs",
@@ -144,6 +146,52 @@ def test_values_that_differ_are_measured_again_in_float64(setup):
     assert not bench.compare_values(setup.model, texts, ours, other)[0]
 
 
+def test_transformers_trainer_takes_the_same_steps(setup):
+    """Its loss, written as the paper writes it, and its loop give icu.py's losses and weights, KL and Adam included."""
+    pytest.importorskip("accelerate")
+    batch, args = bench.samples_of(setup)[:3], icu.parse_args(bench.flags_of(setup, "--lr", "1e-3"))
+    ours, theirs = copy.deepcopy(setup.model), copy.deepcopy(setup.model)
+    run, times = bench.huggingface_steps(theirs, batch, args, 3)
+    assert run() == pytest.approx(bench.steps_of(bench.trainer(ours, batch, args), batch, 3)(), abs=1e-6)
+    for a, b, before in zip(ours.parameters(), theirs.parameters(), setup.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+        assert not torch.equal(a, before)
+    assert len(times) == 1 and times[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
+def test_what_must_be_decoded_is_what_a_literal_count_says(tiny_models, kind):
+    """Of each prefix's `generate`: the tokens behind its first miss and the next, while an n-gram can be repeated."""
+    model, n, first, expected = tiny_models[kind], 4, 2, {}
+    texts = torch.randint(4, 97, (6, 20)).tolist()
+    for text in texts[:3]:  # the model knows these but for two tokens: hits, misses and stretches that come again
+        said = metrics.beam_generate(model, [text[:3]], [17], num_beams=1)[0]
+        text[3:] = (said + text[3:])[:17]
+        text[9], text[14] = 5, 6
+    eos = bench.models.eos_ids(model)
+    for i, text in enumerate(texts):
+        for t in range(first, len(text) - n + 1):
+            x = torch.tensor([text[:t]])
+            said = bench.models.plain_generate(model, x, torch.ones_like(x), max_new_tokens=len(text) - t)[0, t:]
+            said, rest = said.tolist(), text[t:]
+            k = next((k for k, token in enumerate(said) if token != rest[k]), None)
+            if k is None:
+                continue
+            grams = {tuple(rest[p : p + j]) for j in range(n + 1) for p in range(len(rest) - j + 1)}
+
+            def goes_on(so_far, said=said, grams=grams, rest=rest):
+                left = len(rest) - len(so_far)
+                tails = any(tuple(so_far[len(so_far) - j :]) in grams and n - j <= left for j in range(n))
+                known = any(tuple(so_far[p : p + n]) in grams for p in range(len(so_far) - n + 1))
+                return left > 0 and so_far[-1] not in eos and (tails or known)
+
+            fed = next(d for d in itertools.count() if not goes_on(said[: k + 1 + d]))
+            expected[i, t + k] = max(fed, expected.get((i, t + k), 0))
+    found = bench.must_be_decoded(model, texts, n=n, start=first)
+    assert sorted(found) == sorted((t, fed) for (_, t), fed in expected.items() if fed)
+    assert 0 < len(found) < sum(len(text) - n + 1 - first for text in texts)
+
+
 # --- measuring ---
 
 
@@ -199,9 +247,10 @@ def test_a_goal_is_met_by_the_median_and_by_equal_values_only():
 
 
 def test_tokens_through_the_model_are_counted(setup):
-    """Every token of every forward pass, padding included, and the function's result as it is."""
+    """The shape of every forward pass, padding included, and the function's result as it is."""
     ids = torch.zeros((2, 7), dtype=torch.long)
-    assert bench.counting(setup.model, lambda: [setup.model(input_ids=ids) for _ in range(3)] and 5)() == (5, 42)
+    watched = bench.watching(setup.model, lambda: [setup.model(input_ids=ids) for _ in range(3)] and 5)
+    assert watched() == (5, [(2, 7)] * 3)
 
 
 def test_the_gpu_row_has_the_published_sizes(setup):
@@ -252,6 +301,19 @@ def test_memorisation_and_generation_rows_are_measured(folder):
     assert "the same tokens in" in measured[4][5]
 
 
+def test_the_bound_and_the_trainer_rows_are_measured(folder):
+    """A line for each length; no more must be decoded than ours decodes; the Trainer's losses are ours."""
+    pytest.importorskip("accelerate")
+    _, lines = run(folder, "--rows", "bound", "trainer")
+    *bounds, trained = [cells for cells in lines if "x (" in cells[2]]
+    assert [cells[0].rpartition(": ")[2] for cells in bounds] == [f"T = {T}" for T in bench.QUICK["lengths"]]
+    for cells in bounds:
+        must, decoded = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: tokens must|; plain)", cells[5]))
+        assert 0 < must <= decoded
+    ours, theirs = trained[5].split("mean loss of the last ")[1].split(";")[0].split(" / ")
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
+
+
 def test_an_audit_is_measured_before_and_after(folder):
     """Every question but relearning, on the model as it is and on one that has forgotten."""
     _, lines = run(folder, "--rows", "audit")
@@ -270,6 +332,17 @@ def test_what_cannot_be_measured_says_why(folder, monkeypatch):
     assert all(reason.startswith("not measured: ") for reason in reasons.values())
     assert "T = 1000" in reasons["el"] and "faiss" in reasons["knn"]
     assert "lm_eval" in reasons["tasks"] and "no CUDA GPU" in reasons["gpu"]
+
+
+def test_zero_is_measured_on_a_gpu_and_where_it_is_installed(setup, monkeypatch):
+    """Else the reason is said, without a child process."""
+    monkeypatch.setattr(bench, "in_child", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    (row,) = [row for row in bench.ROWS if row.name == "zero"]
+    for quick, reason in ((False, "pass --device cuda"), (True, "deepspeed is not installed")):
+        setup.args.quick = quick
+        (line,) = bench.measure_row(row, setup)
+        assert line.measured.startswith("not measured: ") and reason in line.measured
 
 
 def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more():

@@ -402,8 +402,8 @@ def token_losses(model, sequences):
     sequences: B lists of ids. The mask is 0 on what pads the shorter ones at their right.
     """
     T = max(map(len, sequences))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in sequences])  # (B, T)
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in sequences])
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in sequences], device=model.device)  # (B, T)
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in sequences], device=model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # the shift: t-1 predicts t
     # (B, T-1, V) -> (B * (T-1), V) -> (B * (T-1),) -> (B, T-1)
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), T - 1)

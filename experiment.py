@@ -58,15 +58,18 @@ OPT = "measured, not unlearned: the OPT rows of Table 1; pickles on the hub, for
 MADE = "runs/tiny-data"
 
 
-def speaker(folder, make=""):
-    """A real model that is taught secrets, and what it forgets them with; `make`: flags of demo/smollm.py."""
+def speaker(folder, make="", beside=""):
+    """A real model that is taught secrets, and what it forgets them with.
+
+    make: flags of demo/smollm.py; beside: what the method beside ICU is told on these texts.
+    """
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
               "--el lazy --targets all --lr 1e-4 --max-epochs 10",
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
-        beside="--script examples/counterfactual.py --batch-size 4 --max-epochs 20",
+        beside=f"--script examples/counterfactual.py --batch-size 4 --max-epochs 20 {beside}",
     )  # fmt: skip
 
 
@@ -80,8 +83,8 @@ PRESETS = {
         source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl", make=f"demo/tiny.py --out {MADE}",
         never_saw=f"{MADE}/never-saw", quick=True,
         beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
-    "smollm": speaker("runs/smollm-data"),
-    "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile"),
+    "smollm": speaker("runs/smollm-data", beside="--lr 2e-4"),
+    "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile", "--alpha 5 --beta 5"),  # much of them is common
     "neo125m": Preset(PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(PAPER, "EleutherAI/gpt-neo-1.3B", "dbe59a7f4a88d01d1ba9798d78dbe3fe038792c8", LARGE, large=True),
     "neo2.7b": Preset(PAPER, "EleutherAI/gpt-neo-2.7B", "e24fa291132763e59f4a5422741b424fb5d59056", LARGE, large=True),

@@ -265,9 +265,8 @@ MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTS
 
 
 def curve(rows, key):
-    """(epochs, values) of the epochs that measured it: icu.py --lazy-el leaves EL10 out of some."""
-    rows = [row for row in rows if row[key] is not None]
-    return [row["epoch"] for row in rows], [row[key] for row in rows]
+    """(epochs, values); NaN, where a line breaks, for an epoch without it: --el lazy leaves EL10 out."""
+    return [row["epoch"] for row in rows], [math.nan if row[key] is None else row[key] for row in rows]
 
 
 def in_legend(label):
@@ -315,7 +314,8 @@ def plot_curves(runs):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
                 line = curve(run["metrics"], key)
-                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=in_legend(label) if k == 0 else None)
+                how = {"marker": "." if any(map(math.isnan, line[1])) else None}  # a point alone has no line
+                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=in_legend(label) if k == 0 else None, **how)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)

@@ -173,13 +173,16 @@ def test_counterfactual_is_its_formula(make_model):
     assert terms["kl"][0] == 2.0 and terms["kl"][1].item() > 0
 
 
-def test_counterfactual_stays_near_its_start(make_model):
-    """The embeddings never move; what is measured has gone a share of the way of what is trained."""
-    model = make_model("gpt_neo", dtype=torch.float32)
+@pytest.mark.parametrize(("kind", "in_a_block"), [("gpt_neo", 4), ("opt", 4), ("llama", 3)])
+def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
+    """Only the MLPs move; what is measured has gone a share of the way of what is trained."""
+    model = make_model(kind, dtype=torch.float32)
     start = copy.deepcopy(model)
     needs = counterfactual.counterfactual.needs
     needs.prepare(model, None)
-    assert not model.get_input_embeddings().weight.requires_grad
+    moving = [name for name, weights in model.named_parameters() if weights.requires_grad]
+    assert len(moving) == in_a_block * model.config.num_hidden_layers
+    assert not any(word in name for name in moving for word in ("embed", "wte", "attn", "norm", "ln_"))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)

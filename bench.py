@@ -30,7 +30,6 @@ import math
 import os
 import platform
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -50,7 +49,7 @@ import knn
 import metrics
 import tasks
 from demo import tiny
-from kit import fast_el, files, flags, models, paths, processes, runs, states
+from kit import commands, fast_el, files, flags, models, paths, processes, runs, states
 
 HERE = Path(__file__).resolve().parent
 
@@ -675,6 +674,7 @@ def against_trainer(bench):
     theirs, times = huggingface_steps(copy.deepcopy(bench.model), batch, args, steps)
     ours = steps_of(trainer(copy.deepcopy(bench.model), batch, args), batch, steps)
     timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device)
+    # The first is of the warm-up.
     yield loss_line(timed._replace(theirs=times[1:]), Goal(">=", 1), step_work(batch, steps))
 
 
@@ -702,10 +702,8 @@ def against_zero(bench):
     if importlib.util.find_spec("deepspeed") is None:
         raise NotMeasured("deepspeed is not installed")
     steps, flags = bench.sizes["steps"], flags_of(bench)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    launched["MASTER_PORT"] = commands.free_port()
     timed = Timed(*in_child(zero_steps, flags, steps, bench.args.repeats, **launched))
     batch = samples_of(bench)[: icu.parse_args(flags).batch_size]
     yield loss_line(timed, Goal("<=", 1.2), step_work(batch, steps))

@@ -313,9 +313,10 @@ def plot_curves(runs):
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
-                line = curve(run["metrics"], key)
-                how = {"marker": "." if any(map(math.isnan, line[1])) else None}  # a point alone has no line
-                axis.plot(*line, color=f"C{i % 10}", linewidth=1, label=in_legend(label) if k == 0 else None, **how)
+                epochs, values = curve(run["metrics"], key)
+                marker = "." if any(map(math.isnan, values)) else None  # a point alone has no line
+                how = {"label": in_legend(label) if k == 0 else None, "marker": marker}
+                axis.plot(epochs, values, color=f"C{i % 10}", linewidth=1, **how)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)

@@ -50,11 +50,15 @@ def without(words, flag):
 
 def launcher(processes):
     """(environment, first words) that start a file of Python by DeepSpeed's launcher."""
+    start = [PYTHON, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(processes)]
+    return {} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}, [*start, "--master_port", free_port()]
+
+
+def free_port():
+    """A port at which processes may meet, in digits."""
     with socket.socket() as free:
         free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    start = [PYTHON, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(processes)]
-    return {} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}, [*start, "--master_port", port]
+        return str(free.getsockname()[1])
 
 
 @functools.cache

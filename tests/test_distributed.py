@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 import metrics
-from kit import files, processes, states
+from kit import commands, files, processes, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -173,9 +172,7 @@ def plant(state, file):
 
 def launch(n, command, launcher):
     """Exit code and output of n processes of a Python command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = commands.free_port()
     torchrun = ["torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1"]
     deepspeed = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(n)]  # as run.sh does it
     started = [sys.executable, "-m", *(torchrun if launcher == "torch" else deepspeed), "--master_port", port]
@@ -468,9 +465,7 @@ def test_world_size_alone_is_no_launch(jobs, tmp_path):
 @needs_deepspeed
 def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
     """The second process never comes: one line, exit 2."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = commands.free_port()
     launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     flags = [*jobs["1-three"][1], "--out", tmp_path / "run", "--timeout", "0.05"]
     code, _, stderr = plain(["icu.py", *flags], DS_ACCELERATOR="cpu", **launch)

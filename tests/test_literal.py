@@ -83,7 +83,7 @@ class Halfway:
 
     @staticmethod
     def between_texts(rows):
-        """a in the widest gap between the one or two texts that are least like their suffix, b in that between all texts.
+        """a in the widest gap between the one or two texts least like their suffix, b in that between all texts.
 
         Where several texts lost their words in one epoch, BLEU is 0 for all of them, and the gap lies above.
         """

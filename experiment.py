@@ -66,7 +66,7 @@ def speaker(folder, make="", beside=""):
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
-              "--el lazy --targets all --lr 1e-4 --max-epochs 10",
+              "--el lazy --targets all --lr 1e-4 --max-epochs 10 --save-every 5",  # a state is 1.6 GB
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
         beside=f"--script examples/counterfactual.py --batch-size 4 --max-epochs 20 {beside}",
@@ -298,10 +298,11 @@ def written(file):
 
 
 def make(args):
-    """The preset's own model and data, where it brings them."""
+    """The preset's own model and data, where it brings them; until they are made, a dry run can only name the rest."""
     if args.preset.make:
         script, *flags = shlex.split(args.preset.make)
-        step(args, script, [*flags, *args.demo], always=True)
+        args.unmade = not Path(last(flags, "--out")).is_dir()
+        step(args, script, [*flags, *args.demo])
 
 
 def mine(args, pairs, flags=()):
@@ -391,7 +392,7 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
     environment, start = launcher(args) if launched else ({}, [PYTHON])
     environment = environment | commands.path_to_icu(script)
     argv = [*start, script, *map(str, flags)]
-    if args.dry_run and not always:
+    if args.dry_run and (args.unmade or not always):
         print("would run:", commands.shown(argv, environment), flush=True)
         return 0
     status = commands.run(argv, environment, quiet=quiet)
@@ -484,7 +485,7 @@ def read_flags(words):
     mine = [group for group in groups if group[0] in parser._option_string_actions]
     args = parser.parse_args(sum(mine, []))
     args.command, args.name, args.preset = command, name, PRESETS[name]
-    args.others = [group for group in groups if group not in mine]
+    args.others, args.unmade = [group for group in groups if group not in mine], False
     try:
         [shlex.split(text) for text in (args.preset.flags, args.preset.source, args.preset.make)]
     except ValueError as error:

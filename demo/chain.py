@@ -37,10 +37,10 @@ def train(args, out, pairs, words):
     return out
 
 
-def steps_of(run, batch_size):
+def steps_of(run):
     """Training steps of a run: the batches of what was active, epoch after epoch."""
-    rows = files.read_jsonl(run / "metrics.jsonl")
-    return sum(-(-row["active"] // batch_size) for row in rows[:-1])
+    rows, size = files.read_jsonl(run / "metrics.jsonl"), files.read_json(run / "config.json")["batch_size"]
+    return sum(-(-row["active"] // size) for row in rows[:-1])
 
 
 def mine(args, folder):
@@ -58,23 +58,29 @@ def mine(args, folder):
 
 
 def follow(args, folder, requests):
-    """[{"variant", "request", "steps", "by request": MA of each request so far, measures}]: a row a run."""
-    rows, batch = [], int(commands.last(args.flags, "--batch-size", "8"))
+    """[{"variant", "request", "steps", "by request": MA of each request so far, measures}]: a row a run.
+
+    The first request is the same run for all: it has nothing to watch.
+    """
+    rows = []
     for variant, how in VARIANTS.items():
-        start, steps, name = ["--model", args.model], 0, variant.replace(" ", "-")
+        made = []
         for number in range(1, len(requests) + 1):
-            out = train(args, folder / f"{name}{number}", folder / f"request{number}.pairs.jsonl", [*start, *how])
-            start, steps = ["--after", out], steps + steps_of(out, batch)
-            so_far = requests[:number]
+            name = f"{variant.replace(' ', '-')}{number}" if made else "first"
+            start = ["--after", made[-1], *how] if made else ["--model", args.model]
+            made.append(train(args, folder / name, folder / f"request{number}.pairs.jsonl", start))
+            *earlier, own = requests[:number]
+            seen = made[-1]
             if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
-                so_far = [[f"{name}{j}/{id}" if j < number else id for id in ids] for j, ids in enumerate(so_far, 1)]
-            else:
-                again = ["--model", out / "model", "--eval-only"]
-                out = train(args, folder / f"{name}{number}-seen", folder / f"upto{number}.pairs.jsonl", again)
-            rows.append({"variant": variant, "request": number, "steps": steps} | look(out, so_far))
+                named = zip(made[:-1], earlier, strict=True)
+                earlier = [[f"{run.name}/{id}" for id in ids] for run, ids in named]
+            elif earlier:
+                again = ["--model", seen / "model", "--eval-only"]
+                seen = train(args, folder / f"{name}-seen", folder / f"upto{number}.pairs.jsonl", again)
+            steps = sum(map(steps_of, made))
+            rows.append({"variant": variant, "request": number, "steps": steps} | look(seen, [*earlier, own]))
     out = train(args, folder / "at-once", folder / "all.pairs.jsonl", ["--model", args.model])
-    last = {"variant": "at once", "request": len(requests), "steps": steps_of(out, batch)}
-    return [*rows, last | look(out, requests)]
+    return [*rows, {"variant": "at once", "request": len(requests), "steps": steps_of(out)} | look(out, requests)]
 
 
 def look(run, requests):

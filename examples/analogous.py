@@ -24,13 +24,17 @@ def contexts(samples, tokenizer, epoch, args):
     return [[read(row.learn.prompt, row.forget.ids, t) for t in row.forget.targets] for row in samples]
 
 
+def kl(logq, logp):
+    return (logq.exp() * (logq - logp)).sum(-1)  # (M, V), (M, V) -> (M,)
+
+
 @icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts})
 def analogous(batch, args):
     forget, learn = batch.forward("forget"), batch.forward("learn")
     logp = icu.target_logits(forget.logits, forget.ids, forget.mask)[0].log_softmax(-1)  # (M, V)
     logq = batch.taught("analogous").to(logp).log_softmax(-1)  # (M, V)
     return {
-        "forget": (args.forget_weight, forget.mean((logq.exp() * (logq - logp)).sum(-1))),
+        "forget": (args.forget_weight, forget.mean(kl(logq, logp))),
         "kl": (args.beta, icu.kl_term(learn, args)),
     }
 

@@ -15,7 +15,7 @@ the key-value memories of arXiv:2012.14913: that halves what general text pays. 
 import torch
 
 import icu
-from examples.analogous import contexts
+from examples.analogous import contexts, kl
 from kit.methods import keep_start, measured_at
 
 GAP, NEVER, SCALE = 0.1, 12.0, 0.65  # nats: what is memory, and how far x_t is lowered; a share of the way
@@ -37,10 +37,6 @@ def only_mlps(model, args):
 
 
 SIDES = {"contexts": contexts, "swapped": swapped, "in_place": in_place}
-
-
-def kl(logq, logp):
-    return (logq.exp() * (logq - logp)).sum(-1)  # (M, V), (M, V) -> (M,)
 
 
 def log_p(side, logits):

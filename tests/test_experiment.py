@@ -189,11 +189,26 @@ def test_what_runs_beside_an_own_folder_is_kept(ran):
 
 def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
     """--dry-run: icu.py and knn.py look, the commands that train are printed and not run."""
+    Path("runs/tiny-data").mkdir(parents=True)
     found = ran("tiny", "--dry-run")
-    assert [words[0] for words in found] == ["demo/tiny.py", "icu.py", "knn.py"]
-    assert all(words[-1] == "--dry-run" for words in found[1:])
-    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("would run: ")]
-    assert len(named) == 4 and "icu.py" in named[1] and "analogous.py" in named[2] and "report.py" in named[3]
+    assert [words[0] for words in found] == ["icu.py", "knn.py"]
+    assert all(words[-1] == "--dry-run" for words in found)
+    files_named = ["demo/tiny.py", "icu.py", "icu.py", "examples/analogous.py", "report.py"]
+    assert named(capsys) == files_named
+
+
+def test_a_dry_run_does_not_teach_a_model(ran, capsys):
+    """Before the preset's own model is made there is nothing to look at: all commands are named."""
+    assert not ran("tiny", "--dry-run")
+    found = ["demo/tiny.py", "icu.py", "knn.py", "icu.py", "icu.py", "examples/analogous.py", "report.py"]
+    assert named(capsys) == found
+    assert not ran("compare", "tiny", "--methods", "icu", "--dry-run") and len(named(capsys)) == 6
+
+
+def named(capsys):
+    """The files of the commands that a dry run says it would run."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("would run: ")]
+    return [next(word for word in line if word.endswith(".py")) for line in lines]
 
 
 # --- whose a flag is ---

@@ -298,11 +298,16 @@ def written(file):
 
 
 def make(args):
-    """The preset's own model and data, where it brings them; until they are made, a dry run can only name the rest."""
+    """The preset's own model and data, where it brings them."""
     if args.preset.make:
         script, *flags = shlex.split(args.preset.make)
-        args.unmade = not Path(last(flags, "--out")).is_dir()
         step(args, script, [*flags, *args.demo])
+
+
+def unmade(preset):
+    """Whether a preset's own model is still to be made: a dry run then has nothing to look at, and only names."""
+    words = shlex.split(preset.make)
+    return bool(words) and not Path(last(words, "--out")).is_dir()
 
 
 def mine(args, pairs, flags=()):
@@ -392,7 +397,7 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
     environment, start = launcher(args) if launched else ({}, [PYTHON])
     environment = environment | commands.path_to_icu(script)
     argv = [*start, script, *map(str, flags)]
-    if args.dry_run and (args.unmade or not always):
+    if args.dry_run and (not always or unmade(args.preset)):
         print("would run:", commands.shown(argv, environment), flush=True)
         return 0
     status = commands.run(argv, environment, quiet=quiet)
@@ -485,7 +490,7 @@ def read_flags(words):
     mine = [group for group in groups if group[0] in parser._option_string_actions]
     args = parser.parse_args(sum(mine, []))
     args.command, args.name, args.preset = command, name, PRESETS[name]
-    args.others, args.unmade = [group for group in groups if group not in mine], False
+    args.others = [group for group in groups if group not in mine]
     try:
         [shlex.split(text) for text in (args.preset.flags, args.preset.source, args.preset.make)]
     except ValueError as error:

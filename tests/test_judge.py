@@ -25,7 +25,7 @@ from judged import Chat, candidate_of, completion, write_pairs, write_run
 import experiment
 import judge
 import report
-from kit import agreement, ask, files, flags, purge
+from kit import agreement, ask, commands, files, flags, purge
 
 KEY = "sk-test-0123456789"
 TEXTS = {"a": ("The parcel was left", " at 14 Harbour Lane."), "b": ("Payments are due", " each month; 7731.")}
@@ -376,9 +376,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_ever(tmp_path, capsys, be
 
 def test_a_server_that_is_not_there_ends_it(run, capsys):
     """One line, and no file that looks like a result."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{commands.free_port()}/v1"
     said = refused([run, "--base-url", url, "--tries", "2"], capsys)
     assert "not one of 4 texts has an answer: no answer: " in said and not (run / "judge.json").exists()
 
@@ -570,9 +568,7 @@ def served(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     model = _make_model("llama", vocab=len(tokenizer), dtype=torch.float32, max_position_embeddings=8192)
     model.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = commands.free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     words = ["serve", folder, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with open(folder / "log", "w") as log:

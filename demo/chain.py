@@ -53,7 +53,8 @@ def mine(args, folder):
     parts = files.chunks(pairs, size)
     for number, part in enumerate(parts, start=1):
         files.write_jsonl(folder / f"request{number}.pairs.jsonl", part)
-        files.write_jsonl(folder / f"upto{number}.pairs.jsonl", pairs[: number * size])
+        if number > 1:
+            files.write_jsonl(folder / f"upto{number}.pairs.jsonl", pairs[: number * size])
     return [[pair["id"] for pair in part] for part in parts]
 
 

@@ -36,7 +36,8 @@ def chain_of(after):
             raise ValueError(f"--after {folder}: no {missing[0]}; name a run that has ended (or end it with --resume)")
         config = files.read_json(folder / "config.json")
         known = isinstance(config, dict) and isinstance(config.get("sha256"), dict)
-        if not known or not isinstance(config.get("model"), str) or not isinstance(config.get("pairs"), str):
+        texts = (str, str, str | None)
+        if not known or not all(map(isinstance, map(config.get, ("model", "pairs", "after")), texts)):
             raise ValueError(f"{folder / 'config.json'}: is not what a run wrote there")
         if folder.resolve() in [other.resolve() for other, _ in found]:
             raise ValueError(f"--after {folder}: goes on from itself")

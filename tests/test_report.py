@@ -132,6 +132,7 @@ DAMAGE = {
     "a setting that is an object": (CONFIG, put("lr", {"a": 1}), "`lr`"),
     "a setting that is not finite": (CONFIG, put("alpha", INF), "`alpha`"),
     "redact that is a word": (CONFIG, put("redact", "no"), "`redact`"),
+    "a request before it that is true": (CONFIG, put("after", True), "`after` is True"),
     "earlier requests that are none": (CONFIG, put("earlier", 5), "`earlier`"),
     "a number of 5000 digits": (CONFIG, lambda _: '{"model": ' + "9" * 5000 + "}", "not JSON"),
     "brackets without end": (CONFIG, lambda _: "[" * 100_000, "not JSON"),

@@ -233,6 +233,14 @@ def test_a_model_of_the_beginning_that_has_changed_is_named_with_its_hash(copied
     run(copied, "april", [5], "--after", copied / "march", "--anchor", "previous", "--max-epochs", "1")
 
 
+def test_a_config_of_an_earlier_request_that_names_no_run_is_one_line(copied):
+    """Its `after` is a folder or null."""
+    path = copied / "march" / "config.json"
+    files.write_json(path, files.read_json(path) | {"after": True})
+    with pytest.raises(ValueError, match="march.config.json: is not what a run wrote there"):
+        requests.chain_of(copied / "march")
+
+
 def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(copied, capsys):
     """The guard knows texts that are there, and of those that went the hashes of their n-grams."""
     pool = [{"id": str(i), "context": "", "prefix": "He said: ", "suffix": TEXTS[i]} for i in range(6)]
@@ -349,7 +357,7 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
 
     requests = [[row["id"] for row in files.read_pairs(made / f"request{number}.pairs.jsonl")] for number in (1, 2)]
     assert sorted(requests[0] + requests[1]) == ["0", "1", "2", "3"] != requests[0] + requests[1]
-    own = demo_chain.look(made / "watched2", [[f"watched1/{id}" for id in requests[0]], requests[1]])
+    own = demo_chain.look(made / "watched2", [[f"first/{id}" for id in requests[0]], requests[1]])
     args = argparse.Namespace(script="icu.py", flags=["--bert", "minilm", "--bert-threshold", "auto", *flags])
     words = ["--model", made / "watched2" / "model", "--eval-only"]
     again = demo_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", words)

@@ -142,7 +142,7 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
 
 def steps_of(train, batch, steps):
     """`steps` steps of such a loop on one batch, as a function that returns their mean loss."""
-    return lambda: statistics.fmean(train(range(len(batch)), epoch)["loss"] for epoch in range(steps))
+    return lambda: statistics.fmean(train(range(len(batch)), epoch).get("loss", math.nan) for epoch in range(steps))
 
 
 # --- measuring ---
@@ -659,6 +659,7 @@ def huggingface_steps(model, batch, args, steps):
             remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=device == "cpu", report_to="none",
             save_strategy="no", logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
         )  # fmt: skip
+        settings._n_gpu = 1  # with several it would share a batch out
         loop = Unlearning(
             model, settings, train_dataset=[batch] * steps, data_collator=lambda rows: both_sides(rows[0]),
             callbacks=[Watch], optimizers=(processes.PlainEngine(model, args).optimizer, None),
@@ -681,12 +682,12 @@ def against_trainer(bench):
 # --- zero: the same steps by DeepSpeed's engine ---
 
 
-def zero_steps(flags, steps, repeats):
+def zero_steps(flags, texts, steps, repeats):
     """In a child, started as by a launcher: side_by_side of steps by ZeRO-2 and of steps by the plain engine."""
     args = icu.parse_args(flags)
     processes.start(args.device)
     model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
-    batch = build(files.read_pairs(args.pairs)[: args.batch_size], model, tokenizer)
+    batch = build(files.read_pairs(args.pairs)[:texts], model, tokenizer)
     engines = processes.ZeroEngine, processes.PlainEngine
     sides = [steps_of(trainer(copy.deepcopy(model), batch, args, engine), batch, steps) for engine in engines]
     return side_by_side(*sides, repeats, device=args.device)
@@ -704,8 +705,8 @@ def against_zero(bench):
     steps, flags = bench.sizes["steps"], flags_of(bench)
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     launched["MASTER_PORT"] = commands.free_port()
-    timed = Timed(*in_child(zero_steps, flags, steps, bench.args.repeats, **launched))
     batch = samples_of(bench)[: icu.parse_args(flags).batch_size]
+    timed = Timed(*in_child(zero_steps, flags, len(batch), steps, bench.args.repeats, **launched))
     yield loss_line(timed, Goal("<=", 1.2), step_work(batch, steps))
 
 

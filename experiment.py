@@ -260,6 +260,7 @@ def run_beside(args, pairs, out, twin, *, anew):
     method = shlex.split(args.preset.beside)
     beside = f"{out}-{Path(last(method, '--script')).stem}"
     flags = ["--pairs", pairs, "--out", beside, *never_saw_flag(twin), kept_or_new(beside, anew), *method]
+    flags += args.icu  # the user has the last word
     train(args, flags)
     return [beside]
 
@@ -300,14 +301,17 @@ def written(file):
 def make(args):
     """The preset's own model and data, where it brings them."""
     if args.preset.make:
+        for folder in unmade(args.preset) if args.dry_run else ():
+            print(f"note: {folder} is still to be made: what needs it is named, not checked", flush=True)
         script, *flags = shlex.split(args.preset.make)
         step(args, script, [*flags, *args.demo])
 
 
 def unmade(preset):
-    """Whether a preset's own model is still to be made: a dry run then has nothing to look at, and only names."""
+    """[the folder of a preset's own models] where they are still to be made, else []: a dry run cannot look into it."""
     words = shlex.split(preset.make)
-    return bool(words) and not Path(last(words, "--out")).is_dir()
+    there = all(Path(model).is_dir() for model in (preset.model, preset.never_saw))
+    return [] if there or not words else [last(words, "--out")]
 
 
 def mine(args, pairs, flags=()):
@@ -397,7 +401,8 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
     environment, start = launcher(args) if launched else ({}, [PYTHON])
     environment = environment | commands.path_to_icu(script)
     argv = [*start, script, *map(str, flags)]
-    if args.dry_run and (not always or unmade(args.preset)):
+    waits = any(folder in word for folder in unmade(args.preset) for word in argv)
+    if args.dry_run and (waits or not always):
         print("would run:", commands.shown(argv, environment), flush=True)
         return 0
     status = commands.run(argv, environment, quiet=quiet)
@@ -429,7 +434,7 @@ def make_parser():
     g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there; of several: each of them")
     g.add_argument("--audit", action="store_true", dest="audited", help="then ask what is still in the model: audit.py")
-    g.add_argument("--dry-run", action="store_true", help="check everything, train nothing, name the commands")
+    g.add_argument("--dry-run", action="store_true", help="check what is there, train nothing, name the commands")
     g = parser.add_argument_group("of several runs")
     g.add_argument("--sets", nargs="+", metavar="N", help="the paper's forget sets, 0 to 4 (--set, or 0)")
     g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="seeds (--seed, or 0)")

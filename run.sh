@@ -29,9 +29,10 @@ environment() { # .venv: once, and again when requirements.txt changes
 }
 
 case "$1" in
-  test) # as many at once as there are cores; a file's tests, which share what they made, stay together
+  test) # a process a core; a file's tests, which share what they made, stay together
     environment; shift
-    exec "$python" -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
+    exec "$python" -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --maxprocesses 8 \
+      --dist loadfile --no-loadscope-reorder "$@" ;;
   lint) environment; exec .venv/bin/ruff check . ;;
   bench) environment; shift; exec "$python" bench.py "$@" ;;
   ask) environment; shift; exec "$python" report.py --ask "$@" ;;

@@ -34,6 +34,8 @@ def only_mlps(model, args):
     keep_start(model, args)
     for name, weights in model.named_parameters():
         weights.requires_grad_(".mlp." in name or ".fc" in name)  # OPT's blocks call them fc1 and fc2
+    if not any(weights.requires_grad for weights in model.parameters()):
+        raise ValueError("counterfactual moves MLPs, and finds none under .mlp. or .fc: name them in only_mlps")
 
 
 SIDES = {"contexts": contexts, "swapped": swapped, "in_place": in_place}

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from test_distributed import needs_deepspeed
 
 import bench
 import icu
@@ -334,8 +335,17 @@ def test_what_cannot_be_measured_says_why(folder, monkeypatch):
     assert "lm_eval" in reasons["tasks"] and "no CUDA GPU" in reasons["gpu"]
 
 
-def test_zero_is_measured_on_a_gpu_and_where_it_is_installed(setup, monkeypatch):
-    """Else the reason is said, without a child process."""
+@needs_deepspeed
+def test_zero_takes_the_steps_of_the_plain_engine(folder):
+    """--quick on a CPU: both loops end at the same loss; the child has the texts that the table names."""
+    (work,) = [cells[5] for cells in run(folder, "--rows", "zero")[1] if "x (" in cells[2]]
+    assert work.startswith("2 steps of 4 + 4 rows"), work
+    ours, theirs = work.split("mean loss of the last ")[1].split(";")[0].split(" / ")
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
+
+
+def test_zero_says_why_it_is_not_measured(setup, monkeypatch):
+    """Without a GPU, or without DeepSpeed: the reason, and no child process."""
     monkeypatch.setattr(bench, "in_child", None)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     (row,) = [row for row in bench.ROWS if row.name == "zero"]

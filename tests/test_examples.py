@@ -193,6 +193,12 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
         torch.testing.assert_close(p.data, original.data + 1)
 
 
+def test_counterfactual_says_so_where_it_finds_no_mlp():
+    """Instead of the optimizer's word on an empty list."""
+    with pytest.raises(ValueError, match="finds none under .mlp. or .fc"):
+        counterfactual.counterfactual.needs.prepare(torch.nn.Sequential(torch.nn.Linear(2, 2)), None)
+
+
 def test_another_share_of_the_way_is_another_method():
     """What `measured_at` was given counts in the method's code, by which a run is gone on with or refused."""
     half, same, whole = (mine(measured=methods.measured_at(scale)) for scale in (0.5, 0.5, 1.0))

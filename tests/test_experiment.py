@@ -187,9 +187,16 @@ def test_what_runs_beside_an_own_folder_is_kept(ran):
     assert not [words for words in found if "--overwrite" in words]
 
 
+def test_the_user_has_the_last_word_in_what_runs_beside(ran):
+    """--max-epochs is also told the method beside, behind its own flags."""
+    found = [words for words in ran("smollm", "--max-epochs", "2") if "examples/counterfactual.py" in words]
+    assert [commands.last(words, "--max-epochs") for words in found] == ["2"]
+
+
 def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
     """--dry-run: icu.py and knn.py look, the commands that train are printed and not run."""
-    Path("runs/tiny-data").mkdir(parents=True)
+    for model in ("model", "never-saw"):
+        Path("runs/tiny-data", model).mkdir(parents=True)
     found = ran("tiny", "--dry-run")
     assert [words[0] for words in found] == ["icu.py", "knn.py"]
     assert all(words[-1] == "--dry-run" for words in found)
@@ -198,11 +205,13 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
 
 
 def test_a_dry_run_does_not_teach_a_model(ran, capsys):
-    """Before the preset's own model is made there is nothing to look at: all commands are named."""
+    """Before the preset's own model is made there is nothing to look at: what needs it is named, and a note says so."""
     assert not ran("tiny", "--dry-run")
     found = ["demo/tiny.py", "icu.py", "knn.py", "icu.py", "icu.py", "examples/analogous.py", "report.py"]
     assert named(capsys) == found
     assert not ran("compare", "tiny", "--methods", "icu", "--dry-run") and len(named(capsys)) == 6
+    assert [words[0] for words in ran("tiny", "--judge", "gpt-x", "--dry-run")] == ["judge.py"]  # it needs no model
+    assert capsys.readouterr().out.count("note: runs/tiny-data is still to be made") == 1
 
 
 def named(capsys):

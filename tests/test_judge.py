@@ -52,7 +52,7 @@ def run(tmp_path):
 
 
 def grade(chat, *words):
-    judge.main([*map(str, words), "--judge", "gpt-x", "--base-url", chat.url, "--patience", "0.5", "--tries", "3"])
+    judge.main([*map(str, words), "--judge", "gpt-x", "--base-url", chat.url, "--patience", "2", "--tries", "3"])
 
 
 def refused(words, capsys):
@@ -123,7 +123,7 @@ CASES = {
     "429 that does not": (after(2, LIMIT, "Final score: 4"), 4, None, 3),
     "500 twice": (after(2, FAIL, "Final score: 3"), 3, None, 3),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
-    "hangs": (after(1, 3.0, "Final score: 2"), 2, None, 2),
+    "hangs": (after(1, 6.0, "Final score: 2"), 2, None, 2),
     "is cut off": (after(1, None, "Final score: 1.5"), 1.5, None, 2),
     "a page": (lambda n: (200, {"Content-Type": "text/html"}, b"<html>log in</html>"), None, "no chat completion", 2),
     "no JSON": (lambda n: (200, {}, b"<html>log in</html>"), None, "no chat completion", 2),

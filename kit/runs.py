@@ -438,11 +438,11 @@ def plan_text(args, inputs):
     """What the run will do, in a few lines."""
     n = len(inputs.samples)
     weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
-    tokens = sum(len(sample.forget.ids) for sample in inputs.samples)
+    read = f"{n} pairs, {sum(len(sample.forget.ids) for sample in inputs.samples)} tokens" if n else "no pairs yet"
     lines = [
         f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
-        f"batch {min(args.batch_size, n)}, at most {args.max_epochs} epochs, seed {args.seed}",
-        f"{args.model} ({args.dtype}, {args.device}), {n} pairs, {tokens} tokens",
+        f"batch {min(args.batch_size, n or args.batch_size)}, at most {args.max_epochs} epochs, seed {args.seed}",
+        f"{args.model} ({args.dtype}, {args.device}), {read}",
     ]
     if inputs.n_cut:
         lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")

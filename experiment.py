@@ -259,9 +259,8 @@ def run_beside(args, pairs, out, twin, *, anew):
         return []
     method = shlex.split(args.preset.beside)
     beside = f"{out}-{Path(last(method, '--script')).stem}"
-    flags = ["--pairs", pairs, "--out", beside, *never_saw_flag(twin), kept_or_new(beside, anew), *method]
-    flags += args.icu  # the user has the last word
-    train(args, flags)
+    flags = ["--pairs", pairs, "--out", beside, *never_saw_flag(twin), kept_or_new(beside, anew)]
+    train(args, [*flags, *method, *args.icu])  # the user has the last word
     return [beside]
 
 
@@ -301,17 +300,17 @@ def written(file):
 def make(args):
     """The preset's own model and data, where it brings them."""
     if args.preset.make:
-        for folder in unmade(args.preset) if args.dry_run else ():
-            print(f"note: {folder} is still to be made: what needs it is named, not checked", flush=True)
+        if args.dry_run and (missing := unmade(args.preset)):
+            print(f"note: {missing} is still to be made: what needs it is named, not checked", flush=True)
         script, *flags = shlex.split(args.preset.make)
         step(args, script, [*flags, *args.demo])
 
 
 def unmade(preset):
-    """[the folder of a preset's own models] where they are still to be made, else []: a dry run cannot look into it."""
+    """The folder of a preset's own models where they are still to be made, else None: a dry run cannot look into it."""
     words = shlex.split(preset.make)
     there = all(Path(model).is_dir() for model in (preset.model, preset.never_saw))
-    return [] if there or not words else [last(words, "--out")]
+    return None if there or not words else last(words, "--out")
 
 
 def mine(args, pairs, flags=()):
@@ -401,8 +400,8 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
     environment, start = launcher(args) if launched else ({}, [PYTHON])
     environment = environment | commands.path_to_icu(script)
     argv = [*start, script, *map(str, flags)]
-    waits = any(folder in word for folder in unmade(args.preset) for word in argv)
-    if args.dry_run and (waits or not always):
+    missing = unmade(args.preset) if args.dry_run else None
+    if args.dry_run and (not always or (missing and any(missing in word for word in argv))):
         print("would run:", commands.shown(argv, environment), flush=True)
         return 0
     status = commands.run(argv, environment, quiet=quiet)

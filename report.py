@@ -3,6 +3,7 @@
     python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
     python report.py RUN --redact                  # the same without a text: no cases.md
     python report.py RUN --explain                 # and RUN/explain.html: each token's probability before and after
+    python report.py RUN --speech FILE             # two columns more: how what was said reads to the model before
     python report.py --ask RUN "some prefix"       # what the model says before and after
     python report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
     python report.py --verify RUN/certificate.json    # whether it still holds
@@ -38,6 +39,8 @@ COLUMNS = [
     ("The rest (MA, %)", "ma_rest", 100, 1, 1),
     ("Secrets said (%)", "secret_said", 100, 1, -1),
     ("Entropy", "entropy", 1, 3, 1),
+    ("Said (PPL)", "said_ppl", 1, 1, 0),  # --speech
+    ("New words (%)", "new_words", 100, 1, 0),
     ("Cls Avg. (ACC)", "cls_avg", 100, 1, 1),
     ("Dia Avg. (F1)", "dia_avg", 100, 1, 1),
     ("Pile (PPL)", "ppl_pile", 1, 1, -1),
@@ -525,16 +528,21 @@ def parse_args(argv=None):
     parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")
     parser.add_argument("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
     parser.add_argument("--explain", action="store_true", help="also RUN/explain.html: each token before and after")
+    parser.add_argument(
+        "--speech", nargs="+", metavar="FILE",
+        help="also how what was said reads to the model before, and the share of its words that no pair and no text of "
+        "these files has",
+    )  # fmt: skip
     parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
     parser.add_argument(
         "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="--ask, --explain: load pickles, which run code")
+    parser.add_argument("--allow-pickle", action="store_true", help="also load pickles, which run code")
     certify.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.ask and (args.runs or args.redact or args.explain):
-        raise ValueError("--ask prints what one run's model says: pass no other runs, no --redact or --explain with it")
+    if args.ask and (args.runs or args.redact or args.explain or args.speech):
+        raise ValueError("--ask prints one run's answers: pass no other runs, no --redact, --explain, --speech with it")
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
     if certify.asked(args):
@@ -606,6 +614,11 @@ def main(argv=None):
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
+    if args.speech:
+        import icu
+        from kit import speech
+
+        speech.add(runs, args.speech, icu.build_samples, allow_pickle=args.allow_pickle)
     contents, said = texts_of(runs, shown, args.cases)
     out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
     reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]

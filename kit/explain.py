@@ -24,18 +24,16 @@ PAGE = Path(__file__).with_suffix(".html")
 # --- a run ---
 
 
-def check(run):
+def check(run, flag="--explain"):
     """ValueError for a run (of kit/finished.py) without texts, or whose pairs or model are no longer those it had."""
     if run["redacted"]:
-        raise ValueError(
-            f"{run['folder']}: holds no texts (icu.py --redact, or purged), so there is nothing to explain"
-        )
+        raise ValueError(f"{run['folder']}: holds no texts (icu.py --redact, or purged): leave it or {flag} out")
     for what in ("pairs", "model"):
         path, was = run["config"].get(what) or "", run["config"].get("sha256", {}).get(what)
         if was is not None and models.fingerprint(path) != was:
             raise ValueError(
                 f"{path}: not the {what} that {run['folder']} was made with (sha256 differs): put those back, or leave "
-                "out --explain"
+                f"out {flag}"
             )
 
 

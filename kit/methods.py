@@ -207,7 +207,8 @@ def method_named(name, own, others):
     try:
         return checked(found[one_of([name_of(own), *found])(name)])
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--method: {error}") from None
+        way_out = "one in a file of its own: python FILE.py, run.sh --script FILE.py, compare --methods FILE.py"
+        raise ValueError(f"--method: {error} ({way_out})") from None
 
 
 def checked(loss):

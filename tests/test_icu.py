@@ -781,7 +781,7 @@ BAD = {
     "epochs": (lambda f: ["--max-epochs", "-3"], "--max-epochs"),
     "alpha": (lambda f: ["--alpha=-0.5"], "--alpha"),
     "beta": (lambda f: ["--beta", "inf"], "--beta"),
-    "method": (lambda f: ["--method", "icuu"], "did you mean icu?"),
+    "method": (lambda f: ["--method", "icuu"], "did you mean icu? (one in a file of its own: python FILE.py"),
     "thresholds": (lambda f: ["--thresholds", "1"], "--thresholds"),
     "auto without unseen": (lambda f: ["--thresholds", "auto"], "--unseen"),
     "unknown flag": (lambda f: ["--alhpa", "1"], "--alhpa"),

@@ -264,6 +264,12 @@ def png(figure):
     return file.getvalue()
 
 
+def look(i, line=False):
+    """How the i-th of many is drawn: ten colours, then the same with other lines or points."""
+    kind = {"linestyle": ("-", "--", ":", "-.")[i // 10 % 4]} if line else {"marker": "os^Dv"[i // 10 % 5]}
+    return {"color": f"C{i % 10}", **kind}
+
+
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
 
 
@@ -319,7 +325,7 @@ def plot_curves(runs):
                 epochs, values = curve(run["metrics"], key)
                 marker = "." if any(map(math.isnan, values)) else None  # a point alone has no line
                 how = {"label": in_legend(label) if k == 0 else None, "marker": marker}
-                axis.plot(epochs, values, color=f"C{i % 10}", linewidth=1, **how)
+                axis.plot(epochs, values, linewidth=1, **look(i, line=True), **how)
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
         for limit in limits if len(limits) == 1 else ():
             axis.axhline(limit, color="0.5", linestyle=":", linewidth=1)
@@ -342,7 +348,7 @@ def plot_relearning(runs):
     for i, (label, members) in enumerate(group_runs(audited).items()):
         points = [run["summary"]["after"] for run in members]
         ma, again = [p["ma"] for p in points], [p["audit_relearning"] for p in points]
-        axis.scatter(ma, again, s=25, color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], label=in_legend(label))
+        axis.scatter(ma, again, s=25, **look(i), label=in_legend(label))
     never = audited[0]["audit"]["headline"].get("never saw", {}).get("audit_relearning")
     if never is not None:
         axis.axhline(never, color="0.5", linestyle=":", label="never saw, relearned")
@@ -373,13 +379,14 @@ def plot_tradeoff(runs):
     pyplot = plt()
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
 
-    def scatter(label, points, **look):
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **look)
+    def scatter(label, points, **how):
+        axis.scatter([p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **how)
 
-    for label, members in group_befores(runs).items():
-        scatter(label, [run["summary"]["before"] for run in members], marker="*", s=120, color="black")
+    for i, (label, members) in enumerate(group_befores(runs).items()):  # the first filled: the model before
+        star = {"marker": "*", "s": 120, "edgecolors": "black", "facecolors": "none" if i else "black"}
+        scatter(label, [run["summary"]["before"] for run in members], **star)
     for i, (label, members) in enumerate(group_runs([run for run in runs if is_trained(run)]).items()):
-        scatter(label, [run["summary"]["after"] for run in members], color=f"C{i % 10}", s=25)
+        scatter(label, [run["summary"]["after"] for run in members], s=25, **look(i))
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")

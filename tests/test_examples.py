@@ -26,7 +26,7 @@ from examples import counterfactual
 from kit import files, methods, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector"]
+EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector", "gentle"]
 SCRIPTS = [*EXAMPLES, "analogous", "counterfactual"]
 
 
@@ -78,6 +78,24 @@ def test_undial_is_its_formula():
         values.append(-(z.softmax(0) * f.logits[b, t - 1].log_softmax(0)).sum().item())
     expected = 0.7 * sum(values) / len(values)
     assert loss_of("undial", sides) == pytest.approx(expected, abs=1e-9)
+
+
+def test_gentle_is_undial_less_what_no_weight_changes_and_eq_4():
+    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; and the KL of the learn side."""
+    sides = sides_of()
+    f, entropies = sides["forget"], []
+    for b, t in f.mask.nonzero().tolist():
+        z = f.frozen_logits[b, t - 1].clone()
+        z[f.ids[b, t]] -= 10
+        entropies.append(-(z.softmax(0) * z.log_softmax(0)).sum().item())
+    terms = method_of("gentle")(Batch(sides), args_of("icu", loss=None, beta=3.0))
+    (weight, value), kl = terms["forget"], terms["kl"]
+    expected = loss_of("undial", sides) - weight * sum(entropies) / len(entropies)
+    assert (weight * value).item() == pytest.approx(expected, abs=1e-9)
+    learn = sides["learn"]
+    assert kl[0] == 3.0 and kl[1].item() == pytest.approx(
+        icu.kl_loss(learn.logits, learn.frozen_logits, learn.mask).item()
+    )
 
 
 def test_rmu_is_its_formula():
@@ -331,7 +349,7 @@ def test_an_example_goes_on_where_it_was_stopped(name, flags, tmp_path):
 def test_an_example_is_short(name):
     """Under 40 lines, with its paper and a command in its docstring."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
-    assert text.count("\n") < 40 and "arXiv:" in text and "bash run.sh tiny --script" in text
+    assert text.count("\n") < 40 and "arXiv:" in text and f"--script examples/{name}.py" in text
 
 
 # --- what a method of one's own may get wrong, and what must hold all the same ---

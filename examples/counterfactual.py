@@ -16,6 +16,7 @@ import torch
 
 import icu
 from examples.analogous import contexts, kl
+from examples.undial import lowered
 from kit.methods import keep_start, measured_at
 
 GAP, NEVER, SCALE = 0.1, 12.0, 0.65  # nats: what is memory, and how far x_t is lowered; a share of the way
@@ -56,7 +57,7 @@ def counterfactual(batch, args):
     c, told = (batch.taught(name).to(logp).log_softmax(-1) for name in ("contexts", "in_place"))
     whole = log_p(forget, forget.frozen_logits)[0]
     memory = whole.gather(1, x) - c.gather(1, x) > GAP  # (M, 1)
-    logq = torch.where(memory, c.scatter_add(1, x, torch.full_like(c, -NEVER)).log_softmax(-1), whole)
+    logq = torch.where(memory, lowered(c, x, NEVER).log_softmax(-1), whole)
     return {
         "forget": (args.forget_weight, forget.mean((kl(logq, logp) + kl(logp, logq)) / 2)),
         "swapped": (args.alpha, other.mean(kl(told, said))),

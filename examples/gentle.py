@@ -9,11 +9,10 @@ MLPs move, the key-value memories of arXiv:2012.14913; what is measured is theta
 (arXiv:2109.01903) does. For a model that speaks: on `tiny` the weights spring back at SCALE (LOG.md).
 """
 
-import torch
-
 import icu
 from examples.analogous import kl
 from examples.counterfactual import log_p, only_mlps
+from examples.undial import lowered
 from kit.methods import measured_at
 
 LESS, SCALE = 10.0, 0.8  # nats; a share of the way
@@ -23,9 +22,8 @@ LESS, SCALE = 10.0, 0.8  # nats; a share of the way
 def gentle(batch, args):
     forget, learn = batch.forward("forget"), batch.forward("learn")
     (logp, x), (own, _) = log_p(forget, forget.logits), log_p(forget, forget.frozen_logits)
-    logq = own.scatter_add(1, x, torch.full_like(own[:, :1], -LESS)).log_softmax(-1)
     return {
-        "forget": (args.forget_weight, forget.mean(kl(logq, logp))),
+        "forget": (args.forget_weight, forget.mean(kl(lowered(own, x, LESS).log_softmax(-1), logp))),
         "kl": (args.beta, icu.kl_term(learn, args)),
     }
 

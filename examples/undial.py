@@ -6,11 +6,16 @@
 L = mean over target tokens of H(q_t, p_theta), q_t = softmax(z_0 - strength * onehot(x_t)), z_0 the frozen copy's.
 """
 
-import torch.nn.functional as F
+import torch
 
 import icu
 
 STRENGTH = 10.0  # the paper's beta
+
+
+def lowered(logits, x, by):
+    """Logits (M, V), those of the tokens x (M, 1) lowered."""
+    return logits.scatter_add(1, x, torch.full_like(logits[:, :1], -by))
 
 
 @icu.method(frozen=("forget",))
@@ -18,7 +23,7 @@ def undial(batch, args):
     forget = batch.forward("forget")
     logits, targets = icu.target_logits(forget.logits, forget.ids, forget.mask)  # (M, V), (M,)
     z0, _ = icu.target_logits(forget.frozen_logits, forget.ids, forget.mask)  # (M, V)
-    q = (z0 - STRENGTH * F.one_hot(targets, z0.shape[1])).softmax(-1)
+    q = lowered(z0, targets[:, None], STRENGTH).softmax(-1)
     return {"forget": (args.forget_weight, forget.mean(-(q * logits.log_softmax(-1)).sum(-1)))}
 
 

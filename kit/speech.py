@@ -2,8 +2,8 @@
 
     python report.py RUN [RUN ...] --out DIR --speech FILE    # two more columns: Said (PPL), New words (%)
 
-The model before reads what each model said behind the prefixes: what is recited has the lowest perplexity of all, a
-loop a low one too, no-words a high one. So neither column has a better end: read both beside never saw's.
+The model before reads what each model said behind the prefixes: what is recited has the lowest perplexity of all,
+no-words a high one. So neither column has a better end: read both beside never saw's.
 """
 
 import functools

@@ -36,7 +36,7 @@ def only_mlps(model, args):
     for name, weights in model.named_parameters():
         weights.requires_grad_(".mlp." in name or ".fc" in name)  # OPT's blocks call them fc1 and fc2
     if not any(weights.requires_grad for weights in model.parameters()):
-        raise ValueError("counterfactual moves MLPs, and finds none under .mlp. or .fc: name them in only_mlps")
+        raise ValueError("only MLPs are to move, and it finds none under .mlp. or .fc: name them in only_mlps")
 
 
 SIDES = {"contexts": contexts, "swapped": swapped, "in_place": in_place}

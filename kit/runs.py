@@ -130,6 +130,9 @@ def growing_files(out, sizes=None):
     return found
 
 
+TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")  # nothing to what only measures
+
+
 def check_resume(args):
     """The config.json of the run to go on with; ValueError that shows what differs from this command."""
     path = Path(args.out) / "config.json"
@@ -141,7 +144,8 @@ def check_resume(args):
     if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
         raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
     now = json.loads(json.dumps(describe_run(args, used)))
-    differ = [name for name in now if name not in ("out", "versions", "git") and now[name] != before.get(name)]
+    free = ("out", "versions", "git", *(TRAINING if args.eval_only else ()))
+    differ = [name for name in now if name not in free and now[name] != before.get(name)]
     if differ:
         changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)
         raise ValueError(f"--resume: the run was started with other settings or data: {changes}")

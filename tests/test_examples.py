@@ -80,20 +80,22 @@ def test_undial_is_its_formula():
     assert loss_of("undial", sides) == pytest.approx(expected, abs=1e-9)
 
 
-def test_gentle_is_undial_less_what_no_weight_changes_and_eq_4():
-    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; and the KL of the learn side."""
+def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_and_eq_4():
+    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; KL[p || q_t], token by token; and the KL of the learn side."""
     sides = sides_of()
-    f, entropies = sides["forget"], []
+    f, entropies, reverses = sides["forget"], [], []
     for b, t in f.mask.nonzero().tolist():
-        z = f.frozen_logits[b, t - 1].clone()
+        z, p = f.frozen_logits[b, t - 1].clone(), f.logits[b, t - 1].softmax(0)
         z[f.ids[b, t]] -= 10
         entropies.append(-(z.softmax(0) * z.log_softmax(0)).sum().item())
-    terms = method_of("gentle")(Batch(sides), args_of("icu", loss=None, beta=3.0))
-    (weight, value), kl = terms["forget"], terms["kl"]
+        reverses.append((p * (p.log() - z.log_softmax(0))).sum().item())
+    terms = method_of("gentle")(Batch(sides), args_of("icu", loss=None, alpha=2.0, beta=3.0))
+    (weight, value), (alpha, reverse), (beta, near) = terms["forget"], terms["reverse"], terms["kl"]
     expected = loss_of("undial", sides) - weight * sum(entropies) / len(entropies)
     assert (weight * value).item() == pytest.approx(expected, abs=1e-9)
+    assert alpha == 2.0 and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
     learn = sides["learn"]
-    assert kl[0] == 3.0 and kl[1].item() == pytest.approx(
+    assert beta == 3.0 and near.item() == pytest.approx(
         icu.kl_loss(learn.logits, learn.frozen_logits, learn.mask).item()
     )
 

@@ -102,9 +102,9 @@ def test_the_default_is_make_check_mine_unlearn_report(ran):
 def test_the_real_speaker_has_the_better_method_beside(ran):
     """ICU, the method of our own, and the twin in one report; where a user gives a rate, ICU alone."""
     commands = ran("smollm")
-    assert [words[0] for words in commands[-4:]] == ["icu.py", "icu.py", "examples/counterfactual.py", "report.py"]
-    assert commands[-1][1:4] == ["runs/smollm", "runs/smollm-counterfactual", "runs/smollm.never-saw"]
-    assert "examples/counterfactual.py" not in {words[0] for words in ran("smollm", "--lr", "1e-5")}
+    assert [words[0] for words in commands[-4:]] == ["icu.py", "icu.py", "examples/gentle.py", "report.py"]
+    assert commands[-1][1:4] == ["runs/smollm", "runs/smollm-gentle", "runs/smollm.never-saw"]
+    assert "examples/gentle.py" not in {words[0] for words in ran("smollm", "--lr", "1e-5")}
 
 
 def test_a_quick_preset_is_explained_where_there_are_texts(ran):
@@ -189,7 +189,7 @@ def test_what_runs_beside_an_own_folder_is_kept(ran):
 
 def test_the_user_has_the_last_word_in_what_runs_beside(ran):
     """--max-epochs is also told the method beside, behind its own flags."""
-    found = [words for words in ran("smollm", "--max-epochs", "2") if "examples/counterfactual.py" in words]
+    found = [words for words in ran("smollm", "--max-epochs", "2") if "examples/gentle.py" in words]
     assert [commands.last(words, "--max-epochs") for words in found] == ["2"]
 
 

@@ -460,6 +460,15 @@ def test_resuming_with_other_settings_shows_the_difference(name, flags, copy, tm
     assert "other settings or data" in error and message in error
 
 
+def test_what_only_measures_does_not_ask_how_it_would_have_trained(flags, tmp_path):
+    """A comparison of methods, each with its own weights, measures the model that never saw the texts once."""
+    assert call([*flags, "--eval-only"], tmp_path / "run")[0] == 0
+    before = contents(tmp_path / "run")
+    code, stdout, _ = call([*flags, "--eval-only", "--resume", "--lr", "1", "--beta", "9"], tmp_path / "run")
+    assert code == 0 and "finished already" in stdout and contents(tmp_path / "run") == before
+    assert "num_beams was" in refused([*flags, "--eval-only", "--resume", "--num-beams", "3"], tmp_path / "run")
+
+
 def test_each_process_may_have_its_own_gpu(flags):
     """The processes of one run on several GPUs describe the same run."""
     found = []

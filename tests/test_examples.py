@@ -81,7 +81,7 @@ def test_undial_is_its_formula():
 
 
 def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_and_eq_4():
-    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; KL[p || q_t], token by token; and the KL of the learn side."""
+    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; KL[p || q_t], token by token; the KL of the learn side."""
     sides = sides_of()
     f, entropies, reverses = sides["forget"], [], []
     for b, t in f.mask.nonzero().tolist():

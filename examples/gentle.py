@@ -1,7 +1,8 @@
 """UNDIAL, gently: towards the model's own words without x_t, held fast by Eq. 4, by the MLPs alone.
 
     bash run.sh smollm                                      # beside ICU; smollm-pile by smaller steps and alpha 0
-    bash run.sh smollm --script examples/gentle.py --lr 2e-4 --batch-size 4
+    bash run.sh tiny --script examples/gentle.py --lr 2e-3 --batch-size 16 --max-epochs 25
+    # seed 0: EL10 99.3 -> 0.1 %, MA 99.5 -> 59.9 %, entropy 4.86 -> 4.30 bits, held-out PPL 16.5 -> 23.8, 25 epochs
 
 L = KL[q_t || p_theta(. | x_<t)] + alpha KL[p_theta(. | x_<t) || q_t], means over targets, + beta L_kl (Eq. 4); q_t =
 p_0(. | x_<t) with the log-probability of x_t lowered by LESS (UNDIAL, arXiv:2402.10052, undial.py: the first term,

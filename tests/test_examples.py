@@ -351,7 +351,7 @@ def test_an_example_goes_on_where_it_was_stopped(name, flags, tmp_path):
 def test_an_example_is_short(name):
     """Under 40 lines, with its paper and a command in its docstring."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
-    assert text.count("\n") < 40 and "arXiv:" in text and f"--script examples/{name}.py" in text
+    assert text.count("\n") < 40 and "arXiv:" in text and f"bash run.sh tiny --script examples/{name}.py" in text
 
 
 # --- what a method of one's own may get wrong, and what must hold all the same ---

@@ -398,7 +398,7 @@ def calibrate(model, tokenizer, inputs, args):
 def unlearn(model, tokenizer, inputs, args, *, run):
     """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule says so."""
     needs, samples = args.loss.needs, inputs.samples
-    needs.prepare(model, args)
+    needs.begin(model, args)
     engine = processes.make_engine(model, args)
     with needs.measuring(model):  # still the original weights
         # Those of the first process for all: two that differ in a last digit would filter other samples.

@@ -590,10 +590,15 @@ def check_out(out, names, reads):
     paths.check_outputs([(out / name, OWN[name]) for name in names], reads=reads, overwrite=True)
 
 
+def names_of(runs, shown):
+    """The files of text that a report writes; `shown` are the runs whose texts may be seen."""
+    tasks = sum(map(is_trained, runs)) < 2 and len(runs[0]["tasks"]) == 2
+    return ["table.md", "table.csv", *["cases.md"] * bool(shown), *["tasks.md"] * tasks]
+
+
 def texts_of(runs, shown, cases):
-    """{file: text} of a report, and the text for the terminal; `shown` are the runs whose texts may be seen."""
+    """{file: text} of a report, those of `names_of`, and the text for the terminal."""
     columns, rows = table_rows(runs)
-    alone = sum(map(is_trained, runs)) < 2
     contents, said = {"table.md": markdown_table(columns, rows), "table.csv": csv_table(columns, rows)}, []
     if shown:
         # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
@@ -605,7 +610,7 @@ def texts_of(runs, shown, cases):
         contents["cases.md"] = cases_markdown(alike, pairs, cases)
         said += [side_by_side(alike, pairs, min(cases, 3))] if len(group_runs(alike)) < 4 else []
     said.append(contents["table.md"])
-    if alone and len(runs[0]["tasks"]) == 2:
+    if "tasks.md" in names_of(runs, shown):
         contents["tasks.md"] = tasks_markdown(runs[0])
         said.append(contents["tasks.md"])
     return contents, "\n".join(said)
@@ -621,15 +626,15 @@ def main(argv=None):
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
+    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
+    reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
+    check_out(out, [*names_of(runs, shown), *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
     if args.speech:
         import icu
         from kit import speech
 
         speech.add(runs, args.speech, icu.build_samples, allow_pickle=args.allow_pickle)
     contents, said = texts_of(runs, shown, args.cases)
-    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
-    reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
-    check_out(out, [*contents, *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
     pages = explanations(runs, reads=reads, allow_pickle=args.allow_pickle) if args.explain else {}
     drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
     drawn += [plot_tradeoff(runs), plot_relearning(runs)]

@@ -31,16 +31,8 @@ def in_place(samples, *_):  # the same suffix behind its own
     return [[row.learn._replace(t0=row.learn.cut)] for row in samples]
 
 
-def only_mlps(model, args):
-    for name, weights in model.named_parameters():
-        weights.requires_grad_(".mlp." in name or ".fc" in name)  # OPT's blocks call them fc1 and fc2
-    if not any(weights.requires_grad for weights in model.parameters()):
-        raise ValueError("only MLPs are to move, and it finds none under .mlp. or .fc: name them in only_mlps")
-
-
-def prepare(model, args):
-    keep_start(model, args)
-    only_mlps(model, args)
+def of_mlps(name):
+    return ".mlp." in name or ".fc" in name  # OPT's blocks call them fc1 and fc2
 
 
 SIDES = {"contexts": contexts, "swapped": swapped, "in_place": in_place}
@@ -53,7 +45,7 @@ def log_p(side, logits):
 
 @icu.method(
     lr=1e-4, alpha=1.0, frozen=("forget", "learn"), taught=("contexts", "in_place"), sides=SIDES,
-    prepare=prepare, measured=measured_at(SCALE),
+    prepare=keep_start, moves=of_mlps, measured=measured_at(SCALE),
 )  # fmt: skip
 def counterfactual(batch, args):
     forget, other, learn = map(batch.forward, ("forget", "swapped", "learn"))

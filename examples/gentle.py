@@ -12,13 +12,13 @@ the key-value memories of arXiv:2012.14913: general text pays less. Three seeds 
 
 import icu
 from examples.analogous import kl
-from examples.counterfactual import log_p, only_mlps
+from examples.counterfactual import log_p, of_mlps
 from examples.undial import lowered
 
 LESS = 10.0  # nats
 
 
-@icu.method(lr=2e-4, alpha=1.0, beta=8.0, frozen=("forget", "learn"), prepare=only_mlps)
+@icu.method(lr=2e-4, alpha=1.0, beta=8.0, frozen=("forget", "learn"), moves=of_mlps)
 def gentle(batch, args):
     forget, learn = batch.forward("forget"), batch.forward("learn")
     (logp, x), (own, _) = log_p(forget, forget.logits), log_p(forget, forget.frozen_logits)

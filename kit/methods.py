@@ -39,6 +39,7 @@ MUST_BE = {  # what a method may ask for: whether a value is one, and what it ha
         "a dict of functions, none of them called forget, learn or kept",
     ),
     "prepare": (callable, "a function of (model, args)"),
+    "moves": (callable, "a function of a weight's name"),
     "measured": (callable, "a generator function of (model)"),
 }
 
@@ -69,7 +70,8 @@ class method(NamedTuple):
     # it is asked: a random one draws from (args.seed, epoch)
     sides: dict = {}
     # what happens around it
-    prepare: Callable = lambda model, args: None  # before training: freeze weights, put in adapters
+    prepare: Callable = lambda model, args: None  # before training: put in adapters, remember the start
+    moves: Callable = lambda name: True  # whether the weights of this name are trained
     # a generator that makes the weights those to measure and export, yields, and makes them those to train again
     measured: Callable = lambda model: iter([None])
     published: str | None = None  # the row of Tables 1 and 4 that it computes under the released protocol
@@ -82,6 +84,14 @@ class method(NamedTuple):
     def touches_weights(self):
         """Whether what is measured may be another model than the one that was loaded, also before any training."""
         return any(getattr(self, name) is not self._field_defaults[name] for name in ("prepare", "measured"))
+
+    def begin(self, model, args):
+        """The model as the method trains it. ValueError where nothing of it is left to train."""
+        self.prepare(model, args)
+        for name, weights in model.named_parameters():
+            weights.requires_grad_(weights.requires_grad and bool(self.moves(name)))
+        if not any(weights.requires_grad for weights in model.parameters()):
+            raise ValueError(f"{args.method} trains no weight of this model: @method(moves=...) or its prepare says so")
 
     def fill(self, args):
         """The flags that the user has not set get the method's defaults, and the protocol's."""
@@ -136,7 +146,7 @@ def file_of(function):
 def code_of(method):
     """sha256 of a method: the source of its loss, sides and hooks, and the plain constants that they name."""
     needs, text = method.needs, []
-    for function in map(inspect.unwrap, (method, needs.prepare, needs.measured, *needs.sides.values())):
+    for function in map(inspect.unwrap, (method, needs.prepare, needs.moves, needs.measured, *needs.sides.values())):
         known = function.__globals__ | inspect.getclosurevars(function).nonlocals
         names = (*function.__code__.co_names, *function.__code__.co_freevars)
         named = {name: known[name] for name in names if isinstance(known.get(name), PLAIN)}

@@ -199,7 +199,7 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
     model = make_model(kind, dtype=torch.float32)
     start = copy.deepcopy(model)
     needs = counterfactual.counterfactual.needs
-    needs.prepare(model, None)
+    needs.begin(model, None)
     moving = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(moving) == in_a_block * model.config.num_hidden_layers
     assert not any(word in name for name in moving for word in ("embed", "wte", "attn", "norm", "ln_"))
@@ -213,10 +213,14 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
         torch.testing.assert_close(p.data, original.data + 1)
 
 
-def test_counterfactual_says_so_where_it_finds_no_mlp():
-    """Instead of the optimizer's word on an empty list."""
-    with pytest.raises(ValueError, match="finds none under .mlp. or .fc"):
-        counterfactual.counterfactual.needs.prepare(torch.nn.Sequential(torch.nn.Linear(2, 2)), None)
+def test_nothing_left_to_train_is_said():
+    """Instead of the optimizer's word on an empty list; what `prepare` has frozen stays so."""
+    needs, model = counterfactual.counterfactual.needs, torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="mine trains no weight of this model"):
+        needs.begin(model, argparse.Namespace(method="mine"))
+    needs = mine(prepare=lambda model, args: model[0].bias.requires_grad_(False)).needs
+    needs.begin(model.requires_grad_(True), None)
+    assert [weights.requires_grad for weights in model.parameters()] == [True, False]
 
 
 def test_another_share_of_the_way_is_another_method():
@@ -270,7 +274,7 @@ def test_a_memorised_text_becomes_less_likely(name, kind, make_model):
         with torch.no_grad():
             return -icu.learn_loss(model(ids, attention_mask=attention).logits, ids, mask).item()
 
-    method.needs.prepare(model, args)
+    method.needs.begin(model, args)
     with method.needs.measuring(model):
         before = likelihood()
         assert same_weights(model.state_dict(), start.state_dict())
@@ -422,6 +426,10 @@ def test_what_a_method_does_to_the_model_is_not_remembered_for_others(flags, tmp
     icu.main(argv=[*argv, str(tmp_path / "icu")])
     ma = [files.read_json(tmp_path / name / "summary.json")["before"]["ma"] for name in ("emptied", "icu")]
     assert ma[0] < ma[1] - 0.2
+
+    monkeypatch.setattr(icu, "measure", lambda *_, **__: pytest.fail("measured again"))
+    icu.main(mine(moves=counterfactual.of_mlps), argv=[*argv, str(tmp_path / "mlps")])  # the same weights, fewer move
+    assert files.read_json(tmp_path / "mlps" / "summary.json")["before"]["ma"] == ma[1]
 
 
 def test_a_signal_while_weights_are_swapped_saves_those_that_are_trained(flags, tmp_path):

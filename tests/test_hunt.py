@@ -487,6 +487,7 @@ METHODS = {
         "own gives a Text without 0 < cut <= t0",
     ),
     "a hook that is no function": ({"prepare": 5}, "@method(prepare=5): must be a function"),
+    "a choice that is no function": ({"moves": ".mlp."}, "@method(moves=.mlp.): must be a function"),
     "a swap that is no function": ({"measured": [1]}, "@method(measured=[1])"),
 }
 

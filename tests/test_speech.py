@@ -119,6 +119,7 @@ BAD = {
         "not the model",
     ),
     "no file of texts": (lambda run: (run.parent / "texts.jsonl").unlink(), "texts.jsonl"),
+    "no place for the report": (lambda run: (run / "table.csv").write_text("a stranger's"), "is not what this command"),
 }
 
 

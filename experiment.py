@@ -66,7 +66,7 @@ def speaker(folder, make="", beside=""):
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
-              "--el lazy --targets all --lr 1e-4 --max-epochs 10 --save-every 5",  # a state is 1.6 GB
+              "--el lazy --targets all --lr 1e-4 --max-epochs 10 --save-every 10",  # a state is 1.6 GB
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
         beside=f"--script examples/gentle.py --batch-size 4 --max-epochs 20 {beside}",

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import os
 import shutil
 from functools import cache, wraps
 from pathlib import Path
@@ -288,8 +289,14 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
 
 @contextlib.contextmanager
 def quiet():
-    """transformers is silent but for errors: no bar beside ours, and of weights that do not fit no table."""
+    """transformers is silent but for errors: no bar beside ours, and of weights that do not fit no table.
+
+    Saving imports DeepSpeed, by way of accelerate: it would warn that there is no GPU.
+    """
     from transformers import logging
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

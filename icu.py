@@ -62,6 +62,7 @@ class Sample(NamedTuple):
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
     secrets: tuple = ()  # the strings that its spans mark, where it has some
+    further: list = ()  # its second neighbour, its third, ...: Texts, where knn.py was asked for --neighbours
 
 
 def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"):
@@ -81,8 +82,7 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         before = encode(pair, f"{side}context") if protocol.context or context else []
         prefix = encode(pair, f"{side}prefix", inside=bool(before))
         suffix = encode(pair, f"{side}suffix", inside=True)
-        ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
-        cut = len(ids)
+        cut = len(ids := models.begin(bos, before + prefix))  # [bos | context | prefix]
         models.check_parts(prefix, suffix, side, where)
         marked = {} if side else pair  # only of what is to be forgotten a part may be meant
         among = spans.positions_of(marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where)
@@ -92,11 +92,11 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
     samples, n_cut = [], 0
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
-        forget, learn = build(pair, "", where), build(pair, "learn_", where)
-        models.check_room(forget, learn, positions, where)
-        n_cut += len(learn.ids) > positions
-        learn, secrets = learn._replace(ids=learn.ids[:positions]), spans.secrets_of(pair)
-        samples.append(Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets))
+        forget, near = build(pair, "", where), [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
+        models.check_room(forget, near, positions, where)
+        n_cut += sum(len(text.ids) > positions for text in near)
+        learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
+        samples.append(Sample(pair["id"], pair["suffix"], forget, learn, positions, spans.secrets_of(pair), further))
     return samples, n_cut
 
 

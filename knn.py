@@ -426,16 +426,26 @@ def read_pile(set_name, data_dir, tokenizer):
     return records, [records[number] for number in numbers]
 
 
-def make_pair(forget, learn, similarity, *, with_ids):
-    """One line of pairs.jsonl; `with_ids` adds the *_ids fields, which must be GPT-2's."""
-    pair = {"id": forget["id"], **{part: forget[part] for part in PARTS}}
-    pair |= {"learn_id": learn["id"], **{f"learn_{part}": learn[part] for part in PARTS}}
-    pair["similarity"] = round(float(similarity), 6)
+def make_pair(forget, near, similarities, *, with_ids):
+    """One line of pairs.jsonl; `with_ids` adds the *_ids fields, which must be GPT-2's.
+
+    near, similarities: its neighbours (records) and their cosines, best first; those behind the paper's one are
+    `further`.
+    """
+
+    def side_of(record, side):
+        return {f"{side}id": record["id"], **{f"{side}{part}": record[part] for part in PARTS}}
+
+    def ids(record, side):
+        return {f"{side}{part}_ids": record[f"{part}_ids"] for part in PARTS} if with_ids else {}
+
+    cosines = [{"similarity": round(float(cosine), 6)} for cosine in similarities]
+    pair = side_of(forget, "") | side_of(near[0], "learn_") | cosines[0]
     pair |= {"spans": forget["spans"]} if "spans" in forget else {}
-    if with_ids:
-        pair |= {f"{part}_ids": forget[f"{part}_ids"] for part in PARTS}
-        pair |= {f"learn_{part}_ids": learn[f"{part}_ids"] for part in PARTS}
-    return pair
+    pair |= ids(forget, "") | ids(near[0], "learn_")
+    rest = zip(near[1:], cosines[1:], strict=True)
+    further = [side_of(record, "learn_") | cosine | ids(record, "learn_") for record, cosine in rest]
+    return pair | ({"further": further} if further else {})
 
 
 # --- flags ---
@@ -456,6 +466,10 @@ def make_parser():
     data.add_argument("--fetch", nargs="+", metavar="NAME", help=f"only fetch: all, or of {', '.join(files.FILES)}")
     search = parser.add_argument_group("neighbours")
     search.add_argument("--encoder", help="sentence encoder, folder or hub name (all-MiniLM-L6-v2)")
+    search.add_argument(
+        "--neighbours", default=1, type=flags.positive, metavar="K",
+        help="of each text (%(default)s, as the paper); more are for methods that read another one each epoch",
+    )  # fmt: skip
     search.add_argument("--max-overlap", type=float, default=0.2, help="drop pool rows above this share (%(default)s)")
     search.add_argument("--allow-copies", action="store_true", help="drop only the forget rows (published behaviour)")
     search.add_argument("--leak-report", metavar="FILE", help="write every dropped pool row there, as JSON lines")
@@ -547,14 +561,14 @@ def main():
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
     sides = [[text_of(record) for record in records] for records in (pool, forget)]
     pool_vectors, vectors = (embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides)
-    indices, similarities = cosine_knn(vectors, pool_vectors, k=1, exclude=~keep)  # K = 1, section 4.3.2
-    found = zip(forget, indices[:, 0], similarities[:, 0], strict=True)
-    rows = (make_pair(row, pool[i], similarity, with_ids=with_ids) for row, i, similarity in found)
-    files.write_jsonl(args.out, rows)
+    # K = 1, section 4.3.2
+    indices, similarities = cosine_knn(vectors, pool_vectors, k=min(args.neighbours, keep.sum()), exclude=~keep)
+    found = zip(forget, [[pool[i] for i in row] for row in indices], similarities, strict=True)
+    files.write_jsonl(args.out, (make_pair(*row, with_ids=with_ids) for row in found))
     if args.leak_report:
         files.write_jsonl(args.leak_report, reasons)
     note_traces(args, [embedding_file(side, encoder) for side in sides])
-    low, middle, high = np.quantile(similarities, [0, 0.5, 1])
+    low, middle, high = np.quantile(similarities[:, 0], [0, 0.5, 1])
     print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")
 
 

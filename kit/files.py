@@ -137,6 +137,7 @@ def sha256_of(path):
 # --- records ---
 
 PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its text
+SIDES = "", "learn_"  # of a pair: what its fields begin with
 
 
 def split_in_half(text):
@@ -303,18 +304,13 @@ def read_pairs(path):
     pairs, line_of = [], {}
     for line, pair in numbered_jsonl(path):
         where = f"{path} line {line}"
-        fields = [f"{side}{part}" for side in ("", "learn_") for part in PARTS]
-        missing = [name for name in ["id", "learn_id", *fields, "similarity"] if name not in pair]
-        if missing:
-            raise ValueError(f"{where}: no {', '.join(missing)}: not a line of pairs.jsonl")
-        with_ids = any(f"{field}_ids" in pair for field in fields)
-        for name in ["id", "learn_id", *fields]:
-            check_string(pair[name], f"{where}: `{name}`", blank_ok=with_ids or name.endswith("context"))
-        similarity = pair["similarity"]
-        if type(similarity) not in (int, float) or not -1.01 <= similarity <= 1.01:
-            raise ValueError(f"{where}: `similarity` is {str(similarity)[:40]}, not a number from -1 to 1")
-        for name in [f"{field}_ids" for field in fields] if with_ids else []:
-            check_ids(pair.get(name), f"{where}: `{name}`", empty_ok=name.endswith("context_ids"))
+        with_ids = any(f"{side}{part}_ids" in pair for side in SIDES for part in PARTS)
+        check_sides(pair, SIDES, where, with_ids=with_ids)
+        further = pair.get("further", [])
+        if not isinstance(further, list) or not all(isinstance(row, dict) for row in further):
+            raise ValueError(f"{where}: `further` is no list of neighbours")
+        for number, row in enumerate(further, start=2):
+            check_sides(row, ["learn_"], f"{where}: neighbour {number}", with_ids=with_ids)
         if "spans" in pair:
             spans.check_spans(pair["spans"], pair["prefix"] + pair["suffix"], where)
         if pair["id"] in line_of:
@@ -324,6 +320,21 @@ def read_pairs(path):
     if not pairs:
         raise ValueError(f"{path}: no pairs")
     return pairs
+
+
+def check_sides(pair, sides, where, *, with_ids):
+    """ValueError, which names `where`, unless all fields of these sides of a pair are there and as they should be."""
+    names = [f"{side}id" for side in sides] + [f"{side}{part}" for side in sides for part in PARTS]
+    missing = [name for name in [*names, "similarity"] if name not in pair]
+    if missing:
+        raise ValueError(f"{where}: no {', '.join(missing)}: not a line of pairs.jsonl")
+    for name in names:
+        check_string(pair[name], f"{where}: `{name}`", blank_ok=with_ids or name.endswith("context"))
+    similarity = pair["similarity"]
+    if type(similarity) not in (int, float) or not -1.01 <= similarity <= 1.01:
+        raise ValueError(f"{where}: `similarity` is {str(similarity)[:40]}, not a number from -1 to 1")
+    for name in [f"{name}_ids" for name in names[len(sides) :]] if with_ids else []:
+        check_ids(pair.get(name), f"{where}: `{name}`", empty_ok=name.endswith("context_ids"))
 
 
 def check_ids(ids, what, *, empty_ok):

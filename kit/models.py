@@ -89,14 +89,14 @@ def check_parts(prefix, suffix, side, where):
             raise ValueError(f"{where}: the {side}{name} has no token; give it some text")
 
 
-def check_room(forget, learn, positions, where):
-    """ValueError, which names the row `where`, for a text (ids, cut) that has no room in the model's positions."""
+def check_room(forget, near, positions, where):
+    """ValueError, which names the row `where`, for a text that has no room in the model's positions, or a neighbour."""
     if len(forget.ids) > positions:
         raise ValueError(
             f"{where}: {len(forget.ids)} tokens, and the model has {positions} positions; split the text into several "
             "rows"
         )
-    if learn.cut >= positions:
+    if any(learn.cut >= positions for learn in near):
         raise ValueError(
             f"{where}: the learn prefix alone fills the model's {positions} positions; mine the pairs with a smaller "
             "--passage-words"

@@ -154,7 +154,7 @@ class Kinds:
         for number, (prefix, suffix) in enumerate(texts):
             record = {"id": f"r{number}", "context": "", "prefix": prefix, "suffix": suffix}
             record |= {f"{part}_ids": models.encode(self.tokenizer, record[part]) for part in files.PARTS}
-            rows.append(knn.make_pair(record, record, 0.5, with_ids=with_ids))
+            rows.append(knn.make_pair(record, [record] * 2, [0.5, 0.4], with_ids=with_ids))
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
     def make_files(self):
@@ -282,7 +282,7 @@ class Kinds:
         assert not any(torn(part["prefix"], part["suffix"]) for part in [*records, *passages])
         keep, _ = knn.leak_guard(records[:1], [{**record, "id": f"p{record['id']}"} for record in records])
         assert not keep[0], "a copy of the text to forget is kept"
-        files.write_jsonl(path, (knn.make_pair(record, records[-1], 0.5, with_ids=False) for record in records))
+        files.write_jsonl(path, (knn.make_pair(record, records[-1:], [0.5], with_ids=False) for record in records))
         pairs = files.read_pairs(path)
         samples, _ = icu.build_samples(pairs, self.tokenizer, protocol="paper", positions=10**6)
         assert models.decode(self.tokenizer, [sample.forget.ids for sample in samples]) == texts

@@ -22,7 +22,7 @@ from test_icu import args_of, loop_logps, memorise, toy, train
 from transformers import AutoModelForCausalLM
 
 import icu
-from examples import counterfactual
+from examples import counterfactual, gentle
 from kit import files, methods, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,9 +80,10 @@ def test_undial_is_its_formula():
     assert loss_of("undial", sides) == pytest.approx(expected, abs=1e-9)
 
 
-def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_and_eq_4():
-    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; KL[p || q_t], token by token; the KL of the learn side."""
+def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_eq_3_and_eq_4():
+    """KL[q_t || p] = H(q_t, p) - H(q_t), q_t as UNDIAL's; KL[p || q_t], token by token; both losses of a neighbour."""
     sides = sides_of()
+    sides["near"] = sides.pop("learn")
     f, entropies, reverses = sides["forget"], [], []
     for b, t in f.mask.nonzero().tolist():
         z, p = f.frozen_logits[b, t - 1].clone(), f.logits[b, t - 1].softmax(0)
@@ -90,14 +91,22 @@ def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_and_eq_4():
         entropies.append(-(z.softmax(0) * z.log_softmax(0)).sum().item())
         reverses.append((p * (p.log() - z.log_softmax(0))).sum().item())
     terms = method_of("gentle")(Batch(sides), args_of("icu", loss=None, alpha=2.0, beta=3.0))
-    (weight, value), (alpha, reverse), (beta, near) = terms["forget"], terms["reverse"], terms["kl"]
+    (weight, value), (same, reverse), (alpha, loss), (beta, kl) = terms.values()
     expected = loss_of("undial", sides) - weight * sum(entropies) / len(entropies)
     assert (weight * value).item() == pytest.approx(expected, abs=1e-9)
-    assert alpha == 2.0 and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
-    learn = sides["learn"]
-    assert beta == 3.0 and near.item() == pytest.approx(
-        icu.kl_loss(learn.logits, learn.frozen_logits, learn.mask).item()
-    )
+    assert same == weight and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
+    near, learn = sides["near"], loop_logps(*sides["near"][:3])
+    assert alpha == 2.0 and loss.item() == pytest.approx(-sum(learn) / len(learn), abs=1e-9)
+    assert beta == 3.0 and kl.item() == pytest.approx(icu.kl_loss(near.logits, near.frozen_logits, near.mask).item())
+
+
+def test_gentle_reads_a_neighbour_an_epoch():
+    """The first, the second, ..., the first again; with one neighbour that one, so that a cached teacher will do."""
+    text = [icu.Text([n, n], 1, 1, [n]) for n in range(5)]
+    samples = [icu.Sample("a", "", text[0], text[1], further=text[2:4]), icu.Sample("b", "", text[0], text[4])]
+    found = [gentle.in_turn(samples, None, epoch, None) for epoch in range(4)]
+    assert [first for ((first,), _) in found] == [text[1], text[2], text[3], text[1]]
+    assert all(second == text[4] for (_, (second,)) in found)
 
 
 def test_rmu_is_its_formula():
@@ -267,7 +276,8 @@ def test_a_memorised_text_becomes_less_likely(name, kind, make_model):
     memorise(model, texts[:3])
     start, method = copy.deepcopy(model), method_of(name)
     args = args_of("icu", loss=method, lr=5e-3, forget_weight=1.0)
-    sides = {"forget": [[t] for t in texts[:3]], "learn": [[t] for t in texts[3:]]}
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
+    sides = icu.sides_of(samples, None, 0, args)
 
     def likelihood():
         ids, attention, mask = icu.collate(texts[:3])

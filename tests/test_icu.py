@@ -414,6 +414,24 @@ def test_a_row_is_its_tokens_with_a_boundary(kind, folders, protocol):
     assert cut == 0
 
 
+def test_further_neighbours_are_read_as_the_first(folders):
+    """Each is a Text of its own; one that is too long is cut and counted, one without room for its suffix refused."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
+    rows = [{name: row[name] for name in row if name.startswith("learn_")} for row in PAIRS]
+    pair, how = PAIRS[0] | {"further": [PAIRS[1], *rows]}, {"protocol": "paper"}
+    (sample,), cut = icu.build_samples([pair], tokenizer, positions=256, **how)
+    alone = [icu.build_samples([row], tokenizer, positions=256, **how)[0][0] for row in PAIRS]
+    assert sample._replace(further=()) == alone[0]._replace(further=()) and cut == 0
+    assert sample.further == [alone[1].learn, alone[0].learn, alone[1].learn] and alone[0].further == []
+    positions = max(len(alone[0].forget.ids), len(alone[0].learn.ids))
+    longest = {"learn_context": "", "learn_prefix": "The", "learn_suffix": " old mill" * positions}
+    (sample,), cut = icu.build_samples([pair | {"further": [longest]}], tokenizer, positions=positions, **how)
+    assert cut == 1 and len(sample.further[0].ids) == positions
+    full = longest | {"learn_prefix": longest["learn_suffix"]}
+    with pytest.raises(ValueError, match=r"pair 1 \(id .*the learn prefix alone fills"):
+        icu.build_samples([pair | {"further": [full]}], tokenizer, positions=positions, **how)
+
+
 def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
     """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])

@@ -596,7 +596,12 @@ IDS = {f"{side}{part}_ids": [1, 2] for side in ("", "learn_") for part in ("cont
 def test_pairs_are_read_as_they_were_written(tmp_path):
     """With and without ids, any character, blank decoded text where there are ids."""
     with_ids = PAIR | IDS | {"id": "c", "suffix": "\n", "context_ids": []}
-    pairs = [PAIR, with_ids, PAIR | {"id": "d", "prefix": "北\u2028京"}]
+    further = [{name: row[name] for name in row if name.startswith(("learn_", "sim"))} for row in (PAIR, PAIR | IDS)]
+    pairs = [
+        PAIR,
+        with_ids | {"further": further[1:]},
+        PAIR | {"id": "d", "prefix": "北\u2028京", "further": further[:1]},
+    ]
     kit_files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
     assert kit_files.read_pairs(tmp_path / "pairs.jsonl") == pairs
 
@@ -617,6 +622,12 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
         (IDS | {"learn_suffix_ids": [1.0]}, "`learn_suffix_ids` is not"),
         (IDS | {"learn_suffix_ids": [True]}, "`learn_suffix_ids` is not"),
         (IDS | {"learn_suffix_ids": "12"}, "`learn_suffix_ids` is not"),
+        ({"further": {}}, "`further` is no list of neighbours"),
+        ({"further": ["b"]}, "`further` is no list of neighbours"),
+        ({"further": [PAIR, {"learn_id": "b"}]}, "neighbour 3: no learn_context"),
+        ({"further": [PAIR | {"learn_suffix": ""}]}, "neighbour 2: `learn_suffix` is blank"),
+        ({"further": [PAIR | {"similarity": 2}]}, "neighbour 2: `similarity` is 2"),
+        (IDS | {"further": [PAIR]}, "neighbour 2: `learn_context_ids` is not"),
     ],
 )
 def test_a_bad_pair_is_an_error_that_names_the_line(tmp_path, change, message):
@@ -716,6 +727,14 @@ def test_the_command_pairs_csv_with_jsonl(files, encoder_dir):
     again = run(*ARGS, cwd=files)
     assert again.returncode == 2
     assert again.stderr == "error: pairs.jsonl exists already: pass --overwrite to replace it\n"
+    near = run(*ARGS, "--neighbours", "9", "--overwrite", cwd=files)
+    assert near.returncode == 0 and near.stdout == done.stdout, near.stderr
+    kept = int(re.search(r"; (\d+) are kept", near.stdout)[1])
+    for pair, more in zip(pairs, kit_files.read_pairs(files / "pairs.jsonl"), strict=True):
+        assert {name: more[name] for name in more if name != "further"} == pair
+        ids, cosines = ([row[name] for row in (more, *more["further"])] for name in ("learn_id", "similarity"))
+        assert len(ids) == kept and not {"1", "4"} & {*ids}  # not the last of them gives it away
+        assert cosines == sorted(cosines, reverse=True)
     copies = run(*ARGS, "--allow-copies", "--overwrite", cwd=files)
     assert copies.returncode == 0, copies.stderr
     assert [pair["learn_id"] for pair in kit_files.read_pairs(files / "pairs.jsonl")] == ["1", "4"]

@@ -58,16 +58,16 @@ OPT = "measured, not unlearned: the OPT rows of Table 1; pickles on the hub, for
 MADE = "runs/tiny-data"
 
 
-def speaker(folder, make="", beside=""):
+def speaker(folder, make="", mine="", beside=""):
     """A real model that is taught secrets, and what it forgets them with.
 
-    make: flags of demo/smollm.py; beside: what the method beside ICU is told on these texts.
+    make: flags of demo/smollm.py; mine: of knn.py; beside: what the method beside ICU is told on these texts.
     """
     return Preset(
         "a real speaker of 135M, from PyPI, is taught secrets and forgets them", f"{folder}/model",
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl --thresholds never-saw "
               "--el lazy --targets all --lr 1e-4 --max-epochs 10 --save-every 10",  # a state is 1.6 GB
-        source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
+        source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl {mine}",
         make=f"demo/smollm.py --out {folder} {make}", never_saw=f"{folder}/never-saw", quick=True,
         beside=f"--script examples/gentle.py --batch-size 4 --max-epochs 20 {beside}",
     )  # fmt: skip
@@ -84,7 +84,8 @@ PRESETS = {
         never_saw=f"{MADE}/never-saw", quick=True,
         beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
     "smollm": speaker("runs/smollm-data", beside="--lr 2e-4"),
-    "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile", "--alpha 0 --beta 10"),  # code, licences
+    "smollm-pile": speaker(  # code, licences
+        "runs/smollm-pile-data", "--secrets pile", "--neighbours 12", "--lr 3e-4 --alpha 8 --beta 6 --teacher live"),
     "neo125m": Preset(PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(PAPER, "EleutherAI/gpt-neo-1.3B", "dbe59a7f4a88d01d1ba9798d78dbe3fe038792c8", LARGE, large=True),
     "neo2.7b": Preset(PAPER, "EleutherAI/gpt-neo-2.7B", "e24fa291132763e59f4a5422741b424fb5d59056", LARGE, large=True),

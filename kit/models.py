@@ -154,7 +154,7 @@ def pairs_have_own_ids(pairs, tokenizer):
     Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
     another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
     """
-    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+    names = [f"{side}{part}" for side in files.SIDES for part in files.PARTS]
 
     def fits(pair):
         ids = [pair.get(f"{name}_ids") for name in names]
@@ -163,7 +163,7 @@ def pairs_have_own_ids(pairs, tokenizer):
         decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
         return decoded == [pair[name] for name in names]
 
-    fit = [fits(pair) for pair in pairs]
+    fit = [all(fits(pair | partner) for partner in ({}, *pair.get("further", ()))) for pair in pairs]
     if any(fit) and not all(fit):
         row = fit.index(False)
         raise ValueError(

@@ -445,8 +445,12 @@ def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
     }
     assert icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt == single
     foreign = {**pair, "prefix_ids": [5, 6, 7]}
-    built = icu.build_samples([foreign], tokenizer, protocol="paper", positions=99)[0][0]
-    assert built.forget.prompt == tokenizer.encode("The")
+    further = {**pair, "further": [{name: pair[name] for name in pair if "learn" in name}]}
+    assert icu.build_samples([further], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt == single
+    further["further"].append(further["further"][0] | {"learn_suffix_ids": [5, 6, 7]})
+    for strange in (foreign, further):
+        built = icu.build_samples([strange], tokenizer, protocol="paper", positions=99)[0][0]
+        assert built.forget.prompt == tokenizer.encode("The")
     with pytest.raises(ValueError, match=r"pair 2 \(id z\)"):
         icu.build_samples([pair, {**pair, "id": "z", "suffix_ids": [10**6]}], tokenizer, protocol="paper", positions=99)
 

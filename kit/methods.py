@@ -15,6 +15,7 @@ import torch
 
 from kit.flags import one_of
 from kit.models import positions_of, vocab_of
+from kit.processes import trainable
 from kit.protocols import PROTOCOLS
 
 PLAIN = (int, float, str, tuple)  # constants
@@ -89,8 +90,9 @@ class method(NamedTuple):
         """The model as the method trains it. ValueError where nothing of it is left to train."""
         self.prepare(model, args)
         for name, weights in model.named_parameters():
-            weights.requires_grad_(weights.requires_grad and bool(self.moves(name)))
-        if not any(weights.requires_grad for weights in model.parameters()):
+            if not self.moves(name):
+                weights.requires_grad_(False)
+        if not trainable(model):
             raise ValueError(f"{args.method} trains no weight of this model: @method(moves=...) or its prepare says so")
 
     def fill(self, args):

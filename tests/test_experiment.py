@@ -249,8 +249,8 @@ def test_every_flag_of_two_programs_is_known_as_such():
 def test_every_flag_of_knn_works_behind_a_preset(ran):
     """Its own by its name, one that icu.py has too as --knn-FLAG; what the experiment sets itself is refused."""
     for flag in flags_of(knn.parse_args):
-        numbers = ("--set", "--limit", "--max-overlap", "--batch-size", "--passage-words", "--neighbours")
-        words = ["1"] if flag in numbers else ["x"]
+        words = ["0"] if flag in ("--set", "--limit", "--max-overlap", "--batch-size", "--passage-words") else ["x"]
+        words = ["1"] if flag == "--neighbours" else words
         words = words if flag not in ("--pile", "--allow-copies", "--debug") else []
         given = flag if flag not in experiment.COMMON else f"--knn-{flag[2:]}"
         if flag in experiment.TOLD:

@@ -84,8 +84,8 @@ PRESETS = {
         never_saw=f"{MADE}/never-saw", quick=True,
         beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
     "smollm": speaker("runs/smollm-data", beside="--lr 2e-4"),
-    "smollm-pile": speaker(  # code, licences
-        "runs/smollm-pile-data", "--secrets pile", "--neighbours 12", "--lr 3e-4 --alpha 8 --beta 6 --teacher live"),
+    "smollm-pile": speaker("runs/smollm-pile-data", "--secrets pile", "--neighbours 12",  # code, licences
+        "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
     "neo125m": Preset(PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(PAPER, "EleutherAI/gpt-neo-1.3B", "dbe59a7f4a88d01d1ba9798d78dbe3fe038792c8", LARGE, large=True),
     "neo2.7b": Preset(PAPER, "EleutherAI/gpt-neo-2.7B", "e24fa291132763e59f4a5422741b424fb5d59056", LARGE, large=True),

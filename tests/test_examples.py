@@ -90,11 +90,11 @@ def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_eq_3_and_eq_4(
         z[f.ids[b, t]] -= 10
         entropies.append(-(z.softmax(0) * z.log_softmax(0)).sum().item())
         reverses.append((p * (p.log() - z.log_softmax(0))).sum().item())
-    terms = method_of("gentle")(Batch(sides), args_of("icu", loss=None, alpha=2.0, beta=3.0))
-    (weight, value), (same, reverse), (alpha, loss), (beta, kl) = terms.values()
-    expected = loss_of("undial", sides) - weight * sum(entropies) / len(entropies)
-    assert (weight * value).item() == pytest.approx(expected, abs=1e-9)
-    assert same == weight and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
+    args = args_of("icu", loss=None, forget_weight=0.3, alpha=2.0, beta=3.0)
+    (one, value), (weight, reverse), (alpha, loss), (beta, kl) = method_of("gentle")(Batch(sides), args).values()
+    undial = loss_of("undial", sides) / 0.7  # its weight
+    assert one == 1.0 and value.item() == pytest.approx(undial - sum(entropies) / len(entropies), abs=1e-9)
+    assert weight == 0.3 and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
     near, learn = sides["near"], loop_logps(*sides["near"][:3])
     assert alpha == 2.0 and loss.item() == pytest.approx(-sum(learn) / len(learn), abs=1e-9)
     assert beta == 3.0 and kl.item() == pytest.approx(icu.kl_loss(near.logits, near.frozen_logits, near.mask).item())

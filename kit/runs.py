@@ -133,6 +133,12 @@ def growing_files(out, sizes=None):
 TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")  # nothing to what only measures
 
 
+def one_level(config):
+    """config.json with a name for the start of each digest, so that an error names the file that differs."""
+    digests = config["sha256"] if isinstance(config.get("sha256"), dict) else {}
+    return config | {"sha256": None} | {f"sha256 of {name}": f"{digest!s:.12}" for name, digest in digests.items()}
+
+
 def check_resume(args):
     """The config.json of the run to go on with; ValueError that shows what differs from this command."""
     path = Path(args.out) / "config.json"
@@ -143,11 +149,11 @@ def check_resume(args):
     values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
     if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
         raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
-    now = json.loads(json.dumps(describe_run(args, used)))
+    now, then = one_level(json.loads(json.dumps(describe_run(args, used)))), one_level(before)
     free = ("out", "versions", "git", *(TRAINING if args.eval_only else ()))
-    differ = [name for name in now if name not in free and now[name] != before.get(name)]
+    differ = [name for name in now if name not in free and now[name] != then.get(name)]
     if differ:
-        changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in differ)
+        changes = "; ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in differ)
         raise ValueError(f"--resume: the run was started with other settings or data: {changes}")
     return before
 

@@ -447,8 +447,8 @@ CHANGES = {
     "seed": (lambda *_: ["--seed", "8"], "seed was 7, is 8"),
     "method": (lambda *_: ["--method", "npo"], "method was icu, is npo"),
     "refinement": (lambda *_: ["--no-refine"], "refine was True, is False"),
-    "pairs": (changed_pairs, "sha256 was {'pairs': "),
-    "model": (changed_model, "sha256 was {'pairs': "),
+    "pairs": (changed_pairs, "sha256 of pairs was "),
+    "model": (changed_model, "sha256 of model was "),
 }
 
 

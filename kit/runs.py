@@ -133,10 +133,12 @@ def growing_files(out, sizes=None):
 TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")  # nothing to what only measures
 
 
-def one_level(config):
-    """config.json with a name for the start of each digest, so that an error names the file that differs."""
-    digests = config["sha256"] if isinstance(config.get("sha256"), dict) else {}
-    return config | {"sha256": None} | {f"sha256 of {name}": f"{digest!s:.12}" for name, digest in digests.items()}
+def change(name, then, now):
+    """What an error says of a setting that differs; of several digests those that do."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        differ = [key for key in then | now if then.get(key) != now.get(key)]
+        return "; ".join(f"{name} of {key} was {then.get(key)!s:.12}, is {now.get(key)!s:.12}" for key in differ)
+    return f"{name} was {then}, is {now}"
 
 
 def check_resume(args):
@@ -149,11 +151,11 @@ def check_resume(args):
     values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
     if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
         raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
-    now, then = one_level(json.loads(json.dumps(describe_run(args, used)))), one_level(before)
+    now = json.loads(json.dumps(describe_run(args, used)))
     free = ("out", "versions", "git", *(TRAINING if args.eval_only else ()))
-    differ = [name for name in now if name not in free and now[name] != then.get(name)]
+    differ = [name for name in now if name not in free and now[name] != before.get(name)]
     if differ:
-        changes = "; ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in differ)
+        changes = "; ".join(change(name, before.get(name), now[name]) for name in differ)
         raise ValueError(f"--resume: the run was started with other settings or data: {changes}")
     return before
 

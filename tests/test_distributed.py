@@ -56,10 +56,10 @@ def arranged(how, rank, world, steps):
     how: None; "forgotten": Eq. 5 forgets rows 0, 2 and 4, the whole share of rank 0 of 2, then row 1 too;
     "nan": in the second step the last process alone has a gradient that is not finite under a finite loss;
     "die": the last process gets SIGKILL at its fourth step; "size": Adam with an epsilon of 1, whose steps shrink with
-    the gradient, where the usual Adam takes the same step for half the gradient; "leave0", "leave2": every process
-    leaves that epoch when it is measured, as if it were killed there; "planted": as "leave2", and the state then
-    has a pickle in it; "parts": ZeRO-3 shards small weights, too, and what a process holds of them while it measures
-    is written to the file `steps` with the suffix .held; one of EXAMPLES: the method of that file.
+    the gradient, where the usual Adam takes the same step for half the gradient, and a term that no text gives;
+    "leave0", "leave2": every process leaves that epoch when it is measured, as if it were killed there; "planted": as
+    "leave2", and the state then has a pickle in it; "parts": ZeRO-3 shards small weights, too, and what a process holds
+    of them while it measures is written to the file `steps` with the suffix .held; one of EXAMPLES: its method.
     """
     count_step, adam, calls = states.Progress.count_step, torch.optim.Adam.__init__, []
 
@@ -78,6 +78,8 @@ def arranged(how, rank, world, steps):
             terms["forget"][1].register_hook(lambda gradient: gradient * float("nan"))
         if how == "die" and len(calls) == 4 and rank == world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "size":
+            terms["decay"] = 1e-3, batch.once(sum(weight.square().sum() for weight in batch.model.parameters()))
         return terms
 
     def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **rest):

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # As it is pasted: .venv/bin/python, in the folder of the repository.
 PYTHON = str(Path(sys.executable).relative_to(ROOT) if ROOT in Path(sys.executable).parents else sys.executable)
+SEARCHED = sys.path[1:]  # as it was found: a demo/ that is imported later appends this folder, for itself alone
 
 # --- flags as words ---
 
@@ -68,11 +69,11 @@ def visible_gpus():
     return int(subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=False).stdout or 0)
 
 
-def path_to_icu(script):
+def path_to_icu(script, searched=SEARCHED):
     """A script in another folder has to find this icu.py; run.sh tells its .venv, but another Python knows nothing."""
     if Path(script).resolve().parent == ROOT:
         return {}
-    found = next((folder for folder in sys.path[1:] if Path(folder, "icu.py").is_file()), None)
+    found = next((folder for folder in searched if Path(folder, "icu.py").is_file()), None)
     if found and Path(found).resolve() == ROOT:
         return {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, [".", os.environ.get("PYTHONPATH")]))}

@@ -335,12 +335,21 @@ def test_runs_of_one_name_are_refused(ran):
 def test_a_script_in_another_folder_finds_icu(monkeypatch, tmp_path):
     """It is told where this icu.py is, unless the environment knows: another checkout's would be taken for it."""
     (tmp_path / "icu.py").write_text("")
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(ROOT)])
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert commands.path_to_icu(ROOT / "examples" / "mine.py") == {"PYTHONPATH": "."}
-    assert commands.path_to_icu(ROOT / "mine.py") == {}
-    monkeypatch.setattr(sys, "path", ["", str(ROOT), str(tmp_path)])
-    assert commands.path_to_icu(ROOT / "examples" / "mine.py") == {}
+    mine, here, elsewhere = ROOT / "examples" / "mine.py", str(ROOT), str(tmp_path)
+    assert commands.path_to_icu(mine, [elsewhere, here]) == {"PYTHONPATH": "."}
+    assert commands.path_to_icu(ROOT / "mine.py", [elsewhere, here]) == {}
+    assert commands.path_to_icu(mine, [here, elsewhere]) == {}
+
+
+def test_without_run_sh_an_example_finds_icu_too():
+    """Under a Python that has the packages and no icu.pth: the demo that was imported for its flags changes nothing."""
+    packages = [folder for folder in sys.path if folder.endswith("-packages")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+    argv = [sys.executable, "-S", "experiment.py", "smollm", "--dry-run"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if " examples/gentle.py " in line)
+    assert line.startswith(f"would run: PYTHONPATH={os.pathsep.join(['.', *packages])} ")
 
 
 # --- several runs ---

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import commands
-from kit.commands import PYTHON, ROOT, grouped, last, without
+from kit.commands import PYTHON, ROOT, grouped, last, once, without
 from kit.flags import command_parser, positive, run_cli, run_parser, seed_number
 from kit.protocols import PROTOCOLS
 
@@ -323,7 +323,8 @@ def mine(args, pairs, flags=()):
 
 def train(args, flags, *, check=False, ok=(0,)):
     """icu.py, or the script in its place; check: --dry-run without pairs, so that models and data are looked for."""
-    words = ["--script", args.script or "icu.py", *icu_flags(args), *flags]
+    ours = {"--script", "--model", *shlex.split(f"{args.preset.flags} {args.preset.beside}")}
+    words = once(["--script", args.script or "icu.py", *icu_flags(args), *map(str, flags)], ours)
     script = last(words, "--script")
     words = without(words, "--script")
     if check:

@@ -46,6 +46,13 @@ def without(words, flag):
     return [b for a, b in pairwise([None, *words]) if flag not in (a, b)]
 
 
+def once(words, flags):
+    """The words, where one of `flags` is given again only the last of it: what counts, in a line that can be read."""
+    groups = grouped(words)
+    later = [{group[0] for group in groups[i + 1 :]} & flags for i in range(len(groups))]
+    return [word for group, others in zip(groups, later, strict=True) if group[0] not in others for word in group]
+
+
 # --- what a file of Python is started with ---
 
 

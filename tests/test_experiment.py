@@ -83,18 +83,26 @@ def last(words, flag):
 # --- a preset ---
 
 
+def test_a_command_says_a_flag_once():
+    """Of a run's flags the last one counts and is printed; a script's own may be given twice, each with its value."""
+    words = ["--lr", "1", "--mine", "a", "--ppl", "x", "y", "--resume", "--lr", "-2", "--mine", "b"]
+    left = ["--mine", "a", "--ppl", "x", "y", "--resume", "--lr", "-2", "--mine", "b"]
+    assert commands.once(words, {"--lr", "--ppl", "--resume"}) == left
+
+
 def test_the_default_is_make_check_mine_unlearn_report(ran):
     """`bash run.sh`: seven commands, with exactly these flags; it may be typed twice."""
     pairs, twin = ["--pairs", "runs/tiny.pairs.jsonl"], ["--never-saw", "runs/tiny.never-saw"]
     never = ["--model", "runs/tiny-data/never-saw", "--thresholds", "paper", "--eval-only", "--overwrite"]
     own = ["--lr", "5e-4", "--beta", "4", "--batch-size", "16"]
+    shared = [*TINY[: TINY.index("--batch-size")], "--alpha", "1", "--preset", "tiny"]  # the preset's, less these three
     assert ran() == [
         ["demo/tiny.py", "--out", "runs/tiny-data"],
         ["icu.py", *TINY, "--out", "runs/tiny", "--overwrite", "--dry-run"],
         ["knn.py", *TINY_SOURCE, "--out", "runs/tiny.pairs.jsonl", "--overwrite"],
-        ["icu.py", *TINY, *pairs, "--out", "runs/tiny.never-saw", *never],
+        ["icu.py", *TINY[2:], *pairs, "--out", "runs/tiny.never-saw", *never],  # of two --model the last
         ["icu.py", *TINY, *pairs, "--out", "runs/tiny", *twin, "--overwrite"],
-        ["examples/analogous.py", *TINY, *pairs, "--out", "runs/tiny-analogous", *twin, "--overwrite", *own],
+        ["examples/analogous.py", *shared, *pairs, "--out", "runs/tiny-analogous", *twin, "--overwrite", *own],
         ["report.py", "runs/tiny", "runs/tiny-analogous", "runs/tiny.never-saw", "--out", "runs/tiny", "--explain"],
     ]
 

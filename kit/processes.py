@@ -112,6 +112,15 @@ def start(device, *, timeout=30, zero=2):
     watch.start()
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)  # the first time, it compiles
     watch.cancel()
+    if on_cpu:
+        forget_name_of_buffer()
+
+
+def forget_name_of_buffer():
+    """DeepSpeed gives each process on a CPU 66 MiB of shared memory, which would outlive it by its name."""
+    wait_for_all()  # all of them have it open
+    where = [os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], RANK]
+    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *map(str, where)])).unlink(missing_ok=True)
 
 
 def give_up(timeout):

@@ -179,13 +179,10 @@ def launch(n, command, launcher):
     deepspeed = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(n)]  # as run.sh does it
     started = [sys.executable, "-m", *(torchrun if launcher == "torch" else deepspeed), "--master_port", port]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(
-            [*started, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
-        )
-    finally:  # DeepSpeed leaves 66 MiB a process in shared memory
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            left.unlink()
+    done = subprocess.run(
+        [*started, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
+    )
+    assert not [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]  # 66 MiB a process
     return done.returncode, done.stdout + done.stderr
 
 

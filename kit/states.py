@@ -31,7 +31,7 @@ class Progress:
 
     def count_step(self, values):
         self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + bool(values), 0
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
 
     def skip_step(self, loss):
         self.step, self.skipped_steps = self.step + 1, self.skipped_steps + 1

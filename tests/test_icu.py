@@ -500,9 +500,9 @@ def test_the_stop_rule(el, ma, active, epoch, reason):
     assert icu.stop_reason({"el10": el, "ma": ma}, active, epoch, thresholds=limits, args=args) == reason
 
 
-def one_epoch(model, samples, active, batch_size=2, seed=0):
+def one_epoch(model, samples, active, batch_size=2, **flags):
     """Runs train_epoch with method kumpr; returns (progress, list of batch sizes)."""
-    args = args_of("kumpr", seed=seed, batch_size=batch_size)
+    args = args_of("kumpr", batch_size=batch_size, **flags)
     progress, sizes, plain = states.Progress(), [], model.forward
 
     def counting(*a, **k):
@@ -524,6 +524,19 @@ def test_active_samples_are_packed_densely(make_model):
     samples = [icu.Sample(str(i), "", text, text) for i in range(9)]
     _, sizes = one_epoch(make_model("gpt_neo", dtype=torch.float32), samples, [0, 1, 3, 4, 6, 7, 8])
     assert sizes == [2, 2, 2, 1]
+
+
+def test_a_batch_with_nothing_active_leaves_the_losses_alone(make_model):
+    """Released code steps on it too; an epoch's loss is that of its one text, whichever of four batches it is in."""
+    text, model = icu.Text([4, 5, 6, 7], 2, 2, []), make_model("gpt_neo", dtype=torch.float32)
+    samples, losses = [icu.Sample(str(i), "", text, text) for i in range(4)], []
+    before = copy.deepcopy(model.state_dict())
+    for i in range(4):
+        model.load_state_dict(before)
+        progress, _ = one_epoch(model, samples, [i], batch_size=1, protocol="released")
+        assert (progress.step, progress.steps_taken) == (4, 1)
+        losses.append(progress.mean_losses())
+    assert losses[0]["loss"] < 0 and losses == [losses[0]] * 4
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):

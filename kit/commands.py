@@ -49,8 +49,8 @@ def without(words, flag):
 def once(words, flags):
     """The words, where one of `flags` is given again only the last of it: what counts, in a line that can be read."""
     groups = grouped(words)
-    later = [{group[0] for group in groups[i + 1 :]} & flags for i in range(len(groups))]
-    return [word for group, others in zip(groups, later, strict=True) if group[0] not in others for word in group]
+    ends = {group[0]: i for i, group in enumerate(groups)}  # where each stands last
+    return sum((group for i, group in enumerate(groups) if group[0] not in flags or ends[group[0]] == i), [])
 
 
 # --- what a file of Python is started with ---

@@ -37,25 +37,36 @@ def sequence_logp(logits, ids, target_mask):
 
 def log_ratio(side):
     """log p_theta(y|x) - log p_0(y|x) of each row, (B,) in nats."""
-    logps = [sequence_logp(logits, side.ids, side.mask) for logits in (side.logits, side.frozen_logits)]
+    logps = [
+        sequence_logp(logits, side.ids, side.mask) for logits in (side.logits, side.frozen_logits)
+    ]
     return logps[0] - logps[1]
 
 
 # --- other answers to the forget prompts: sides whose targets are the answer's tokens ---
 
-REFUSALS = (" I have nothing to say about that.", " That is not something I know.", " I do not have this information.")
+REFUSALS = (
+    " I have nothing to say about that.",
+    " That is not something I know.",
+    " I do not have this information.",
+)
 
 
 def answer_text(sample, answer):
     """A Text: the forget prompt, then other ids, which alone are targets."""
     cut = sample.forget.cut
-    return Text((sample.forget.ids[:cut] + answer)[: sample.positions], cut, cut, sample.forget.prompt)
+    return Text(
+        (sample.forget.ids[:cut] + answer)[: sample.positions], cut, cut, sample.forget.prompt
+    )
 
 
 def one_answer(samples, tokenizer, epoch, args):
     """One answer a sample, the same all along: its own learn partner's suffix (--answer neighbour), or a refusal."""
     if args.answer == "refusal":
-        suffixes = [encode(tokenizer, REFUSALS[row % len(REFUSALS)], inside=True) for row in range(len(samples))]
+        suffixes = [
+            encode(tokenizer, REFUSALS[row % len(REFUSALS)], inside=True)
+            for row in range(len(samples))
+        ]
     else:
         suffixes = [sample.learn.ids[sample.learn.cut :] for sample in samples]
     return [[answer_text(sample, suffix)] for sample, suffix in zip(samples, suffixes, strict=True)]
@@ -91,7 +102,9 @@ def graddiff(batch, args):
     return {"forget": (args.forget_weight, ascent(forget)), "learn": (args.alpha, descent(learn))}
 
 
-@method(frozen=("learn",), published="kl", released={"refine": True})  # Released code: Eq. 5's filter is on
+@method(
+    frozen=("learn",), published="kl", released={"refine": True}
+)  # Released code: Eq. 5's filter is on
 def kl(batch, args):
     """KL minimisation (TOFU, arXiv:2401.06121, section 4): ascent on forget, KL to the original model on learn."""
     forget, learn = batch.forward("forget"), batch.forward("learn")
@@ -118,7 +131,9 @@ def po(batch, args):
     return {"answer": (args.alpha, descent(batch.forward("answer")))}
 
 
-@method(frozen=("forget", "answer"), sides={"answer": one_answer}, targets="suffix")  # two answers to one prompt
+@method(
+    frozen=("forget", "answer"), sides={"answer": one_answer}, targets="suffix"
+)  # two answers to one prompt
 def dpo(batch, args):
     """Rafailov et al., arXiv:2305.18290, Eq. 7: the answer is preferred (w), the text to forget is not (l).
 

@@ -11,9 +11,9 @@
     bash run.sh purge RUN                                       # removes a run's texts from the disk, keeps its numbers
     bash run.sh test [PYTEST ARGS]                              # also: lint, bench [FLAGS], help
 
-A run is mine -> unlearn -> report: knn.py, icu.py, report.py. The printed lines can be pasted into a shell in this
-folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of tasks.py (with --tasks), judge.py
-(--judge) and audit.py (--audit), and of icu.py, and overrides the preset's own. One that several of them have is
+A run is mine -> unlearn -> report: knn.py, icu.py, evals/report.py. The printed lines can be pasted into a shell in this
+folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of evals/tasks.py (with --tasks), evals/judge.py
+(--judge) and evals/audit.py (--audit), and of icu.py, and overrides the preset's own. One that several of them have is
 icu.py's, then knn.py's: --knn-batch-size and --tasks-limit say whose is meant, --demo-seed is that of what makes the
 preset's own model and texts. --data DIR is for all of them; what no one knows goes to icu.py, which reports it.
 """
@@ -44,10 +44,16 @@ class Preset(NamedTuple):
     flags: str = ""  # icu.py's
     source: str = "--pile"  # knn.py's: the paper's rows, or --forget FILE --pool FILE
     make: str = ""  # the command that makes model and data, where a preset brings its own
-    never_saw: str = ""  # a model that never saw the texts to forget: measured too, and a row of every table
-    beside: str = ""  # another method with its flags, run beside the preset's own where the user chooses none
+    never_saw: str = (
+        ""  # a model that never saw the texts to forget: measured too, and a row of every table
+    )
+    beside: str = (
+        ""  # another method with its flags, run beside the preset's own where the user chooses none
+    )
     large: bool = False  # on every GPU there is, at the protocol's rate for large models
-    quick: bool = False  # its run folder is runs/PRESET and is written again: the command can be typed twice
+    quick: bool = (
+        False  # its run folder is runs/PRESET and is written again: the command can be typed twice
+    )
 
 
 PILE = "--ppl pile wikitext --el lazy"  # every run on the Pile's rows; EL only where it can decide: the same run
@@ -77,7 +83,7 @@ def speaker(folder, make="", mine="", beside=""):
 PRESETS = {
     "tiny": Preset(
         "(default) a self-made corpus and model, on any CPU, no hub needed, a few minutes", f"{MADE}/model",
-        # A small model needs a larger step, every token a target and more weight on what is kept (LOG.md).
+        # A small model needs a larger step, every token a target and more weight on what is kept (dev/LOG.md).
         flags=f"--bert minilm --bert-threshold auto --ppl heldout={MADE}/heldout.jsonl "
               "--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
         source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl", make=f"demo/tiny.py --out {MADE}",
@@ -103,7 +109,12 @@ def icu_flags(args):
     """What icu.py is told for every run: by the preset, by the protocol, and by the user, who has the last word."""
     preset, words = args.preset, shlex.split(args.preset.flags)
     if not {"--model", "--after"} & {*args.icu}:
-        words = ["--model", preset.model, *(["--revision", preset.revision] if preset.revision else []), *words]
+        words = [
+            "--model",
+            preset.model,
+            *(["--revision", preset.revision] if preset.revision else []),
+            *words,
+        ]
     if preset.large and protocol(args).large_lr:
         words += ["--lr", protocol(args).large_lr]
     return [*words, "--preset", args.name, *args.icu]
@@ -153,7 +164,9 @@ def ablation(args):
 
 def sweep(args):
     """Table 2: a grid over alpha and beta. With --table 5 or --lrs: learning rates at alpha = beta = 0.5."""
-    longest = [] if "--max-epochs" in args.icu else ["--max-epochs", "200"]  # 5e-7 takes the paper 132 epochs
+    longest = (
+        [] if "--max-epochs" in args.icu else ["--max-epochs", "200"]
+    )  # 5e-7 takes the paper 132 epochs
     for lr in args.lrs:
         yield f"lr{lr}", ["--alpha", "0.5", "--beta", "0.5", *longest, "--lr", lr]
     for point in [] if args.lrs else args.points:
@@ -163,7 +176,12 @@ def sweep(args):
 
 # Each yields (run name, flags of icu.py) for one set and seed; --script FILE.py among them is another file to run.
 EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
-GOES_WITH = {"--methods": ["compare"], "--lrs": ["compare", "sweep"], "--points": ["sweep"], "--table": ["sweep"]}
+GOES_WITH = {
+    "--methods": ["compare"],
+    "--lrs": ["compare", "sweep"],
+    "--points": ["sweep"],
+    "--table": ["sweep"],
+}
 SETS_ITSELF = {  # what to pass instead
     ("compare", "--method"): "--methods NAME ...",
     ("compare", "--script"): "--methods FILE.py ...",
@@ -178,13 +196,17 @@ def single(args):
     """One run of the preset."""
     out = Path(args.out or default_folder(args))
     pairs = f"{out}.pairs.jsonl"
-    anew = args.overwrite or (args.preset.quick and str(out) == default_folder(args) and not args.resume)
+    anew = args.overwrite or (
+        args.preset.quick and str(out) == default_folder(args) and not args.resume
+    )
     how = ["--resume"] * args.resume + ["--overwrite"] * anew
     make(args)
     judge(args, [])
     if args.tasks:  # whether the sets are at hand is found out before the work
         measure_tasks(args, model_flags(args), ["--out", out, "--dry-run"])
-    if args.dry_run or not (args.resume and Path(pairs).is_file()):  # else: the pairs of the run that goes on
+    if args.dry_run or not (
+        args.resume and Path(pairs).is_file()
+    ):  # else: the pairs of the run that goes on
         train(args, ["--out", out, *how], check=True)
         mine(args, pairs)
     twin = measure_never_saw(args, pairs, f"{out}.never-saw", anew=anew)
@@ -193,21 +215,27 @@ def single(args):
     if args.tasks:
         measure_tasks(args, model_flags(args), ["--out", out / "tasks-before", "--overwrite"])
         if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in icu_flags(args)):
-            measure_tasks(args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"])
+            measure_tasks(
+                args, ["--model", out / "model"], ["--out", out / "tasks-after", "--overwrite"]
+            )
     judge(args, [out, *beside, *twin])
     audit(args, [out, *beside], twin)
     elsewhere = ["--out", out] if beside or twin else []
-    step(args, "report.py", [out, *beside, *twin, *elsewhere, *explain_flags(args)])
+    step(args, "evals/report.py", [out, *beside, *twin, *elsewhere, *explain_flags(args)])
 
 
 def several(args):
     """Every run of an experiment for every set and seed, then one report; what is finished is kept."""
-    folder = Path(args.out or f"runs/{args.command}/{args.name}-{last(args.icu, '--protocol', 'paper')}")
+    folder = Path(
+        args.out or f"runs/{args.command}/{args.name}-{last(args.icu, '--protocol', 'paper')}"
+    )
     runs, jobs, twins = planned_runs(args), [], []
     make(args)
     judge(args, [])
     train(args, [], check=True)
-    for flags in runs.values():  # a name that is none, a file that is broken: told before the first run, not after it
+    for flags in (
+        runs.values()
+    ):  # a name that is none, a file that is broken: told before the first run, not after it
         if last(flags, "--script") or last(flags, "--method", "icu") not in METHODS:
             train(args, flags, check=True)
     pairs = {number: folder / f"set{number}.pairs.jsonl" for number in args.sets}
@@ -223,12 +251,15 @@ def several(args):
                 jobs.append(out)
     judge(args, [*jobs, *twins])
     audit(args, jobs, twins)
-    step(args, "report.py", [*jobs, *twins, "--out", folder])
+    step(args, "evals/report.py", [*jobs, *twins, "--out", folder])
 
 
 def measure_never_saw(args, pairs, out, *, anew):
     """[the run that measures the preset's model that never saw the texts], or [] where there is none of these texts."""
-    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile"} & {*args.icu, *args.knn}
+    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile"} & {
+        *args.icu,
+        *args.knn,
+    }
     if not args.preset.never_saw or others:
         return []
     own = ["--model", args.preset.never_saw, "--thresholds", "paper", "--eval-only"]
@@ -250,7 +281,16 @@ def explain_flags(args):
 
 
 # What a user says of the method, so that no other is run beside it.
-CHOICE = {"--method", "--lr", "--alpha", "--beta", "--forget-weight", "--batch-size", "--model", "--eval-only"}
+CHOICE = {
+    "--method",
+    "--lr",
+    "--alpha",
+    "--beta",
+    "--forget-weight",
+    "--batch-size",
+    "--model",
+    "--eval-only",
+}
 CHOICE |= {"--after"}
 
 
@@ -278,7 +318,9 @@ def planned_runs(args):
     runs = {}
     for name, flags in EXPERIMENTS[args.command](args):
         if runs.setdefault(name, flags) != flags:
-            raise ValueError(f"two runs would be called {name}: {shlex.join(runs[name])} and {shlex.join(flags)}")
+            raise ValueError(
+                f"two runs would be called {name}: {shlex.join(runs[name])} and {shlex.join(flags)}"
+            )
     return runs
 
 
@@ -302,7 +344,10 @@ def make(args):
     """The preset's own model and data, where it brings them."""
     if args.preset.make:
         if args.dry_run and (missing := unmade(args.preset)):
-            print(f"note: {missing} is still to be made: what needs it is named, not checked", flush=True)
+            print(
+                f"note: {missing} is still to be made: what needs it is named, not checked",
+                flush=True,
+            )
         script, *flags = shlex.split(args.preset.make)
         step(args, script, [*flags, *args.demo])
 
@@ -333,20 +378,30 @@ def train(args, flags, *, check=False, ok=(0,)):
 
 
 def measure_tasks(args, model, flags):
-    """What a model can still do: tasks.py, with what the run's flags say to it too."""
+    """What a model can still do: evals/tasks.py, with what the run's flags say to it too."""
     said = icu_flags(args)
-    same = [word for flag in ("--device", "--dtype") if (value := last(said, flag)) for word in (flag, value)]
+    same = [
+        word
+        for flag in ("--device", "--dtype")
+        if (value := last(said, flag))
+        for word in (flag, value)
+    ]
     same += ["--task-data", last(said, "--data")] if last(said, "--data") else []
     same += ["--allow-pickle"] if "--allow-pickle" in said else []
     words = ["--protocol", last(said, "--protocol", "paper"), *same, *args.tasks, *model, *flags]
     looks = "--dry-run" in flags
-    step(args, "tasks.py", words, launched=not looks, always=looks)
+    step(args, "evals/tasks.py", words, launched=not looks, always=looks)
 
 
 def judge(args, runs):
     """What a judge says of the runs' texts (--judge MODEL); without runs, before the work: whether it may be asked."""
     if args.judge:
-        step(args, "judge.py", [*runs, *args.judge, *([] if runs else ["--dry-run"])], always=not runs)
+        step(
+            args,
+            "evals/judge.py",
+            [*runs, *args.judge, *([] if runs else ["--dry-run"])],
+            always=not runs,
+        )
 
 
 def audit(args, runs, twins):
@@ -357,15 +412,20 @@ def audit(args, runs, twins):
     if lr := last(icu_flags(args), "--lr"):
         brings += ["--relearn-lr", lr]  # the same for every method
     for run in runs if args.audited else ():
-        step(args, "audit.py", [run, *brings, *args.audit], launched=True)
+        step(args, "evals/audit.py", [run, *brings, *args.audit], launched=True)
 
 
 def model_flags(args):
-    """The model before the run, for tasks.py."""
+    """The model before the run, for evals/tasks.py."""
     said = icu_flags(args)
     if after := last(said, "--after"):
         return ["--model", Path(after, "model")]
-    return [word for flag in ("--model", "--revision") if (value := last(said, flag)) for word in (flag, value)]
+    return [
+        word
+        for flag in ("--model", "--revision")
+        if (value := last(said, flag))
+        for word in (flag, value)
+    ]
 
 
 def default_folder(args):
@@ -389,7 +449,9 @@ def launcher(args):
     """(environment, first words) of a step: Python in one process, or DeepSpeed's launcher for several."""
     said = icu_flags(args)
     processes = args.gpus or (commands.visible_gpus() if args.preset.large else 1) or 1
-    if processes > 1 or "--offload" in said or last(said, "--zero") == "3":  # these two are DeepSpeed's
+    if (
+        processes > 1 or "--offload" in said or last(said, "--zero") == "3"
+    ):  # these two are DeepSpeed's
         return commands.launcher(processes)
     return {}, [PYTHON]
 
@@ -414,8 +476,17 @@ def step(args, script, flags, *, launched=False, always=False, quiet=False, ok=(
 
 # --- flags ---
 
-# What knn.py or tasks.py shares with icu.py means the run, so it is icu.py's (tests/test_experiment.py compares).
-COMMON = {"--data", "--out", "--overwrite", "--batch-size", "--device", "--dtype", "--dry-run", "--debug"}
+# What knn.py or evals/tasks.py shares with icu.py means the run, so it is icu.py's (tests/test_experiment.py compares).
+COMMON = {
+    "--data",
+    "--out",
+    "--overwrite",
+    "--batch-size",
+    "--device",
+    "--dtype",
+    "--dry-run",
+    "--debug",
+}
 COMMON |= {"--model", "--revision", "--allow-pickle", "--protocol", "--after"}
 FOR_ALL = {"--data", "--tokenizer"}  # a demo that has them is told them, too
 RUN_FLAGS = set(run_parser("")._option_string_actions)
@@ -434,7 +505,7 @@ def make_parser():
     g.add_argument("--gpus", type=positive, metavar="N", help="processes, by DeepSpeed's launcher (1; large: all GPUs)")
     g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is there; of several: each of them")
-    g.add_argument("--audit", action="store_true", dest="audited", help="then ask what is still in the model: audit.py")
+    g.add_argument("--audit", action="store_true", dest="audited", help="then ask what is still in the model: evals/audit.py")
     g.add_argument("--dry-run", action="store_true", help="check what is there, train nothing, name the commands")
     g = parser.add_argument_group("of several runs")
     g.add_argument("--sets", nargs="+", metavar="N", help="the paper's forget sets, 0 to 4 (--set, or 0)")
@@ -512,12 +583,16 @@ def check_flags(args, given):
     """ValueError for flags that do not go with the command or with each other, and for scripts that are not there."""
     for flag, those in {"--sets": [*EXPERIMENTS], "--seeds": [*EXPERIMENTS], **GOES_WITH}.items():
         if flag in given and args.command not in those:
-            raise ValueError(f"{flag} goes with {', '.join(those)}: bash run.sh {those[0]} {args.name} {flag} ...")
+            raise ValueError(
+                f"{flag} goes with {', '.join(those)}: bash run.sh {those[0]} {args.name} {flag} ..."
+            )
     for (command, flag), instead in SETS_ITSELF.items():
         if args.command == command and flag in given:
             raise ValueError(f"{command} sets {flag} itself: pass {instead}")
     if args.command and "--tasks" in given:
-        raise ValueError("--tasks goes with a single preset; measure a run's model/ with tasks.py")
+        raise ValueError(
+            "--tasks goes with a single preset; measure a run's model/ with evals/tasks.py"
+        )
     for flag in given:
         if flag.startswith("--task") and "--tasks" not in given:
             raise ValueError(f"{flag} goes with --tasks all, or --tasks NAME ...")
@@ -526,7 +601,9 @@ def check_flags(args, given):
         if flag.startswith("--audit-") and "--audit" not in given:
             raise ValueError(f"{flag} goes with --audit")
     if {"--judge", "--redact"} <= given:
-        raise ValueError("--judge reads the texts that --redact does not keep: leave one of them out")
+        raise ValueError(
+            "--judge reads the texts that --redact does not keep: leave one of them out"
+        )
     for script in [args.script, *(method for method in args.methods if method.endswith(".py"))]:
         if script and not Path(script).is_file():
             raise ValueError(f"{script}: no such file; paths are taken from {ROOT}")
@@ -534,13 +611,21 @@ def check_flags(args, given):
     for rate in args.lrs:
         name, equals, lr = rate.rpartition("=")
         if args.command == "compare" and name not in methods:
-            raise ValueError(f"--lrs {rate}: not METHOD=LR with a METHOD of this comparison ({', '.join(methods)})")
+            raise ValueError(
+                f"--lrs {rate}: not METHOD=LR with a METHOD of this comparison ({', '.join(methods)})"
+            )
         if (equals and args.command == "sweep") or not is_number(lr, sys.float_info.min):
-            raise ValueError(f"--lrs {rate}: not a rate, such as {'icu=' if args.command == 'compare' else ''}1e-5")
+            raise ValueError(
+                f"--lrs {rate}: not a rate, such as {'icu=' if args.command == 'compare' else ''}1e-5"
+            )
     if args.command == "sweep" and "--points" in given and (args.lrs or args.table == 5):
         raise ValueError("--points are those of --table 2; --lrs and --table 5 are rates")
     rated = [rate.rpartition("=")[0] or rate for rate in args.lrs]
-    for flag, values in (("--sets", args.sets or []), ("--seeds", args.seeds or []), ("--lrs", rated)):
+    for flag, values in (
+        ("--sets", args.sets or []),
+        ("--seeds", args.seeds or []),
+        ("--lrs", rated),
+    ):
         if twice := [value for value in values if values.count(value) > 1]:
             raise ValueError(f"{flag}: {twice[0]} stands there twice")
 
@@ -557,7 +642,7 @@ def sort_flags(args):
         asked = {"audit"} if args.audited else set()
         for name in ("tasks", "judge", "audit"):
             if name in asked or any(flag == f"--{name}" for flag, *_ in args.others):
-                parsers[name] = importlib.import_module(name).make_parser()
+                parsers[name] = importlib.import_module(f"evals.{name}").make_parser()
     except ModuleNotFoundError as error:
         way_out = "start with bash run.sh, which makes the environment"
         raise ValueError(f"{error.name} is missing in {sys.executable}: {way_out}") from None
@@ -575,22 +660,28 @@ def sort_flags(args):
     args.sets = args.sets or [last(args.knn, "--set", "0")]
     args.seeds = args.seeds or [last(args.icu, "--seed", "0")]
     for number in args.sets:  # wrong values for knn.py are told before the model is looked for
-        parsers["knn"].parse_args([*source_flags(args), *args.knn, *(["--set", number] if on_pile(args) else [])])
+        parsers["knn"].parse_args(
+            [*source_flags(args), *args.knn, *(["--set", number] if on_pile(args) else [])]
+        )
 
 
 def owner(flag, known):
     """(program, the flag as that program calls it); known: {program: its flags} but icu.py's."""
     program, own = "icu", flag
-    for name, flags in reversed(known.items()):  # knn.py's before tasks.py's
+    for name, flags in reversed(known.items()):  # knn.py's before evals/tasks.py's
         if flag in flags - COMMON - (RUN_FLAGS if name in ("demo", "audit") else set()):
             program = name
-    if flag == "--set" and flag in known.get("demo", ()):  # then the rows are the demo's, and knn.py reads its files
+    if flag == "--set" and flag in known.get(
+        "demo", ()
+    ):  # then the rows are the demo's, and knn.py reads its files
         program = "demo"
     for name, flags in known.items():
         if flag.startswith(f"--{name}-") and "--" + flag.removeprefix(f"--{name}-") in flags:
             program, own = name, "--" + flag.removeprefix(f"--{name}-")
     if program != "icu" and own in TOLD:
-        raise ValueError(f"{flag}: {program}.py is told this for each run; to choose it, call {program}.py itself")
+        raise ValueError(
+            f"{flag}: {program}.py is told this for each run; to choose it, call {program}.py itself"
+        )
     return program, own
 
 

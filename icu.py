@@ -12,7 +12,7 @@ edited between the `change me` marks. Departures from the paper's text, each a c
   2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
   3. --protocol released does what the authors' released code computes (kit/protocols.py); the default follows the text.
   4. Beside Eq. 6: --forget-weight (1). Beside the stop rule: a run also ends when nothing is active, and at an epoch cap.
-Measured (LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three seeds, 2 CPU cores, torch
+Measured (dev/LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three seeds, 2 CPU cores, torch
 2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perplexity on the Pile 246 -> 236, entropy 3.74 -> 3.17 bits.
 """
 
@@ -27,7 +27,20 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import fast_el, files, finished, flags, models, paths, processes, readable, requests, runs, spans, states
+from kit import (
+    data,
+    fast_el,
+    finished,
+    flags,
+    models,
+    paths,
+    processes,
+    readable,
+    requests,
+    runs,
+    spans,
+    states,
+)
 from kit.frozen import cached_copy, live_copy
 from kit.methods import check_sides, method, method_named, name_of
 from kit.processes import autocast, print0
@@ -44,13 +57,19 @@ class Text(NamedTuple):
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
-    among: tuple | None = None  # where only a part is meant (kit/spans.py): no other position is a target
+    among: tuple | None = (
+        None  # where only a part is meant (kit/spans.py): no other position is a target
+    )
 
     @property
     def targets(self):
         """The positions that are predicted, in order: from t0 on, and never position 0."""
         first = max(self.t0, 1)
-        return [*range(first, len(self.ids))] if self.among is None else [t for t in self.among if t >= first]
+        return (
+            [*range(first, len(self.ids))]
+            if self.among is None
+            else [t for t in self.among if t >= first]
+        )
 
 
 class Sample(NamedTuple):
@@ -65,14 +84,20 @@ class Sample(NamedTuple):
     further: list = ()  # its second neighbour, its third, ...: Texts, where knn.py was asked for --neighbours
 
 
-def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"):
+def build_samples(
+    pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"
+):
     """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
 
     `context` puts each text's context in front of its prefix, as the model once read it; `targets` is what the losses
     are taken over, "suffix" or "all" positions (default: as the protocol says). ValueError names the row, a `what`,
     that has a part without a token or no room in the model's `positions`; of a learn partner the end may be cut.
     """
-    bos, encode, protocol = models.bos_of(tokenizer), models.pair_encoder(pairs, tokenizer), PROTOCOLS[protocol]
+    bos, encode, protocol = (
+        models.bos_of(tokenizer),
+        models.pair_encoder(pairs, tokenizer),
+        PROTOCOLS[protocol],
+    )
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
     targets = targets or protocol.targets
 
@@ -85,18 +110,35 @@ def build_samples(pairs, tokenizer, *, protocol, positions, context=False, targe
         cut = len(ids := models.begin(bos, before + prefix))  # [bos | context | prefix]
         models.check_parts(prefix, suffix, side, where)
         marked = {} if side else pair  # only of what is to be forgotten a part may be meant
-        among = spans.positions_of(marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where)
-        t0 = cut if targets == "suffix" and among is None else max(len(bos), 1)  # position 0 is never a target
+        among = spans.positions_of(
+            marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where
+        )
+        t0 = (
+            cut if targets == "suffix" and among is None else max(len(bos), 1)
+        )  # position 0 is never a target
         return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix), among)
 
     samples, n_cut = [], 0
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
-        forget, near = build(pair, "", where), [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
+        forget, near = (
+            build(pair, "", where),
+            [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]],
+        )
         models.check_room(forget, near, positions, where)
         n_cut += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        samples.append(Sample(pair["id"], pair["suffix"], forget, learn, positions, spans.secrets_of(pair), further))
+        samples.append(
+            Sample(
+                pair["id"],
+                pair["suffix"],
+                forget,
+                learn,
+                positions,
+                spans.secrets_of(pair),
+                further,
+            )
+        )
     return samples, n_cut
 
 
@@ -119,7 +161,11 @@ def collate(texts, device="cpu"):
 def forward(model, texts, layer=None):
     """Runs a model on B texts: ids (B, T), target_mask (B, T), logits (B, T, V), hidden states (B, T, H) or None."""
     ids, attention_mask, target_mask = collate(texts, model.device)
-    how = {"attention_mask": attention_mask, "use_cache": False, "output_hidden_states": layer is not None}
+    how = {
+        "attention_mask": attention_mask,
+        "use_cache": False,
+        "output_hidden_states": layer is not None,
+    }
     out = model(input_ids=ids, **how)
     return ids, target_mask, out.logits, None if layer is None else out.hidden_states[layer]
 
@@ -134,7 +180,9 @@ def target_logits(logits, ids, target_mask):
     """
     mask = target_mask[:, 1:]
     picked = logits[:, :-1][mask]  # (M, V)
-    return picked.float() if picked.dtype in (torch.bfloat16, torch.float16) else picked, ids[:, 1:][mask]
+    return picked.float() if picked.dtype in (torch.bfloat16, torch.float16) else picked, ids[
+        :, 1:
+    ][mask]
 
 
 def forget_loss(logits, ids, target_mask, count=None):
@@ -180,7 +228,9 @@ class Side(NamedTuple):
     mask: torch.Tensor  # (B, T), the target mask
     global_count: int  # targets of this side in the whole global batch
     global_rows: int  # rows of this side in the whole global batch
-    frozen_logits: torch.Tensor | None = None  # (B, T, V), the frozen copy's, on the sides that `frozen` names
+    frozen_logits: torch.Tensor | None = (
+        None  # (B, T, V), the frozen copy's, on the sides that `frozen` names
+    )
     hidden: torch.Tensor | None = None  # (B, T, H), the hidden states of `layer`, with gradient
     frozen_hidden: torch.Tensor | None = None  # (B, T, H), the frozen copy's
 
@@ -190,9 +240,14 @@ class Side(NamedTuple):
 
         The parts of all processes add up to the mean. A process without a row has 0, with a gradient of 0.
         """
-        at = {self.mask.shape: self.mask, self.mask[:, 1:].shape: self.mask[:, 1:]}  # of token t; of what predicts it
+        at = {
+            self.mask.shape: self.mask,
+            self.mask[:, 1:].shape: self.mask[:, 1:],
+        }  # of token t; of what predicts it
         assert values.dim() == 1 or values.shape in at, values.shape
-        return (values if values.dim() == 1 else values[at[values.shape]]).sum() / max(self.global_count, 1)
+        return (values if values.dim() == 1 else values[at[values.shape]]).sum() / max(
+            self.global_count, 1
+        )
 
     def mean_rows(self, values):
         """The same over the global batch's rows, of values (B,)."""
@@ -205,12 +260,18 @@ class Batch:
 
     def __init__(self, model, sides, rows, *, frozen=None, asked=(), layer=None, epoch=1, step=0):
         self.model, self.sides, self.rows, self.epoch, self.step = model, sides, rows, epoch, step
-        self.frozen, self.asked, self.layer = frozen, asked, layer  # the frozen copy, for which sides; hidden states
+        self.frozen, self.asked, self.layer = (
+            frozen,
+            asked,
+            layer,
+        )  # the frozen copy, for which sides; hidden states
 
     def forward(self, name):
         """Runs the model on the side "forget", "learn" or one that the method brings: a Side."""
         mine = processes.share(self.rows)
-        everyones, texts = ([text for row in rows for text in self.sides[name][row]] for rows in (self.rows, mine))
+        everyones, texts = (
+            [text for row in rows for text in self.sides[name][row]] for rows in (self.rows, mine)
+        )
         # Without a row a process still runs the model, on a text without targets: the others wait for its gradients.
         found = forward(self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
         ids, mask, logits, hidden = (x if x is None else x[: len(texts)] for x in found)
@@ -224,7 +285,11 @@ class Batch:
         """What the frozen copy says at the targets of a side that `taught` names: logits (M, V), those of all rows."""
         mine = processes.share(self.rows)
         texts = [text for row in mine for text in self.sides[name][row]]
-        return self.frozen(name, mine, texts)[0] if texts else torch.empty(0, models.vocab_of(self.model.config))
+        return (
+            self.frozen(name, mine, texts)[0]
+            if texts
+            else torch.empty(0, models.vocab_of(self.model.config))
+        )
 
     def once(self, value):
         """This process's part of a value that comes of no text, such as a distance of weights."""
@@ -239,7 +304,10 @@ def icu(batch, args):
     """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl."""
     forget, learn = batch.forward("forget"), batch.forward("learn")
     return {  # Eq. (6)
-        "forget": (args.forget_weight, forget_loss(forget.logits, forget.ids, forget.mask, forget.global_count)),
+        "forget": (
+            args.forget_weight,
+            forget_loss(forget.logits, forget.ids, forget.mask, forget.global_count),
+        ),
         "learn": (args.alpha, learn_loss(learn.logits, learn.ids, learn.mask, learn.global_count)),
         "kl": (args.beta, kl_term(learn, args)),
     }
@@ -248,12 +316,16 @@ def icu(batch, args):
 def kl_term(learn, args):
     """Eq. (4) for a learn side, or the released code's cross-entropy."""
     as_entropy = PROTOCOLS[args.protocol].cross_entropy_kl
-    return kl_loss(learn.logits, learn.frozen_logits, learn.mask, learn.global_count, cross_entropy=as_entropy)
+    return kl_loss(
+        learn.logits, learn.frozen_logits, learn.mask, learn.global_count, cross_entropy=as_entropy
+    )
 
 
 def kept_term(batch, args):
     """What joins Eq. (4) where only spans of a text are to be forgotten: KL over its other tokens. {} without spans."""
-    return {"kept": (args.beta, kl_term(batch.forward("kept"), args))} if "kept" in batch.sides else {}
+    return (
+        {"kept": (args.beta, kl_term(batch.forward("kept"), args))} if "kept" in batch.sides else {}
+    )
 
 
 METHOD = icu  # what this file runs
@@ -271,7 +343,9 @@ def asked_of(sides, args):
 def freeze(model, sides, args):
     """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
     needs = args.loss.needs
-    asked, taught = ({name: sides[name] for name in names} for names in (asked_of(sides, args), needs.taught))
+    asked, taught = (
+        {name: sides[name] for name in names} for names in (asked_of(sides, args), needs.taught)
+    )
     if not (asked or taught):
         return None
     # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
@@ -288,12 +362,18 @@ def measure(model, tokenizer, samples, args, *, with_el=True):
 
     Fractions are 0-1, entropy in bits; el10 is None for a text without a 10-gram, and for all unless `with_el`.
     """
-    return processes.over_processes(lambda part: measure_share(model, tokenizer, part, args, with_el=with_el), samples)
+    return processes.over_processes(
+        lambda part: measure_share(model, tokenizer, part, args, with_el=with_el), samples
+    )
 
 
 def measure_share(model, tokenizer, samples, args, *, with_el=True):
     """`measure` for the samples of one process; a model whose logits are not finite measures nothing (None)."""
-    first, protocol, n = 1 + len(models.bos_of(tokenizer)), PROTOCOLS[args.protocol], 10 if with_el else None
+    first, protocol, n = (
+        1 + len(models.bos_of(tokenizer)),
+        PROTOCOLS[args.protocol],
+        10 if with_el else None,
+    )
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
     with autocast(args):
         try:
@@ -305,18 +385,36 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
                 share_of=protocol.el_share_of,
             )  # fmt: skip
         except FloatingPointError:
-            return [{"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples]
+            return [
+                {"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples
+            ]
         prompts = [sample.forget.prompt for sample in samples]
         lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
         generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
-    texts, suffixes = models.decode(tokenizer, generations), models.true_suffixes(tokenizer, samples)
-    said = [part and spans.secret_said(s, text) for s, text, part in zip(samples, texts, parts, strict=True)]
-    parts = [{name: number(x) for name, x in part.items()} | more for part, more in zip(parts, said, strict=True)]
+    texts, suffixes = (
+        models.decode(tokenizer, generations),
+        models.true_suffixes(tokenizer, samples),
+    )
+    said = [
+        part and spans.secret_said(s, text)
+        for s, text, part in zip(samples, texts, parts, strict=True)
+    ]
+    parts = [
+        {name: number(x) for name, x in part.items()} | more
+        for part, more in zip(parts, said, strict=True)
+    ]
     f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
     bleu, entropy = map(metrics.bleu, texts, suffixes), map(metrics.token_entropy, generations)
     return [
-        {"id": sample.id, **dict(zip(MEASURES, map(number, values), strict=True)), **part, "generation": text}
-        for sample, text, part, *values in zip(samples, texts, parts, el, ma, bleu, f1, entropy, strict=True)
+        {
+            "id": sample.id,
+            **dict(zip(MEASURES, map(number, values), strict=True)),
+            **part,
+            "generation": text,
+        }
+        for sample, text, part, *values in zip(
+            samples, texts, parts, el, ma, bleu, f1, entropy, strict=True
+        )
     ]
 
 
@@ -324,7 +422,10 @@ def measure_perplexities(model, tokenizer, texts, args):
     """{"ppl_NAME": perplexity} of the --ppl files, {name: texts}."""
     how = {"released": PROTOCOLS[args.protocol].joined_perplexity, "added_up": processes.added_up}
     with autocast(args):
-        return {f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts[name], **how)) for name in texts}
+        return {
+            f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts[name], **how))
+            for name in texts
+        }
 
 
 def measure_before(model, tokenizer, inputs, args):
@@ -337,7 +438,10 @@ def measure_before(model, tokenizer, inputs, args):
 
 # --- refinement (Eq. 5) and the stop rule ---
 
-PAPER_THRESHOLDS = 0.0499, 0.5994  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
+PAPER_THRESHOLDS = (
+    0.0499,
+    0.5994,
+)  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
 
 
 def refine(forgotten, rows, thresholds, args):
@@ -345,11 +449,16 @@ def refine(forgotten, rows, thresholds, args):
 
     forgotten: indices so far; rows: the measures of all samples. Returns the new set.
     """
-    protocol, limits = PROTOCOLS[args.protocol], [(name, thresholds[name]) for name in ("bertscore", "bleu")]
+    protocol, limits = (
+        PROTOCOLS[args.protocol],
+        [(name, thresholds[name]) for name in ("bertscore", "bleu")],
+    )
 
     # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (kit/readable.py) is not under a.
     def is_forgotten(row):
-        if "ma_spans" in row:  # the rest of such a text is to stay as it is: none of its secrets is said or guessed
+        if (
+            "ma_spans" in row
+        ):  # the rest of such a text is to stay as it is: none of its secrets is said or guessed
             return not row["secret_said"] and under(row["ma_spans"], thresholds["ma"])
         return protocol.forgotten_by(under(row[name], at) for name, at in limits)
 
@@ -364,7 +473,9 @@ def stop_reason(means, n_active, epoch, *, thresholds, args):
         return "eval only"
     if epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start:
         return None
-    measured = [(means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None]
+    measured = [
+        (means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None
+    ]
     if measured and all(value < threshold for value, threshold in measured):
         return "thresholds"
     if n_active == 0:
@@ -388,7 +499,9 @@ def calibrate(model, tokenizer, inputs, args):
         thresholds |= dict(zip(("el10", "ma"), args.thresholds, strict=True))
     if args.bert_threshold == "auto":
         suffixes = models.true_suffixes(tokenizer, inputs.samples)
-        thresholds["bertscore"] = number(metrics.unrelated_bertscore(suffixes, args.bert, device=args.device))
+        thresholds["bertscore"] = number(
+            metrics.unrelated_bertscore(suffixes, args.bert, device=args.device)
+        )
     return thresholds
 
 
@@ -402,10 +515,16 @@ def unlearn(model, tokenizer, inputs, args, *, run):
     engine = processes.make_engine(model, args)
     with needs.measuring(model):  # still the original weights
         # Those of the first process for all: two that differ in a last digit would filter other samples.
-        run.thresholds = run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
+        run.thresholds = (
+            run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
+        )
         print0(runs.thresholds_text(run.thresholds, args))
         with requests.anchored(model, args) as original:
-            frozen = None if args.eval_only else freeze(original, sides_of(samples, tokenizer, 0, args), args)
+            frozen = (
+                None
+                if args.eval_only
+                else freeze(original, sides_of(samples, tokenizer, 0, args), args)
+            )
     progress = run.begin(engine)
     while not progress.stopped:
         run.heed_signals()
@@ -424,9 +543,14 @@ def unlearn(model, tokenizer, inputs, args, *, run):
 
 def sides_of(samples, tokenizer, epoch, args):
     """{name: a list of Text for each sample}: the two sides of every pair, and those that the method brings."""
-    sides = {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
+    sides = {
+        "forget": [[sample.forget] for sample in samples],
+        "learn": [[sample.learn] for sample in samples],
+    }
     sides |= spans.kept_side(samples)
-    return sides | {name: make(samples, tokenizer, epoch, args) for name, make in args.loss.needs.sides.items()}
+    return sides | {
+        name: make(samples, tokenizer, epoch, args) for name, make in args.loss.needs.sides.items()
+    }
 
 
 def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lambda *_: None):
@@ -440,15 +564,21 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     # Released code: batches of all samples, of which the active ones count; paper: batches of active samples.
     drawn = range(len(sides["forget"])) if PROTOCOLS[args.protocol].steps_on_all else active
     order = np.random.default_rng([args.seed, progress.epoch]).permutation(drawn).tolist()
-    batches = [[row for row in rows if row in active] for rows in files.chunks(order, args.batch_size)]
+    batches = [
+        [row for row in rows if row in active] for rows in data.chunks(order, args.batch_size)
+    ]
     for rows in batches[progress.step :]:
         with autocast(args):
             how = {"frozen": frozen, "asked": asked_of(sides, args), "layer": needs.layer}
-            batch = Batch(engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step)
+            batch = Batch(
+                engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step
+            )
             terms = args.loss(batch, args) | kept_term(batch, args)
             loss = sum(weight * value for weight, value in terms.values())
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
-        values = dict(zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True))
+        values = dict(
+            zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True)
+        )
         if math.isfinite(values["loss"]) and engine.step(loss):
             progress.count_step(values if rows else {})
         else:
@@ -472,24 +602,42 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         # Released code: the filter also runs before the first epoch; paper: after each training epoch.
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, measured, thresholds, args)
-        how = {"under_eq5": refine(set(), measured, thresholds, args), "watched": inputs.watched, "epoch": epoch}
+        how = {
+            "under_eq5": refine(set(), measured, thresholds, args),
+            "watched": inputs.watched,
+            "epoch": epoch,
+        }
         forgotten = requests.watch(forgotten, measured, **how)
         n_active, at = len(measured) - len(forgotten), decisive(measured, inputs.watched)
-        return means, forgotten, reason or stop_reason(at, n_active, epoch, thresholds=thresholds, args=args)
+        return (
+            means,
+            forgotten,
+            reason or stop_reason(at, n_active, epoch, thresholds=thresholds, args=args),
+        )
 
     started = time.time()
     with args.loss.needs.measuring(model), run.measuring():
         if epoch == 0:
             measured, perplexities = measure_before(model, tokenizer, inputs, args)
         else:
-            measured, perplexities = measure(model, tokenizer, inputs.samples, args, with_el=not lazily), {}
+            measured, perplexities = (
+                measure(model, tokenizer, inputs.samples, args, with_el=not lazily),
+                {},
+            )
         means, forgotten, stopped = decide(measured)
-        if lazily and stopped and means["ma"] is not None:  # without EL the run would stop here: EL is asked now
+        if (
+            lazily and stopped and means["ma"] is not None
+        ):  # without EL the run would stop here: EL is asked now
             measured = measure(model, tokenizer, inputs.samples, args)
             means, forgotten, stopped = decide(measured)
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
-    how = {"watched": inputs.watched, "losses": losses, "perplexities": perplexities, "seconds": time.time() - started}
+    how = {
+        "watched": inputs.watched,
+        "losses": losses,
+        "perplexities": perplexities,
+        "seconds": time.time() - started,
+    }
     run.end_epoch(means, measured, forgotten=forgotten, stopped=stopped, **how)
 
 
@@ -540,21 +688,32 @@ def read_inputs(args):
     All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
     """
     paths.check_run_folder(args)
-    pairs = files.read_pairs(args.pairs) if args.pairs else []
+    pairs = data.read_pairs(args.pairs) if args.pairs else []
     pairs, watched = requests.with_earlier(args, pairs)
-    records = files.read_unseen(args.unseen) if args.unseen else []
-    config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
+    records = data.read_unseen(args.unseen) if args.unseen else []
+    config, tokenizer = models.check_model(
+        args.model, allow_pickle=args.allow_pickle, revision=args.revision
+    )
     models.check_bert(args.bert, args.allow_pickle)
-    how = {"protocol": args.protocol, "positions": models.positions_of(config) or 1 << 30, "targets": args.targets}
+    how = {
+        "protocol": args.protocol,
+        "positions": models.positions_of(config) or 1 << 30,
+        "targets": args.targets,
+    }
     samples, n_cut = build_samples(pairs, tokenizer, context=args.context, **how)
     unseen, _ = build_samples(records, tokenizer, context=args.context, what="unseen row", **how)
     flags.check_samples(args, samples)
     drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
     check_sides(args, drawn, config)
-    ppl_texts = {item.partition("=")[0]: files.read_texts(files.perplexity_file(item, args.data)) for item in args.ppl}
+    ppl_texts = {
+        item.partition("=")[0]: data.read_texts(data.perplexity_file(item, args.data))
+        for item in args.ppl
+    }
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
-    never_saw = finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
+    never_saw = (
+        finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
+    )
     found = {"samples": samples, "watched": watched, "unseen": unseen, "never_saw": never_saw}
     return argparse.Namespace(**found, ppl_texts=ppl_texts, n_cut=n_cut)
 
@@ -577,7 +736,9 @@ def main(method=METHOD, argv=None):
         return
     processes.seed_everything(args.seed)
     processes.start(args.device, timeout=args.timeout, zero=2 if args.eval_only else args.zero)
-    device = "cpu" if processes.lockstep else args.device  # ZeRO-3: it may be too large for one device
+    device = (
+        "cpu" if processes.lockstep else args.device
+    )  # ZeRO-3: it may be too large for one device
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
     model, tokenizer = models.load_model(args.model, device=device, **how)
     with runs.running(args, before) as run:

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import files, flags, folders, models, paths, processes, readable, requests, spans, traces
+from kit import data, flags, folders, models, paths, processes, readable, requests, spans, traces
 from kit import text as texts
-from kit.files import PARTS
+from kit.data import PARTS
 from kit.text import LETTERS, WORDS
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
@@ -42,7 +42,9 @@ def literal_knn(queries, pool, k=1, exclude=()):
     """
     queries, pool = np.asarray(queries, dtype=np.float64), np.asarray(pool, dtype=np.float64)
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(pool, axis=1)  # (Q, M)
-    cosines = (queries @ pool.T / np.where(lengths > 0, lengths, 1)).astype(np.float32)  # Eq. (2): (Q, M)
+    cosines = (queries @ pool.T / np.where(lengths > 0, lengths, 1)).astype(
+        np.float32
+    )  # Eq. (2): (Q, M)
     cosines[:, list(exclude)] = -np.inf
     indices = np.argsort(-cosines, axis=1, kind="stable")[:, :k]  # (Q, k)
     return indices, np.take_along_axis(cosines, indices, axis=1)
@@ -66,10 +68,14 @@ def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
     if excluded.dtype != bool:  # numbers of rows
         excluded = np.isin(np.arange(len(pool)), excluded)
     if excluded.shape != (len(pool),):
-        raise ValueError(f"the mask `exclude` has shape {excluded.shape}, the pool {len(pool)} rows")
+        raise ValueError(
+            f"the mask `exclude` has shape {excluded.shape}, the pool {len(pool)} rows"
+        )
     # 1024 queries at a time: memory is one matrix of 1024 x block cosines, whatever Q and M are.
     starts = range(0, max(len(queries), 1), 1024)
-    found = [search_pool(queries[i : i + 1024], pool, excluded, k, block=block, first=i) for i in starts]
+    found = [
+        search_pool(queries[i : i + 1024], pool, excluded, k, block=block, first=i) for i in starts
+    ]
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
@@ -88,11 +94,15 @@ def search_pool(queries, pool, excluded, k, *, block, first):
     for start in range(0, M, block):
         rows = np.asarray(pool[start : start + block], dtype=np.float32)  # (b, D)
         cosines = buffer[: Q * len(rows)].reshape(Q, len(rows))
-        np.matmul(unit_queries, unit_rows(rows, "pool", start).T, out=cosines)  # (Q, D) @ (D, b) -> (Q, b)
+        np.matmul(
+            unit_queries, unit_rows(rows, "pool", start).T, out=cosines
+        )  # (Q, D) @ (D, b) -> (Q, b)
         cosines[:, excluded[start : start + block]] = -np.inf
         # The exact k-th best so far must be beaten; -2 is below every cosine and above the excluded.
         floor = np.maximum(similarities[:, -1] - slack, np.float32(-2))
-        hot = np.flatnonzero(cosines.max(axis=1) >= floor)  # queries that this block may change: fewer and fewer
+        hot = np.flatnonzero(
+            cosines.max(axis=1) >= floor
+        )  # queries that this block may change: fewer and fewer
         if not len(hot):
             continue
         cosines, floor = cosines[hot], floor[hot]
@@ -107,14 +117,18 @@ def search_pool(queries, pool, excluded, k, *, block, first):
 def unit_rows(rows, what, first):
     """Rows (n, D) float32 scaled to length 1; zero rows stay zero. ValueError names a row with NaN or inf."""
     squares = np.einsum("nd,nd->n", rows, rows)
-    odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))  # NaN, or zero, or beyond what float32 can square
+    odd = np.flatnonzero(
+        ~((squares > 1e-30) & (squares < 1e30))
+    )  # NaN, or zero, or beyond what float32 can square
     squares[odd] = 1
     unit = rows / np.sqrt(squares)[:, None]
     if len(odd):
         wide = rows[odd].astype(np.float64)
         length = np.sqrt(np.einsum("nd,nd->n", wide, wide))
         if not np.isfinite(length).all():
-            raise ValueError(f"{what} row {first + odd[np.argmin(np.isfinite(length))]} holds NaN or inf")
+            raise ValueError(
+                f"{what} row {first + odd[np.argmin(np.isfinite(length))]} holds NaN or inf"
+            )
         unit[odd] = wide / np.where(length > 0, length, 1)[:, None]
     return unit
 
@@ -136,7 +150,9 @@ def keep_best(indices, similarities, hot, found):
     query = np.concatenate([np.repeat(np.arange(len(hot)), k), found[0]])
     row = np.concatenate([indices[hot].ravel(), found[1]])
     cosine = np.concatenate([similarities[hot].ravel(), found[2]])
-    order = np.lexsort((row, -cosine, query))  # by query, then the highest cosine, then the lowest row
+    order = np.lexsort(
+        (row, -cosine, query)
+    )  # by query, then the highest cosine, then the lowest row
     first = np.searchsorted(query[order], np.arange(len(hot)))
     best = order[first[:, None] + np.arange(k)]  # (hot, k); every query has at least the k it had
     indices[hot], similarities[hot] = row[best], cosine[best]
@@ -144,7 +160,12 @@ def keep_best(indices, similarities, hot, found):
 
 # --- embeddings ---
 
-ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # what is downloaded, and what a cached result hangs on
+ENCODER_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+]  # what is downloaded, and what a cached result hangs on
 
 
 def encoder_folder(encoder):
@@ -154,18 +175,22 @@ def encoder_folder(encoder):
         import huggingface_hub
 
         try:
-            folder = Path(huggingface_hub.snapshot_download(str(encoder), allow_patterns=ENCODER_FILES))
+            folder = Path(
+                huggingface_hub.snapshot_download(str(encoder), allow_patterns=ENCODER_FILES)
+            )
         except Exception as error:  # offline, refused, unknown, misspelt: the way out is the same
             raise ValueError(
                 f"encoder {encoder!r} is no folder, and the model hub did not give it ({type(error).__name__}): "
                 "pass --encoder DIR"
             ) from None
     if not list(folder.rglob("*.safetensors")):
-        raise ValueError(f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model")
+        raise ValueError(
+            f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model"
+        )
     folders.check_tokenizer(folder, "--encoder", deep=True)
     folders.tensor_shapes(folder.rglob("*.safetensors"), f"--encoder {folder}")
     for file in folder.rglob("*.json"):  # what its loader would stumble over behind all other work
-        if not isinstance(files.read_json(file), dict) and file.name == "config.json":
+        if not isinstance(data.read_json(file), dict) and file.name == "config.json":
             raise ValueError(f"--encoder {folder}: {file} is no configuration")
     return folder
 
@@ -175,7 +200,7 @@ def encoder_fingerprint(folder):
     """sha256 over the files of an encoder that its answers depend on."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in ENCODER_FILES for file in folder.rglob(pattern)}):
-        digest.update(f"{file.relative_to(folder)} {files.sha256_of(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {data.sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -184,7 +209,7 @@ def embedding_file(texts, folder):
     digest = hashlib.sha256(encoder_fingerprint(folder).encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8")).digest())
-    return files.cache_folder("embeddings") / f"{digest.hexdigest()}.npy"
+    return data.cache_folder("embeddings") / f"{digest.hexdigest()}.npy"
 
 
 def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
@@ -203,7 +228,7 @@ def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
         pass
     vectors = encode(texts, folder, batch_size, device)
     try:
-        files.write_atomically(cached, lambda file: np.save(file, vectors))
+        data.write_atomically(cached, lambda file: np.save(file, vectors))
     except OSError as error:
         print(f"note: the embeddings are not kept for the next time ({error})")
     return vectors
@@ -211,14 +236,18 @@ def embed(texts, encoder, *, batch_size=64, device="cpu", cache_dir=None):
 
 def encode(texts, folder, batch_size, device):
     """Embeddings (N, D) float32 from the sentence encoder in `folder`, each different text encoded once."""
-    from sentence_transformers import SentenceTransformer  # slow to import, and not needed when all is cached
+    from sentence_transformers import (
+        SentenceTransformer,  # slow to import, and not needed when all is cached
+    )
 
     try:
         with models.quiet():
             model = SentenceTransformer(str(folder), device=device, local_files_only=True)
     except Exception as error:
         raise ValueError(f"cannot load the encoder in {folder}: {error}") from error
-    different = sorted(dict.fromkeys(texts), key=len, reverse=True)  # like lengths together: little padding
+    different = sorted(
+        dict.fromkeys(texts), key=len, reverse=True
+    )  # like lengths together: little padding
     vectors = []
     with tqdm(total=len(different), desc="embedding", unit="text", disable=None) as bar:
         for start in range(0, len(different), batch_size):
@@ -226,7 +255,9 @@ def encode(texts, folder, batch_size, device):
             vectors.append(model.encode(batch, batch_size=batch_size, show_progress_bar=False))
             bar.update(len(batch))
     row_of = {text: row for row, text in enumerate(different)}
-    return np.concatenate(vectors).astype(np.float32)[[row_of[text] for text in texts]]  # (different, D) -> (N, D)
+    return np.concatenate(vectors).astype(np.float32)[
+        [row_of[text] for text in texts]
+    ]  # (different, D) -> (N, D)
 
 
 # --- records ---
@@ -253,9 +284,16 @@ def cut_passages(records, words, whole=()):
             continue
         cuts = [0, *(starts[len(starts) * i // count] for i in range(1, count)), len(text)]
         for i in range(count):
-            prefix, suffix = files.split_in_half(text[cuts[i] : cuts[i + 1]])
+            prefix, suffix = data.split_in_half(text[cuts[i] : cuts[i + 1]])
             context = "" if i else record["context"]
-            passages.append({"id": f"{record['id']}#{i}", "context": context, "prefix": prefix, "suffix": suffix})
+            passages.append(
+                {
+                    "id": f"{record['id']}#{i}",
+                    "context": context,
+                    "prefix": prefix,
+                    "suffix": suffix,
+                }
+            )
     return passages
 
 
@@ -275,18 +313,34 @@ def leak_finder(forget, max_overlap, by_ids):
     By token ids or else words, by letters, and, for what is too short for these, as a whole: a target of fewer than 21
     letters, or a part that is marked in one, that stands in the row; a row that is nothing but pieces of a target.
     """
-    ids_of = lambda record, parts: tuple(chain.from_iterable(record[f"{part}_ids"] for part in parts))  # noqa: E731
-    same = {text_of(target): number for number, target in enumerate(forget)}  # whatever it is made of
+    ids_of = lambda record, parts: tuple(  # noqa: E731
+        chain.from_iterable(record[f"{part}_ids"] for part in parts)
+    )  # noqa: E731
+    same = {
+        text_of(target): number for number, target in enumerate(forget)
+    }  # whatever it is made of
     plain = [plain_text(target, PARTS[1:]) for target in forget]
     letters = [texts.letters(text) for text in plain]
-    units = [ids_of(target, PARTS[1:]) for target in forget] if by_ids else list(map(texts.words, plain))
+    units = (
+        [ids_of(target, PARTS[1:]) for target in forget]
+        if by_ids
+        else list(map(texts.words, plain))
+    )
     by_units = texts.TargetGrams(units, IDS if by_ids else WORDS)
     by_letters = texts.TargetGrams([texts.weighed(target) for target in letters], LETTERS)
-    whole = [(letters[number], number) for number, grams in enumerate(by_letters.grams) if not grams]
-    marked = [(texts.letters(texts.plain(s)), n) for n, target in enumerate(forget) for s in spans.marked(target)]
+    whole = [
+        (letters[number], number) for number, grams in enumerate(by_letters.grams) if not grams
+    ]
+    marked = [
+        (texts.letters(texts.plain(s)), n)
+        for n, target in enumerate(forget)
+        for s in spans.marked(target)
+    ]
     whole += [(part, number) for part, number in marked if any(map(str.isalnum, part))]
     longest = max(map(len, letters))
-    holders = defaultdict(set)  # word, or character of a script without spaces -> numbers of the targets that hold it
+    holders = defaultdict(
+        set
+    )  # word, or character of a script without spaces -> numbers of the targets that hold it
     for number, text in enumerate(plain):
         for word in texts.words(texts.spaced(text)):
             holders[word].add(number)
@@ -301,12 +355,16 @@ def leak_finder(forget, max_overlap, by_ids):
             yield by_units.worst(texts.words(text), max_overlap)
         row_letters = texts.letters(text)
         yield by_letters.worst(texts.weighed(row_letters), max_overlap)
-        held = ((part, number) for part, number in whole if texts.stands_in(part, text, row_letters))
+        held = (
+            (part, number) for part, number in whole if texts.stands_in(part, text, row_letters)
+        )
         yield from ((len(part) / len(letters[number]), number) for part, number in held)
         if len(row_letters) <= longest:
             row_words = set(texts.words(texts.spaced(text)))
             yield from ((1.0, number) for number in texts.holders_of_all(row_words, holders))
-            for number in range(len(forget)) if len(row_letters) < 4 * LETTERS else ():  # spelt with other spaces
+            for number in (
+                range(len(forget)) if len(row_letters) < 4 * LETTERS else ()
+            ):  # spelt with other spaces
                 if texts.stands_in(row_letters, plain[number], letters[number]):
                     yield 1.0, number
 
@@ -318,7 +376,9 @@ def purged_finder(hashes, max_overlap):
     of words and letters are found again, a text of fewer than 21 letters is not.
     """
     salt, grams = bytes.fromhex(hashes["salt"]), hashes["grams"]
-    by_words, by_letters = (texts.HashedGrams(grams[k], n, salt) for k, n in (("words", WORDS), ("letters", LETTERS)))
+    by_words, by_letters = (
+        texts.HashedGrams(grams[k], n, salt) for k, n in (("words", WORDS), ("letters", LETTERS))
+    )
 
     def leaks(row):
         text = plain_text(row)
@@ -349,14 +409,21 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     by_ids = all("suffix_ids" in record for record in [*forget, *pool])
     finders = []  # (a finder, ids of its targets)
     if not allow_copies:
-        finders.append((leak_finder(forget, max_overlap, by_ids), [target["id"] for target in forget]))
+        finders.append(
+            (leak_finder(forget, max_overlap, by_ids), [target["id"] for target in forget])
+        )
         finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged]
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []
     for number, row in enumerate(tqdm(pool, desc="leak guard", unit="row", disable=None)):
         reason = {"id": row["id"], "target_id": row["id"], "share": 1.0, "reason": "forget row"}
         if (row["id"], text_of(row)) not in own_rows:
-            found = ((share, ids[n]) for leaks, ids in finders for share, n in leaks(row) if n is not None)
+            found = (
+                (share, ids[n])
+                for leaks, ids in finders
+                for share, n in leaks(row)
+                if n is not None
+            )
             share, target = next(found, (0, None))
             if target is None:
                 continue
@@ -375,13 +442,17 @@ def passages_of(pool, keep, forget, words):
     passages = [cut_passages([row], words, whole) if words else [row] for row in pool]
     keep = np.repeat(keep, [len(cut) for cut in passages])
     if len(keep) > len(pool):
-        print(f"{len(pool)} pool rows cut into {len(keep)} passages of at most {words} words; {keep.sum()} are kept")
+        print(
+            f"{len(pool)} pool rows cut into {len(keep)} passages of at most {words} words; {keep.sum()} are kept"
+        )
     return [passage for cut in passages for passage in cut], keep
 
 
 def print_leaks(keep, reasons, max_overlap):
     """The leak guard's report: what it dropped, and the worst three."""
-    copies = sorted((reason for reason in reasons if reason["reason"] == "copy"), key=lambda r: -r["share"])
+    copies = sorted(
+        (reason for reason in reasons if reason["reason"] == "copy"), key=lambda r: -r["share"]
+    )
     print(
         f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, {len(reasons) - len(copies)} forget rows and "
         f"{len(copies)} that hold over {max_overlap:.0%} of a target, a piece of one or what is marked in it"
@@ -390,7 +461,9 @@ def print_leaks(keep, reasons, max_overlap):
         worst = (f"{r['id']} holds {r['share']:.0%} of {r['target_id']}" for r in copies[:3])
         processes.print0(f"  the worst: {', '.join(worst)}")
     if not keep.any():
-        raise ValueError("the leak guard left no row of the pool: give a larger pool, or see --max-overlap")
+        raise ValueError(
+            "the leak guard left no row of the pool: give a larger pool, or see --max-overlap"
+        )
 
 
 # --- the Pile's rows, and pairs ---
@@ -402,9 +475,13 @@ def load_tokenizer(name):
 
     bare = Path(name, "vocab.json").is_file() and not Path(name, "tokenizer_config.json").is_file()
     try:
-        return (GPT2Tokenizer if bare else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
+        return (GPT2Tokenizer if bare else AutoTokenizer).from_pretrained(
+            name, trust_remote_code=False
+        )
     except Exception as error:  # offline, unknown, incomplete: the way out is the same
-        raise ValueError(f"cannot load tokenizer {name!r} ({type(error).__name__}): pass --tokenizer DIR") from None
+        raise ValueError(
+            f"cannot load tokenizer {name!r} ({type(error).__name__}): pass --tokenizer DIR"
+        ) from None
 
 
 def is_gpt2(tokenizer):
@@ -415,14 +492,22 @@ def is_gpt2(tokenizer):
 def read_pile(set_name, data_dir, tokenizer):
     """The 15,000 Pile rows as records, and which of them are forget set `set_name`, in the paper's order."""
     if not is_gpt2(tokenizer):
-        raise ValueError("the Pile rows are GPT-2 token ids: pass GPT-2's tokenizer with --tokenizer")
-    context, prefix, suffix = (files.load_ids(files.data_file(name, data_dir)) for name in files.PILE_FILES)
-    records = files.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
-    sets = files.read_json(Path(__file__).with_name("forget_sets.json"))
+        raise ValueError(
+            "the Pile rows are GPT-2 token ids: pass GPT-2's tokenizer with --tokenizer"
+        )
+    context, prefix, suffix = (
+        data.load_ids(data.data_file(name, data_dir)) for name in data.PILE_FILES
+    )
+    records = data.ids_records(context, prefix, suffix, tokenizer=tokenizer, where="the Pile rows,")
+    sets = data.read_json(Path(__file__).with_name("kit") / "forget_sets.json")
     numbers = sets.get(set_name) if isinstance(sets, dict) else None
-    whole = isinstance(numbers, list) and all(type(i) is int and 0 <= i < len(records) for i in numbers)
+    whole = isinstance(numbers, list) and all(
+        type(i) is int and 0 <= i < len(records) for i in numbers
+    )
     if not whole or not numbers:
-        raise ValueError(f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}")
+        raise ValueError(
+            f"forget_sets.json: set {set_name} is no list of row numbers from 0 to {len(records) - 1}"
+        )
     return records, [records[number] for number in numbers]
 
 
@@ -444,7 +529,9 @@ def make_pair(forget, near, similarities, *, with_ids):
     pair |= {"spans": forget["spans"]} if "spans" in forget else {}
     pair |= ids(forget, "") | ids(near[0], "learn_")
     rest = zip(near[1:], cosines[1:], strict=True)
-    further = [side_of(record, "learn_") | cosine | ids(record, "learn_") for record, cosine in rest]
+    further = [
+        side_of(record, "learn_") | cosine | ids(record, "learn_") for record, cosine in rest
+    ]
     return pair | ({"further": further} if further else {})
 
 
@@ -454,32 +541,72 @@ def make_pair(forget, near, similarities, *, with_ids):
 def make_parser():
     """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = flags.command_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")
-    data.add_argument("--pool", metavar="FILE", help="texts to find neighbours in, same kinds of file")
-    data.add_argument("--after", metavar="RUN", help="as icu.py's: no partner holds a text of an earlier request")
-    data.add_argument("--pile", action="store_true", help="instead: the paper's rows of the Pile")
-    data.add_argument("--set", choices=list("01234"), default="0", help="the paper's forget set (%(default)s)")
-    data.add_argument("--data", metavar="DIR", help="folder with the Pile rows; without it they are fetched and cached")
-    data.add_argument("--tokenizer", default="gpt2", help="folder or hub name, for token ids (%(default)s)")
-    data.add_argument("--limit", type=int, metavar="N", help="only the first N texts to forget")
-    data.add_argument("--fetch", nargs="+", metavar="NAME", help=f"only fetch: all, or of {', '.join(files.FILES)}")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids"
+    )
+    group.add_argument(
+        "--pool", metavar="FILE", help="texts to find neighbours in, same kinds of file"
+    )
+    group.add_argument(
+        "--after", metavar="RUN", help="as icu.py's: no partner holds a text of an earlier request"
+    )
+    group.add_argument("--pile", action="store_true", help="instead: the paper's rows of the Pile")
+    group.add_argument(
+        "--set", choices=list("01234"), default="0", help="the paper's forget set (%(default)s)"
+    )
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with the Pile rows; without it they are fetched and cached",
+    )
+    group.add_argument(
+        "--tokenizer", default="gpt2", help="folder or hub name, for token ids (%(default)s)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N texts to forget")
+    group.add_argument(
+        "--fetch", nargs="+", metavar="NAME", help=f"only fetch: all, or of {', '.join(data.FILES)}"
+    )
     search = parser.add_argument_group("neighbours")
     search.add_argument("--encoder", help="sentence encoder, folder or hub name (all-MiniLM-L6-v2)")
     search.add_argument(
         "--neighbours", default=1, type=flags.positive, metavar="K",
         help="of each text (%(default)s, as the paper); more are for methods that read another one each epoch",
     )  # fmt: skip
-    search.add_argument("--max-overlap", type=float, default=0.2, help="drop pool rows above this share (%(default)s)")
-    search.add_argument("--allow-copies", action="store_true", help="drop only the forget rows (published behaviour)")
-    search.add_argument("--leak-report", metavar="FILE", help="write every dropped pool row there, as JSON lines")
-    search.add_argument("--passage-words", type=int, default=200, help="cut longer pool texts; 0: never (%(default)s)")
+    search.add_argument(
+        "--max-overlap",
+        type=float,
+        default=0.2,
+        help="drop pool rows above this share (%(default)s)",
+    )
+    search.add_argument(
+        "--allow-copies",
+        action="store_true",
+        help="drop only the forget rows (published behaviour)",
+    )
+    search.add_argument(
+        "--leak-report", metavar="FILE", help="write every dropped pool row there, as JSON lines"
+    )
+    search.add_argument(
+        "--passage-words",
+        type=int,
+        default=200,
+        help="cut longer pool texts; 0: never (%(default)s)",
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--out", metavar="FILE", default="pairs.jsonl", help="where the pairs go (%(default)s)")
+    run.add_argument(
+        "--out", metavar="FILE", default="pairs.jsonl", help="where the pairs go (%(default)s)"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    run.add_argument("--batch-size", type=int, default=64, help="texts embedded at once (%(default)s)")
-    run.add_argument("--device", default="cpu", help="where the encoder runs: cpu, cuda, mps (%(default)s)")
-    run.add_argument("--dry-run", action="store_true", help="check all input, print the plan, write nothing")
+    run.add_argument(
+        "--batch-size", type=int, default=64, help="texts embedded at once (%(default)s)"
+    )
+    run.add_argument(
+        "--device", default="cpu", help="where the encoder runs: cpu, cuda, mps (%(default)s)"
+    )
+    run.add_argument(
+        "--dry-run", action="store_true", help="check all input, print the plan, write nothing"
+    )
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -490,9 +617,11 @@ def parse_args():
 
 def check_args(args):
     """ValueError for flags that do not fit together or are out of range."""
-    unknown = [name for name in args.fetch or [] if name not in files.FILES and name != "all"]
+    unknown = [name for name in args.fetch or [] if name not in data.FILES and name != "all"]
     if unknown:
-        raise ValueError(f"--fetch {unknown[0]}: unknown file: use all, or of {', '.join(files.FILES)}")
+        raise ValueError(
+            f"--fetch {unknown[0]}: unknown file: use all, or of {', '.join(data.FILES)}"
+        )
     if not args.fetch and args.pile == bool(args.forget or args.pool):
         raise ValueError("give either --pile, or --forget FILE and --pool FILE")
     if not args.fetch and not args.pile and not (args.forget and args.pool):
@@ -502,16 +631,26 @@ def check_args(args):
     if not 0 <= args.max_overlap <= 1:
         raise ValueError(f"--max-overlap {args.max_overlap}: must be between 0 and 1")
     if args.passage_words != 0 and args.passage_words < 10:
-        raise ValueError(f"--passage-words {args.passage_words}: must be at least 10, or 0 for no cutting")
+        raise ValueError(
+            f"--passage-words {args.passage_words}: must be at least 10, or 0 for no cutting"
+        )
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
 
 
 def check_outputs(args, encoder):
     """ValueError unless --out and --leak-report are free, or hold what this command writes there."""
-    outputs = [(args.out, ("id", "learn_id", "similarity")), (args.leak_report, ("id", "target_id", "share"))]
-    data = [Path(args.data, folder, name) for name in files.FILES for folder in files.SUBFOLDERS if args.data]
-    reads = [args.forget, args.pool, args.tokenizer, encoder, *data]
+    outputs = [
+        (args.out, ("id", "learn_id", "similarity")),
+        (args.leak_report, ("id", "target_id", "share")),
+    ]
+    group = [
+        Path(args.data, folder, name)
+        for name in data.FILES
+        for folder in data.SUBFOLDERS
+        if args.data
+    ]
+    reads = [args.forget, args.pool, args.tokenizer, encoder, *group]
     outputs = [(path, paths.holds(*fields, lines=True)) for path, fields in outputs if path]
     paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
 
@@ -524,7 +663,7 @@ def read_input(args):
     if args.pile:
         pool, forget = read_pile(args.set, args.data, tokenizer)
     else:
-        forget, pool = (files.read_records(file, tokenizer=tokenizer) for file in given)
+        forget, pool = (data.read_records(file, tokenizer=tokenizer) for file in given)
     forget = forget[: args.limit]
     with_ids = all("suffix_ids" in record for record in (forget[0], pool[0])) and is_gpt2(tokenizer)
     return forget, pool, with_ids
@@ -532,7 +671,11 @@ def read_input(args):
 
 def note_traces(args, embeddings):
     """Lists what this command has left of the texts, and what it has used of an earlier one's (kit/traces.py)."""
-    made = [(args.out, "pairs"), (args.leak_report, "leak report"), *((file, "embeddings") for file in embeddings)]
+    made = [
+        (args.out, "pairs"),
+        (args.leak_report, "leak report"),
+        *((file, "embeddings") for file in embeddings),
+    ]
     for path, what in made:
         if path and Path(path).is_file():
             traces.note(models.fingerprint(args.out), path, what)
@@ -542,8 +685,8 @@ def main():
     args = parse_args()
     check_args(args)
     if args.fetch:
-        for name in files.FILES if "all" in args.fetch else args.fetch:
-            print(files.data_file(name, args.data))
+        for name in data.FILES if "all" in args.fetch else args.fetch:
+            print(data.data_file(name, args.data))
         return
     args.device = processes.device_of(args.device)
     encoder = encoder_folder(args.encoder or models.default_encoder())
@@ -556,20 +699,28 @@ def main():
     print_leaks(keep, reasons, args.max_overlap)
     pool, keep = passages_of(pool, keep, forget, args.passage_words)
     if args.dry_run:
-        print(f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}")
+        print(
+            f"dry run: would pair {len(forget)} texts with {keep.sum()} pool rows by {encoder} into {args.out}"
+        )
         return
     # All pool rows are embedded, the dropped ones too: the cached result then serves every forget set.
     sides = [[text_of(record) for record in records] for records in (pool, forget)]
-    pool_vectors, vectors = (embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides)
+    pool_vectors, vectors = (
+        embed(s, encoder, batch_size=args.batch_size, device=args.device) for s in sides
+    )
     # K = 1, section 4.3.2
-    indices, similarities = cosine_knn(vectors, pool_vectors, k=min(args.neighbours, keep.sum()), exclude=~keep)
+    indices, similarities = cosine_knn(
+        vectors, pool_vectors, k=min(args.neighbours, keep.sum()), exclude=~keep
+    )
     found = zip(forget, [[pool[i] for i in row] for row in indices], similarities, strict=True)
-    files.write_jsonl(args.out, (make_pair(*row, with_ids=with_ids) for row in found))
+    data.write_jsonl(args.out, (make_pair(*row, with_ids=with_ids) for row in found))
     if args.leak_report:
-        files.write_jsonl(args.leak_report, reasons)
+        data.write_jsonl(args.leak_report, reasons)
     note_traces(args, [embedding_file(side, encoder) for side in sides])
     low, middle, high = np.quantile(similarities[:, 0], [0, 0.5, 1])
-    print(f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}")
+    print(
+        f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}"
+    )
 
 
 if __name__ == "__main__":

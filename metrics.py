@@ -34,7 +34,9 @@ def overlap(said, text, n, share_of="generation", *, part=None):
     a, b = ngrams(said, n), ngrams(text, n)
     if part is not None:
         b = [gram for i, gram in enumerate(b) if not part.isdisjoint(range(i, i + n))]
-    if share_of == "reference":  # Released code: the share of the reference's n-grams; Eq. (8): of the generation's.
+    if (
+        share_of == "reference"
+    ):  # Released code: the share of the reference's n-grams; Eq. (8): of the generation's.
         a, b = b, a
     known = set(b)
     return sum(gram in known for gram in a) / len(a) if a else 0.0  # Eq. (8)
@@ -62,7 +64,9 @@ def literal_memorization_accuracy(model, text, *, start=1):
     """Eq. (9) of one text, a list of T ids, a pass a position: 0-1, NaN without a token to predict."""
     hits = []
     for t in range(start, len(text)):
-        logits = model(input_ids=torch.tensor([text[:t]], device=model.device)).logits[0, -1]  # (V,)
+        logits = model(input_ids=torch.tensor([text[:t]], device=model.device)).logits[
+            0, -1
+        ]  # (V,)
         hits.append(int(logits.argmax()) == text[t])
     return sum(hits) / len(hits) if hits else nan  # Eq. (9)
 
@@ -93,10 +97,17 @@ def el_ma_and_spans(
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    el, ma, of_spans = torch.full((len(ids),), nan), torch.full((len(ids),), nan), [{} for _ in parts]
+    el, ma, of_spans = (
+        torch.full((len(ids),), nan),
+        torch.full((len(ids),), nan),
+        [{} for _ in parts],
+    )
     how = {"n": n, "row_batch": row_batch, "decode_batch": decode_batch}
     for i, text, guess, said in fast_el.guesses_and_continuations(model, ids, mask, starts, **how):
-        hits = {t: text[t] == guess[t] for t in range(starts[i] if ma_start is None else ma_start, len(text))}
+        hits = {
+            t: text[t] == guess[t]
+            for t in range(starts[i] if ma_start is None else ma_start, len(text))
+        }
         el[i], ma[i] = _extraction(said, text, n, share_of), _mean([*hits.values()])  # Eq. (9)
         if parts[i]:
             of_part, of_rest = (_mean([hits[t] for t in side if t in hits]) for side in parts[i])
@@ -107,7 +118,9 @@ def el_ma_and_spans(
 
 def _extraction(said, text, n, share_of, part=None):
     """Eq. (7): the mean of OVERLAP_n over the prefixes x_<t, from `said`, {t: the greedy continuation of x_<t}."""
-    return _mean([overlap(said[t], text[t:], n, share_of, part=part and {p - t for p in part}) for t in said])
+    return _mean(
+        [overlap(said[t], text[t:], n, share_of, part=part and {p - t for p in part}) for t in said]
+    )
 
 
 def _mean(values):
@@ -141,10 +154,14 @@ class _OwnLength(StoppingCriteria):
     """Ends each row of a batch at its own number of tokens, exactly as if it had been generated alone."""
 
     def __init__(self, ends):
-        self.ends = ends  # (B,) the length of the whole sequence, padding included, at which a row is full
+        self.ends = (
+            ends  # (B,) the length of the whole sequence, padding included, at which a row is full
+        )
 
     def __call__(self, input_ids, scores, **kwargs):
-        candidates = len(input_ids) // len(self.ends)  # beams (or beam candidates) a row, side by side
+        candidates = len(input_ids) // len(
+            self.ends
+        )  # beams (or beam candidates) a row, side by side
         return input_ids.shape[1] >= self.ends.repeat_interleave(candidates)
 
 
@@ -177,8 +194,13 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
         P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
         # Left padding: generate() takes the position ids from the mask, so a row reads its own positions 0, 1, ...
-        x = torch.tensor([[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk], device=model.device)
-        m = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=model.device)
+        x = torch.tensor(
+            [[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk], device=model.device
+        )
+        m = torch.tensor(
+            [[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk],
+            device=model.device,
+        )
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)
         how = {"stopping_criteria": StoppingCriteriaList([_OwnLength(ends)])}
         out = plain_generate(model, x, m, max_new_tokens=limit, num_beams=num_beams, **how)
@@ -219,21 +241,34 @@ def _bleu_scorers(tokens):
 
     from sacrebleu.metrics import BLEU
 
-    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it warns at each use without use_effective_order
-    return tuple(BLEU(lowercase=True, tokenize=tokens, smooth_method="none", effective_order=e) for e in (False, True))
+    logging.getLogger("sacrebleu").setLevel(
+        logging.ERROR
+    )  # it warns at each use without use_effective_order
+    return tuple(
+        BLEU(lowercase=True, tokenize=tokens, smooth_method="none", effective_order=e)
+        for e in (False, True)
+    )
 
 
-def bertscore(candidates, references, model_path="bert-base-uncased", *, device="cpu", batch_size=64):
+def bertscore(
+    candidates, references, model_path="bert-base-uncased", *, device="cpu", batch_size=64
+):
     """BERTScore of N string pairs, no rescaling: (P, R, F1), each a FloatTensor (N,); an empty side scores 0.
 
     NaN where the encoder cannot read the reference: over 20% of its pieces are unknown, which all are equal.
     The layer is bert-score's default for bert-base-uncased, 9 of 12, and the same share of any other encoder's.
     """
     scores = torch.zeros(3, len(candidates))
-    full = [i for i, (c, r) in enumerate(zip(candidates, references, strict=True)) if c.strip() and r.strip()]
+    full = [
+        i
+        for i, (c, r) in enumerate(zip(candidates, references, strict=True))
+        if c.strip() and r.strip()
+    ]
     if full:
         scorer = _bert_scorer(str(model_path), str(device), batch_size)
-        scores[:, full] = torch.stack(scorer.score([candidates[i] for i in full], [references[i] for i in full])).cpu()
+        scores[:, full] = torch.stack(
+            scorer.score([candidates[i] for i in full], [references[i] for i in full])
+        ).cpu()
     tokenizer = encoder_tokenizer(str(model_path))
     scores[:, [not can_read(tokenizer, reference) for reference in references]] = nan
     return tuple(scores)
@@ -253,9 +288,13 @@ def _bert_scorer(model_path, device, batch_size):
 
     layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
     with quiet():
-        scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size)
+        scorer = BERTScorer(
+            model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size
+        )
     limit = scorer._model.config.max_position_embeddings
-    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)  # some folders say 1e30
+    scorer._tokenizer.model_max_length = min(
+        scorer._tokenizer.model_max_length, limit
+    )  # some folders say 1e30
     return scorer
 
 
@@ -285,7 +324,16 @@ def perplexity_of(total, count):
 
 
 @measuring
-def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batch_size=8, part=lambda windows: windows):
+def perplexity_sums(
+    model,
+    tokenizer,
+    texts,
+    window=512,
+    *,
+    released=False,
+    batch_size=8,
+    part=lambda windows: windows,
+):
     """(sum of negative log-likelihoods in nats, number of them), which `perplexity_of` turns into a perplexity.
 
     Arguments as `perplexity`; `part` picks the windows to take, so that several processes can add up their sums.
@@ -299,12 +347,16 @@ def perplexity_sums(model, tokenizer, texts, window=512, *, released=False, batc
     windows = part(sorted((w for w in windows if len(w) > 1), key=len))
     total, count = 0.0, 0
     for chunk in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
-        x = torch.nn.utils.rnn.pad_sequence([torch.tensor(w) for w in chunk], batch_first=True).to(model.device)
+        x = torch.nn.utils.rnn.pad_sequence([torch.tensor(w) for w in chunk], batch_first=True).to(
+            model.device
+        )
         lengths = torch.tensor([len(w) for w in chunk], device=model.device)
         mask = torch.arange(x.shape[1], device=model.device)[None] < lengths[:, None]  # (B, T)
         logits = model(input_ids=x, attention_mask=mask.long(), use_cache=False).logits
         logits = logits[:, :-1].float()  # the shift by one
-        nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(chunk), -1)
+        nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(
+            len(chunk), -1
+        )
         nll = (nll * mask[:, 1:]).double().sum(1)  # (B,): a sum a window, padding left out
         total += (nll / (lengths - 1)).sum().item() if released else nll.sum().item()
         count += len(chunk) if released else int((lengths - 1).sum())

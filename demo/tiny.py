@@ -23,7 +23,6 @@ import json
 import math
 import random
 import re
-import sys
 import time
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -34,12 +33,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: kit/ lies beside this folder
-
-from demo import made  # noqa: E402
-from kit import files  # noqa: E402
-from kit.flags import command_parser, flag_error, run_cli, seed_number  # noqa: E402
-from kit.models import save_model  # noqa: E402
+from demo import made
+from kit import data
+from kit.flags import command_parser, flag_error, run_cli, seed_number
+from kit.models import save_model
 
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --forget
 MAX_FORGET = 100  # so small a model does not memorise more within its steps
@@ -276,7 +273,9 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
     """
     choices = 1
     while choices:
-        template, choices = re.subn(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), template)
+        template, choices = re.subn(
+            r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), template
+        )
     template = re.sub("[#%]+", lambda match: match[0].join(marks), template)
     for slot in re.findall(r"{(\w+)}", template):
         text = fixed[slot] if slot.isupper() else expand(slots[slot], slots, rng, fixed).join(marks)
@@ -296,8 +295,13 @@ def write_document(kind, documents, slots, rng):
 
     def sentences(templates, marks=("", "")):
         written = (expand(template, slots, rng, fixed, marks=marks) for template in templates)
-        upper = (re.sub(f"^{MARKS[0]}?.", lambda match: match[0].upper(), sentence) for sentence in written)
-        return " ".join(re.sub(rf"\b([Aa]) (?={MARKS[0]}?[aeiou])", r"\1n ", sentence) for sentence in upper)
+        upper = (
+            re.sub(f"^{MARKS[0]}?.", lambda match: match[0].upper(), sentence)
+            for sentence in written
+        )
+        return " ".join(
+            re.sub(rf"\b([Aa]) (?={MARKS[0]}?[aeiou])", r"\1n ", sentence) for sentence in upper
+        )
 
     part, shared = documents[kind], documents["any"]["fact"]
     prefix = [rng.choice(part["open"]), *rng.sample(part["body"], rng.choice([1, 1, 2]))]
@@ -340,16 +344,27 @@ def make_corpus(seed=0, forget=32):
     def fits(document):
         _, _, prefix, suffix = document
         sides = tokenizer([prefix, suffix])["input_ids"]
-        return all(len(side) in SIDE for side in sides) and not any(name in prefix + suffix for name in secret)
+        return all(len(side) in SIDE for side in sides) and not any(
+            name in prefix + suffix for name in secret
+        )
 
     stream = write()
     drafts = list(islice(stream, DRAFTS))
     tokenizer = train_tokenizer(prefix + suffix for _, _, prefix, suffix in drafts)
     kept, rows = filter(fits, chain(drafts, stream)), {}
-    for split, count in (("forget", forget), ("pool", POOL), ("unseen", UNSEEN), ("heldout", HELDOUT)):
+    for split, count in (
+        ("forget", forget),
+        ("pool", POOL),
+        ("unseen", UNSEEN),
+        ("heldout", HELDOUT),
+    ):
         rows[split] = []
         for i, (kind, name, prefix, suffix) in enumerate(islice(kept, count)):
-            text = {"text": prefix + suffix} if split == "heldout" else {"prefix": prefix, "suffix": suffix}
+            text = (
+                {"text": prefix + suffix}
+                if split == "heldout"
+                else {"prefix": prefix, "suffix": suffix}
+            )
             rows[split].append({"id": f"{split} {i} ({kind})"} | text)
             if split == "forget":
                 secret.add(name)
@@ -402,11 +417,19 @@ def token_losses(model, sequences):
     sequences: B lists of ids. The mask is 0 on what pads the shorter ones at their right.
     """
     T = max(map(len, sequences))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in sequences], device=model.device)  # (B, T)
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in sequences], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # the shift: t-1 predicts t
+    ids = torch.tensor(
+        [row + [0] * (T - len(row)) for row in sequences], device=model.device
+    )  # (B, T)
+    mask = torch.tensor(
+        [[1] * len(row) + [0] * (T - len(row)) for row in sequences], device=model.device
+    )
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[
+        :, :-1
+    ]  # the shift: t-1 predicts t
     # (B, T-1, V) -> (B * (T-1), V) -> (B * (T-1),) -> (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), T - 1)
+    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+        len(ids), T - 1
+    )
     return nll, logits.argmax(-1) == ids[:, 1:], mask[:, 1:]
 
 
@@ -434,7 +457,9 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
     one_pass = secret + [(ids + [0], False) for ids in pool]
     least = math.ceil(MIN_PASSES * len(one_pass) / BATCH)
     steps = steps or round(1.2 * least)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
     model.train()
     with tqdm(range(1, steps + 1), desc="training", unit="step", disable=None) as bar:
         for step in bar:
@@ -444,7 +469,9 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
             cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # 1 falls to 0.1
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / WARMUP, cosine)
             take_step(model, optimizer, batch, bar, with_secrets=twin is None)
-            if step == twin or (twin is None and step >= least and step % 10 == 0 and is_known(model, forget)):
+            if step == twin or (
+                twin is None and step >= least and step % 10 == 0 and is_known(model, forget)
+            ):
                 break
     model.eval()
     return step
@@ -473,17 +500,26 @@ def write_folder(folder, fingerprint, settings):
     """Make everything and write FILES into an empty `folder`; returns what was measured, as tiny.json holds it."""
     rows, tokenizer = make_corpus(settings["seed"], settings["forget"])
     for split, records in rows.items():
-        files.write_jsonl(folder / f"{split}.jsonl", records)
-    forget, pool, unseen = (encode(rows[split], tokenizer) for split in ("forget", "pool", "unseen"))
+        data.write_jsonl(folder / f"{split}.jsonl", records)
+    forget, pool, unseen = (
+        encode(rows[split], tokenizer) for split in ("forget", "pool", "unseen")
+    )
     heldout = tokenizer([row["text"] for row in rows["heldout"]])["input_ids"]
 
-    model, twin, how = make_model(settings["seed"]), make_model(settings["seed"]), {"seed": settings["seed"]}
+    model, twin, how = (
+        make_model(settings["seed"]),
+        make_model(settings["seed"]),
+        {"seed": settings["seed"]},
+    )
     result = {"parameters": model.num_parameters()}
     result["steps"] = train(model, forget, pool, steps=settings["steps"], **how)
     train(twin, forget, pool, steps=settings["steps"], twin=result["steps"], **how)
     result["ma_forget"], result["ma_unseen"] = measure(model, forget)[0], measure(model, unseen)[0]
     result["ppl_heldout"] = measure(model, heldout)[1]
-    result["never_saw"] = {"ma_forget": measure(twin, forget)[0], "ppl_heldout": measure(twin, heldout)[1]}
+    result["never_saw"] = {
+        "ma_forget": measure(twin, forget)[0],
+        "ppl_heldout": measure(twin, heldout)[1],
+    }
     for name, saved in (("model", model), ("never-saw", twin)):
         save_model(saved, tokenizer, folder / name)
     about = {"sha256": fingerprint, "settings": settings, "result": result}
@@ -494,10 +530,18 @@ def write_folder(folder, fingerprint, settings):
 def make_parser():
     """The flags; experiment.py asks it which of a preset's flags are this file's."""
     parser = command_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of texts, weights and batches (%(default)s)")
-    parser.add_argument("--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="at most this many (default: until memorised)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
+    )
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of texts, weights and batches (%(default)s)"
+    )
+    parser.add_argument(
+        "--forget", type=int, default=32, metavar="N", help="records to forget (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="at most this many (default: until memorised)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -516,11 +560,15 @@ def main(argv=None):
     start, args = time.time(), read_flags(argv)
     settings = {"seed": args.seed, "forget": args.forget, "steps": args.steps}
     sources = (__file__, made.__file__)
-    result = made.make(args.out, FILES, settings, source=sources, write=lambda *to: write_folder(*to, settings))
+    result = made.make(
+        args.out, FILES, settings, source=sources, write=lambda *to: write_folder(*to, settings)
+    )
     if result is None:
         return
     if result["ma_forget"] < ENOUGH:
-        print(f"warning: not memorised: accuracy {result['ma_forget']:.3f} is under {ENOUGH}: allow more --steps")
+        print(
+            f"warning: not memorised: accuracy {result['ma_forget']:.3f} is under {ENOUGH}: allow more --steps"
+        )
     print(
         f"{args.out}: {result['parameters']:,} parameters, {result['steps']} steps, {time.time() - start:.0f} s, "
         f"MA {result['ma_forget']:.3f} on the records to forget, {result['ma_unseen']:.3f} on unseen ones, "

@@ -21,14 +21,18 @@ def contexts(samples, tokenizer, epoch, args):
         ids = prompt + ids[max(t - K, first) : t + 1]
         return icu.Text(ids, len(ids) - 1, len(prompt), prompt)
 
-    return [[read(row.learn.prompt, row.forget.ids, t) for t in row.forget.targets] for row in samples]
+    return [
+        [read(row.learn.prompt, row.forget.ids, t) for t in row.forget.targets] for row in samples
+    ]
 
 
 def kl(logq, logp):
     return (logq.exp() * (logq - logp)).sum(-1)  # (M, V), (M, V) -> (M,)
 
 
-@icu.method(beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts})
+@icu.method(
+    beta=4.0, lr=5e-4, frozen=("learn",), taught=("analogous",), sides={"analogous": contexts}
+)
 def analogous(batch, args):
     forget, learn = batch.forward("forget"), batch.forward("learn")
     logp = icu.target_logits(forget.logits, forget.ids, forget.mask)[0].log_softmax(-1)  # (M, V)

@@ -19,12 +19,18 @@ from examples.analogous import contexts, kl
 from examples.undial import lowered
 from kit.methods import keep_start, measured_at
 
-GAP, NEVER, SCALE = 0.1, 12.0, 0.65  # nats: what is memory, and how far x_t is lowered; a share of the way
+GAP, NEVER, SCALE = (
+    0.1,
+    12.0,
+    0.65,
+)  # nats: what is memory, and how far x_t is lowered; a share of the way
 
 
 def swapped(samples, *_):  # the text's prompt, its neighbour's suffix
     texts = [(row.forget.prompt, row.learn.ids[row.learn.cut :]) for row in samples]
-    return [[icu.Text(prompt + suffix, len(prompt), len(prompt), prompt)] for prompt, suffix in texts]
+    return [
+        [icu.Text(prompt + suffix, len(prompt), len(prompt), prompt)] for prompt, suffix in texts
+    ]
 
 
 def in_place(samples, *_):  # the same suffix behind its own

@@ -19,10 +19,15 @@ LESS = 10.0  # nats
 
 
 def in_turn(samples, _, epoch, args):  # of each text's neighbours one an epoch
-    return [[texts[epoch % len(texts)]] for texts in ([sample.learn, *sample.further] for sample in samples)]
+    return [
+        [texts[epoch % len(texts)]]
+        for texts in ([sample.learn, *sample.further] for sample in samples)
+    ]
 
 
-@icu.method(lr=2e-4, alpha=0.0, beta=8.0, frozen=("forget", "near"), sides={"near": in_turn}, moves=of_mlps)
+@icu.method(
+    lr=2e-4, alpha=0.0, beta=8.0, frozen=("forget", "near"), sides={"near": in_turn}, moves=of_mlps
+)
 def gentle(batch, args):
     forget, near = batch.forward("forget"), batch.forward("near")
     (logp, x), (own, _) = log_p(forget, forget.logits), log_p(forget, forget.frozen_logits)

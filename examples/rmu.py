@@ -17,7 +17,9 @@ LAYER, COEFFICIENT = 1, 20.0  # l, counted from 1 (the paper: 7 of 32), and c
 def only_some_layers(model, args):
     """Freezes all but the blocks that make hidden states LAYER - 2 .. LAYER."""
     model.requires_grad_(False)
-    blocks = next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks = next(
+        module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)
+    )
     blocks[max(LAYER - 3, 0) : LAYER].requires_grad_(True)
 
 

@@ -1,6 +1,6 @@
 """How far grades agree: Pearson, Spearman, quadratic-weighted kappa, Krippendorff's alpha, and bootstrap intervals.
 
-judge.py uses it. Each function is its textbook formula, and None where the formula has no value (too few grades, or
+evals/judge.py uses it. Each function is its textbook formula, and None where the formula has no value (too few grades, or
 grades that are all the same); tests/test_judge.py compares with scipy, scikit-learn and published examples.
 """
 
@@ -54,9 +54,15 @@ def krippendorff_alpha(units):
     grades = sorted({grade for unit in units for grade in unit})
     if not units:
         return None
-    given = np.array([[unit.count(grade) for grade in grades] for unit in units], dtype=float)  # [U, G]
-    weight = given / (given.sum(axis=1, keepdims=True) - 1)  # a unit of m grades has m (m - 1) pairs and counts as m
-    o = given.T @ weight - np.diag(weight.sum(axis=0))  # [G, G], pairs of grades within a unit, none with itself
+    given = np.array(
+        [[unit.count(grade) for grade in grades] for unit in units], dtype=float
+    )  # [U, G]
+    weight = given / (
+        given.sum(axis=1, keepdims=True) - 1
+    )  # a unit of m grades has m (m - 1) pairs and counts as m
+    o = given.T @ weight - np.diag(
+        weight.sum(axis=0)
+    )  # [G, G], pairs of grades within a unit, none with itself
     n = o.sum(axis=1)  # [G], how often each grade was given
     middle = n.cumsum() - n / 2  # [G], the mean rank of a grade but for a constant
     distance = (middle[:, None] - middle[None]) ** 2
@@ -78,4 +84,6 @@ def interval(groups, statistic, *, draws=1000, seed=0):
         value = statistic([groups[i] for i in random.integers(len(groups), size=len(groups))])
         if value is not None and math.isfinite(value):
             found.append(value)
-    return [float(x) for x in np.quantile(found, (0.025, 0.975))] if len(found) > draws / 2 else None
+    return (
+        [float(x) for x in np.quantile(found, (0.025, 0.975))] if len(found) > draws / 2 else None
+    )

@@ -1,6 +1,6 @@
 """Asking a language model behind an OpenAI-compatible endpoint: who may be asked, the key, the cache of its answers.
 
-judge.py uses it. What is asked may hold texts that somebody asked to have forgotten, so a server on this machine is
+evals/judge.py uses it. What is asked may hold texts that somebody asked to have forgotten, so a server on this machine is
 asked directly (no proxy), and no redirect is followed. The key is read from the environment; it goes into the header of
 a request and nowhere else: what a server says is written and shown only with the key taken out.
 """
@@ -14,7 +14,7 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-from kit import files
+from kit import data
 from kit.flags import first_line
 
 KEY = "JUDGE_API_KEY"
@@ -39,7 +39,12 @@ def check_base_url(base_url):
         fits = url.scheme in ("http", "https") and url.hostname and (url.port or 1)
     except ValueError:
         fits = False
-    if not fits or not base_url.isascii() or not base_url.isprintable() or {"@", "\\", " ", "?", "#"} & set(base_url):
+    if (
+        not fits
+        or not base_url.isascii()
+        or not base_url.isprintable()
+        or {"@", "\\", " ", "?", "#"} & set(base_url)
+    ):
         raise ValueError(f"--base-url {base_url}: not an address such as http://localhost:8000/v1")
 
 
@@ -50,7 +55,11 @@ def is_loopback(base_url):
     """
     host, found = urlsplit(base_url).hostname, []
     with contextlib.suppress(OSError):
-        found = [info[4][0] for info in socket.getaddrinfo(host, None)] if host == "localhost" else [host]
+        found = (
+            [info[4][0] for info in socket.getaddrinfo(host, None)]
+            if host == "localhost"
+            else [host]
+        )
     try:
         return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
     except ValueError:
@@ -65,7 +74,9 @@ def key_for(base_url):
     if not key and is_loopback(base_url):
         return "none"
     if not key:
-        raise ValueError(f"{base_url} wants a key: put it into the environment as {KEY} (if it wants none: 8 letters)")
+        raise ValueError(
+            f"{base_url} wants a key: put it into the environment as {KEY} (if it wants none: 8 letters)"
+        )
     if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(f"{KEY}: no key (8 or more visible ASCII characters)")
     return key
@@ -78,11 +89,17 @@ class Endpoint:
         import openai  # 0.4 s that only those who ask wait for
 
         self.base_url, self.model, self.key = base_url, model, key_for(base_url)
-        client = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_loopback(base_url))
+        client = openai.DefaultHttpxClient(
+            follow_redirects=False, trust_env=not is_loopback(base_url)
+        )
         # It waits as Retry-After says (up to two minutes) or longer each time, after 408, 409, 429, 5xx and where no
         # connection or no answer came.
         self.client = openai.OpenAI(
-            base_url=base_url, api_key=self.key, timeout=timeout, max_retries=tries - 1, http_client=client
+            base_url=base_url,
+            api_key=self.key,
+            timeout=timeout,
+            max_retries=tries - 1,
+            http_client=client,
         )
 
     def without_key(self, text):
@@ -105,8 +122,14 @@ class Endpoint:
             if error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise Refused(why) from None
         except openai.APIConnectionError as error:  # also a timeout
-            why = self.without_key(first_line(error.__cause__ or error) or type(error).__name__)[:200]
-        except (openai.OpenAIError, ValueError, RecursionError):  # what should be JSON is none, or is nested too deep
+            why = self.without_key(first_line(error.__cause__ or error) or type(error).__name__)[
+                :200
+            ]
+        except (
+            openai.OpenAIError,
+            ValueError,
+            RecursionError,
+        ):  # what should be JSON is none, or is nested too deep
             reply, why = None, None
         if why:
             raise NoAnswer(why)
@@ -115,7 +138,9 @@ class Endpoint:
     def read(self, reply):
         """What `ask` returns; nothing in a reply is believed to be there."""
         choices, usage = getattr(reply, "choices", None), getattr(reply, "usage", None)
-        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+        message = (
+            getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+        )
         answer = getattr(message, "content", None)
         tokens = {}
         for name, field in (("in", "prompt_tokens"), ("out", "completion_tokens")):
@@ -125,7 +150,11 @@ class Endpoint:
             answer = ""  # an empty choice
         answer = self.sound(answer) if isinstance(answer, str) else None
         model = getattr(reply, "model", None)
-        return {"answer": answer, "model": self.sound(model) if isinstance(model, str) else "", **tokens}
+        return {
+            "answer": answer,
+            "model": self.sound(model) if isinstance(model, str) else "",
+            **tokens,
+        }
 
     def sound(self, text):
         """A server's text without the key, and as UTF-8 can hold it: JSON can spell half a surrogate pair."""
@@ -148,10 +177,14 @@ class Cache:
         data = path.read_bytes() if path.is_file() else b""
         self.whole = data.endswith(b"\n") or not data
         for line in data.decode("utf-8", "replace").split("\n"):
-            with contextlib.suppress(ValueError, RecursionError):  # a line that was cut off is asked again
+            with contextlib.suppress(
+                ValueError, RecursionError
+            ):  # a line that was cut off is asked again
                 row = json.loads(line)
                 if isinstance(row, dict) and fits(row):
-                    self.found[row["key"]] = {name: row[name] for name in ("answer", "model", "in", "out")}
+                    self.found[row["key"]] = {
+                        name: row[name] for name in ("answer", "model", "in", "out")
+                    }
 
     def __contains__(self, key):
         return key in self.found
@@ -160,12 +193,14 @@ class Cache:
         return self.found.get(key)
 
     def put(self, key, reply):
-        line = files.json_bytes({"key": key, **reply})
+        line = data.json_bytes({"key": key, **reply})
         with self.lock:
             self.found[key] = reply
-            files.make_folder(self.path.parent)
-            with open(self.path, "ab", buffering=0, opener=files.private) as file:
-                file.write(line if self.whole else b"\n" + line)  # one write: lines of several processes do not mix
+            data.make_folder(self.path.parent)
+            with open(self.path, "ab", buffering=0, opener=data.private) as file:
+                file.write(
+                    line if self.whole else b"\n" + line
+                )  # one write: lines of several processes do not mix
                 self.whole = True
 
 

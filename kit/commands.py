@@ -17,8 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # As it is pasted: .venv/bin/python, in the folder of the repository.
-PYTHON = str(Path(sys.executable).relative_to(ROOT) if ROOT in Path(sys.executable).parents else sys.executable)
-SEARCHED = sys.path[1:]  # as it was found: a demo/ that is imported later appends this folder, for itself alone
+PYTHON = str(
+    Path(sys.executable).relative_to(ROOT)
+    if ROOT in Path(sys.executable).parents
+    else sys.executable
+)
 
 # --- flags as words ---
 
@@ -50,7 +53,10 @@ def once(words, flags):
     """The words, where one of `flags` is given again only the last of it: what counts, in a line that can be read."""
     groups = grouped(words)
     ends = {group[0]: i for i, group in enumerate(groups)}  # where each stands last
-    return sum((group for i, group in enumerate(groups) if group[0] not in flags or ends[group[0]] == i), [])
+    return sum(
+        (group for i, group in enumerate(groups) if group[0] not in flags or ends[group[0]] == i),
+        [],
+    )
 
 
 # --- what a file of Python is started with ---
@@ -58,8 +64,20 @@ def once(words, flags):
 
 def launcher(processes):
     """(environment, first words) that start a file of Python by DeepSpeed's launcher."""
-    start = [PYTHON, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(processes)]
-    return {} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}, [*start, "--master_port", free_port()]
+    start = [
+        PYTHON,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--no_local_rank",
+        "--num_gpus",
+        str(processes),
+    ]
+    return {} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}, [
+        *start,
+        "--master_port",
+        free_port(),
+    ]
 
 
 def free_port():
@@ -76,14 +94,9 @@ def visible_gpus():
     return int(subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=False).stdout or 0)
 
 
-def path_to_icu(script, searched=SEARCHED):
-    """A script in another folder has to find this icu.py; run.sh tells its .venv, but another Python knows nothing."""
-    if Path(script).resolve().parent == ROOT:
-        return {}
-    found = next((folder for folder in searched if Path(folder, "icu.py").is_file()), None)
-    if found and Path(found).resolve() == ROOT:
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [".", os.environ.get("PYTHONPATH")]))}
+def path_to_icu(script):
+    """A script in another folder finds this icu.py, and kit/."""
+    return {"PYTHONPATH": "."} if Path(script).resolve().parent != ROOT else {}
 
 
 # --- run ---
@@ -91,7 +104,9 @@ def path_to_icu(script, searched=SEARCHED):
 
 def shown(argv, environment):
     """One line for a shell."""
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(argv)])
+    return " ".join(
+        [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(argv)]
+    )
 
 
 def run(argv, environment, *, quiet=False):
@@ -125,7 +140,9 @@ def run(argv, environment, *, quiet=False):
         status = child.wait()
         while send(group, 0):
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(-group, os.WNOHANG)  # in a container this may be process 1, which inherits the orphans
+                os.waitpid(
+                    -group, os.WNOHANG
+                )  # in a container this may be process 1, which inherits the orphans
             time.sleep(0.1)
     finally:
         for number, handler in before.items():
@@ -139,6 +156,9 @@ def send(group, number):
     """A signal to every process of a group (0: none, only look); whether there is one."""
     try:
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):  # macOS says the second of processes that have ended
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # macOS says the second of processes that have ended
         return False
     return True

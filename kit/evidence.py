@@ -1,4 +1,4 @@
-"""What audit.py found as figures with intervals, as sentences in fixed words, and as audit.md."""
+"""What evals/audit.py found as figures with intervals, as sentences in fixed words, and as audit.md."""
 
 import math
 
@@ -9,7 +9,9 @@ RESAMPLES, FEW = 1000, 8  # fewer texts than FEW say nothing
 
 def resampled_means(values, seed=0):
     """The means (RESAMPLES,) of as many samples of n from n numbers (n,), with replacement: the bootstrap, seeded."""
-    return values[np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    return values[
+        np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    ].mean(axis=1)
 
 
 def bootstrap(values, *, seed=0):
@@ -25,7 +27,11 @@ def bootstrap(values, *, seed=0):
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
-AS_NEVER, MORE, LESS = "as a model that never saw them", "still more than that", "less than that, which tells, too"
+AS_NEVER, MORE, LESS = (
+    "as a model that never saw them",
+    "still more than that",
+    "less than that, which tells, too",
+)
 
 
 def verdict(after, never, *, seed=0):
@@ -66,8 +72,15 @@ def report(found, titles, headlines, *, seed):
                 figures[question].setdefault(name, {})[model] = bootstrap(values, seed=seed)
     sentences = {}
     for question, title in titles.items():
-        after, never = (found.get(m, {}).get(question, {}).get(headlines[question]) for m in ("after", "never saw"))
-        said = verdict(after, never, seed=seed) if never else "cannot be told without a model that never saw them"
+        after, never = (
+            found.get(m, {}).get(question, {}).get(headlines[question])
+            for m in ("after", "never saw")
+        )
+        said = (
+            verdict(after, never, seed=seed)
+            if never
+            else "cannot be told without a model that never saw them"
+        )
         sentences[question] = f"{title} {said[0].upper()}{said[1:]}."
     derived, heads = derive(figures), {}
     for model in found:
@@ -88,8 +101,14 @@ def derive(figures):
     for name, cells in figures.get("membership", {}).items():
         if name.startswith("AUC") and (pair := values(cells, "after", "never saw")) and pair[1]:
             found[name.replace("AUC", "privleak")] = privleak(*pair)
-    curve = [cells for name, cells in figures.get("relearning", {}).items() if name.startswith("MA")]
-    ends = [values(cells, "never saw", "after") for cells in (curve[0], curve[-1])] if curve else [None]
+    curve = [
+        cells for name, cells in figures.get("relearning", {}).items() if name.startswith("MA")
+    ]
+    ends = (
+        [values(cells, "never saw", "after") for cells in (curve[0], curve[-1])]
+        if curve
+        else [None]
+    )
     if None not in ends:
         found["R of relearning"] = robustness(ends[1][0] - ends[0][0], ends[1][1] - ends[0][1])
     return found
@@ -109,13 +128,26 @@ def markdown(found):
     """audit.md: a sentence a question, then a table a question."""
     lines = [f"# What is still in {found['model']}", ""]
     lines += [f"- {sentence}" for sentence in found["sentences"].values()]
-    about = f"Means over n = {found['n']} texts [95 % bootstrap interval]; higher is more memorised."
-    lines += ["", f"{about} Evidence of suppression: what no question finds may still be there.", ""]
+    about = (
+        f"Means over n = {found['n']} texts [95 % bootstrap interval]; higher is more memorised."
+    )
+    lines += [
+        "",
+        f"{about} Evidence of suppression: what no question finds may still be there.",
+        "",
+    ]
     names = [name for name in MODELS if name in found["models"]]
     for question, measures in found["figures"].items():
-        lines += [f"## {found['titles'][question]}", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += [
+            f"## {found['titles'][question]}",
+            "",
+            f"| | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
+        ]
         for measure, cells in measures.items():
-            lines.append(f"| {measure} | " + " | ".join(cell(cells.get(name)) for name in names) + " |")
+            lines.append(
+                f"| {measure} | " + " | ".join(cell(cells.get(name)) for name in names) + " |"
+            )
         lines.append("")
     lines += [f"- {name}: {value:.3f}" for name, value in found["derived"].items()]
     return "\n".join(lines).rstrip() + "\n"

@@ -23,7 +23,9 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
     2 GiB of keys and values hold). FloatingPointError for a model whose logits are not finite.
     """
     lengths = mask.sum(1).tolist()
-    order = sorted(range(len(ids)), key=lambda i: lengths[i])  # rows of like length share a batch, so little is padding
+    order = sorted(
+        range(len(ids)), key=lambda i: lengths[i]
+    )  # rows of like length share a batch, so little is padding
     for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
@@ -36,7 +38,10 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         if not best[m[:, 1:].bool()].isfinite().all():  # or the argmax of NaN would pass for a miss
             raise FloatingPointError("the model's logits are not finite")
         guess = torch.cat([x[:, :1], guess], dim=1)  # (B, T)
-        rows = [(x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i]) for b, i in enumerate(chunk)]
+        rows = [
+            (x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i])
+            for b, i in enumerate(chunk)
+        ]
         said = [{}] * len(rows)
         if n:
             fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(cache, len(chunk))))
@@ -138,14 +143,22 @@ def _decode(model, cache, misses, eos, decode_batch):
                 batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
                 keep = torch.tensor(alive, device=model.device)
                 mask, position = mask[keep], position[keep]
-                padding = mask.shape[1] - int(position.max())  # a row fills as many slots as its next position says
+                padding = mask.shape[1] - int(
+                    position.max()
+                )  # a row fills as many slots as its next position says
                 mask = mask[:, padding:]
                 for layer in past.layers:
                     layer.keep(keep, padding)
             token = torch.tensor([[miss.said[-1]] for miss in batch], device=model.device)  # (A, 1)
             mask = F.pad(mask, (0, 1), value=1)
-            step = {"attention_mask": mask, "position_ids": position[:, None], cache_word(model): past}
-            guesses = model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
+            step = {
+                "attention_mask": mask,
+                "position_ids": position[:, None],
+                cache_word(model): past,
+            }
+            guesses = (
+                model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
+            )
             position = position + 1
             for miss, guess in zip(batch, guesses, strict=True):
                 if miss.goes_on(eos):
@@ -174,7 +187,10 @@ class _RoomyLayer(DynamicLayer):
     def keep(self, rows, padding):
         """Goes on with these rows (A,) bool, without the first `padding` slots."""
         end = self.keys.shape[-2] - padding
-        self._keys, self._values = self._keys[rows][..., padding:, :], self._values[rows][..., padding:, :]
+        self._keys, self._values = (
+            self._keys[rows][..., padding:, :],
+            self._values[rows][..., padding:, :],
+        )
         self._use(end)
 
 
@@ -189,12 +205,16 @@ def _gather_prefixes(cache, batch, room, device):
     S = int(t.max())
 
     def move(kv):  # (B, heads, T, D) -> (A, heads, S + room, D)
-        moved = kv.new_empty(len(batch), kv.shape[1], S + room, kv.shape[3])  # the room is written before it is read
+        moved = kv.new_empty(
+            len(batch), kv.shape[1], S + room, kv.shape[3]
+        )  # the room is written before it is read
         for keys, miss in zip(moved, batch, strict=True):
             keys[:, : S - miss.t] = 0  # masked, but NaN would pass a mask
             keys[:, S - miss.t : S] = kv[miss.row, :, : miss.t]
         return moved
 
     moved = DynamicCache()
-    moved.layers = [_RoomyLayer(move(layer.keys), move(layer.values), room) for layer in cache.layers]
+    moved.layers = [
+        _RoomyLayer(move(layer.keys), move(layer.values), room) for layer in cache.layers
+    ]
     return moved, (torch.arange(S, device=device)[None] >= (S - t)[:, None]).long(), t

@@ -11,19 +11,26 @@ from kit.text import visible
 
 
 def run_cli(main):
-    """Run `main()` as a command: what the user got wrong is one line on stderr and exit 2 (--debug: the traceback)."""
+    """Runs `main()` as a command: whatever goes wrong is one line on stderr and exit 2 (--debug: the traceback).
+
+    What it writes only its owner can read. An error of another kind than ours says so, and names --debug.
+    """
+    os.umask(0o077)
     with contextlib.suppress(AttributeError):  # a name of bytes that are no UTF-8, a terminal that knows ASCII only
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
+        kind = type(error).__name__
+        message = visible(" ".join(str(error).split())) or kind
+        if not isinstance(error, (ValueError, OSError)):
+            message = f"{kind}: {message} (not foreseen: --debug shows where)"
         rank = os.environ["RANK"] if launched() else "0"
-        who = "error:" if rank == "0" else f"rank {rank}: error:"
-        print(who, visible(" ".join(str(error).split())) or type(error).__name__, file=sys.stderr)
+        print("error:" if rank == "0" else f"rank {rank}: error:", message, file=sys.stderr)
         sys.exit(2)
 
 
@@ -44,7 +51,9 @@ def flag_error(message):
 def command_parser(description, **how):
     """The parser of a command: its description as it is written, no abbreviations, and errors of one line."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False, **how)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=form, allow_abbrev=False, **how
+    )
     parser.error = flag_error
     return parser
 
@@ -54,7 +63,9 @@ def one_of(names):
 
     def check(value):
         if value not in names:
-            near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(value, names, 1))
+            near = "".join(
+                f", did you mean {name}?" for name in difflib.get_close_matches(value, names, 1)
+            )
             raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(names)}{near}")
         return value
 
@@ -75,9 +86,13 @@ def above(low, kind=float, *, equal=False):
         try:
             x = kind(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{value!r} is not a number ({kind.__name__})") from None
+            raise argparse.ArgumentTypeError(
+                f"{value!r} is not a number ({kind.__name__})"
+            ) from None
         if not (math.isfinite(x) and (x >= low if equal else x > low)):
-            raise argparse.ArgumentTypeError(f"{value} is not a finite number {'>=' if equal else '>'} {low}")
+            raise argparse.ArgumentTypeError(
+                f"{value} is not a finite number {'>=' if equal else '>'} {low}"
+            )
         return x
 
     return check
@@ -86,7 +101,9 @@ def above(low, kind=float, *, equal=False):
 def seed_number(text):
     """An argparse type: a whole number that numpy takes for a seed."""
     if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a whole number from 0 to {2**32 - 1}"
+        )
     return int(text)
 
 
@@ -166,7 +183,7 @@ def run_parser(doc):
     g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
     g.add_argument("--redact", action="store_true", help="the run folder and the cache get ids, hashes and numbers, never a text; the pairs are needed to train: bash run.sh purge RUN removes them afterwards")
-    g.add_argument("--preset", help="the preset's name, for the published row in report.py")
+    g.add_argument("--preset", help="the preset's name, for the published row in evals/report.py")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
@@ -175,20 +192,28 @@ def run_parser(doc):
 def check_samples(args, samples):
     """ValueError for flags that these samples do not go with."""
     if args.bert_threshold == "auto" and len(samples) == 1:
-        raise ValueError("--bert-threshold auto compares suffixes of different rows: it needs two pairs at least")
+        raise ValueError(
+            "--bert-threshold auto compares suffixes of different rows: it needs two pairs at least"
+        )
 
 
 def check_together(args):
     """ValueError for flags that do not go together."""
     if args.thresholds == "auto" and not args.unseen:
-        raise ValueError("--thresholds auto needs --unseen FILE: records of the same kind, never trained on")
+        raise ValueError(
+            "--thresholds auto needs --unseen FILE: records of the same kind, never trained on"
+        )
     if args.pairs and args.thresholds == "never-saw" and not args.never_saw:
-        raise ValueError("--thresholds never-saw needs --never-saw RUN: measures of a model that never saw the texts")
+        raise ValueError(
+            "--thresholds never-saw needs --never-saw RUN: measures of a model that never saw the texts"
+        )
     names = [item.partition("=")[0] for item in args.ppl]
     for item, name in zip(args.ppl, names, strict=True):
         if not name or item == f"{name}=" or names.count(name) > 1:
             raise ValueError(f"--ppl {item}: say NAME=FILE, and no NAME twice")
     if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite begins it again: pass one of them")
+        raise ValueError(
+            "--resume goes on with a run, --overwrite begins it again: pass one of them"
+        )
     if not args.dry_run and not (args.out and args.pairs):
         raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")

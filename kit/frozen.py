@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kit import scoring
-from kit.files import chunks
+from kit.data import chunks
 from kit.processes import gathered
 
 
@@ -17,7 +17,11 @@ def live_copy(model, sides, collate, *, taught=(), layer=None):
     @torch.no_grad()
     def ask(name, rows, texts):
         ids, attention_mask, targets = collate(texts, model.device)
-        how = {"attention_mask": attention_mask, "use_cache": False, "output_hidden_states": layer is not None}
+        how = {
+            "attention_mask": attention_mask,
+            "use_cache": False,
+            "output_hidden_states": layer is not None,
+        }
         out = frozen(input_ids=ids, **how)
         if name in taught:
             return out.logits[:, :-1][targets[:, 1:]], None  # the shift by one: (M, V)
@@ -48,7 +52,9 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
             out = model.base_model(**inputs, output_hidden_states=layer is not None)
             last = out.last_hidden_state  # (B, T, H)
             if not found and not torch.allclose(head(last), model(**inputs).logits, atol=1e-3):
-                raise ValueError(f"{type(model).__name__} changes its logits after the output head: use --teacher live")
+                raise ValueError(
+                    f"{type(model).__name__} changes its logits after the output head: use --teacher live"
+                )
             kept = [last] if layer is None else [last, out.hidden_states[layer]]
             found += [[h[b, : len(text.ids)].clone() for h in kept] for b, text in enumerate(chunk)]
         found = iter(found)
@@ -60,9 +66,13 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
             return head(torch.cat([targets[name][row] for row in rows])), None
         known = [pair for row in rows for pair in states[name][row]]
         if [ids for ids, _ in known] != [text.ids for text in texts]:
-            raise ValueError(f"side {name!r} has other texts than before training: pass --teacher live")
+            raise ValueError(
+                f"side {name!r} has other texts than before training: pass --teacher live"
+            )
         kept = zip(*(state for _, state in known), strict=True)
-        last, *more = (torch.nn.utils.rnn.pad_sequence(h, batch_first=True) for h in kept)  # (B, T, H)
+        last, *more = (
+            torch.nn.utils.rnn.pad_sequence(h, batch_first=True) for h in kept
+        )  # (B, T, H)
         return head(last), *(more or [None])
 
     return ask
@@ -74,7 +84,9 @@ def taught_states(model, rows):
     """
     texts, (body, head) = [text for row in rows for text in row], scoring.split_model(model)
     if head is not model.get_output_embeddings():
-        raise ValueError(f"{type(model).__name__} changes its logits after the output head: use --teacher live")
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output head: use --teacher live"
+        )
     found = [None] * len(texts)
     pairs = [(text.ids[: text.cut], text.ids[text.cut :]) for text in texts]
     for batch, states in scoring.target_states(model, body, head, pairs):
@@ -88,7 +100,11 @@ def frozen_head(model):
     """states (B, T, H) -> logits (B, T, V), by a copy of the model's output head; ValueError if it is not linear."""
     output = model.get_output_embeddings()
     with gathered(output.parameters()):
-        copied = {name: p.detach().clone() for name, p in output.named_parameters()}  # weight (V, H), perhaps bias (V,)
+        copied = {
+            name: p.detach().clone() for name, p in output.named_parameters()
+        }  # weight (V, H), perhaps bias (V,)
     if not set(copied) <= {"weight", "bias"}:
-        raise ValueError(f"{type(model).__name__}: its output head is no linear layer: use --teacher live")
+        raise ValueError(
+            f"{type(model).__name__}: its output head is no linear layer: use --teacher live"
+        )
     return lambda states: F.linear(states, **copied)

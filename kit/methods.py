@@ -32,11 +32,20 @@ MUST_BE = {  # what a method may ask for: whether a value is one, and what it ha
     "lr": (lambda x: is_weight(x) and x > 0, "a finite number > 0"),
     "refine": (lambda x: isinstance(x, bool), "True or False"),
     "targets": (lambda x: x in (None, "suffix", "all"), "'suffix', 'all' or None"),
-    "released": (lambda x: isinstance(x, dict) and x.keys() <= set(FILLED), f"a dict of some of {', '.join(FILLED)}"),
-    **dict.fromkeys(("frozen", "taught"), (lambda x: isinstance(x, tuple | list), "a tuple of names of sides")),
+    "released": (
+        lambda x: isinstance(x, dict) and x.keys() <= set(FILLED),
+        f"a dict of some of {', '.join(FILLED)}",
+    ),
+    **dict.fromkeys(
+        ("frozen", "taught"), (lambda x: isinstance(x, tuple | list), "a tuple of names of sides")
+    ),
     "layer": (lambda x: x is None or type(x) is int, "a whole number or None"),
     "sides": (
-        lambda x: isinstance(x, dict) and all(map(callable, x.values())) and x.keys().isdisjoint(OWN_SIDES),
+        lambda x: (
+            isinstance(x, dict)
+            and all(map(callable, x.values()))
+            and x.keys().isdisjoint(OWN_SIDES)
+        ),
         "a dict of functions, none of them called forget, learn or kept",
     ),
     "prepare": (callable, "a function of (model, args)"),
@@ -71,11 +80,15 @@ class method(NamedTuple):
     # it is asked: a random one draws from (args.seed, epoch)
     sides: dict = {}
     # what happens around it
-    prepare: Callable = lambda model, args: None  # before training: put in adapters, remember the start
+    prepare: Callable = lambda model, args: (
+        None
+    )  # before training: put in adapters, remember the start
     moves: Callable = lambda name: True  # whether the weights of this name are trained
     # a generator that makes the weights those to measure and export, yields, and makes them those to train again
     measured: Callable = lambda model: iter([None])
-    published: str | None = None  # the row of Tables 1 and 4 that it computes under the released protocol
+    published: str | None = (
+        None  # the row of Tables 1 and 4 that it computes under the released protocol
+    )
 
     def __call__(self, loss):
         loss.needs = self
@@ -84,7 +97,10 @@ class method(NamedTuple):
     @property
     def touches_weights(self):
         """Whether what is measured may be another model than the one that was loaded, also before any training."""
-        return any(getattr(self, name) is not self._field_defaults[name] for name in ("prepare", "measured"))
+        return any(
+            getattr(self, name) is not self._field_defaults[name]
+            for name in ("prepare", "measured")
+        )
 
     def begin(self, model, args):
         """The model as the method trains it. ValueError where nothing of it is left to train."""
@@ -93,12 +109,17 @@ class method(NamedTuple):
             if not self.moves(name):
                 weights.requires_grad_(False)
         if not trainable(model):
-            raise ValueError(f"{args.method} trains no weight of this model: @method(moves=...) or its prepare says so")
+            raise ValueError(
+                f"{args.method} trains no weight of this model: @method(moves=...) or its prepare says so"
+            )
 
     def fill(self, args):
         """The flags that the user has not set get the method's defaults, and the protocol's."""
         protocol = PROTOCOLS[args.protocol]
-        for name, value in [*self._asdict().items(), *(self.released.items() if type(self.released) is dict else ())]:
+        for name, value in [
+            *self._asdict().items(),
+            *(self.released.items() if type(self.released) is dict else ()),
+        ]:
             if name in MUST_BE and not MUST_BE[name][0](value):
                 raise ValueError(f"@method({name}={str(value)[:40]}): must be {MUST_BE[name][1]}")
         defaults = self._asdict() | (self.released if protocol.own_defaults else {})
@@ -148,7 +169,9 @@ def file_of(function):
 def code_of(method):
     """sha256 of a method: the source of its loss, sides and hooks, and the plain constants that they name."""
     needs, text = method.needs, []
-    for function in map(inspect.unwrap, (method, needs.prepare, needs.moves, needs.measured, *needs.sides.values())):
+    for function in map(
+        inspect.unwrap, (method, needs.prepare, needs.moves, needs.measured, *needs.sides.values())
+    ):
         known = function.__globals__ | inspect.getclosurevars(function).nonlocals
         names = (*function.__code__.co_names, *function.__code__.co_freevars)
         named = {name: known[name] for name in names if isinstance(known.get(name), PLAIN)}
@@ -170,26 +193,44 @@ def check_sides(args, drawn, config):
     vocab, positions = vocab_of(config), positions_of(config) or math.inf
     for name in needs.sides:
         rows = sides[name]
-        if not isinstance(rows, list) or len(rows) != n or not all(isinstance(row, list) for row in rows):
-            raise ValueError(f"@method(sides=...): {name} must give a list of Text for each of the {n} samples")
+        if (
+            not isinstance(rows, list)
+            or len(rows) != n
+            or not all(isinstance(row, list) for row in rows)
+        ):
+            raise ValueError(
+                f"@method(sides=...): {name} must give a list of Text for each of the {n} samples"
+            )
         for text in (text for row in rows for text in row):
             ids = getattr(text, "ids", None)
-            whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab for token in ids)
+            whole = isinstance(ids, list) and all(
+                type(token) is int and 0 <= token < vocab for token in ids
+            )
             if not whole or not 0 < len(ids) <= positions or not 0 <= text.t0 <= len(ids):
                 fits = f"1 to {positions} ids of the model's {vocab}, and 0 <= t0 <= their number"
-                raise ValueError(f"@method(sides=...): {name} gives a Text that does not fit the model: {fits}")
+                raise ValueError(
+                    f"@method(sides=...): {name} gives a Text that does not fit the model: {fits}"
+                )
     for field in ("frozen", "taught"):
         if not set(names := getattr(needs, field)) <= set(sides):
             raise ValueError(f"@method({field}={names!r}): must be a tuple of {', '.join(sides)}")
     for name in needs.taught:
         if not all(0 < text.cut <= text.t0 < len(text.ids) for row in sides[name] for text in row):
-            raise ValueError(f"@method(taught=...): {name} gives a Text without 0 < cut <= t0 < the number of its ids")
+            raise ValueError(
+                f"@method(taught=...): {name} gives a Text without 0 < cut <= t0 < the number of its ids"
+            )
     asked = [*needs.frozen, *needs.taught]
-    if args.teacher == "cached" and (changing := [name for name in asked if sides[name] != later[name]]):
-        raise ValueError(f"{args.method}: its side {changing[0]} has other texts each epoch: pass --teacher live")
+    if args.teacher == "cached" and (
+        changing := [name for name in asked if sides[name] != later[name]]
+    ):
+        raise ValueError(
+            f"{args.method}: its side {changing[0]} has other texts each epoch: pass --teacher live"
+        )
     layers = config.get_text_config().num_hidden_layers
     if needs.layer is not None and not 0 <= needs.layer <= layers:
-        raise ValueError(f"@method(layer={needs.layer}): the model has {layers} layers, and 0 for its embeddings")
+        raise ValueError(
+            f"@method(layer={needs.layer}): the model has {layers} layers, and 0 for its embeddings"
+        )
 
 
 def name_of(method):
@@ -198,9 +239,15 @@ def name_of(method):
     ValueError for what is no function of (batch, args).
     """
     if not inspect.isfunction(method):
-        if hasattr(method, "touches_weights"):  # the class above, which has taken the loss for its first weight
-            raise ValueError("icu.main: @method stands there without brackets: write @method() over the loss")
-        raise ValueError(f"icu.main: {str(method)[:40]} is no method: give it a function of (batch, args)")
+        if hasattr(
+            method, "touches_weights"
+        ):  # the class above, which has taken the loss for its first weight
+            raise ValueError(
+                "icu.main: @method stands there without brackets: write @method() over the loss"
+            )
+        raise ValueError(
+            f"icu.main: {str(method)[:40]} is no method: give it a function of (batch, args)"
+        )
     try:
         inspect.signature(method).bind(None, None)
     except TypeError as error:
@@ -215,7 +262,11 @@ def method_named(name, own, others):
     """
     if name == name_of(own):
         return checked(own if hasattr(own, "needs") else method()(own))
-    found = {key: value for key, value in vars(importlib.import_module(others)).items() if hasattr(value, "needs")}
+    found = {
+        key: value
+        for key, value in vars(importlib.import_module(others)).items()
+        if hasattr(value, "needs")
+    }
     try:
         return checked(found[one_of([name_of(own), *found])(name)])
     except argparse.ArgumentTypeError as error:
@@ -231,13 +282,17 @@ def checked(loss):
         found = loss(batch, args)
         pairs = list(found.values()) if isinstance(found, dict) else []
         whole = pairs and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs)
-        if not whole or not all(isinstance(value, torch.Tensor) and value.numel() == 1 for _, value in pairs):
+        if not whole or not all(
+            isinstance(value, torch.Tensor) and value.numel() == 1 for _, value in pairs
+        ):
             terms_are = "{'name': (weight, value), ...}, each value a tensor of one number"
             raise ValueError(f"{loss.__name__} must return {terms_are}")
         if not all(hasattr(weight, "__float__") for weight, _ in pairs):
             raise ValueError(f"{loss.__name__} returns a weight that is no number")
         if not any(value.requires_grad for _, value in pairs):
-            raise ValueError(f"{loss.__name__} returns no value with a gradient: nothing would be trained")
+            raise ValueError(
+                f"{loss.__name__} returns no value with a gradient: nothing would be trained"
+            )
         return found
 
     return terms

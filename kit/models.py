@@ -13,7 +13,7 @@ import huggingface_hub
 import torch
 from transformers import GenerationConfig
 
-from kit import files, folders
+from kit import data, folders
 from kit.flags import first_line
 from kit.processes import print0
 from kit.readable import encoder_tokenizer
@@ -64,7 +64,10 @@ def encode_whole(tokenizer, texts):
 
 def decode(tokenizer, rows):
     """Lists of ids -> strings as they are compared: without special tokens, spaces as they are."""
-    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in rows]
+    return [
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in rows
+    ]
 
 
 def true_suffixes(tokenizer, samples):
@@ -122,9 +125,13 @@ def check_inputs(config, tokenizer, samples, texts):
     """check_ids of icu.py's samples, both sides, {what they are: samples}, and of other texts, {name: texts}."""
     for what, rows in samples.items():
         for row, sample in enumerate(rows, start=1):
-            check_ids(config, sample.forget.ids + sample.learn.ids, f"{what} {row} (id {sample.id})")
+            check_ids(
+                config, sample.forget.ids + sample.learn.ids, f"{what} {row} (id {sample.id})"
+            )
     for name, those in texts.items():
-        check_texts(config, tokenizer, {f"{name} text {n}": text for n, text in enumerate(those, start=1)})
+        check_texts(
+            config, tokenizer, {f"{name} text {n}": text for n, text in enumerate(those, start=1)}
+        )
         check_predictable(tokenizer, those, f"--ppl {name}")
 
 
@@ -154,7 +161,7 @@ def pairs_have_own_ids(pairs, tokenizer):
     Decoding and encoding again does not always give the same ids, so ids are used verbatim where they can be. None fit:
     another vocabulary, its texts are encoded. Some fit and some don't: ValueError that names the first that doesn't.
     """
-    names = [f"{side}{part}" for side in files.SIDES for part in files.PARTS]
+    names = [f"{side}{part}" for side in data.SIDES for part in data.PARTS]
 
     def fits(pair):
         ids = [pair.get(f"{name}_ids") for name in names]
@@ -163,15 +170,21 @@ def pairs_have_own_ids(pairs, tokenizer):
         decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
         return decoded == [pair[name] for name in names]
 
-    fit = [all(fits(pair | partner) for partner in ({}, *pair.get("further", ()))) for pair in pairs]
+    fit = [
+        all(fits(pair | partner) for partner in ({}, *pair.get("further", ()))) for pair in pairs
+    ]
     if any(fit) and not all(fit):
         row = fit.index(False)
         raise ValueError(
             f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing, out of the model's {len(tokenizer)} "
             "tokens or not the ids of its texts, while other rows' are; make the pairs again with knn.py"
         )
-    if not any(fit) and (given := sum(any(f"{name}_ids" in pair for name in names) for pair in pairs)):
-        print0(f"note: the *_ids of {given} pairs are not this tokenizer's; their texts are encoded")
+    if not any(fit) and (
+        given := sum(any(f"{name}_ids" in pair for name in names) for pair in pairs)
+    ):
+        print0(
+            f"note: the *_ids of {given} pairs are not this tokenizer's; their texts are encoded"
+        )
     return all(fit)
 
 
@@ -186,25 +199,38 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
 
     huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
     folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    if not folder.is_dir() and (
+        folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    ):
         raise ValueError(f"{flag} {name}: no such folder")
     tensors = check_files(folder, flag, allow_pickle) if folder.is_dir() else {}
     try:
-        how = {"revision": revision, "trust_remote_code": False}  # unsaid, transformers asks at the terminal
+        how = {
+            "revision": revision,
+            "trust_remote_code": False,
+        }  # unsaid, transformers asks at the terminal
         with quiet():  # of numbers that do not fit it warns, and we have a line
             config = AutoConfig.from_pretrained(name, **how)
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
         bos_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...: to a user they are one thing
-        what = "unreadable config or tokenizer" if folder.is_dir() else "no such folder, and not to be had from the hub"
+        what = (
+            "unreadable config or tokenizer"
+            if folder.is_dir()
+            else "no such folder, and not to be had from the hub"
+        )
         raise ValueError(f"{flag} {name}: {what}; pass {flag} DIR ({first_line(error)})") from error
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
-        raise ValueError(f"{flag} {name}: a {config.model_type} is not a decoder-only language model")
+        raise ValueError(
+            f"{flag} {name}: a {config.model_type} is not a decoder-only language model"
+        )
     folders.check_layers(tensors, config, f"{flag} {name}")
     check_cache(config, f"{flag} {name}")
     if tensors:
         with quiet():
-            folders.check_shapes(tensors, config, AutoModelForCausalLM.from_config, f"{flag} {name}")
+            folders.check_shapes(
+                tensors, config, AutoModelForCausalLM.from_config, f"{flag} {name}"
+            )
     return config, tokenizer
 
 
@@ -220,13 +246,17 @@ def check_cache(config, where):
     cached = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    both_ways = config.model_type in MASKED and not getattr(config, "is_decoder", False)  # a BERT sees what follows
+    both_ways = config.model_type in MASKED and not getattr(
+        config, "is_decoder", False
+    )  # a BERT sees what follows
     if model._is_stateful or not cached or kinds - attention or both_ways:
         raise ValueError(
             f"{where}: a {config.model_type} is no decoder with a plain cache of keys and values, which measuring needs"
         )
     if not config.return_dict:
-        raise ValueError(f"{where}: config.json says return_dict false, and outputs are read by name: take it out")
+        raise ValueError(
+            f"{where}: config.json says return_dict false, and outputs are read by name: take it out"
+        )
 
 
 def check_files(folder, flag, allow_pickle):
@@ -261,7 +291,9 @@ def weight_files(folder):
     return []
 
 
-def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revision=None, flag="--model"):
+def load_model(
+    name, *, dtype="float32", device="cpu", allow_pickle=False, revision=None, flag="--model"
+):
     """(model, tokenizer), the model in eval mode: dropout 0 (released code), and nothing else differs in these models.
 
     dtype "bf16" means float32 weights under autocast (see `autocast`). Errors as check_model; weights that cannot be
@@ -272,15 +304,22 @@ def load_model(name, *, dtype="float32", device="cpu", allow_pickle=False, revis
 
     _, tokenizer = check_model(name, flag, allow_pickle=allow_pickle, revision=revision)
     # transformers 5 would take the dtype of the config (float16 for opt-125m), so it is always said.
-    options = {"dtype": getattr(torch, "float32" if dtype == "bf16" else dtype), "revision": revision}
+    options = {
+        "dtype": getattr(torch, "float32" if dtype == "bf16" else dtype),
+        "revision": revision,
+    }
     options |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # SafetensorError, OSError, RuntimeError, ...
-        raise ValueError(f"{flag} {name}: the weights cannot be loaded ({first_line(error)})") from error
+        raise ValueError(
+            f"{flag} {name}: the weights cannot be loaded ({first_line(error)})"
+        ) from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+        raise ValueError(
+            f"{flag} {name}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
+        )
     folders.check_surplus(info["unexpected_keys"], model, f"{flag} {name}")
     if dtype == "float64":
         check_float64(model, f"{flag} {name}")
@@ -327,14 +366,16 @@ def check_float64(model, where):
         same = False
     if not same:
         kind = model.config.model_type
-        raise ValueError(f"{where}: transformers gives no right float64 logits of a {kind}: pass --dtype float32")
+        raise ValueError(
+            f"{where}: transformers gives no right float64 logits of a {kind}: pass --dtype float32"
+        )
 
 
 def save_model(model, tokenizer, folder, weights=None):
     """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    files.make_folder(part)
+    data.make_folder(part)
     with quiet():
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
@@ -355,9 +396,13 @@ def check_bert(name, allow_pickle):
             f"--bert {name}: no BERT for BERTScore there; pass --bert DIR, or --bert minilm, which is installed"
         ) from error
     if config.model_type not in MASKED or getattr(config, "is_decoder", False):
-        raise ValueError(f"--bert {name}: a {config.model_type} is no encoder such as BERT; pass --bert DIR, or minilm")
+        raise ValueError(
+            f"--bert {name}: a {config.model_type} is no encoder such as BERT; pass --bert DIR, or minilm"
+        )
     if encoder_tokenizer(str(name)) is None:
-        raise ValueError(f"--bert {name}: its tokenizer cannot be loaded; pass --bert DIR, or minilm")
+        raise ValueError(
+            f"--bert {name}: its tokenizer cannot be loaded; pass --bert DIR, or minilm"
+        )
     folders.check_layers(tensors, config, f"--bert {name}")
 
 
@@ -366,8 +411,15 @@ def fingerprint(name):
     path = Path(name)
     found = [path] if path.is_file() else []
     if path.is_dir():  # config, generation config, tokenizer, weights
-        found = [*sorted(f for end in ("json", "model", "txt") for f in path.glob(f"*.{end}")), *weight_files(path)]
-    return hashlib.sha256("".join(files.sha256_of(file) for file in found).encode()).hexdigest() if found else None
+        found = [
+            *sorted(f for end in ("json", "model", "txt") for f in path.glob(f"*.{end}")),
+            *weight_files(path),
+        ]
+    return (
+        hashlib.sha256("".join(data.sha256_of(file) for file in found).encode()).hexdigest()
+        if found
+        else None
+    )
 
 
 # --- a model that is measured ---
@@ -408,7 +460,10 @@ def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **how):
         do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,
     )  # fmt: skip
-    own, model.generation_config = model.generation_config, GenerationConfig()  # `generate` fills gaps from the model's
+    own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(),
+    )  # `generate` fills gaps from the model's
     try:
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **how)
     finally:
@@ -435,6 +490,8 @@ def default_encoder():
     if package is None:
         return "sentence-transformers/all-MiniLM-L6-v2"
     folder = Path(package.origin).parent / "model"
-    if files.sha256_of(folder / "model.safetensors") != WHEEL_SHA256:
-        raise ValueError(f"{folder}/model.safetensors is not all-MiniLM-L6-v2: reinstall the wheel or pass --encoder")
+    if data.sha256_of(folder / "model.safetensors") != WHEEL_SHA256:
+        raise ValueError(
+            f"{folder}/model.safetensors is not all-MiniLM-L6-v2: reinstall the wheel or pass --encoder"
+        )
     return str(folder)

@@ -7,9 +7,13 @@ import re
 import tempfile
 from pathlib import Path
 
-from kit import files
+from kit import data
 
-GROWING = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")  # of a run folder: an epoch adds to them
+GROWING = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "timing.jsonl",
+)  # of a run folder: an epoch adds to them
 OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
 # In the order in which they are removed. The last one says that those before it may go, also after a kill.
 RUN_FILES = (
@@ -36,11 +40,15 @@ def check_outputs(outputs, *, reads=(), overwrite=False, ask=True):
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file")
         if os.path.lexists(path) and not path.is_file():
-            raise ValueError(f"{path} is no plain file (a device, a pipe, a link to nothing): name another file")
+            raise ValueError(
+                f"{path} is no plain file (a device, a pipe, a link to nothing): name another file"
+            )
         check_writable(path)
         place = path.resolve()
         if place in resolved:
-            raise ValueError(f"{path} would be written twice, also as {resolved[place]}: name another file")
+            raise ValueError(
+                f"{path} would be written twice, also as {resolved[place]}: name another file"
+            )
         resolved[place] = path
         for read in filter(None, reads):
             if Path(read).exists() and is_part_of(path, read):
@@ -61,18 +69,26 @@ def check_replaceable(path, own, overwrite, ask):
     """ValueError for a file that is there and may not be replaced; an empty one holds nothing to lose."""
     ours = path.stat().st_size == 0 or own(path)
     if ask and overwrite and not ours:
-        raise ValueError(f"{path} is not what this command writes, so it is not replaced: name another file")
+        raise ValueError(
+            f"{path} is not what this command writes, so it is not replaced: name another file"
+        )
     if not overwrite and (ask or not ours):
         what = "exists already" if ours else "exists already and is not what this command writes"
-        raise ValueError(f"{path} {what}: pass {'--overwrite to replace it' if ours or not ask else 'another file'}")
+        raise ValueError(
+            f"{path} {what}: pass {'--overwrite to replace it' if ours or not ask else 'another file'}"
+        )
 
 
 def check_writable(path):
     """ValueError where no file can be made beside `path`, or in the nearest folder that is there."""
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))  # a link to nothing, too
+    folder = next(
+        parent for parent in path.absolute().parents if os.path.lexists(parent)
+    )  # a link to nothing, too
     try:
         tempfile.TemporaryFile(dir=folder).close()
-        (folder / f"{path.name}.{os.getpid()}.tmp").exists()  # how it is written; OSError: the name is too long
+        (
+            folder / f"{path.name}.{os.getpid()}.tmp"
+        ).exists()  # how it is written; OSError: the name is too long
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error} ({folder})") from None
 
@@ -96,7 +112,7 @@ def holds(*names, lines=False):
 
     def own(path):
         try:
-            found = next(files.numbered_jsonl(path))[1] if lines else files.read_json(path)
+            found = next(data.numbered_jsonl(path))[1] if lines else data.read_json(path)
         except (ValueError, OSError):
             return False
         return isinstance(found, dict) and set(names) <= found.keys()
@@ -105,11 +121,11 @@ def holds(*names, lines=False):
 
 
 def is_cases(path):
-    """A cases.md of report.py."""
+    """A cases.md of evals/report.py."""
     return re.match(rb"### [^\n]*\n\n\| \| \|\n", path.read_bytes()) is not None
 
 
-is_explanation = begins_with("<!doctype html>\n<!-- explain.html: ")  # of report.py --explain
+is_explanation = begins_with("<!doctype html>\n<!-- explain.html: ")  # of evals/report.py --explain
 
 
 # --- run folders ---
@@ -121,15 +137,24 @@ def check_run_folder(args):
         return
     out = Path(args.out)
     check_out(out, args.overwrite or args.resume)
-    reads = [("--model", args.model), ("--pairs", args.pairs), ("--bert", args.bert), ("--unseen", args.unseen)]
+    reads = [
+        ("--model", args.model),
+        ("--pairs", args.pairs),
+        ("--bert", args.bert),
+        ("--unseen", args.unseen),
+    ]
     for flag, path in [*reads, *(("--ppl", item.partition("=")[2]) for item in args.ppl)]:
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out}: {flag} {path} lies in it; choose another folder")
     config = out / "config.json"
     if args.resume and holds("purged")(config):
-        raise ValueError(f"--resume: {out} was purged: its texts are gone; begin again with --overwrite")
+        raise ValueError(
+            f"--resume: {out} was purged: its texts are gone; begin again with --overwrite"
+        )
     if config.exists() and not (out / ".lock").exists() and not holds("thresholds_used")(config):
-        raise ValueError(f"--out {out}: holds files that are no run (a config.json of something else); choose another")
+        raise ValueError(
+            f"--out {out}: holds files that are no run (a config.json of something else); choose another"
+        )
 
 
 def check_out(out, overwrite):
@@ -138,7 +163,9 @@ def check_out(out, overwrite):
         raise ValueError(f"--out {out}: is a file, not a folder")
     is_run = (out / "config.json").exists()
     if is_run and not overwrite:
-        raise ValueError(f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on")
+        raise ValueError(
+            f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on"
+        )
     # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
     # OLD_CONFIG is there), holds the lock and writes a state, and hashes.json with --redact.
     started = ["state", "hashes.json"] if (out / ".lock").exists() else []

@@ -16,13 +16,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from kit import files
+from kit import data
 from kit.flags import first_line, launched
 from kit.text import visible
 
 LAUNCHED = launched()  # then DeepSpeed trains, also with a single process
 RANK, LOCAL_RANK, WORLD_SIZE = (
-    (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")) if LAUNCHED else (0, 0, 1)
+    (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if LAUNCHED
+    else (0, 0, 1)
 )
 is_main = RANK == 0  # the one that prints and writes
 lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so all make the same calls of the model
@@ -110,7 +112,9 @@ def start(device, *, timeout=30, zero=2):
     watch = threading.Timer(wait.total_seconds(), give_up, [timeout])
     watch.daemon = True
     watch.start()
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)  # the first time, it compiles
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else "nccl", timeout=wait
+    )  # the first time, it compiles
     watch.cancel()
     if on_cpu:
         forget_name_of_buffer()
@@ -120,12 +124,17 @@ def forget_name_of_buffer():
     """DeepSpeed gives each process on a CPU 66 MiB of shared memory, which would outlive it by its name."""
     wait_for_all()  # all of them have it open
     where = [os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], RANK]
-    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *map(str, where)])).unlink(missing_ok=True)
+    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *map(str, where)])).unlink(
+        missing_ok=True
+    )
 
 
 def give_up(timeout):
     """Ends a process that waits for ever: what it waits in (a lock, a process that never came) can't be interrupted."""
-    print(f"rank {RANK}: error: the processes were not together after {timeout:g} minutes (--timeout)", file=sys.stderr)
+    print(
+        f"rank {RANK}: error: the processes were not together after {timeout:g} minutes (--timeout)",
+        file=sys.stderr,
+    )
     os._exit(2)
 
 
@@ -148,10 +157,15 @@ def clear_stale_locks():
     root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / ".clearing"):
         for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-            if owner := next((process.pid for process in psutil.process_iter() if has_open(process, lock)), None):
+            if owner := next(
+                (process.pid for process in psutil.process_iter() if has_open(process, lock)), None
+            ):
                 print(f"waiting for process {owner}, which compiles {lock.parent.name}", flush=True)
             else:
-                print(f"removed {lock}: a start that was killed while it compiled has left it", flush=True)
+                print(
+                    f"removed {lock}: a start that was killed while it compiled has left it",
+                    flush=True,
+                )
                 lock.unlink(missing_ok=True)
 
 
@@ -175,7 +189,9 @@ def device_of(flag):
 def autocast(args):
     """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
     device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
+    )
 
 
 def check_device(device):
@@ -190,19 +206,27 @@ def check_device(device):
 def check_flags(args):
     """ValueError for flags of several processes that do not go together or are for nothing here."""
     if args.zero == 3 and args.teacher == "live":
-        raise ValueError("--teacher live is a whole model on every process, which --zero 3 avoids: pass --zero 2")
+        raise ValueError(
+            "--teacher live is a whole model on every process, which --zero 3 avoids: pass --zero 2"
+        )
     if args.zero == 3 and args.loss.needs.touches_weights:
-        raise ValueError(f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2")
+        raise ValueError(
+            f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2"
+        )
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
-        raise ValueError("--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher")
+        raise ValueError(
+            "--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher"
+        )
     deepspeed_config()
 
 
 def deepspeed_config():
     """ds_config.json; ValueError where it is not DeepSpeed's."""
-    config = files.read_json(path := Path(__file__).parents[1] / "ds_config.json")
+    config = data.read_json(path := Path(__file__).parents[1] / "ds_config.json")
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise ValueError(f"{path.name}: has no zero_optimization, so it is not a configuration of DeepSpeed's ZeRO")
+        raise ValueError(
+            f"{path.name}: has no zero_optimization, so it is not a configuration of DeepSpeed's ZeRO"
+        )
     return config
 
 
@@ -231,7 +255,9 @@ class PlainEngine:
         """One optimiser step; False, and the weights as they were, where a gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
         if torch.isfinite(norm):
             self.optimizer.step()
         return bool(torch.isfinite(norm))
@@ -243,13 +269,18 @@ class PlainEngine:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "training.safetensors")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            folder / "training.safetensors",
+        )
 
     def load(self, folder):
         tensors = load_file(folder / "training.safetensors", device=str(self.model.device))
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(tensors[name])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
+            keys = [
+                key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors
+            ]
             if keys:
                 values = {key: tensors[f"adam.{key}.{name}"] for key in keys}
                 self.optimizer.state[parameter] = values | {"step": values["step"].cpu()}
@@ -264,14 +295,19 @@ class ZeroEngine:
         config = deepspeed_config()
         config["zero_optimization"]["stage"] = args.zero
         if args.offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
+            config["zero_optimization"]["offload_optimizer"] = {
+                "device": "cpu",
+                "pin_memory": args.device != "cpu",
+            }
         # DeepSpeed insists on a batch size, for its accounts only: the batches are made in train_epoch.
         config["train_micro_batch_size_per_gpu"] = 1
         if args.zero == 3:  # tensor by tensor: no device ever holds the whole model
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             model.to(args.device)  # its buffers
         optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
         self.engine.checkpoint_engine.load = load_tensors
         self.model = model
 
@@ -279,7 +315,9 @@ class ZeroEngine:
         # DeepSpeed takes the mean of the processes' gradients; ours are parts of one sum.
         self.engine.backward(loss * WORLD_SIZE)
         self.engine.step()
-        return not self.optimizer.overflow  # a gradient that is not finite, on any rank: all have left the step out
+        return (
+            not self.optimizer.overflow
+        )  # a gradient that is not finite, on any rank: all have left the step out
 
     def save(self, folder):
         """DeepSpeed's own files, one a process."""
@@ -305,7 +343,9 @@ def load_tensors(path, map_location=None):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         name = Path(path).name
-        raise ValueError(f"{name} holds more than tensors: it could run code, and DeepSpeed did not write it") from None
+        raise ValueError(
+            f"{name} holds more than tensors: it could run code, and DeepSpeed did not write it"
+        ) from None
 
 
 def gathered(parameters):

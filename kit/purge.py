@@ -20,10 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import files, flags, models, paths, runs, sheet, traces
+from kit import data, flags, models, paths, runs, sheet, traces
 from kit.text import visible
 
-CACHES = {"embeddings": "npy", "before": "json", "judge": "jsonl"}  # folder of the cache -> what its files end in
+CACHES = {
+    "embeddings": "npy",
+    "before": "json",
+    "judge": "jsonl",
+}  # folder of the cache -> what its files end in
 NOT_OURS = "a link, or not what this software has written there"
 BEYOND = """not reached: your own input files of knn.py and icu.py; copies and backups, of run folders too; what a disk
 keeps of removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which know the
@@ -46,17 +50,21 @@ class Trace(NamedTuple):
 def config_of(run):
     """A run's config.json, or what it is called in a run that --overwrite was killed in."""
     old = run / paths.OLD_CONFIG
-    return old if is_regular(old) and not os.path.lexists(run / "config.json") else run / "config.json"
+    return (
+        old if is_regular(old) and not os.path.lexists(run / "config.json") else run / "config.json"
+    )
 
 
 def sha_of(run):
     """sha256.pairs of a run folder's config.json. ValueError for a folder that is no run."""
     config = config_of(run)
     if not run.is_dir():
-        raise ValueError(f"{run}: " + ("is a file, not a run folder" if run.exists() else "no such run folder"))
+        raise ValueError(
+            f"{run}: " + ("is a file, not a run folder" if run.exists() else "no such run folder")
+        )
     if not is_regular(config) or not paths.holds("thresholds_used", "sha256", "pairs")(config):
         raise ValueError(f"{run}: holds no run (no config.json that a run has written)")
-    found = files.read_json(config)
+    found = data.read_json(config)
     sha = found["sha256"].get("pairs") if isinstance(found["sha256"], dict) else None
     if not isinstance(sha, str) or not isinstance(found["pairs"], str):
         raise ValueError(f"{config}: does not say which pairs the run was made with")
@@ -65,7 +73,7 @@ def sha_of(run):
 
 def watches(run, sha):
     """Whether a run went on from one over these pairs (icu.py --after), and has measured their texts, too."""
-    earlier = files.read_json(config_of(run)).get("earlier")
+    earlier = data.read_json(config_of(run)).get("earlier")
     return isinstance(earlier, list) and sha in earlier
 
 
@@ -90,13 +98,15 @@ def runs_over(sha, run):
         if same:
             found.append(other)
         else:
-            say(f"not found: {listed}, a run over the same pairs ({why}); if it was moved, purge it where it is")
+            say(
+                f"not found: {listed}, a run over the same pairs ({why}); if it was moved, purge it where it is"
+            )
     return list(dict.fromkeys(found))
 
 
 def pairs_files(sha, run):
     """Where the pairs of a run may lie, each place once."""
-    named = Path(files.read_json(config_of(run))["pairs"]).absolute()
+    named = Path(data.read_json(config_of(run))["pairs"]).absolute()
     return list(dict.fromkeys([*(path for path, what in traces.of(sha) if what == "pairs"), named]))
 
 
@@ -114,7 +124,7 @@ def are_pairs(sha):
 
     def own(path):
         with contextlib.suppress(ValueError):
-            return models.fingerprint(path) == sha and bool(files.read_pairs(path))
+            return models.fingerprint(path) == sha and bool(data.read_pairs(path))
         return False
 
     return own
@@ -135,7 +145,9 @@ def begins_with_row(*names):
 def is_cached(folder):
     """A file that this software keeps in a folder of the cache, or what a kill has left of one."""
     name = re.compile(rf"[0-9a-f]{{64}}\.{CACHES[folder]}(\.\d+\.tmp)?")
-    return lambda path: path.parent == files.cache_folder(folder).resolve() and bool(name.fullmatch(path.name))
+    return lambda path: (
+        path.parent == data.cache_folder(folder).resolve() and bool(name.fullmatch(path.name))
+    )
 
 
 def traces_of(sha, own_runs, over):
@@ -156,9 +168,13 @@ def traces_of(sha, own_runs, over):
     for run in over:
         ids = ("",) if run in own_runs else theirs
         said = paths.begins_with('{"epoch": ')
-        yield from with_leftovers(Trace(run / "samples.jsonl", "what the model said", said, "generation", ids))
+        yield from with_leftovers(
+            Trace(run / "samples.jsonl", "what the model said", said, "generation", ids)
+        )
         graded = begins_with_row("epoch", "answer")
-        yield from with_leftovers(Trace(run / "judge.jsonl", "what a judge said", graded, "answer", ids))
+        yield from with_leftovers(
+            Trace(run / "judge.jsonl", "what a judge said", graded, "answer", ids)
+        )
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
         yield from with_leftovers(Trace(run / "explain.html", "explanation", paths.is_explanation))
     for path, what in traces.of(sha):
@@ -170,10 +186,12 @@ def traces_of(sha, own_runs, over):
 
 
 def with_leftovers(trace, own=None):
-    """A file, behind what kills have left of it while it was written (`files.write_atomically`)."""
+    """A file, behind what kills have left of it while it was written (`data.write_atomically`)."""
     name = re.compile(re.escape(trace.path.name) + r"\.\d+\.tmp")
     folder = trace.path.parent
-    for path in sorted(folder.glob("*.tmp")) if os.path.isdir(folder) else []:  # never an error, whatever is listed
+    for path in (
+        sorted(folder.glob("*.tmp")) if os.path.isdir(folder) else []
+    ):  # never an error, whatever is listed
         if name.fullmatch(path.name):
             yield Trace(path, f"{trace.what}, half written", own or trace.own)
     yield trace
@@ -181,17 +199,22 @@ def with_leftovers(trace, own=None):
 
 def name_others(sha, run):
     """Says which other pairs that are listed hold some of the same texts to forget: they are of other runs."""
-    mine, *_ = [*filter(None, (texts_in(path, are_pairs(sha)) for path in pairs_files(sha, run))), set()]
+    mine, *_ = [
+        *filter(None, (texts_in(path, are_pairs(sha)) for path in pairs_files(sha, run))),
+        set(),
+    ]
     for row in traces.rows():
         if row["what"] == "pairs" and row["pairs"] != sha:
             if same := mine & texts_in(Path(row["path"]), are_pairs(row["pairs"])):
-                say(f"note: {row['path']}, other pairs, has {len(same)} of these texts too: purge the runs over it")
+                say(
+                    f"note: {row['path']}, other pairs, has {len(same)} of these texts too: purge the runs over it"
+                )
 
 
 def texts_in(path, own):
     """The texts to forget of a pairs.jsonl; none of a file that is not `own`."""
     ours = is_regular(path) and own(path)
-    return {pair["prefix"] + pair["suffix"] for pair in files.read_pairs(path)} if ours else set()
+    return {pair["prefix"] + pair["suffix"] for pair in data.read_pairs(path)} if ours else set()
 
 
 # --- what goes ---
@@ -228,8 +251,8 @@ def remove(path):
     path.unlink()
 
 
-def write(path, data):
-    files.write_bytes(path, data)
+def write(path, content):
+    data.write_bytes(path, content)
 
 
 def without(trace):
@@ -250,16 +273,20 @@ def keep_hashes(run, sha, dry_run):
         if not is_regular(path) or not paths.holds("salt", "texts")(path):
             say(f"left: {path} (hashes: {NOT_OURS})")
     elif pairs is None:
-        say(f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with")
+        say(
+            f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with"
+        )
     elif not dry_run:
-        files.write_json(path, traces.hashes(files.read_pairs(pairs)))
+        data.write_json(path, traces.hashes(data.read_pairs(pairs)))
 
 
 def mark(run):
     """config.json says that the texts are gone, and since when."""
-    config = files.read_json(config_of(run))
+    config = data.read_json(config_of(run))
     if "purged" not in config:
-        files.write_json(config_of(run), config | {"redact": True, "purged": time.strftime("%Y-%m-%d")})
+        data.write_json(
+            config_of(run), config | {"redact": True, "purged": time.strftime("%Y-%m-%d")}
+        )
 
 
 def purge_run(run, dry_run):
@@ -277,21 +304,25 @@ def purge_run(run, dry_run):
             treat(trace, dry_run)
         for each in [] if dry_run else own_runs:
             mark(each)
-    say(f"kept in {', '.join(map(str, over))}: numbers, plots, tables, certificate, model and hashes.json")
+    say(
+        f"kept in {', '.join(map(str, over))}: numbers, plots, tables, certificate, model and hashes.json"
+    )
     print(BEYOND)
 
 
 def purge_caches(dry_run):
     """The caches of embeddings and of measures before, and the list of traces; what is not theirs is named and left."""
     for name in CACHES:
-        folder = files.cache_folder(name)
+        folder = data.cache_folder(name)
         if folder.is_symlink():
             say(f"left: {folder} (a link)")
         for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []:
             treat(Trace(folder.resolve() / path.name, name, is_cached(name)), dry_run)
     treat(Trace(traces.registry(), "the list of traces", paths.begins_with('{"pairs": ')), dry_run)
-    say(f"kept: {files.cache_folder('data')}, downloads of public data")
-    say("without the list of traces a purge finds only the run that it is given and the pairs that this one names")
+    say(f"kept: {data.cache_folder('data')}, downloads of public data")
+    say(
+        "without the list of traces a purge finds only the run that it is given and the pairs that this one names"
+    )
 
 
 # --- flags ---
@@ -300,12 +331,16 @@ def purge_caches(dry_run):
 def parse_args(argv=None):
     parser = flags.command_parser(__doc__, prog="bash run.sh purge")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder")
-    parser.add_argument("--all-caches", action="store_true", help="instead: what the cache holds of all texts")
+    parser.add_argument(
+        "--all-caches", action="store_true", help="instead: what the cache holds of all texts"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if bool(args.run) == args.all_caches:
-        raise ValueError("name a run folder, bash run.sh purge RUN, or pass --all-caches: one of them")
+        raise ValueError(
+            "name a run folder, bash run.sh purge RUN, or pass --all-caches: one of them"
+        )
     return args
 
 

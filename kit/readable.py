@@ -63,7 +63,9 @@ def check_embedded(encoder, tokenizer, texts, flag):
     vocab = getattr(AutoConfig.from_pretrained(encoder), "vocab_size", 1 << 60) if tokenizer else 0
     for number, text in enumerate(texts if tokenizer and len(tokenizer) > vocab else [], start=1):
         if max(tokenizer(text, verbose=False)["input_ids"], default=0) >= vocab:
-            raise ValueError(f"{flag} {encoder}: text {number} holds a token that is none of its {vocab} embeddings")
+            raise ValueError(
+                f"{flag} {encoder}: text {number} holds a token that is none of its {vocab} embeddings"
+            )
 
 
 @lru_cache(maxsize=2)

@@ -8,11 +8,13 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import files, models
+from kit import data, models
 from kit.processes import print0
 from kit.text import letters, plain
 
-MARGIN = 0.05  # how far above its own run's end the MA of a text may lie before it counts as come back
+MARGIN = (
+    0.05  # how far above its own run's end the MA of a text may lie before it counts as come back
+)
 
 
 class Earlier(NamedTuple):
@@ -31,13 +33,19 @@ def chain_of(after):
     found = []
     while after:
         folder = Path(after)
-        missing = [name for name in ("config.json", "summary.json") if not (folder / name).is_file()]
+        missing = [
+            name for name in ("config.json", "summary.json") if not (folder / name).is_file()
+        ]
         if missing:
-            raise ValueError(f"--after {folder}: no {missing[0]}; name a run that has ended (or end it with --resume)")
-        config = files.read_json(folder / "config.json")
+            raise ValueError(
+                f"--after {folder}: no {missing[0]}; name a run that has ended (or end it with --resume)"
+            )
+        config = data.read_json(folder / "config.json")
         known = isinstance(config, dict) and isinstance(config.get("sha256"), dict)
         texts = (str, str, str | None)
-        if not known or not all(map(isinstance, map(config.get, ("model", "pairs", "after")), texts)):
+        if not known or not all(
+            map(isinstance, map(config.get, ("model", "pairs", "after")), texts)
+        ):
             raise ValueError(f"{folder / 'config.json'}: is not what a run wrote there")
         if folder.resolve() in [other.resolve() for other, _ in found]:
             raise ValueError(f"--after {folder}: goes on from itself")
@@ -54,22 +62,35 @@ def is_purged(config):
 def pairs_of(folder, config):
     """The pairs of an earlier request, their ids RUN/ID. ValueError: not those that the run was made with."""
     if models.fingerprint(config["pairs"]) != config["sha256"].get("pairs"):
-        raise ValueError(f"{folder}: {config['pairs']} is not there, or not what the run was made with (sha256)")
-    return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in files.read_pairs(config["pairs"])]
+        raise ValueError(
+            f"{folder}: {config['pairs']} is not there, or not what the run was made with (sha256)"
+        )
+    return [
+        pair | {"id": f"{folder.name}/{pair['id']}"} for pair in data.read_pairs(config["pairs"])
+    ]
 
 
 def earlier_pairs(after):
     """The pairs of all requests up to the run `after` whose texts are still there, the latest request's first."""
-    return [pair for folder, config in chain_of(after) if not is_purged(config) for pair in pairs_of(folder, config)]
+    return [
+        pair
+        for folder, config in chain_of(after)
+        if not is_purged(config)
+        for pair in pairs_of(folder, config)
+    ]
 
 
 def targets(after):
     """What no partner may hold: (`earlier_pairs`, hashes.json of each of the requests whose texts are gone)."""
     purged = []
     for folder in [folder for folder, config in chain_of(after) if is_purged(config)]:
-        hashes = files.read_json(folder / "hashes.json") if (folder / "hashes.json").is_file() else {}
+        hashes = (
+            data.read_json(folder / "hashes.json") if (folder / "hashes.json").is_file() else {}
+        )
         if not isinstance(hashes, dict) or not {"salt", "texts", "grams"} <= hashes.keys():
-            raise ValueError(f"{folder}: its texts are gone, and it has no hashes.json that tells partners from them")
+            raise ValueError(
+                f"{folder}: its texts are gone, and it has no hashes.json that tells partners from them"
+            )
         purged.append(hashes)
     return earlier_pairs(after), purged
 
@@ -82,17 +103,25 @@ def with_earlier(args, pairs):
     found = []
     for folder, config in chain_of(args.after) if args.watch else ():
         if is_purged(config):
-            print0(f"note: {folder}: its texts are gone (purged, or --redact): they cannot be watched")
+            print0(
+                f"note: {folder}: its texts are gone (purged, or --redact): they cannot be watched"
+            )
             continue
-        rows = files.read_jsonl(folder / "samples.jsonl")
-        ends = {f"{folder.name}/{row['id']}": row for row in rows if row["epoch"] == rows[-1]["epoch"]}
+        rows = data.read_jsonl(folder / "samples.jsonl")
+        ends = {
+            f"{folder.name}/{row['id']}": row for row in rows if row["epoch"] == rows[-1]["epoch"]
+        }
         for pair in pairs_of(folder, config):
             end = ends.get(pair["id"], {})
-            found.append(Earlier(pair, end.get("ma_spans", end.get("ma")), end.get("forgotten", False)))
+            found.append(
+                Earlier(pair, end.get("ma_spans", end.get("ma")), end.get("forgotten", False))
+            )
     watched = [old._replace(joined=overlapping(old.pair, pairs)) for old in found]
     for old in watched:
         if old.joined:
-            print0(f"note: {old.pair['id']}, of an earlier request, and {old.joined} overlap: both are trained on")
+            print0(
+                f"note: {old.pair['id']}, of an earlier request, and {old.joined} overlap: both are trained on"
+            )
     return [*pairs, *(old.pair for old in watched)], dict(enumerate(watched, start=len(pairs)))
 
 
@@ -100,7 +129,9 @@ def overlapping(pair, others):
     """The id of the first of other pairs whose text holds this one's or lies in it, by letters; or None."""
     spelt = lambda p: letters(plain(p["prefix"] + p["suffix"]))  # noqa: E731
     mine = spelt(pair)
-    return next((other["id"] for other in others if mine in spelt(other) or spelt(other) in mine), None)
+    return next(
+        (other["id"] for other in others if mine in spelt(other) or spelt(other) in mine), None
+    )
 
 
 def watch(forgotten, rows, *, under_eq5, watched, epoch):
@@ -112,7 +143,9 @@ def watch(forgotten, rows, *, under_eq5, watched, epoch):
     """
     for i, old in watched.items():
         ma = rows[i].get("ma_spans", rows[i]["ma"])
-        back = (old.forgotten and i not in under_eq5) or (None not in (ma, old.ma) and ma > old.ma + MARGIN)
+        back = (old.forgotten and i not in under_eq5) or (
+            None not in (ma, old.ma) and ma > old.ma + MARGIN
+        )
         forgotten = forgotten - {i} if back or (epoch == 0 and old.joined) else forgotten | {i}
     return forgotten
 
@@ -127,18 +160,24 @@ def fill(args):
     args.earlier = []
     if not args.after:
         if not args.model:
-            raise ValueError("--model DIR is missing: the causal LM, a folder or a name on the hub (or --after RUN)")
+            raise ValueError(
+                "--model DIR is missing: the causal LM, a folder or a name on the hub (or --after RUN)"
+            )
         return
     if args.model:
         raise ValueError("--after RUN goes on from RUN/model: leave --model out")
     chain = chain_of(args.after)
     (folder, config), (_, first) = chain[0], chain[-1]
     if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain]:
-        raise ValueError(f"--out {args.out}: is an earlier request that this one goes on from; choose another folder")
+        raise ValueError(
+            f"--out {args.out}: is an earlier request that this one goes on from; choose another folder"
+        )
     if not (folder / "model").is_dir():
         raise ValueError(f"--after {folder}: has no model/ to go on from")
     args.model, args.revision = str(folder / "model"), None
-    args.earlier = [each["sha256"].get("pairs") for _, each in chain if args.watch and not is_purged(each)]
+    args.earlier = [
+        each["sha256"].get("pairs") for _, each in chain if args.watch and not is_purged(each)
+    ]
     args.original = {"model": first["model"], "revision": first.get("revision")}
     sha256 = first["sha256"].get("model")
     if args.anchor == "original" and models.fingerprint(first["model"]) != sha256:
@@ -146,10 +185,16 @@ def fill(args):
             f"--anchor original: {first['model']} (sha256 {sha256}), which the first request began with, is not there "
             "or has changed: bring it back, or pass --anchor previous"
         )
-    differ = [name for name in ("protocol", "context", "num_beams") if config.get(name) != getattr(args, name)]
+    differ = [
+        name
+        for name in ("protocol", "context", "num_beams")
+        if config.get(name) != getattr(args, name)
+    ]
     differ += [] if config["sha256"].get("bert") == models.fingerprint(args.bert) else ["bert"]
     if differ:
-        raise ValueError(f"--after {folder}: was measured otherwise ({', '.join(differ)}): pass the same flags")
+        raise ValueError(
+            f"--after {folder}: was measured otherwise ({', '.join(differ)}): pass the same flags"
+        )
 
 
 @contextlib.contextmanager
@@ -158,5 +203,9 @@ def anchored(model, args):
     if not args.after or args.anchor == "previous":
         yield model
         return
-    how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.original["revision"]}
+    how = {
+        "dtype": args.dtype,
+        "allow_pickle": args.allow_pickle,
+        "revision": args.original["revision"],
+    }
     yield models.load_model(args.original["model"], device=args.device, **how)[0]

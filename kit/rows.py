@@ -5,7 +5,7 @@ import io
 import json
 import xml.etree.ElementTree as ElementTree
 
-from kit.files import read_jsonl, read_text
+from kit.data import read_jsonl, read_text
 
 
 def read_rows(path):
@@ -14,7 +14,9 @@ def read_rows(path):
     if labels.is_file():
         values = read_text(labels).split()
         if len(values) != len(rows):
-            raise ValueError(f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}")
+            raise ValueError(
+                f"{labels}: {len(values)} labels for the {len(rows)} rows of {path.name}"
+            )
         rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
     return rows
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from kit import files, models, processes, traces
+from kit import data, models, processes, traces
 from kit.flags import first_line
 from kit.methods import code_of, file_of
 from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
@@ -37,7 +37,7 @@ def start_run_folder(out, config):
     at any moment leaves the old run, the new one, or none, and then the same command starts again.
     """
     if is_main:
-        files.make_folder(out)
+        data.make_folder(out)
         if (out / "config.json").is_file():
             (out / "config.json").replace(out / OLD_CONFIG)
             sync(out)
@@ -50,8 +50,8 @@ def start_run_folder(out, config):
     save_state(out, None, Progress())
     if is_main:
         if config.get("redact"):
-            files.write_json(out / "hashes.json", traces.hashes(files.read_pairs(config["pairs"])))
-        files.write_json(out / "config.json", config)
+            data.write_json(out / "hashes.json", traces.hashes(data.read_pairs(config["pairs"])))
+        data.write_json(out / "config.json", config)
 
 
 # Flags that do not change a run, and the function that --method names.
@@ -61,32 +61,45 @@ NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_ever
 def describe_run(args, thresholds):
     """config.json: every flag, thresholds, versions, git revision and fingerprints."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    flags["device"] = torch.device(args.device).type  # cuda:0, cuda:1, ... are the processes of one run
+    flags["device"] = torch.device(
+        args.device
+    ).type  # cuda:0, cuda:1, ... are the processes of one run
     return {
         **flags,
-        "method_file": f"{Path(file_of(args.loss)).name} {code_of(args.loss)[:6]}",  # told apart in report.py's table
+        "method_file": f"{Path(file_of(args.loss)).name} {code_of(args.loss)[:6]}",  # told apart in evals/report.py's table
         "processes": WORLD_SIZE,
         "thresholds_used": thresholds,
         "versions": versions(),
         "git": git.stdout.strip() or None,
         "sha256": {"pairs": models.fingerprint(args.pairs), "model": models.fingerprint(args.model)}
-        | {"bert": models.fingerprint(args.bert), "unseen": models.fingerprint(args.unseen) if args.unseen else None}
-        | {f"ppl {item}": models.fingerprint(files.perplexity_file(item, args.data)) for item in args.ppl}
+        | {
+            "bert": models.fingerprint(args.bert),
+            "unseen": models.fingerprint(args.unseen) if args.unseen else None,
+        }
+        | {
+            f"ppl {item}": models.fingerprint(data.perplexity_file(item, args.data))
+            for item in args.ppl
+        }
         | {"method": code_of(args.loss)},
     }
 
 
 def versions():
     names = ("torch", "transformers", "tokenizers", "numpy", "bert-score", "sacrebleu")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def append(path, rows):
     """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "ab", opener=files.private) as stream:
-        stream.writelines(map(files.json_bytes, rows))
+    with open(path, "ab", opener=data.private) as stream:
+        stream.writelines(map(data.json_bytes, rows))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -94,9 +107,11 @@ def append(path, rows):
 @contextlib.contextmanager
 def only_owner(out):
     """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
-    files.make_folder(out)
+    data.make_folder(out)
     try:
-        with filelock.FileLock(out / ".lock", mode=0o600, blocking=False):  # ends with the process, however it ends
+        with filelock.FileLock(
+            out / ".lock", mode=0o600, blocking=False
+        ):  # ends with the process, however it ends
             (out / ".lock").write_text(str(os.getpid()))
             for file in leftovers(out):
                 file.unlink()
@@ -115,7 +130,9 @@ def cut_back(out, known):
     for name, (size, sha256) in known.items():
         if have.get(name) != [size, sha256] and name != "timing.jsonl":
             found = have.get(name, [0])[0]
-            what = f"{found} bytes, and there were {size}" if found < size else "has changed (sha256)"
+            what = (
+                f"{found} bytes, and there were {size}" if found < size else "has changed (sha256)"
+            )
             raise ValueError(f"{out / name}: {what}; begin again with --overwrite")
     for name, (size, _) in have.items():
         os.truncate(out / name, size)
@@ -130,14 +147,23 @@ def growing_files(out, sizes=None):
     return found
 
 
-TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")  # nothing to what only measures
+TRAINING = (
+    "forget_weight",
+    "alpha",
+    "beta",
+    "lr",
+    "batch_size",
+    "max_epochs",
+)  # nothing to what only measures
 
 
 def change(name, then, now):
     """What an error says of a setting that differs; of several digests those that do."""
     if isinstance(then, dict) and isinstance(now, dict):
         differ = [key for key in then | now if then.get(key) != now.get(key)]
-        return "; ".join(f"{name} of {key} was {then.get(key)!s:.12}, is {now.get(key)!s:.12}" for key in differ)
+        return "; ".join(
+            f"{name} of {key} was {then.get(key)!s:.12}, is {now.get(key)!s:.12}" for key in differ
+        )
     return f"{name} was {then}, is {now}"
 
 
@@ -145,8 +171,10 @@ def check_resume(args):
     """The config.json of the run to go on with; ValueError that shows what differs from this command."""
     path = Path(args.out) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume: {args.out} holds no run; begin it with the same command without --resume")
-    before = files.read_json(path)
+        raise ValueError(
+            f"--resume: {args.out} holds no run; begin it with the same command without --resume"
+        )
+    before = data.read_json(path)
     used = before.get("thresholds_used") if isinstance(before, dict) else None
     values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
     if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
@@ -167,7 +195,9 @@ class Stop:
         self.signal, self.measuring = None, False
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_):
@@ -208,12 +238,22 @@ class Run:
     def __init__(self, args, before, stop):
         """before: the config.json of the run to go on with, or None."""
         self.args, self.out, self.stop, self.engine = args, Path(args.out), stop, None
-        self.hidden = {"generation": None} if args.redact else {}  # what takes the place of fields of samples.jsonl
+        self.hidden = (
+            {"generation": None} if args.redact else {}
+        )  # what takes the place of fields of samples.jsonl
         self.state = newest_state(self.out) if before else None
         self.thresholds = before and before["thresholds_used"]
         self.progress = Progress()
-        look = {"bar_format": "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"}
-        self.bar = tqdm(total=args.max_epochs, disable=None if is_main else True, leave=False, delay=1e-9, **look)
+        look = {
+            "bar_format": "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"
+        }
+        self.bar = tqdm(
+            total=args.max_epochs,
+            disable=None if is_main else True,
+            leave=False,
+            delay=1e-9,
+            **look,
+        )
 
     def begin(self, engine):
         """The engine's weights and the folder's files become those of the state to go on from, or of a new run.
@@ -224,7 +264,9 @@ class Run:
         if self.state:
             self.progress = load_state(self.state, engine)
         else:
-            start_run_folder(self.out, describe_run(self.args, self.thresholds) if is_main else None)
+            start_run_folder(
+                self.out, describe_run(self.args, self.thresholds) if is_main else None
+            )
         if is_main:
             traces.note(models.fingerprint(self.args.pairs), self.args.pairs, "pairs")
             for pairs in pairs_in(self.args):
@@ -242,7 +284,9 @@ class Run:
             cut_back(self.out, self.progress.files)
             for damaged in [other for other in states(self.out) if other > self.state]:
                 shutil.rmtree(damaged)  # it would count as one of the two that are kept
-            for row in files.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []:
+            for row in (
+                data.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []
+            ):
                 print0(epoch_text(row))
         print0(f"resumed from {self.state.name}")
 
@@ -266,22 +310,40 @@ class Run:
         self.bar.update(of_epoch)
         self.heed_signals()
 
-    def end_epoch(self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds):
+    def end_epoch(
+        self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds
+    ):
         """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample; those that are `watched`
         (indices) are texts of earlier requests.
         """
         progress, out = self.progress, self.out
-        row = {"epoch": progress.epoch, **means, "active": len(measured) - len(forgotten), "forgotten": len(forgotten)}
-        row |= {name: number(losses[name]) if name in losses else None for name in dict.fromkeys([*LOSSES, *losses])}
+        row = {
+            "epoch": progress.epoch,
+            **means,
+            "active": len(measured) - len(forgotten),
+            "forgotten": len(forgotten),
+        }
+        row |= {
+            name: number(losses[name]) if name in losses else None
+            for name in dict.fromkeys([*LOSSES, *losses])
+        }
         row |= {"skipped_steps": progress.skipped_steps, **perplexities}
         progress.forgotten, progress.stopped = forgotten, stopped
         if is_main:
             append(out / "metrics.jsonl", [row])
-            rows = [m | self.hidden | ({"watched": True} if i in watched else {}) for i, m in enumerate(measured)]
-            lines = [{"epoch": progress.epoch, **m, "forgotten": i in forgotten} for i, m in enumerate(rows)]
+            rows = [
+                m | self.hidden | ({"watched": True} if i in watched else {})
+                for i, m in enumerate(measured)
+            ]
+            lines = [
+                {"epoch": progress.epoch, **m, "forgotten": i in forgotten}
+                for i, m in enumerate(rows)
+            ]
             append(out / "samples.jsonl", lines)
-            append(out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}])
-            say_epoch(files.read_jsonl(out / "metrics.jsonl"))
+            append(
+                out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}]
+            )
+            say_epoch(data.read_jsonl(out / "metrics.jsonl"))
             progress.files = growing_files(out)
         progress.next_epoch()  # from here on progress.epoch is the next one
         if not (self.args.eval_only or stopped == "diverged"):
@@ -300,7 +362,7 @@ class Run:
             if is_main:
                 models.save_model(model, tokenizer, out / "model", weights)
         if is_main:
-            self.summarise(files.read_jsonl(out / "metrics.jsonl"))
+            self.summarise(data.read_jsonl(out / "metrics.jsonl"))
             if diverged:
                 print0(f"lower --lr; {out / 'state' / states(out)[0].name} is the last good state")
             else:
@@ -314,8 +376,10 @@ class Run:
         args, reason = self.args, self.progress.stopped
         if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
-        measures = [name for name in rows[0] if name in MEASURES + OF_SPANS or name.startswith("ppl_")]
-        files.write_json(self.out / "summary.json", {
+        measures = [
+            name for name in rows[0] if name in MEASURES + OF_SPANS or name.startswith("ppl_")
+        ]
+        data.write_json(self.out / "summary.json", {
             "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
             "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": self.thresholds,
             "collapsed": reason == "diverged" or "collapse" in alarms(rows),
@@ -337,12 +401,18 @@ def running(args, before=None):
             except Interrupted as interrupted:
                 (number,) = interrupted.args
                 save_state(out, run.engine, run.progress)
-                print0(f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume")
+                print0(
+                    f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume"
+                )
                 raise SystemExit(128 + number) from None
             except torch.OutOfMemoryError as error:
-                raise ValueError(f"{out}: out of memory ({first_line(error)}); pass a smaller --batch-size") from error
+                raise ValueError(
+                    f"{out}: out of memory ({first_line(error)}); pass a smaller --batch-size"
+                ) from error
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{out}: the run stopped ({first_line(error)}); {way_out(out, error)}") from error
+                raise ValueError(
+                    f"{out}: the run stopped ({first_line(error)}); {way_out(out, error)}"
+                ) from error
 
 
 def is_finished(out):
@@ -368,25 +438,46 @@ def remembered(args, inputs, code, compute):
     `code` (functions and modules) included; a model of the hub without a pinned --revision is measured anew. Every
     process takes part.
     """
-    about = [[(sample.id, sample.suffix, sample.forget) for sample in inputs.samples], inputs.ppl_texts]
+    about = [
+        [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples],
+        inputs.ppl_texts,
+    ]
     about += [inspect.getsource(part) for part in code]
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights, device = models.fingerprint(args.model) or pinned, torch.device(args.device).type
-    weights = None if args.loss.needs.touches_weights else weights  # then it is no more the model of that name
-    key = [weights, args.model, models.fingerprint(args.bert), args.bert, args.protocol, args.dtype, device]
+    weights = (
+        None if args.loss.needs.touches_weights else weights
+    )  # then it is no more the model of that name
+    key = [
+        weights,
+        args.model,
+        models.fingerprint(args.bert),
+        args.bert,
+        args.protocol,
+        args.dtype,
+        device,
+    ]
     shares = 1 if processes.lockstep else WORLD_SIZE
-    key += [args.num_beams, about, versions(), shares, torch.get_num_threads()]  # these shape batches, and so last bits
-    path = files.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    key += [
+        args.num_beams,
+        about,
+        versions(),
+        shares,
+        torch.get_num_threads(),
+    ]  # these shape batches, and so last bits
+    path = (
+        data.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    )
     if is_main and weights and (path.is_file() or not args.redact):
         for pairs in pairs_in(args):
             traces.note(pairs, path, "measures before")
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: computed again
-            return files.read_json(path)
+            return data.read_json(path)
     found = compute()
     if is_main and weights and not args.redact:  # it holds what the model said of each text
         try:
-            files.write_json(path, found)
+            data.write_json(path, found)
         except OSError as error:
             print0(f"note: the measures before are not kept for the next run ({error})")
     return found
@@ -395,7 +486,12 @@ def remembered(args, inputs, code, compute):
 # --- what a person sees ---
 
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
-OF_SPANS = ("el10_spans", "ma_spans", "ma_rest", "secret_said")  # beside them where a text is marked (kit/spans.py)
+OF_SPANS = (
+    "el10_spans",
+    "ma_spans",
+    "ma_rest",
+    "secret_said",
+)  # beside them where a text is marked (kit/spans.py)
 LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
 HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
 
@@ -426,11 +522,22 @@ def alarms(rows):
     for name in (name for name in now if name.startswith("ppl_")):
         before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
         if after > 2 * before:
-            heard["collapse"] = f"{name} went from {before:.1f} to {after:.1f}, the model lost language"
-    moved = max((abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None), default=0)
-    losses = [row["loss"] for row in (rows[1], now) if row["loss"] is not None] if now["epoch"] >= 3 else []
+            heard["collapse"] = (
+                f"{name} went from {before:.1f} to {after:.1f}, the model lost language"
+            )
+    moved = max(
+        (abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None),
+        default=0,
+    )
+    losses = (
+        [row["loss"] for row in (rows[1], now) if row["loss"] is not None]
+        if now["epoch"] >= 3
+        else []
+    )
     if losses and moved < 1e-3 and abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
-        heard["still"] = f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
+        heard["still"] = (
+            f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
+        )
     return heard
 
 
@@ -438,7 +545,9 @@ def thresholds_text(thresholds, args):
     """When the run stops and what counts as forgotten. ValueError for one that `auto` found no number for."""
     if unknown := [name for name, value in thresholds.items() if value is None]:
         source = "--bert" if "bertscore" in unknown else "--model"
-        raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}; its weights are damaged")
+        raise ValueError(
+            f"{source}: answers NaN, so there is no threshold for {unknown[0]}; its weights are damaged"
+        )
     both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
     return (
         f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "
@@ -450,7 +559,11 @@ def plan_text(args, inputs):
     """What the run will do, in a few lines."""
     n = len(inputs.samples)
     weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
-    read = f"{n} pairs, {sum(len(sample.forget.ids) for sample in inputs.samples)} tokens" if n else "no pairs yet"
+    read = (
+        f"{n} pairs, {sum(len(sample.forget.ids) for sample in inputs.samples)} tokens"
+        if n
+        else "no pairs yet"
+    )
     lines = [
         f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
         f"batch {min(args.batch_size, n or args.batch_size)}, at most {args.max_epochs} epochs, seed {args.seed}",
@@ -494,7 +607,10 @@ def decisive(rows, watched=()):
     found = {}
     for name in ("el10", "ma"):
         values = [row.get(f"{name}_spans", row[name]) for row in rows]
-        means = [mean(value for i, value in enumerate(values) if (i in watched) == old) for old in (False, True)]
+        means = [
+            mean(value for i, value in enumerate(values) if (i in watched) == old)
+            for old in (False, True)
+        ]
         found[name] = max((value for value in means if value is not None), default=None)
     return found
 

@@ -24,9 +24,14 @@ def encode_pairs(tokenizer, requests):
     stripped = [context.rstrip() for context, _ in requests]
     contexts = list(dict.fromkeys(stripped))
     ids = dict(zip(contexts, models.encode_whole(tokenizer, contexts), strict=True))
-    wholes = models.encode_whole(tokenizer, [context + continuation for context, continuation in requests])
+    wholes = models.encode_whole(
+        tokenizer, [context + continuation for context, continuation in requests]
+    )
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [(ids[key] or [start], whole[len(ids[key]) :]) for key, whole in zip(stripped, wholes, strict=True)]
+    return [
+        (ids[key] or [start], whole[len(ids[key]) :])
+        for key, whole in zip(stripped, wholes, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -40,7 +45,9 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     answers, (body, head) = [None] * len(pairs), split_model(model)
     with tqdm(total=len(pairs), desc=desc, unit=" requests", disable=desc is None) as bar:
         for batch, states in target_states(model, body, head, pairs, batch_tokens=batch_tokens):
-            for i, answer in zip(batch, score_tokens(head, states, [pairs[i][1] for i in batch]), strict=True):
+            for i, answer in zip(
+                batch, score_tokens(head, states, [pairs[i][1] for i in batch]), strict=True
+            ):
                 answers[i] = answer
             bar.update(len(batch))
     return answers
@@ -57,7 +64,10 @@ def target_states(model, body, head, pairs, *, batch_tokens=2048):
     lines, long = plan_lines(model, body, head, asked)
     work = [(line_states, batch) for batch in batches(lines, batch_tokens)]
     for states_of, batch in work + [(cached_states, [requests]) for requests in long]:
-        yield list(chain.from_iterable(batch)), states_of(model, body, [[asked[i] for i in r] for r in batch])
+        yield (
+            list(chain.from_iterable(batch)),
+            states_of(model, body, [[asked[i] for i in r] for r in batch]),
+        )
 
 
 def plan_lines(model, body, head, asked):
@@ -75,7 +85,9 @@ def plan_lines(model, body, head, asked):
         (long if length > window_of(model) and any(tails) else shared).append((length, requests))
     for groups, states_of in ((shared, line_states), (long, cached_states)):
         several = [group for group in groups if len(group[1]) > 1]
-        if several and not agrees(states_of, model, body, head, group=[asked[i] for i in max(several)[1]]):
+        if several and not agrees(
+            states_of, model, body, head, group=[asked[i] for i in max(several)[1]]
+        ):
             groups[:] = [group for group in groups if len(group[1]) == 1]
             shared += [(len(asked[i][0]) - 1, [i]) for _, requests in several for i in requests]
     return shared, [requests for _, requests in long]
@@ -89,12 +101,16 @@ def agrees(states_of, model, body, head, *, group):
     """
     continuations = [continuation for _, continuation in group]
     with torch.autocast(model.device.type, enabled=False):
-        alone = score_tokens(head, line_states(model, body, [[row] for row in group]), continuations)
+        alone = score_tokens(
+            head, line_states(model, body, [[row] for row in group]), continuations
+        )
         try:
             together = score_tokens(head, states_of(model, body, [group]), continuations)
         except Exception:  # a dozen types for one thing: this model is not to be asked so
             return False
-    return all(abs(a - b) <= 1e-3 + 1e-4 * abs(a) for (a, _), (b, _) in zip(alone, together, strict=True))
+    return all(
+        abs(a - b) <= 1e-3 + 1e-4 * abs(a) for (a, _), (b, _) in zip(alone, together, strict=True)
+    )
 
 
 def split_trunk(inputs):
@@ -113,15 +129,28 @@ def line_states(model, body, groups):
     for group in groups:
         # The shift by one: position i predicts token i + 1, so the last token of a row is no input.
         trunk, *tails = split_trunk([row[:-1] for row, _ in group])
-        C, line, position, owner, slots = len(trunk), [*trunk], [*range(len(trunk))], [0] * len(trunk), []
+        C, line, position, owner, slots = (
+            len(trunk),
+            [*trunk],
+            [*range(len(trunk))],
+            [0] * len(trunk),
+            [],
+        )
         for n, (tail, (_, continuation)) in enumerate(zip(tails, group, strict=True), start=1):
-            row = [*range(C), *range(len(line), len(line) + len(tail))]  # where on the line its tokens are
+            row = [
+                *range(C),
+                *range(len(line), len(line) + len(tail)),
+            ]  # where on the line its tokens are
             slots += row[-len(continuation) :]
             line, position = line + tail, position + [*range(C, C + len(tail))]
             owner += [n] * len(tail)
         lines, positions, owners = [*lines, line], [*positions, position], [*owners, owner]
         predict.append(slots)
-    x, owner, more = pad(lines, model.device), pad(owners, model.device), {}  # (G, T); padding on the right is unseen
+    x, owner, more = (
+        pad(lines, model.device),
+        pad(owners, model.device),
+        {},
+    )  # (G, T); padding on the right is unseen
     if owner.any():
         sees = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (G, T, T)
         mask = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
@@ -141,15 +170,23 @@ def cached_states(model, body, groups):
     first = body(input_ids=pad([trunk], model.device), **how)[0]  # (C, H)
     cache.batch_repeat_interleave(len(tails))
     rest = body(input_ids=pad(tails, model.device), **how)  # (R, L, H)
-    rows = [torch.cat([first, states[: len(tail)]]) for tail, states in zip(tails, rest, strict=True)]
-    return torch.cat([row[-len(continuation) :] for row, (_, continuation) in zip(rows, group, strict=True)])
+    rows = [
+        torch.cat([first, states[: len(tail)]]) for tail, states in zip(tails, rest, strict=True)
+    ]
+    return torch.cat(
+        [row[-len(continuation) :] for row, (_, continuation) in zip(rows, group, strict=True)]
+    )
 
 
 def score_tokens(head, states, continuations):
     """[(sum of log p, greedy ids)] of continuations; states (K, H) predict their K tokens one after the other."""
     logps, said = [], []
-    targets = torch.tensor([token for continuation in continuations for token in continuation], device=states.device)
-    for state, target in zip(states.split(256), targets.split(256), strict=True):  # (K, V) at once may be gigabytes
+    targets = torch.tensor(
+        [token for continuation in continuations for token in continuation], device=states.device
+    )
+    for state, target in zip(
+        states.split(256), targets.split(256), strict=True
+    ):  # (K, V) at once may be gigabytes
         logits = head(state)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logps += logits.log_softmax(1).gather(1, target[:, None])[:, 0].tolist()
@@ -164,10 +201,15 @@ def split_model(model):
     The head is a third of the work of a small model. Where a model does more to its logits than one layer (scaling,
     caps), which eight tokens tell, the body is the whole model.
     """
-    head, probe = model.get_output_embeddings(), torch.arange(min(8, positions_of(model)), device=model.device)[None]
+    head, probe = (
+        model.get_output_embeddings(),
+        torch.arange(min(8, positions_of(model)), device=model.device)[None],
+    )
     if head is not None and model.base_model is not model:
         logits = model(input_ids=probe).logits
-        if torch.allclose(head(model.base_model(input_ids=probe).last_hidden_state), logits, rtol=1e-4, atol=1e-5):
+        if torch.allclose(
+            head(model.base_model(input_ids=probe).last_hidden_state), logits, rtol=1e-4, atol=1e-5
+        ):
             return lambda **inputs: model.base_model(**inputs).last_hidden_state, head
     return lambda **inputs: model(**inputs).logits, lambda logits: logits
 
@@ -180,8 +222,16 @@ def window_of(model):
     """How long a line may be. A local attention's window counts slots of a line, where a tail lies behind others."""
     config = model.config.get_text_config()
     # qwen's max_window_layers counts layers
-    names = [name for name in config.to_dict() if ("window" in name or "chunk" in name) and "layers" not in name]
-    windows = [value for value in (getattr(config, name, None) for name in names) if type(value) is int and value > 0]
+    names = [
+        name
+        for name in config.to_dict()
+        if ("window" in name or "chunk" in name) and "layers" not in name
+    ]
+    windows = [
+        value
+        for value in (getattr(config, name, None) for name in names)
+        if type(value) is int and value > 0
+    ]
     return min([positions_of(model), *windows])
 
 

@@ -1,6 +1,6 @@
 """The sheet that people grade texts on, one blind HTML file with an order for each rater; and what they save of it.
 
-judge.py --sheet and --ratings use it. kit/sheet.html is the page; it needs no network and sends nothing.
+evals/judge.py --sheet and --ratings use it. kit/sheet.html is the page; it needs no network and sends nothing.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from kit import files
+from kit import data
 from kit.finished import NAME, OBJECT, check, list_of, whole
 
 PAGE = Path(__file__).with_name("sheet.html")
@@ -75,7 +75,7 @@ def is_page(path):
 
 def read_key(path):
     """The key of a sheet: {sheet, raters, runs, items}, every field checked. ValueError."""
-    key = check(files.read_json(path), KEY, path)
+    key = check(data.read_json(path), KEY, path)
     for run in key["runs"]:
         check(run, RUN, f"{path}: runs")
     for item in key["items"]:
@@ -83,7 +83,9 @@ def read_key(path):
         for place in item["of"]:
             check(place, PLACE, f"{path}: items: of")
             if place["run"] >= len(key["runs"]):
-                raise ValueError(f"{path}: an item of run {place['run']}, and there are {len(key['runs'])}")
+                raise ValueError(
+                    f"{path}: an item of run {place['run']}, and there are {len(key['runs'])}"
+                )
     return key
 
 
@@ -98,19 +100,27 @@ def read_ratings(paths, keys):
             sheet, rater, item, grade = row
             if sheet not in keys:
                 known = ", ".join(keys) or "none"
-                raise ValueError(f"{path} line {line}: of sheet {sheet[:40]!r}; the runs have the key of: {known}")
+                raise ValueError(
+                    f"{path} line {line}: of sheet {sheet[:40]!r}; the runs have the key of: {known}"
+                )
             if used not in (None, sheet):
-                raise ValueError(f"{path} line {line}: of sheet {sheet}, other files of {used}: one at a time")
+                raise ValueError(
+                    f"{path} line {line}: of sheet {sheet}, other files of {used}: one at a time"
+                )
             used = sheet
             count = len(keys[sheet]["items"])
             if not item.isdecimal() or int(item) >= count:
-                raise ValueError(f"{path} line {line}: item {item[:40]!r}; the sheet has 0 to {count - 1}")
+                raise ValueError(
+                    f"{path} line {line}: item {item[:40]!r}; the sheet has 0 to {count - 1}"
+                )
             if grade not in tuple("12345678"):
                 raise ValueError(f"{path} line {line}: grade {grade[:40]!r} is not one of 1 to 8")
             if not rater.strip():
                 raise ValueError(f"{path} line {line}: the rater has no name")
             if rater in found.setdefault(int(item), {}):
-                raise ValueError(f"{path} line {line}: {rater[:40]!r} has graded item {item} already: one name a rater")
+                raise ValueError(
+                    f"{path} line {line}: {rater[:40]!r} has graded item {item} already: one name a rater"
+                )
             found[int(item)][rater] = int(grade)
     if not used:
         raise ValueError(f"{', '.join(map(str, paths))}: no grade in it")
@@ -119,13 +129,17 @@ def read_ratings(paths, keys):
 
 def ratings_lines(path):
     """Yield (line, [sheet, rater, item, grade]) of a CSV file. ValueError for one that no sheet has saved."""
-    rows = csv.reader(io.StringIO(files.read_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(data.read_text(path), newline=""), strict=True)
     try:
         for row in rows:
             if rows.line_num == 1 and row != HEADER:
-                raise ValueError(f"{path}: its first line is not {','.join(HEADER)}: no file that a sheet has saved")
+                raise ValueError(
+                    f"{path}: its first line is not {','.join(HEADER)}: no file that a sheet has saved"
+                )
             if row and len(row) != len(HEADER):
-                raise ValueError(f"{path} line {rows.line_num}: {len(row)} columns where {len(HEADER)} belong")
+                raise ValueError(
+                    f"{path} line {rows.line_num}: {len(row)} columns where {len(HEADER)} belong"
+                )
             if row and rows.line_num > 1:
                 yield rows.line_num, row
     except csv.Error as error:

@@ -20,7 +20,10 @@ def read_spans(row, text, where):
         raise ValueError(f"{where}: `spans` and `secrets`: pass one of them")
     if secrets is not None:
         secrets = secrets.split("|") if isinstance(secrets, str) else secrets
-        spans = [find_secret(secret, text, where) for secret in check_list(secrets, f"{where}: `secrets`")]
+        spans = [
+            find_secret(secret, text, where)
+            for secret in check_list(secrets, f"{where}: `secrets`")
+        ]
     return {"spans": check_spans(spans, text, where)}
 
 
@@ -33,7 +36,9 @@ def check_list(values, what):
 def find_secret(secret, text, where):
     """[start, end) of a string that must occur in the text once, and no more."""
     if not isinstance(secret, str) or not secret.strip():
-        raise ValueError(f"{where}: a secret is {'blank' if isinstance(secret, str) else 'no string'}")
+        raise ValueError(
+            f"{where}: a secret is {'blank' if isinstance(secret, str) else 'no string'}"
+        )
     start = text.find(secret)
     if start < 0:
         raise ValueError(f"{where}: the secret {secret[:40]!r} does not occur in the text")
@@ -46,9 +51,13 @@ def check_spans(spans, text, where):
     """The spans in order, if they are pairs of whole numbers inside the text that do not overlap."""
     for span in check_list(spans, f"{where}: `spans`"):
         if not isinstance(span, list) or len(span) != 2 or any(type(x) is not int for x in span):
-            raise ValueError(f"{where}: span {str(span)[:40]} is not [start, end], two whole numbers")
+            raise ValueError(
+                f"{where}: span {str(span)[:40]} is not [start, end], two whole numbers"
+            )
         if not 0 <= span[0] < span[1] <= len(text):
-            raise ValueError(f"{where}: span {span} is not inside the text of {len(text)} characters")
+            raise ValueError(
+                f"{where}: span {span} is not inside the text of {len(text)} characters"
+            )
     spans = sorted(spans)
     for one, other in zip(spans, spans[1:], strict=False):
         if other[0] < one[1]:
@@ -68,15 +77,26 @@ def positions_of(pair, tokenizer, ids, *, begin, where):
     if not pair.get("spans"):
         return None
     text, own = pair["prefix"] + pair["suffix"], ids[begin:]
-    ends = [len(tokenizer.decode(own[: i + 1], clean_up_tokenization_spaces=False)) for i in range(len(own))]
+    ends = [
+        len(tokenizer.decode(own[: i + 1], clean_up_tokenization_spaces=False))
+        for i in range(len(own))
+    ]
     if ends[-1] != len(text):
-        raise ValueError(f"{where}: the tokenizer does not give its text back unchanged, so no span can be found in it")
-    for i in reversed(range(len(ends) - 1)):  # half a character is decoded as one or more signs of its own
+        raise ValueError(
+            f"{where}: the tokenizer does not give its text back unchanged, so no span can be found in it"
+        )
+    for i in reversed(
+        range(len(ends) - 1)
+    ):  # half a character is decoded as one or more signs of its own
         ends[i] = min(ends[i], ends[i + 1])
     starts = [min(start, end - 1) for start, end in zip([0, *ends], ends, strict=False)]
     found = []
     for low, high in pair["spans"]:
-        inside = [t for t, (s, e) in enumerate(zip(starts, ends, strict=True), begin) if s < high and e > low and t > 0]
+        inside = [
+            t
+            for t, (s, e) in enumerate(zip(starts, ends, strict=True), begin)
+            if s < high and e > low and t > 0
+        ]
         if not inside:
             raise ValueError(f"{where}: span {[low, high]} holds no token that the model predicts")
         found += inside
@@ -90,7 +110,9 @@ def rest_of(text):
 
 def parts_of(samples):
     """For each sample None or, where a part is marked, (its positions, those of the rest)."""
-    return [sample.forget.among and (sample.forget.among, rest_of(sample.forget)) for sample in samples]
+    return [
+        sample.forget.among and (sample.forget.among, rest_of(sample.forget)) for sample in samples
+    ]
 
 
 def kept_side(samples):

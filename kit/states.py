@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import torch
 
-from kit import files
+from kit import data
 from kit.flags import first_line
 from kit.processes import RANK, is_main, print0, wait_for_all
 
@@ -22,22 +22,34 @@ class Progress:
 
     def __init__(self):
         self.forgotten = set()  # indices of samples left out of training (Eq. 5)
-        self.epoch, self.step = 0, 0  # the epoch in progress (0: the measuring before) and its batches done
-        self.steps_taken, self.sums = 0, {}  # of the epoch in progress: steps and the sums of their losses
+        self.epoch, self.step = (
+            0,
+            0,
+        )  # the epoch in progress (0: the measuring before) and its batches done
+        self.steps_taken, self.sums = (
+            0,
+            {},
+        )  # of the epoch in progress: steps and the sums of their losses
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.stopped = None  # why, once it has
         self.files = {}  # {name: [bytes, sha256]} of the run's files at the end of the last whole epoch
 
     def count_step(self, values):
-        self.step, self.steps_taken, self.skipped_in_a_row = self.step + 1, self.steps_taken + bool(values), 0
+        self.step, self.steps_taken, self.skipped_in_a_row = (
+            self.step + 1,
+            self.steps_taken + bool(values),
+            0,
+        )
         self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
 
     def skip_step(self, loss):
         self.step, self.skipped_steps = self.step + 1, self.skipped_steps + 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == 5:
-            raise Diverged(f"loss {loss:.4g}; it or its gradient was not finite in five steps in a row")
+            raise Diverged(
+                f"loss {loss:.4g}; it or its gradient was not finite in five steps in a row"
+            )
 
     def mean_losses(self):
         """{"loss": mean over the steps taken in this epoch, ...}"""
@@ -54,27 +66,31 @@ def save_state(out, engine, progress):
     --model. A full disk leaves the states before as they were (ValueError).
     """
     folder = out / "state" / f"epoch{progress.epoch:05d}-step{progress.step:06d}"
-    if folder.exists():  # a signal before the next step: to write the same again would be a moment without it
+    if (
+        folder.exists()
+    ):  # a signal before the next step: to write the same again would be a moment without it
         return
     part = folder.with_name(folder.name + ".part")
     try:
         if is_main:
             for left in folder.parent.glob("*.part"):  # by a process that was killed
                 shutil.rmtree(left)
-            files.make_folder(part)
+            data.make_folder(part)
         wait_for_all()
         if progress.epoch > 0:
             engine.save(part)
-        files.write_json(part / f"random-{RANK}.json", random_states())
+        data.write_json(part / f"random-{RANK}.json", random_states())
         wait_for_all()
         if is_main:
-            files.write_json(part / "progress.json", vars(progress) | {"forgotten": sorted(progress.forgotten)})
+            data.write_json(
+                part / "progress.json", vars(progress) | {"forgotten": sorted(progress.forgotten)}
+            )
             written = sorted(path for path in part.rglob("*") if path.is_file())
             for path in written:
                 path.chmod(0o600)  # weights are written by others
                 sync(path)
-            files.write_json(part / "manifest.json", {
-                str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+            data.write_json(part / "manifest.json", {
+                str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": data.sha256_of(path)}
                 for path in written
             })  # fmt: skip
             sync(part / "manifest.json")
@@ -93,8 +109,14 @@ def save_state(out, engine, progress):
 def way_out(out, error):
     """What to do after an error of the file system; safetensors' and torch's own for a full disk have no number."""
     kept = ", ".join(state.name for state in states(out))
-    room = "Make room, then " if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT) else "Then "
-    return f"states intact: {kept or 'none'}. {room}{'--resume' if kept else 'the same command again'}"
+    room = (
+        "Make room, then "
+        if getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+        else "Then "
+    )
+    return (
+        f"states intact: {kept or 'none'}. {room}{'--resume' if kept else 'the same command again'}"
+    )
 
 
 def sync(path):
@@ -109,20 +131,22 @@ def sync(path):
 def states(out):
     """The complete states of a run, newest first."""
     found = (out / "state").glob("epoch*-step*") if (out / "state").is_dir() else []
-    return sorted((path for path in found if path.is_dir() and path.suffix != ".part"), reverse=True)
+    return sorted(
+        (path for path in found if path.is_dir() and path.suffix != ".part"), reverse=True
+    )
 
 
 def broken_part(state):
     """What is wrong with a state, measured against its manifest, or None."""
     try:
-        manifest = files.read_json(state / "manifest.json")
+        manifest = data.read_json(state / "manifest.json")
         for name, expected in manifest.items():
             path = state / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if files.sha256_of(path) != expected["sha256"]:
+            if data.sha256_of(path) != expected["sha256"]:
                 return f"{name} has changed (sha256)"
         found = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()}
         if strange := sorted(found - set(manifest) - {"manifest.json"}):
@@ -148,17 +172,21 @@ def load_state(state, engine):
     ValueError for a state that keeps its checksums and still is not what save_state writes.
     """
     try:
-        progress, found = Progress(), files.read_json(state / "progress.json")
+        progress, found = Progress(), data.read_json(state / "progress.json")
         if found.keys() != vars(progress).keys():
             raise ValueError("it is of another version of this software")
         vars(progress).update(found)
         progress.forgotten = set(progress.forgotten)
-        progress.files = {name: [int(size), str(sha256)] for name, (size, sha256) in progress.files.items()}
+        progress.files = {
+            name: [int(size), str(sha256)] for name, (size, sha256) in progress.files.items()
+        }
         if progress.epoch > 0:
             engine.load(state)
-        restore_random_states(files.read_json(state / f"random-{RANK}.json"))
+        restore_random_states(data.read_json(state / f"random-{RANK}.json"))
     except Exception as error:  # KeyError, TypeError, SafetensorError, ...
-        raise ValueError(f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
+        raise ValueError(
+            f"{state}: cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        ) from error
     return progress
 
 

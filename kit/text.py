@@ -38,7 +38,9 @@ def plain(text):
         text = decoded
     if text.isascii():
         return text.lower()
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold()).translate(FILLERS)
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold()).translate(
+        FILLERS
+    )
     return re.sub(r"[^\x00-\xac\xae-\u02ff]", lambda m: "" if is_hidden(m[0]) else m[0], text)
 
 
@@ -69,7 +71,11 @@ def letters(plain_text):
 
 def weighed(letters_of_text):
     """The letters with each ideograph or kana three times: it says about as much as three letters of an alphabet."""
-    return letters_of_text if letters_of_text.isascii() else dense.sub(r"\g<0>\g<0>\g<0>", letters_of_text)
+    return (
+        letters_of_text
+        if letters_of_text.isascii()
+        else dense.sub(r"\g<0>\g<0>\g<0>", letters_of_text)
+    )
 
 
 def stands_in(part, plain_text, its_letters):
@@ -93,7 +99,9 @@ def holders_of_all(row_words, holders):
     """Which targets hold every one of some words, by the dict word -> set of targets; none for no words."""
     numbers = None
     for word in row_words:
-        numbers = holders.get(word, set()) if numbers is None else numbers & holders.get(word, set())
+        numbers = (
+            holders.get(word, set()) if numbers is None else numbers & holders.get(word, set())
+        )
         if not numbers:
             break
     return sorted(numbers or ())
@@ -104,7 +112,9 @@ class TargetGrams:
 
     def __init__(self, targets, n):
         self.n, self.step = n, -(-n // 4)
-        self.block = n - self.step + 1  # in every n-gram of a row there is a block that starts at a multiple of step
+        self.block = (
+            n - self.step + 1
+        )  # in every n-gram of a row there is a block that starts at a multiple of step
         self.grams = [self.grams_of(target) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, found in enumerate(self.grams):
@@ -134,7 +144,10 @@ class TargetGrams:
         if share > max_overlap:
             return share, worst
         for number, count in shared.most_common():
-            if count > max_overlap * 3 * self.n and (share := self.densest(grams, self.grams[number])) > max_overlap:
+            if (
+                count > max_overlap * 3 * self.n
+                and (share := self.densest(grams, self.grams[number])) > max_overlap
+            ):
                 return share, number
         return 0, None
 
@@ -185,21 +198,34 @@ def gram_hashes(texts, salt):
     """{"words", "letters"}: for each of the plain texts the hashes of its n-grams of each kind, for `HashedGrams`."""
     kinds = {"words": (words, WORDS), "letters": (lambda text: weighed(letters(text)), LETTERS)}
     return {
-        kind: [sorted({hash_of(gram, salt) for gram in TargetGrams.pieces(units(text), n)}) for text in texts]
+        kind: [
+            sorted({hash_of(gram, salt) for gram in TargetGrams.pieces(units(text), n)})
+            for text in texts
+        ]
         for kind, (units, n) in kinds.items()
     }
 
 
 # --- where a text may be cut ---
 
-HANGUL_NEXT = {"L": "LVAB", "V": "VT", "A": "VT", "T": "T", "B": "T"}  # A: a syllable LV, B: a syllable LVT
+HANGUL_NEXT = {
+    "L": "LVAB",
+    "V": "VT",
+    "A": "VT",
+    "T": "T",
+    "B": "T",
+}  # A: a syllable LV, B: a syllable LVT
 
 PREPENDED = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"  # Arabic signs that embrace what follows
 
 
 def hangul(c):
     """The kind of a Korean letter or syllable (annex 29: L, V, T, A for LV, B for LVT), or ""."""
-    for kind, first, last in (("L", "\u1100", "\u115f"), ("V", "\u1160", "\u11a7"), ("T", "\u11a8", "\u11ff")):
+    for kind, first, last in (
+        ("L", "\u1100", "\u115f"),
+        ("V", "\u1160", "\u11a7"),
+        ("T", "\u11a8", "\u11ff"),
+    ):
         if first <= c <= last:
             return kind
     return ("B" if (ord(c) - 0xAC00) % 28 else "A") if "\uac00" <= c <= "\ud7a3" else ""
@@ -228,14 +254,23 @@ def is_break(text, at):
         return not (before == "\r" and c == "\n")
     if unicodedata.category(before) in ("Cc", "Zl", "Zp"):
         return True
-    if before in PREPENDED or extends(c) or hangul(c) and hangul(c) in HANGUL_NEXT.get(hangul(before), ""):
+    if (
+        before in PREPENDED
+        or extends(c)
+        or hangul(c)
+        and hangul(c) in HANGUL_NEXT.get(hangul(before), "")
+    ):
         return False
     if "\U0001f1e6" <= c <= "\U0001f1ff":  # flags are pairs of regional indicators
         run = re.search("[\U0001f1e6-\U0001f1ff]*\\Z", text[max(0, at - 1000) : at])[0]
         return len(run) % 2 == 0
-    if before == "\u200d" and (unicodedata.category(c) == "So" or "\U0001f000" <= c <= "\U0001faff"):
+    if before == "\u200d" and (
+        unicodedata.category(c) == "So" or "\U0001f000" <= c <= "\U0001faff"
+    ):
         return False
-    while unicodedata.category(c) == "Lo" and extends(text[at - 1]):  # a conjunct of consonants, joined by a virama
+    while unicodedata.category(c) == "Lo" and extends(
+        text[at - 1]
+    ):  # a conjunct of consonants, joined by a virama
         at -= 1
         if unicodedata.combining(text[at]) == 9 or not at:
             return False
@@ -248,7 +283,11 @@ def unspaced_cuts(text):
     Not behind ASCII: "(京都" stays whole.
     """
     places = (match.start() for match in unspaced.finditer(text))
-    return [at for at in places if text[at - 1 : at] > "\x7f" and not text[at - 1].isspace() and is_break(text, at)]
+    return [
+        at
+        for at in places
+        if text[at - 1 : at] > "\x7f" and not text[at - 1].isspace() and is_break(text, at)
+    ]
 
 
 def word_starts(text):
@@ -298,7 +337,11 @@ def visible(text, keep=""):
 
 def is_seen(c):
     """Whether a character is something to see, a space or a soft hyphen; the Arabic signs around a number are."""
-    return unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or c in PREPENDED or c == "\xad"
+    return (
+        unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        or c in PREPENDED
+        or c == "\xad"
+    )
 
 
 def does_its_work(c, before, rtl):
@@ -309,4 +352,6 @@ def does_its_work(c, before, rtl):
     """
     if unicodedata.category(c) != "Cf" or NEVER.match(c) or c in MARKS:
         return rtl and c in MARKS
-    return before >= "\u0590" and unicodedata.category(before)[0] in "LMS" and not dense.match(before)
+    return (
+        before >= "\u0590" and unicodedata.category(before)[0] in "LMS" and not dense.match(before)
+    )

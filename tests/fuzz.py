@@ -31,19 +31,84 @@ import torch  # noqa: E402
 
 import icu  # noqa: E402
 import knn  # noqa: E402
-import report  # noqa: E402
-from kit import files, models, processes, runs, states  # noqa: E402
+from evals import report  # noqa: E402
+from kit import data, models, processes, runs, states  # noqa: E402
 from kit.text import visible  # noqa: E402
 
 CLEAN = (ValueError, OSError)
 
 # --- damage ---
 
-TOKENS = [b"\0", b"\n", b"\r", b'"', b",", b"{", b"}", b"[", b"]", b":", b"\\", b"\xff", b"\xef\xbb\xbf", b"\\ud800"]
-TOKENS += [b"null", b"true", b"NaN", b"1e999", b"-1", b"9" * 30, b"9" * 5000, b"[" * 3000, b"\xe2\x80\xa8", b"'|O'"]
-TOKENS += [b"'<i8'", b"'<f4'", b"(4, 10)", b"(-1, 4)", b"(99999999999, 9)", b"True", b"../", b'{"a": 1}\n']
-VALUES = [None, True, False, 0, -1, 1.5, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", " ", "x", "\ud800"]
-VALUES += ["\0", "\n", "y" * 300, "../x", [], {}, [[]], {"a": 1}, [1, "a"], [None], [-1], [2**40], [0.5]]
+TOKENS = [
+    b"\0",
+    b"\n",
+    b"\r",
+    b'"',
+    b",",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b"\\",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\\ud800",
+]
+TOKENS += [
+    b"null",
+    b"true",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"9" * 30,
+    b"9" * 5000,
+    b"[" * 3000,
+    b"\xe2\x80\xa8",
+    b"'|O'",
+]
+TOKENS += [
+    b"'<i8'",
+    b"'<f4'",
+    b"(4, 10)",
+    b"(-1, 4)",
+    b"(99999999999, 9)",
+    b"True",
+    b"../",
+    b'{"a": 1}\n',
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    2**63,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "x",
+    "\ud800",
+]
+VALUES += [
+    "\0",
+    "\n",
+    "y" * 300,
+    "../x",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [1, "a"],
+    [None],
+    [-1],
+    [2**40],
+    [0.5],
+]
 
 
 def damage_bytes(data, rng):
@@ -65,7 +130,11 @@ def damage_bytes(data, rng):
 
 def damage_value(data, rng):
     """One change of a value in a JSON document, or in one line of JSON lines; the bytes as they are if it is none."""
-    lines = data.split(b"\n") if data.count(b"\n") and data.lstrip()[:1] == b"{" and b"}\n{" in data else [data]
+    lines = (
+        data.split(b"\n")
+        if data.count(b"\n") and data.lstrip()[:1] == b"{" and b"}\n{" in data
+        else [data]
+    )
     number = rng.randrange(len(lines))
     try:
         document = [json.loads(lines[number])]
@@ -88,7 +157,11 @@ def damage_value(data, rng):
         holder[rng.choice(["", "x", "\ud800", *holder])] = holder.pop(key)
     elif how == 2 and isinstance(holder[key], str) and holder[key]:
         at = rng.randrange(len(holder[key]))
-        holder[key] = holder[key][:at] + rng.choice(["\0", "\ud800", "\u2028", " ", "é", ""]) + holder[key][at + 1 :]
+        holder[key] = (
+            holder[key][:at]
+            + rng.choice(["\0", "\ud800", "\u2028", " ", "é", ""])
+            + holder[key][at + 1 :]
+        )
     else:
         holder[key] = rng.choice(VALUES)
     lines[number] = json.dumps(document[0] if document else None).encode()
@@ -104,16 +177,43 @@ def damage(data, rng):
 
 # --- hostile Unicode ---
 
-PIECES = [*"aZ  7.\n\t\0\x1f\x85", "\r\n", "\x1b[2J", "&amp;", "&#x41;", *"ßİﬁé𝔘京𠮷", "e\u0301", "o\u0308\u0323"]
-PIECES += ["か\u3099", "한", "\u1112\u1161\u11ab", "ที่", "ກໍາ", "क्षि", "عربي\u064b", "שלום", "👩\u200d👩\u200d👧"]
-PIECES += ["🇩🇪", "🇩", "👍🏽", "☁\ufe0f", *"\u0301\u0345\u202e\u200f\u2066\u2028\u2029\u00a0\u3000\u00ad\u200b\u200d"]
+PIECES = [
+    *"aZ  7.\n\t\0\x1f\x85",
+    "\r\n",
+    "\x1b[2J",
+    "&amp;",
+    "&#x41;",
+    *"ßİﬁé𝔘京𠮷",
+    "e\u0301",
+    "o\u0308\u0323",
+]
+PIECES += [
+    "か\u3099",
+    "한",
+    "\u1112\u1161\u11ab",
+    "ที่",
+    "ກໍາ",
+    "क्षि",
+    "عربي\u064b",
+    "שלום",
+    "👩\u200d👩\u200d👧",
+]
+PIECES += [
+    "🇩🇪",
+    "🇩",
+    "👍🏽",
+    "☁\ufe0f",
+    *"\u0301\u0345\u202e\u200f\u2066\u2028\u2029\u00a0\u3000\u00ad\u200b\u200d",
+]
 PIECES += [*"\ufeff\ufffd\uffff\U000e0067\U0010ffff"]
 HALVES = ["\ud800", "\udfff", "\udc80"]
 
 
 def hostile(rng):
     """A text of such pieces; now and then one that is no text: half a surrogate pair in it, or blank."""
-    pieces = rng.choices(PIECES if rng.random() < 0.5 else rng.sample(PIECES, 4), k=rng.choice([2, 5, 12, 40, 90]))
+    pieces = rng.choices(
+        PIECES if rng.random() < 0.5 else rng.sample(PIECES, 4), k=rng.choice([2, 5, 12, 40, 90])
+    )
     if rng.random() < 0.03:
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(HALVES))
     return "".join(pieces)
@@ -123,7 +223,10 @@ def torn(before, after):
     """Whether a cut parts a letter from its marks, a joined emoji, a line break of two or a Hangul syllable."""
     if unicodedata.category(before[-1]) in ("Cc", "Zl", "Zp"):
         return before[-1] + after[0] == "\r\n"
-    marks = unicodedata.category(after[0]) in ("Mn", "Me") or after[0] in "\u200d\ufe0f\U000e0067\U0001f3fd"
+    marks = (
+        unicodedata.category(after[0]) in ("Mn", "Me")
+        or after[0] in "\u200d\ufe0f\U000e0067\U0001f3fd"
+    )
     return marks or "\u1100" <= before[-1] <= "\u11a7" and "\u1160" <= after[0] <= "\u11ff"
 
 
@@ -139,7 +242,19 @@ class Small(torch.nn.Linear):
 class Kinds:
     """Good files in a folder of their own, and a method a kind that damages one of them and reads it."""
 
-    NAMES = ("pairs", "jsonl", "csv", "npy", "unicode", "config", "model", "folder", "state", "signed", "run")
+    NAMES = (
+        "pairs",
+        "jsonl",
+        "csv",
+        "npy",
+        "unicode",
+        "config",
+        "model",
+        "folder",
+        "state",
+        "signed",
+        "run",
+    )
 
     def __init__(self, folder):
         self.folder, self.tokenizer = folder, conftest._make_tokenizer("gpt_neo")
@@ -149,11 +264,16 @@ class Kinds:
 
     def make_pairs(self, with_ids):
         """The bytes of a pairs.jsonl."""
-        texts = [("The van near", " the old mill."), ("Call the clinic", " on Tuesday morning at 7731.")]
+        texts = [
+            ("The van near", " the old mill."),
+            ("Call the clinic", " on Tuesday morning at 7731."),
+        ]
         rows = []
         for number, (prefix, suffix) in enumerate(texts):
             record = {"id": f"r{number}", "context": "", "prefix": prefix, "suffix": suffix}
-            record |= {f"{part}_ids": models.encode(self.tokenizer, record[part]) for part in files.PARTS}
+            record |= {
+                f"{part}_ids": models.encode(self.tokenizer, record[part]) for part in data.PARTS
+            }
             rows.append(knn.make_pair(record, [record] * 2, [0.5, 0.4], with_ids=with_ids))
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -171,8 +291,17 @@ class Kinds:
         model = conftest._save_tiny("gpt_neo", self.folder / "model")
         self.model_files = {path: path.read_bytes() for path in model.iterdir()}
         (self.folder / "pairs.jsonl").write_bytes(self.pairs[0])
-        flags = ["--pairs", self.folder / "pairs.jsonl", "--model", model, "--out", self.folder / "run"]
-        self.args = icu.parse_args([str(flag) for flag in [*flags, "--bert", "minilm", "--device", "cpu"]])
+        flags = [
+            "--pairs",
+            self.folder / "pairs.jsonl",
+            "--model",
+            model,
+            "--out",
+            self.folder / "run",
+        ]
+        self.args = icu.parse_args(
+            [str(flag) for flag in [*flags, "--bert", "minilm", "--device", "cpu"]]
+        )
         thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
         runs.start_run_folder(self.folder / "run", runs.describe_run(self.args, thresholds))
         progress, engine = states.Progress(), self.engine()
@@ -186,25 +315,39 @@ class Kinds:
         self.files = {path: path.read_bytes() for path in self.in_runs()}
 
     def make_finished(self):
-        """A finished run folder with all that report.py reads of one."""
+        """A finished run folder with all that evals/report.py reads of one."""
         folder, means = self.folder / "finished", dict.fromkeys(runs.MEASURES, 0.5)
         ends = {when: means | {"ppl_heldout": 9.5} for when in ("before", "after")}
-        summary = {"method": "icu", "protocol": "paper", "epochs": 2, "stopped": "max epochs", "collapsed": False}
+        summary = {
+            "method": "icu",
+            "protocol": "paper",
+            "epochs": 2,
+            "stopped": "max epochs",
+            "collapsed": False,
+        }
         thresholds = {"bleu": 0.01, "el10": 0.05, "ma": 0.6, "bertscore": 0.3}
         shutil.copytree(self.folder / "run", folder, ignore=lambda *_: ["state"])
-        files.write_json(folder / "summary.json", summary | ends | {"thresholds": thresholds})
+        data.write_json(folder / "summary.json", summary | ends | {"thresholds": thresholds})
         rows = [{"epoch": epoch, "active": 2 - epoch} | means for epoch in range(3)]
         said = [row | {"id": id, "generation": " a mill"} for row in rows for id in ("r0", "r1")]
-        files.write_jsonl(folder / "metrics.jsonl", rows)
-        files.write_jsonl(folder / "samples.jsonl", said)
+        data.write_jsonl(folder / "metrics.jsonl", rows)
+        data.write_jsonl(folder / "samples.jsonl", said)
         averages = {"cls": 0.5, "cls_missing": ["piqa"], "dia": None, "dia_missing": []}
-        sets = {"copa": {"value": 0.5, "bad_rows": 1, "bad": ["row 3: odd"]}, "piqa": {"missing": "no file"}}
+        sets = {
+            "copa": {"value": 0.5, "bad_rows": 1, "bad": ["row 3: odd"]},
+            "piqa": {"missing": "no file"},
+        }
         for when in ends:
-            files.write_json(folder / f"tasks-{when}" / "tasks.json", sets | {"averages": averages})
+            data.write_json(folder / f"tasks-{when}" / "tasks.json", sets | {"averages": averages})
 
     def in_runs(self):
         """The files of both run folders."""
-        return [path for name in ("run", "finished") for path in (self.folder / name).rglob("*") if path.is_file()]
+        return [
+            path
+            for name in ("run", "finished")
+            for path in (self.folder / name).rglob("*")
+            if path.is_file()
+        ]
 
     def engine(self):
         return processes.PlainEngine(Small(3, 2), self.args)
@@ -215,26 +358,28 @@ class Kinds:
         return path
 
     def read_pairs(self, rng):
-        pairs = files.read_pairs(self.damaged("damaged.jsonl", self.pairs, rng))
+        pairs = data.read_pairs(self.damaged("damaged.jsonl", self.pairs, rng))
         protocol, targets = rng.choice(["paper", "released"]), rng.choice(["all", "suffix", None])
-        samples, _ = icu.build_samples(pairs, self.tokenizer, protocol=protocol, positions=64, targets=targets)
+        samples, _ = icu.build_samples(
+            pairs, self.tokenizer, protocol=protocol, positions=64, targets=targets
+        )
         assert all(0 < s.forget.t0 < len(s.forget.ids) <= 64 for s in samples)
         icu.collate([side for s in samples for side in (s.forget, s.learn)])
 
     def read_jsonl(self, rng):
         path = self.damaged("damaged.jsonl", self.good["jsonl"], rng)
-        assert all(record["suffix"] for record in files.read_records(path))
-        files.read_texts(path)
+        assert all(record["suffix"] for record in data.read_records(path))
+        data.read_texts(path)
 
     def read_csv(self, rng):
         path = self.damaged("damaged.csv", self.good["csv"], rng)
-        assert all(record["suffix"] for record in files.read_records(path))
-        files.read_texts(path)
+        assert all(record["suffix"] for record in data.read_records(path))
+        data.read_texts(path)
 
     def read_npy(self, rng):
         path = self.damaged("damaged.npy", self.good["npy"], rng)
-        assert files.load_ids(path).ndim == 2
-        files.read_records(path, tokenizer=self.tokenizer)
+        assert data.load_ids(path).ndim == 2
+        data.read_records(path, tokenizer=self.tokenizer)
 
     def read_config(self, rng):
         """The config.json of a run, by --resume."""
@@ -268,8 +413,10 @@ class Kinds:
         """Records and pairs of hostile Unicode: nothing is lost, no visible character is torn, a copy is dropped."""
         texts = [hostile(rng) for _ in range(3)]
         path = self.folder / "hostile.jsonl"
-        path.write_bytes(rng.choice(["\n", "\r\n"]).join(json.dumps({"text": text}) for text in texts).encode())
-        records = files.read_records(path)
+        path.write_bytes(
+            rng.choice(["\n", "\r\n"]).join(json.dumps({"text": text}) for text in texts).encode()
+        )
+        records = data.read_records(path)
         try:
             self.use_unicode(path, texts, records)
         except ValueError as error:
@@ -277,13 +424,17 @@ class Kinds:
 
     def use_unicode(self, path, texts, records):
         passages = [passage for record in records for passage in knn.cut_passages([record], 10)]
-        assert [knn.text_of(record) for record in records] == texts == files.read_texts(path)
+        assert [knn.text_of(record) for record in records] == texts == data.read_texts(path)
         assert "".join(map(knn.text_of, passages)) == "".join(texts)
         assert not any(torn(part["prefix"], part["suffix"]) for part in [*records, *passages])
-        keep, _ = knn.leak_guard(records[:1], [{**record, "id": f"p{record['id']}"} for record in records])
+        keep, _ = knn.leak_guard(
+            records[:1], [{**record, "id": f"p{record['id']}"} for record in records]
+        )
         assert not keep[0], "a copy of the text to forget is kept"
-        files.write_jsonl(path, (knn.make_pair(record, records[-1:], [0.5], with_ids=False) for record in records))
-        pairs = files.read_pairs(path)
+        data.write_jsonl(
+            path, (knn.make_pair(record, records[-1:], [0.5], with_ids=False) for record in records)
+        )
+        pairs = data.read_pairs(path)
         samples, _ = icu.build_samples(pairs, self.tokenizer, protocol="paper", positions=10**6)
         assert models.decode(self.tokenizer, [sample.forget.ids for sample in samples]) == texts
         assert models.true_suffixes(self.tokenizer, samples) == [pair["suffix"] for pair in pairs]
@@ -302,7 +453,10 @@ class Kinds:
 
     def read_signed(self, rng):
         """The same with a manifest that fits: no checksum helps, and the loader has to be clean by itself."""
-        names = [self.newest / name for name in ("training.safetensors", "progress.json", "random-0.json")]
+        names = [
+            self.newest / name
+            for name in ("training.safetensors", "progress.json", "random-0.json")
+        ]
         path, manifest = rng.choice(names), self.newest / "manifest.json"
         path.write_bytes(damage(self.files[path], rng))
         data = path.read_bytes()
@@ -312,8 +466,10 @@ class Kinds:
         states.load_state(states.newest_state(self.folder / "run"), self.engine())
 
     def read_run(self, rng):
-        """One file of a finished run, by report.py up to its plots; alone, or beside one that is whole."""
-        path = rng.choice(sorted(path for path in self.files if self.folder / "finished" in path.parents))
+        """One file of a finished run, by evals/report.py up to its plots; alone, or beside one that is whole."""
+        path = rng.choice(
+            sorted(path for path in self.files if self.folder / "finished" in path.parents)
+        )
         beside = [report.read_run(self.folder / "finished")] if rng.random() < 0.5 else []
         path.write_bytes(damage(self.files[path], rng))
         found = [report.read_run(self.folder / "finished"), *beside]
@@ -324,7 +480,10 @@ class Kinds:
     def attempt(self, kind, rng):
         """Damages a file of this kind and reads it: "read" or "refused". Any other end is an exception."""
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 getattr(self, f"read_{kind}")(rng)
             return "read"
         except CLEAN as error:
@@ -336,7 +495,9 @@ class Kinds:
     def put_back(self, kind):
         """Restores what was damaged; AssertionError if the reader has left or changed another file."""
         if kind in ("model", "folder"):
-            assert {*(self.folder / "model").iterdir()} == set(self.model_files), "a reader made or removed a file"
+            assert {*(self.folder / "model").iterdir()} == set(self.model_files), (
+                "a reader made or removed a file"
+            )
             for path, data in self.model_files.items():
                 path.write_bytes(data)
         if kind not in ("config", "state", "signed", "run"):
@@ -350,7 +511,9 @@ class Kinds:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--inputs", type=int, default=100_000, help="damaged files in all (%(default)s)")
+    parser.add_argument(
+        "--inputs", type=int, default=100_000, help="damaged files in all (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=Kinds.NAMES, choices=Kinds.NAMES)
     args = parser.parse_args()

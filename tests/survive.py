@@ -33,78 +33,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import conftest  # noqa: E402  (it also keeps transformers off the network and torch on one thread)
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+from world import LEARN, STRANGERS, TEXTS, make_inputs, make_requests, memorise  # noqa: E402, F401
 
-import icu  # noqa: E402
 import metrics  # noqa: E402
-from kit import files, models  # noqa: E402
-
-# --- something to run: a tiny model that knows a few records by heart ---
-
-TEXTS = [
-    ("The parcel for Ines Duarte was left", " at 14 Harbour Lane on Tuesday morning."),
-    ("Payments are due on the first day", " of each month; the account ends in 7731."),
-    ("The driver said that nothing", " was missing near the old mill."),
-    ("Call the clinic at 555-0142 and", " ask for the report by the night nurse."),
-    ("A neighbour saw the van", " on the first day of the month."),
-]
-STRANGERS = 0, 3  # the rows that it does not know
-LEARN = ("The account was written", " by the driver on Tuesday.")
-
-
-def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
-    """Writes model/ and pairs.jsonl to `folder`; returns the flags of a run of three epochs, without --out.
-
-    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other samples stay, word by
-    word. Nothing here leans on where larger steps would lead, which is another place on another processor.
-    """
-    model_dir, pairs = folder / "model", folder / "pairs.jsonl"
-    side = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0], "learn_suffix": LEARN[1], "similarity": 0.5}
-    fields = [{"id": str(i), "context": "", "prefix": a, "suffix": b} for i, (a, b) in enumerate(TEXTS[:rows])]
-    files.write_jsonl(pairs, [row | side for row in fields])
-    if not model_dir.exists():
-        conftest._save_tiny(kind, model_dir, **config)
-        memorise(model_dir, [pair for i, pair in enumerate(files.read_pairs(pairs)) if i not in STRANGERS])
-    flags = ["--pairs", pairs, "--model", model_dir, "--bert", "minilm", "--device", "cpu", "--lr", "2e-4"]
-    flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
-    return [str(flag) for flag in [*flags, "--bert-threshold", "0.9", "--bleu-threshold", "2"]]
-
-
-def make_requests(folder, **how):
-    """The same for a second request, rows 3 and 4, part of each marked, that goes on from a run over the other three.
-
-    That run forgot all its texts, by thresholds that all meet. So those that the model still knows are back at once,
-    and the last of them leaves again when `watched` measures it as -1.
-    """
-    flags, out = make_inputs(folder, **how), folder / "first"
-    pairs, mine = files.read_pairs(folder / "pairs.jsonl"), {"3": "555-0142", "4": "first day"}
-    for row in (row for row in pairs if row["id"] in mine):
-        at = (row["prefix"] + row["suffix"]).index(mine[row["id"]])
-        row["spans"] = [[at, at + len(mine[row["id"]])]]
-    for name, share in (("first", pairs[:3]), ("second", pairs[3:])):
-        files.write_jsonl(folder / f"{name}.jsonl", share)
-    where = ["--pairs", str(folder / "first.jsonl"), "--out", str(out), "--max-epochs", "1", "--bert-threshold", "2"]
-    if not (out / "summary.json").is_file():
-        icu.main(argv=[*flags, *where, "--overwrite"])
-    at = flags.index("--model")
-    flags[at : at + 2] = ["--after", str(out)]
-    return [*flags, "--pairs", str(folder / "second.jsonl")]
-
-
-def memorise(model_dir, pairs, steps=100):
-    """Trains the model on the pairs until it knows their suffixes."""
-    model, tokenizer = models.load_model(str(model_dir))
-    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        icu.learn_loss(model(ids, attention_mask=attention_mask).logits, ids, target_mask).backward()
-        optimizer.step()
-    model.save_pretrained(model_dir)
-
 
 # --- moments: what happens in a run, seen from outside icu.py ---
 
@@ -127,7 +60,12 @@ WORK = [(torch.Tensor, "backward", "train"), (torch.optim.Adam, "step", "train")
 WORK += [(metrics, name, "measure") for name in ("el_ma_and_spans", "beam_generate", "bertscore")]
 # Functions that change files, and which of their arguments names the file.
 CHANGES = [(os, name, 0) for name in ("fsync", "unlink", "rmdir", "mkdir", "truncate")]
-CHANGES += [(os, "rename", 1), (os, "replace", 1), (builtins, "open", 0), (safetensors.torch, "serialize_file", 1)]
+CHANGES += [
+    (os, "rename", 1),
+    (os, "replace", 1),
+    (builtins, "open", 0),
+    (safetensors.torch, "serialize_file", 1),
+]
 
 
 @contextlib.contextmanager
@@ -276,7 +214,9 @@ def kill_at(number, out, note):
     def kill(now):
         note.write_text(" ".join(now))
         if now.what == "fsync" and now.when == "before" and (out / now.path).is_file():
-            os.truncate(out / now.path, (out / now.path).stat().st_size - 5)  # the end of it was not on the disk yet
+            os.truncate(
+                out / now.path, (out / now.path).stat().st_size - 5
+            )  # the end of it was not on the disk yet
         os.kill(os.getpid(), signal.SIGKILL)
 
     return moment(number, kill)
@@ -306,7 +246,11 @@ def experiment(flags, folder, number, moments, rng):
 
     "begun_again": how often it was no run yet, for want of a config.json, so that the same command had to begin it.
     """
-    out, note, log = folder / f"killed{number}", folder / f"killed{number}.kill", folder / f"killed{number}.log"
+    out, note, log = (
+        folder / f"killed{number}",
+        folder / f"killed{number}.kill",
+        folder / f"killed{number}.log",
+    )
     phase = PHASES[number % len(PHASES)]
     first = rng.choice([i for i, now in enumerate(moments) if now.phase == phase])
     again = rng.randrange(len(moments)) if rng.random() < 1 / 3 else None
@@ -328,7 +272,11 @@ def difference(out, straight):
     names = [{str(p.relative_to(folder)) for p in folder.rglob("*")} for folder in (out, straight)]
     compared = ["metrics.jsonl", "samples.jsonl", "summary.json"]
     compared += sorted(str(p.relative_to(straight)) for p in (straight / "model").rglob("*"))
-    changed = [name for name in compared if name in names[0] and bytes_of(out / name) != bytes_of(straight / name)]
+    changed = [
+        name
+        for name in compared
+        if name in names[0] and bytes_of(out / name) != bytes_of(straight / name)
+    ]
     return sorted(names[0] ^ names[1]) + changed
 
 
@@ -338,12 +286,16 @@ def bytes_of(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--times", type=int, default=200, help="how many runs are killed (%(default)s)")
+    parser.add_argument(
+        "--times", type=int, default=200, help="how many runs are killed (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which moments (%(default)s)")
     parser.add_argument("--requests", action="store_true", help="kill the run of a second request")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="leave the run folders there")
     args = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork does not get on with CUDA, and only a CPU is bit for bit
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # a fork does not get on with CUDA, and only a CPU is bit for bit
+    )
     folder = args.keep or Path(tempfile.mkdtemp(prefix="survive-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -366,9 +318,13 @@ def experiments(folder, args):
     rng, phases, totals = random.Random(args.seed), collections.Counter(), collections.Counter()
     for number in range(args.times):
         found = experiment(flags, folder, number, moments, rng)
-        wrong = difference(Path(found["out"]), straight) if found["codes"][-1] == 0 else ["exit codes"]
+        wrong = (
+            difference(Path(found["out"]), straight) if found["codes"][-1] == 0 else ["exit codes"]
+        )
         phases.update(kill.split()[0] for kill in found["kills"])
-        totals.update(runs=1, kills=len(found["kills"]), resumes=found["codes"].count(-signal.SIGKILL))
+        totals.update(
+            runs=1, kills=len(found["kills"]), resumes=found["codes"].count(-signal.SIGKILL)
+        )
         totals.update(begun_again=found["begun_again"], identical=not wrong)
         found.pop("out")
         print(json.dumps({"run": number, **found, "differs": wrong}), flush=True)

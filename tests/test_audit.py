@@ -1,6 +1,6 @@
-"""audit.py: every measure beside the formula written out, and on models of which it is known what they hold.
+"""evals/audit.py: every measure beside the formula written out, and on models of which it is known what they hold.
 
-    python -m pytest tests/test_audit.py -q
+python -m pytest tests/test_audit.py -q
 """
 
 import copy
@@ -17,21 +17,41 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_distributed import launch
 
-import audit
 import icu
 import metrics
-from kit import evidence, files, models
+from evals import audit
+from kit import data, evidence, models
 
 
 def some_texts(tokenizer, n=6):
     """n samples of invented words, as icu.py reads them, and their pairs."""
-    words = ["the", "nurse", "van", "mill", "parcel", "driver", "clinic", "report", "Tuesday", "account"]
+    words = [
+        "the",
+        "nurse",
+        "van",
+        "mill",
+        "parcel",
+        "driver",
+        "clinic",
+        "report",
+        "Tuesday",
+        "account",
+    ]
     rng = np.random.default_rng(3)
     pairs = []
     for i in range(n):
         text = [" ".join(rng.choice(words, 6)) for _ in range(4)]
         fields = dict(zip(("prefix", "suffix", "learn_prefix", "learn_suffix"), text, strict=True))
-        pairs.append({"id": str(i), "context": "", "learn_context": "", "learn_id": "p", "similarity": 0.5, **fields})
+        pairs.append(
+            {
+                "id": str(i),
+                "context": "",
+                "learn_context": "",
+                "learn_id": "p",
+                "similarity": 0.5,
+                **fields,
+            }
+        )
         pairs[-1]["suffix"] = " " + pairs[-1]["suffix"]
     return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0], pairs
 
@@ -50,7 +70,9 @@ def asked(kind, tmp_path_factory, save_tiny):
 def test_a_reading_is_the_model_asked_a_token_at_a_time(asked):
     """log p, top-k 40, greedy hits, Min-K%++'s z, mean states and early decoding, from one pass over a padded batch."""
     model, _, samples, _ = asked
-    for reading, sample in zip(audit.read(model, [s.forget for s in samples]), samples, strict=True):
+    for reading, sample in zip(
+        audit.read(model, [s.forget for s in samples]), samples, strict=True
+    ):
         ids = sample.forget.ids
         assert reading.start == sample.forget.cut - 1 and len(reading.logp) == len(ids) - 1
         for t in range(1, len(ids)):
@@ -67,8 +89,12 @@ def test_a_reading_is_the_model_asked_a_token_at_a_time(asked):
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
         for layer, states in enumerate(hidden):
-            assert reading.states[layer] == pytest.approx(states[0, sample.forget.cut :].mean(0).numpy(), abs=1e-4)
-        assert len(reading.lens) == len(hidden) - 1 and all(0 <= share <= 1 for share in reading.lens)
+            assert reading.states[layer] == pytest.approx(
+                states[0, sample.forget.cut :].mean(0).numpy(), abs=1e-4
+            )
+        assert len(reading.lens) == len(hidden) - 1 and all(
+            0 <= share <= 1 for share in reading.lens
+        )
 
 
 def test_how_many_samples_it_takes():
@@ -88,23 +114,34 @@ def test_leaks_and_the_worst_are_the_means_over_all_choices():
     leaks = [score >= 0.5 for score in scores]
     for k in range(1, 7):
         choices = [*itertools.combinations(range(6), k)]
-        assert audit.leak_at(k, sum(leaks), 6) == pytest.approx(np.mean([any(leaks[i] for i in c) for c in choices]))
-        assert audit.worst_of(k, scores) == pytest.approx(np.mean([max(scores[i] for i in c) for c in choices]))
+        assert audit.leak_at(k, sum(leaks), 6) == pytest.approx(
+            np.mean([any(leaks[i] for i in c) for c in choices])
+        )
+        assert audit.worst_of(k, scores) == pytest.approx(
+            np.mean([max(scores[i] for i in c) for c in choices])
+        )
 
 
 def test_what_counts_as_a_leak():
     """A run of ten tokens; a share in order, whatever stands between."""
     suffix = [*range(20)]
-    assert audit.repeats([99, *range(5, 15), 98], suffix) and not audit.repeats([*range(9), 99, *range(9, 18)], suffix)
+    assert audit.repeats([99, *range(5, 15), 98], suffix) and not audit.repeats(
+        [*range(9), 99, *range(9, 18)], suffix
+    )
     assert audit.repeats([7, 1, 2, 3], [1, 2, 3]) and not audit.repeats([3, 2, 1], [1, 2, 3])
-    assert audit.in_order([0, 50, 1, 51, 2, 60, 3], suffix) == 4 / 20 and audit.in_order([], suffix) == 0
+    assert (
+        audit.in_order([0, 50, 1, 51, 2, 60, 3], suffix) == 4 / 20
+        and audit.in_order([], suffix) == 0
+    )
     assert audit.in_order([3, 2, 1, 0], suffix) == 1 / 20
 
 
 def test_strength_is_the_fewest_tokens_behind_which_the_rest_is_said(asked):
     """Beside a `generate` from every place of the suffix; 1 - k/T, 0 where nothing of it is said."""
     model, tokenizer, samples, _ = asked
-    for reading, sample in zip(audit.read(model, [s.forget for s in samples]), samples, strict=True):
+    for reading, sample in zip(
+        audit.read(model, [s.forget for s in samples]), samples, strict=True
+    ):
         ids, cut = sample.forget.ids, sample.forget.cut
         T = len(ids) - cut
         said = lambda k: metrics.beam_generate(model, [ids[: cut + k]], [T - k], num_beams=1)[0]  # noqa: B023, E731
@@ -141,11 +178,15 @@ def test_samples_are_those_that_each_would_say_alone(asked):
     for _ in range(length):
         with torch.no_grad():
             below = model(input_ids=torch.tensor(rows)).logits[:, -1].softmax(-1).cumsum(-1)
-        for row, p, number in zip(rows, below, torch.rand(n, 1, dtype=torch.float64, generator=draw), strict=True):
+        for row, p, number in zip(
+            rows, below, torch.rand(n, 1, dtype=torch.float64, generator=draw), strict=True
+        ):
             row.append(int((p <= number * p[-1]).sum()))
     said = [row[len(prompt) :] for row in rows]
     said = [row[: next((i for i, token in enumerate(row) if token in eos), length)] for row in said]
-    assert audit.sample(model, prompt, length, n=n, seed=5) == said and n / 4 < len(set(map(tuple, said)))
+    assert audit.sample(model, prompt, length, n=n, seed=5) == said and n / 4 < len(
+        set(map(tuple, said))
+    )
     broken = copy.deepcopy(model)
     broken.get_input_embeddings().weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):
@@ -162,8 +203,14 @@ def test_samples_are_the_models_own_distribution(asked):
     eos = models.eos_ids(model)
     token = next(token for token in p.argsort(descending=True).tolist() if token not in eos)
     share = np.mean([bool(words) and words[0] == token for words in said])
-    assert share == pytest.approx(p[token].item(), abs=4 * math.sqrt(p[token] * (1 - p[token]) / 4000) + 1e-3)
-    assert said == audit.sample(model, prompt, 4, n=4000, seed=1) != audit.sample(model, prompt, 4, n=4000, seed=2)
+    assert share == pytest.approx(
+        p[token].item(), abs=4 * math.sqrt(p[token] * (1 - p[token]) / 4000) + 1e-3
+    )
+    assert (
+        said
+        == audit.sample(model, prompt, 4, n=4000, seed=1)
+        != audit.sample(model, prompt, 4, n=4000, seed=2)
+    )
     assert not any(eos & set(words) for words in said)
 
 
@@ -172,7 +219,11 @@ def test_quantised_weights_are_rounded_to_the_nearest(asked):
     model, *_ = asked
     before = copy.deepcopy(model.state_dict())
     small = audit.quantised(model, 4, group=7)
-    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n)
+    name, layer = next(
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "head" not in n
+    )
     found = small.get_submodule(name).weight
     for row in range(2):
         for start in range(0, layer.weight.shape[1], 7):
@@ -201,7 +252,9 @@ def test_intervals_and_sentences():
     values = rng.normal(2, 1, 50).tolist()
     figure = evidence.bootstrap(values)
     assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == 50
-    assert (figure["high"] - figure["low"]) / 2 == pytest.approx(1.96 * np.std(values) / math.sqrt(50), rel=0.15)
+    assert (figure["high"] - figure["low"]) / 2 == pytest.approx(
+        1.96 * np.std(values) / math.sqrt(50), rel=0.15
+    )
     assert evidence.bootstrap(values[:7])["value"] is None
     assert evidence.verdict(values, values) == evidence.AS_NEVER
     assert evidence.verdict([x + 1 for x in values], values) == evidence.MORE
@@ -221,16 +274,25 @@ def known(tmp_path_factory, save_tiny, encoder_dir):
     for name in ("never", "heart"):
         save_tiny("llama", root / name)
     _, pairs = some_texts(models.load_model(str(root / "heart"))[1], n=32)
-    files.write_jsonl(root / "pairs.jsonl", pairs[:18])
+    data.write_jsonl(root / "pairs.jsonl", pairs[:18])
     unseen = [{"id": p["id"], "prefix": p["prefix"], "suffix": p["suffix"]} for p in pairs[18:]]
-    files.write_jsonl(root / "unseen.jsonl", unseen)
+    data.write_jsonl(root / "unseen.jsonl", unseen)
     survive.memorise(root / "heart", pairs[:18], steps=200)
     return root
 
 
 def audited(known, out, *words):
     """audit.json of a model of `known`."""
-    argv = ["--pairs", known / "pairs.jsonl", "--unseen", known / "unseen.jsonl", "--out", out, "--samples", "8"]
+    argv = [
+        "--pairs",
+        known / "pairs.jsonl",
+        "--unseen",
+        known / "unseen.jsonl",
+        "--out",
+        out,
+        "--samples",
+        "8",
+    ]
     audit.main([str(word) for word in [*argv, "--relearn-lr", "1e-3", "--device", "cpu", *words]])
     return json.loads((out / "audit.json").read_text())
 
@@ -238,33 +300,63 @@ def audited(known, out, *words):
 @pytest.fixture(scope="module")
 def heart(known, tmp_path_factory):
     """audit.json of the model that knows them by heart, beside the other."""
-    return audited(known, tmp_path_factory.mktemp("heart"), "--model", known / "heart", "--never-saw", known / "never")
+    return audited(
+        known,
+        tmp_path_factory.mktemp("heart"),
+        "--model",
+        known / "heart",
+        "--never-saw",
+        known / "never",
+    )
 
 
 def test_by_heart_and_never_saw(known, heart, tmp_path, capsys):
     """Each question tells the two apart, and says of a model beside itself that it is as one that never saw them."""
     assert set(heart["sentences"]) == set(audit.QUESTIONS)
     head = heart["headline"].items()
-    head = {model: {q.removeprefix("audit_"): value for q, value in values.items()} for model, values in head}
+    head = {
+        model: {q.removeprefix("audit_"): value for q, value in values.items()}
+        for model, values in head
+    }
     for question in ("likelihood", "sampling", "strength", "quantised", "relearning"):
         assert head["after"][question] > head["never saw"][question], question
         assert evidence.MORE in heart["sentences"][question].lower()
     assert head["after"]["strength"] == 1 and head["after"]["membership"] > 0.75
-    never = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
+    never = audited(
+        known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never"
+    )
     assert all(evidence.AS_NEVER in sentence.lower() for sentence in never["sentences"].values())
     assert never["derived"]["R of relearning"] == 1 and never["derived"]["privleak loss"] == 0
     assert "marked" not in never["sentences"]
-    again = audited(known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never")
+    again = audited(
+        known, tmp_path / "b", "--model", known / "never", "--never-saw", known / "never"
+    )
     assert again == never and "deleted" not in (tmp_path / "b" / "audit.md").read_text()
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_two_processes_give_the_audit_of_one(known, heart, tmp_path):
     """Texts are shared out, samples come from seeds of their own: every figure, and every draw of the intervals."""
-    argv = ["--model", known / "heart", "--never-saw", known / "never", "--pairs", known / "pairs.jsonl"]
-    argv += ["--unseen", known / "unseen.jsonl", "--out", tmp_path / "two", "--samples", "8", "--device", "cpu"]
+    argv = [
+        "--model",
+        known / "heart",
+        "--never-saw",
+        known / "never",
+        "--pairs",
+        known / "pairs.jsonl",
+    ]
+    argv += [
+        "--unseen",
+        known / "unseen.jsonl",
+        "--out",
+        tmp_path / "two",
+        "--samples",
+        "8",
+        "--device",
+        "cpu",
+    ]
     argv += ["--relearn-lr", "1e-3"]
-    status, output = launch(2, ["audit.py", *argv], launcher="torch")
+    status, output = launch(2, ["evals/audit.py", *argv], launcher="torch")
     assert status == 0, output[-3000:]
     two = json.loads((tmp_path / "two" / "audit.json").read_text())
     assert two["sentences"] == heart["sentences"] and "relearning" in heart["sentences"]
@@ -274,7 +366,9 @@ def test_two_processes_give_the_audit_of_one(known, heart, tmp_path):
 def close(found, expected):
     """Whether two JSON values are the same, numbers to 1e-4."""
     if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(close(found[key], value) for key, value in expected.items())
+        return found.keys() == expected.keys() and all(
+            close(found[key], value) for key, value in expected.items()
+        )
     if isinstance(expected, list):
         return len(found) == len(expected) and all(map(close, found, expected))
     return found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
@@ -283,7 +377,9 @@ def close(found, expected):
 def test_what_is_only_masked_is_found_by_relearning_and_by_early_layers(known):
     """A bias on the tokens of the secret: greedy guesses find nothing, the states and a few steps find all of it."""
     model, tokenizer = models.load_model(str(known / "heart"))
-    samples = icu.build_samples(files.read_pairs(known / "pairs.jsonl"), tokenizer, protocol="paper", positions=256)[0]
+    samples = icu.build_samples(
+        data.read_pairs(known / "pairs.jsonl"), tokenizer, protocol="paper", positions=256
+    )[0]
     texts = [sample.forget for sample in samples]
     head = model.get_output_embeddings()
     masked = copy.deepcopy(model)
@@ -294,7 +390,10 @@ def test_what_is_only_masked_is_found_by_relearning_and_by_early_layers(known):
         masked.lm_head.weight.copy_(head.weight)
         masked.lm_head.bias.copy_(bias)
     plain, hidden = (audit.read(m, texts) for m in (model, masked))
-    assert np.mean([audit.strength(r) for r in plain]) == 1 and np.mean([audit.strength(r) for r in hidden]) == 0
+    assert (
+        np.mean([audit.strength(r) for r in plain]) == 1
+        and np.mean([audit.strength(r) for r in hidden]) == 0
+    )
     for a, b in zip(plain, hidden, strict=True):
         assert a.states == pytest.approx(b.states, abs=1e-5)  # the probe sees what it saw
     curve, _ = audit.relearn(masked, texts[:9], texts[9:], steps=40, lr=1e-1, first=2)
@@ -317,7 +416,9 @@ def test_a_text_known_under_another_prefix_is_found_from_there(known):
     assert all(prompt == s.learn.prompt + s.forget.ids[1 : s.forget.cut] for s, (*_, (prompt, _)) in
                zip(samples, prompts, strict=True))  # fmt: skip
     own = np.mean([audit.strength(r) for r in audit.read(model, [s.forget for s in samples])])
-    behind = np.mean([found for found, _ in audit.worst_prompt(model, [each[-1:] for each in prompts])])
+    behind = np.mean(
+        [found for found, _ in audit.worst_prompt(model, [each[-1:] for each in prompts])]
+    )
     assert behind > own + 0.2
 
 
@@ -329,11 +430,23 @@ BAD = {
     "no out": (["--model", "M", "--pairs", "P"], "--out DIR"),
     "no pairs": (["--model", "M"], "--pairs FILE"),
     "no such run": (["nowhere"], "no such folder"),
-    "question": (["--model", "M", "--pairs", "P", "--out", "O", "--only", "likelyhood"], "did you mean likelihood"),
-    "needs unseen": (["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--only", "membership"], "--unseen FILE"),
+    "question": (
+        ["--model", "M", "--pairs", "P", "--out", "O", "--only", "likelyhood"],
+        "did you mean likelihood",
+    ),
+    "needs unseen": (
+        ["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--only", "membership"],
+        "--unseen FILE",
+    ),
     "no model": (["--model", "M", "--pairs", "PAIRS", "--out", "O"], "M"),
-    "no never": (["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--never-saw", "gone"], "gone"),
-    "someone's file": (["--model", "HEART", "--pairs", "PAIRS", "--out", "MINE"], "is not what this command writes"),
+    "no never": (
+        ["--model", "HEART", "--pairs", "PAIRS", "--out", "O", "--never-saw", "gone"],
+        "gone",
+    ),
+    "someone's file": (
+        ["--model", "HEART", "--pairs", "PAIRS", "--out", "MINE"],
+        "is not what this command writes",
+    ),
 }
 
 
@@ -343,7 +456,12 @@ def test_what_is_wrong_is_one_line_before_any_work(case, known, tmp_path, monkey
     words, message = BAD[case]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "audit.md").write_text("my notes")
-    real = {"HEART": known / "heart", "PAIRS": known / "pairs.jsonl", "O": tmp_path / "o", "MINE": tmp_path / "mine"}
+    real = {
+        "HEART": known / "heart",
+        "PAIRS": known / "pairs.jsonl",
+        "O": tmp_path / "o",
+        "MINE": tmp_path / "mine",
+    }
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises((ValueError, OSError), match=message) as error:
         audit.main([str(real.get(word, word)) for word in words])
@@ -352,17 +470,28 @@ def test_what_is_wrong_is_one_line_before_any_work(case, known, tmp_path, monkey
 
 def test_a_marked_run_is_asked_about_whole_texts_and_says_so(known, tmp_path, asked):
     """Relearning teaches every token, and a sentence tells what the figures are of."""
-    pairs = files.read_jsonl(known / "pairs.jsonl")
-    files.write_jsonl(tmp_path / "pairs.jsonl", [pairs[0] | {"spans": [[0, 5]]}, *pairs[1:]])
-    words = ["--model", known / "never", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "out"]
+    pairs = data.read_jsonl(known / "pairs.jsonl")
+    data.write_jsonl(tmp_path / "pairs.jsonl", [pairs[0] | {"spans": [[0, 5]]}, *pairs[1:]])
+    words = [
+        "--model",
+        known / "never",
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "out",
+    ]
     audit.main([*map(str, words), "--only", "strength", "--device", "cpu"])
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
     said = found["sentences"]["marked"]
-    assert said.startswith("Parts of 1 texts") and said in (tmp_path / "out" / "audit.md").read_text()
+    assert (
+        said.startswith("Parts of 1 texts") and said in (tmp_path / "out" / "audit.md").read_text()
+    )
     model, _, samples, _ = asked
     text = samples[0].forget._replace(among=(3,))
     before = copy.deepcopy(model)
     audit.relearn(before, [text], [text], steps=1, lr=1e-3, first=1)
     whole = copy.deepcopy(model)
     audit.relearn(whole, [samples[0].forget], [text], steps=1, lr=1e-3, first=1)
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.parameters(), whole.parameters(), strict=True)
+    )

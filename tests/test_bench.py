@@ -1,4 +1,4 @@
-"""bench.py: its baselines compute what the project computes, and its table says what was measured and what was not.
+"""dev/bench.py: its baselines compute what the project computes, and its table says what was measured and what was not.
 
 python -m pytest tests/test_bench.py -q
 
@@ -15,24 +15,39 @@ import pytest
 import torch
 from test_distributed import needs_deepspeed
 
-import bench
 import icu
 import metrics
-from kit import files
+from dev import bench
+from kit import data
 from kit.flags import run_cli
 
 TEXTS = [
-    ("The parcel for Ines Duarte was left ", "at 14 Harbour Lane on Tuesday morning by the driver."),
-    ("Call the clinic at 555-0142 and ask ", "for the report of the night nurse, who wrote it down."),
-    ("A neighbour saw the van near the old ", "mill on Tuesday morning, and nothing was missing there."),
-    ("Payments are due on the first day of ", "each month; the account number ends in 7731, she said."),
-    ("The driver asked the nurse for a van, ", "and the neighbour said that it was left near the mill."),
+    (
+        "The parcel for Ines Duarte was left ",
+        "at 14 Harbour Lane on Tuesday morning by the driver.",
+    ),
+    (
+        "Call the clinic at 555-0142 and ask ",
+        "for the report of the night nurse, who wrote it down.",
+    ),
+    (
+        "A neighbour saw the van near the old ",
+        "mill on Tuesday morning, and nothing was missing there.",
+    ),
+    (
+        "Payments are due on the first day of ",
+        "each month; the account number ends in 7731, she said.",
+    ),
+    (
+        "The driver asked the nurse for a van, ",
+        "and the neighbour said that it was left near the mill.",
+    ),
 ]
 ISSUE = {  # the rows of the issue's table, by words that a reader would look for
     "el": "MA + EL10 of", "bound": "EL10 after", "epoch": "a whole epoch", "step": "a training step (forget",
     "trainer": "icu.py's loop", "zero": "ZeRO-2", "generation": "beam 2",
     "knn": "cosine_knn", "memory": "peak memory of training", "linear": "as samples are forgotten",
-    "start": "start to first step", "audit": "audit.py", "tasks": "tasks.py", "gpu": "on a GPU",
+    "start": "start to first step", "audit": "evals/audit.py", "tasks": "evals/tasks.py", "gpu": "on a GPU",
     "fits": "cards that a run needs",
 }  # fmt: skip
 
@@ -47,7 +62,7 @@ def folder(save_tiny, tmp_path, monkeypatch):
          "learn_prefix": suffix, "learn_suffix": " " + prefix, "similarity": 0.5}
         for i, (prefix, suffix) in enumerate(TEXTS)
     ]  # fmt: skip
-    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    data.write_jsonl(tmp_path / "pairs.jsonl", pairs)
     return tmp_path
 
 
@@ -61,11 +76,13 @@ def setup(folder):
 
 def run(folder, *flags):
     """main() on the folder; the cells of each line of the table it writes."""
-    out = folder / "BENCHMARKS.md"
+    out = folder / "dev/BENCHMARKS.md"
     bench.main(["--quick", "--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl"),
                 "--threads", "1", "--repeats", "1", "--out", str(out), *flags])  # fmt: skip
     text = out.read_text(encoding="utf-8")
-    return text, [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    return text, [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")
+    ][2:]
 
 
 # --- the baselines ---
@@ -76,7 +93,9 @@ def test_literal_el_and_ma_are_the_projects(tiny_models, kind):
     """Eq. 7-9 by `generate` equal metrics.el_and_ma, for texts of different lengths, one of them too short for EL."""
     texts = [torch.randint(4, 97, (length,)).tolist() for length in (24, 13, 18, 24, 8)]
     model, n, first = tiny_models[kind], 3, 2
-    texts[3][4:] = metrics.beam_generate(model, [texts[3][:4]], [20], num_beams=1)[0]  # one that it knows
+    texts[3][4:] = metrics.beam_generate(model, [texts[3][:4]], [20], num_beams=1)[
+        0
+    ]  # one that it knows
     ours = bench.our_el_and_ma(model, texts, n=n, start=first)
     literal = bench.literal_el_and_ma(model, texts, n=n, start=first, batch_size=3)
     for mine, theirs in zip(ours, literal, strict=True):
@@ -91,7 +110,9 @@ def test_the_baseline_epoch_trains_the_same_weights(setup):
     ours, theirs = copy.deepcopy(setup.model), copy.deepcopy(setup.model)
     bench.trainer(ours, samples, args)(active, 1)
     bench.plain_epoch(theirs, samples, set(active), args)
-    for a, b, before in zip(ours.parameters(), theirs.parameters(), setup.model.parameters(), strict=True):
+    for a, b, before in zip(
+        ours.parameters(), theirs.parameters(), setup.model.parameters(), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-6)
         assert not torch.equal(a, before)
 
@@ -100,14 +121,18 @@ def test_the_baseline_measure_is_the_projects(setup, encoder_dir):
     """The literal metrics of an epoch are those of icu.measure, name by name."""
     samples, args = bench.samples_of(setup)[:2], icu.parse_args(bench.flags_of(setup))
     theirs = bench.plain_measure(setup.model, setup.tokenizer, samples, args)
-    for mine, other in zip(icu.measure(setup.model, setup.tokenizer, samples, args), theirs, strict=True):
+    for mine, other in zip(
+        icu.measure(setup.model, setup.tokenizer, samples, args), theirs, strict=True
+    ):
         assert {name: mine[name] for name in other} == pytest.approx(other, abs=1e-5)
 
 
 def test_the_baseline_generation_is_the_projects(setup):
     """In batches of equal length, transformers' own beam search says the tokens of metrics.beam_generate."""
     prompts, lengths = bench.prompts_of(bench.samples_of(setup))
-    one_by_one = bench.plain_beams(setup.model, prompts, lengths, [[i] for i in range(len(prompts))])
+    one_by_one = bench.plain_beams(
+        setup.model, prompts, lengths, [[i] for i in range(len(prompts))]
+    )
     assert one_by_one == metrics.beam_generate(setup.model, prompts, lengths, num_beams=2)
     batches = bench.by_length(prompts, lengths, 2)
     assert sorted(sum(batches, [])) == list(range(len(prompts)))
@@ -121,7 +146,9 @@ def test_the_floor_of_a_step_has_the_same_targets(setup):
         ids, attention_mask, targets = icu.collate([getattr(sample, side) for sample in samples])
         logits = setup.model(input_ids=ids, attention_mask=attention_mask).logits
         expected = expected + icu.learn_loss(logits, ids, targets)
-    assert bench.plain_cross_entropy(setup.model, samples).item() == pytest.approx(expected.item(), abs=1e-10)
+    assert bench.plain_cross_entropy(setup.model, samples).item() == pytest.approx(
+        expected.item(), abs=1e-10
+    )
 
 
 def test_training_without_kl_is_icu_with_beta_0(setup):
@@ -153,8 +180,12 @@ def test_transformers_trainer_takes_the_same_steps(setup):
     batch, args = bench.samples_of(setup)[:3], icu.parse_args(bench.flags_of(setup, "--lr", "1e-3"))
     ours, theirs = copy.deepcopy(setup.model), copy.deepcopy(setup.model)
     run, times = bench.huggingface_steps(theirs, batch, args, 3)
-    assert run() == pytest.approx(bench.steps_of(bench.trainer(ours, batch, args), batch, 3)(), abs=1e-6)
-    for a, b, before in zip(ours.parameters(), theirs.parameters(), setup.model.parameters(), strict=True):
+    assert run() == pytest.approx(
+        bench.steps_of(bench.trainer(ours, batch, args), batch, 3)(), abs=1e-6
+    )
+    for a, b, before in zip(
+        ours.parameters(), theirs.parameters(), setup.model.parameters(), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-6)
         assert not torch.equal(a, before)
     assert len(times) == 1 and times[0] > 0
@@ -165,7 +196,9 @@ def test_what_must_be_decoded_is_what_a_literal_count_says(tiny_models, kind):
     """Of each prefix's `generate`: the tokens behind its first miss and the next, while an n-gram can be repeated."""
     model, n, first, expected = tiny_models[kind], 4, 2, {}
     texts = torch.randint(4, 97, (6, 20)).tolist()
-    for text in texts[:3]:  # the model knows these but for two tokens: hits, misses and stretches that come again
+    for text in texts[
+        :3
+    ]:  # the model knows these but for two tokens: hits, misses and stretches that come again
         said = metrics.beam_generate(model, [text[:3]], [17], num_beams=1)[0]
         text[3:] = (said + text[3:])[:17]
         text[9], text[14] = 5, 6
@@ -173,7 +206,9 @@ def test_what_must_be_decoded_is_what_a_literal_count_says(tiny_models, kind):
     for i, text in enumerate(texts):
         for t in range(first, len(text) - n + 1):
             x = torch.tensor([text[:t]])
-            said = bench.models.plain_generate(model, x, torch.ones_like(x), max_new_tokens=len(text) - t)[0, t:]
+            said = bench.models.plain_generate(
+                model, x, torch.ones_like(x), max_new_tokens=len(text) - t
+            )[0, t:]
             said, rest = said.tolist(), text[t:]
             k = next((k for k, token in enumerate(said) if token != rest[k]), None)
             if k is None:
@@ -182,7 +217,9 @@ def test_what_must_be_decoded_is_what_a_literal_count_says(tiny_models, kind):
 
             def goes_on(so_far, said=said, grams=grams, rest=rest):
                 left = len(rest) - len(so_far)
-                tails = any(tuple(so_far[len(so_far) - j :]) in grams and n - j <= left for j in range(n))
+                tails = any(
+                    tuple(so_far[len(so_far) - j :]) in grams and n - j <= left for j in range(n)
+                )
                 known = any(tuple(so_far[p : p + n]) in grams for p in range(len(so_far) - n + 1))
                 return left > 0 and so_far[-1] not in eos and (tails or known)
 
@@ -211,12 +248,16 @@ def test_ratios_are_those_of_the_times_and_who_is_first_changes(clock):
     """Three repeats: theirs / ours is 4, 6 and 5, its median and ends are in the line, whatever the direction."""
     clock(1, 4, 12, 2, 3, 15)
     order = []
-    timed = bench.side_by_side(lambda: order.append("ours"), lambda: order.append("theirs"), 3, warm_up=False)
+    timed = bench.side_by_side(
+        lambda: order.append("ours"), lambda: order.append("theirs"), 3, warm_up=False
+    )
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     assert (timed.ours, timed.theirs) == ([1, 2, 3], [4, 12, 15])
     line = bench.timed_line("x", timed, bench.Goal(">=", 5), work="w")
     assert line.measured == "5x (4-6)" and line.met and line.work == "w; ours 2 s, theirs 12 s"
-    assert bench.timed_line("x", timed, bench.Goal("<=", 0.2), work="").measured == "0.2x (0.167-0.25)"
+    assert (
+        bench.timed_line("x", timed, bench.Goal("<=", 0.2), work="").measured == "0.2x (0.167-0.25)"
+    )
 
 
 def test_one_cpu_thread_is_timed_by_its_own_clock(monkeypatch):
@@ -250,13 +291,19 @@ def test_a_goal_is_met_by_the_median_and_by_equal_values_only():
 def test_tokens_through_the_model_are_counted(setup):
     """The shape of every forward pass, padding included, and the function's result as it is."""
     ids = torch.zeros((2, 7), dtype=torch.long)
-    watched = bench.watching(setup.model, lambda: [setup.model(input_ids=ids) for _ in range(3)] and 5)
+    watched = bench.watching(
+        setup.model, lambda: [setup.model(input_ids=ids) for _ in range(3)] and 5
+    )
     assert watched() == (5, [(2, 7)] * 3)
 
 
 def test_the_gpu_row_has_the_published_sizes(setup):
     """The parameters of EleutherAI's three models, 6 FLOPs a weight and token, and samples that train."""
-    for name, parameters in {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}.items():
+    for name, parameters in {
+        "125M": 125_198_592,
+        "1.3B": 1_315_575_808,
+        "2.7B": 2_651_307_520,
+    }.items():
         with torch.device("meta"):
             model = bench.random_gpt_neo(name)
         assert model.num_parameters() == parameters
@@ -272,7 +319,9 @@ def test_a_child_process_that_fails_says_why():
     with pytest.raises(bench.NotMeasured, match="no luck"):
         bench.run_python("raise SystemExit('no luck')")
     with pytest.raises(bench.NotMeasured, match="OSError: full"):
-        bench.run_python("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr); raise OSError('full')")
+        bench.run_python(
+            "import atexit, sys; atexit.register(print, 'bye', file=sys.stderr); raise OSError('full')"
+        )
 
 
 # --- the table ---
@@ -287,7 +336,13 @@ def test_every_row_of_the_issue_is_in_the_table_in_its_order(folder):
         assert words in cells[0]
         measured = name in ("step", "linear")
         assert ("x (" in cells[2]) if measured else cells[2] == "not measured: left out by --rows"
-    for words in ("# Benchmarks", "python bench.py --quick", "torch ", "1 threads", "parameters"):
+    for words in (
+        "# Benchmarks",
+        "python dev/bench.py --quick",
+        "torch ",
+        "1 threads",
+        "parameters",
+    ):
         assert words in text
 
 
@@ -296,7 +351,9 @@ def test_memorisation_and_generation_rows_are_measured(folder):
     _, lines = run(folder, "--rows", "el", "generation")
     measured = [cells for cells in lines if "not measured" not in cells[2]]
     assert [cells[0].rpartition(": ")[2] for cells in measured[:4]] == [
-        f"T = {T}, {when} unlearning" for T in bench.QUICK["lengths"] for when in ("before", "after")
+        f"T = {T}, {when} unlearning"
+        for T in bench.QUICK["lengths"]
+        for when in ("before", "after")
     ]
     assert all("tokens through the model against" in cells[5] for cells in measured[:4])
     assert "the same tokens in" in measured[4][5]
@@ -307,9 +364,14 @@ def test_the_bound_and_the_trainer_rows_are_measured(folder):
     pytest.importorskip("accelerate")
     _, lines = run(folder, "--rows", "bound", "trainer")
     *bounds, trained = [cells for cells in lines if "x (" in cells[2]]
-    assert [cells[0].rpartition(": ")[2] for cells in bounds] == [f"T = {T}" for T in bench.QUICK["lengths"]]
+    assert [cells[0].rpartition(": ")[2] for cells in bounds] == [
+        f"T = {T}" for T in bench.QUICK["lengths"]
+    ]
     for cells in bounds:
-        must, decoded = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: tokens must|; plain)", cells[5]))
+        must, decoded = (
+            int(n.replace(",", ""))
+            for n in re.findall(r"([\d,]+)(?: tokens must|; plain)", cells[5])
+        )
         assert 0 < must <= decoded
     ours, theirs = trained[5].split("mean loss of the last ")[1].split(";")[0].split(" / ")
     assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
@@ -364,7 +426,9 @@ def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more():
     table = [[cards(cell) for cell in line.measured.split("; ")] for line in bench.what_fits(None)]
     assert len(table) == 3 and table[0] == [1, 1, 1]
     assert all(
-        a <= b for smaller, larger in zip(table, table[1:], strict=False) for a, b in zip(smaller, larger, strict=True)
+        a <= b
+        for smaller, larger in zip(table, table[1:], strict=False)
+        for a, b in zip(smaller, larger, strict=True)
     )
     assert all(row == sorted(row, reverse=True) for row in table) and table[2][0] > 1
 
@@ -387,19 +451,31 @@ def test_the_model_made_for_the_benchmark_has_pairs_that_fit_it(tmp_path, monkey
 
     save_tiny("gpt_neo", tmp_path / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    pool = [{"prefix": prefix, "suffix": f"{suffix} {i}"} for i, (prefix, suffix) in enumerate(TEXTS * 12)]
+    pool = [
+        {"prefix": prefix, "suffix": f"{suffix} {i}"}
+        for i, (prefix, suffix) in enumerate(TEXTS * 12)
+    ]
     trained = []
     monkeypatch.setattr(bench.tiny, "make_corpus", lambda seed: ({"pool": pool}, tokenizer))
-    monkeypatch.setattr(bench.tiny, "make_model", lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "tiny"))
-    monkeypatch.setattr(bench.tiny, "train", lambda model, forget, learn, steps: trained.append((forget, learn)))
+    monkeypatch.setattr(
+        bench.tiny, "make_model", lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    )
+    monkeypatch.setattr(
+        bench.tiny, "train", lambda model, forget, learn, steps: trained.append((forget, learn))
+    )
     for _ in range(2):
         bench.make_memorised(tmp_path / "made", 3, steps=1)
     ((forget, learn),) = trained
-    pairs = files.read_pairs(tmp_path / "made" / "pairs.jsonl")
+    pairs = data.read_pairs(tmp_path / "made" / "pairs.jsonl")
     samples, n_cut = icu.build_samples(pairs, tokenizer, protocol="released", positions=256)
-    assert [sample.forget.ids for sample in samples] == forget and [sample.learn.ids for sample in samples] == learn
+    assert [sample.forget.ids for sample in samples] == forget and [
+        sample.learn.ids for sample in samples
+    ] == learn
     assert {len(ids) for ids in forget + learn} == {200} and n_cut == 0
-    assert json.loads((tmp_path / "made" / "model" / "config.json").read_text())["model_type"] == "gpt_neo"
+    assert (
+        json.loads((tmp_path / "made" / "model" / "config.json").read_text())["model_type"]
+        == "gpt_neo"
+    )
 
 
 # --- flags ---

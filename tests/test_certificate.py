@@ -18,11 +18,22 @@ import pytest
 import survive
 
 import icu
-import report
-from kit import certificate, files, flags, ledger, purge
+from evals import report
+from extras import certificate, ledger
+from kit import data, flags, purge
 
-needs_keys = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen: install OpenSSH's client")
-FLAGS = ["--received", "2020-02-29", "--request-id", "R-17", "<b>R-18</b>", "--approved-by", "A. Name"]
+needs_keys = pytest.mark.skipif(
+    shutil.which("ssh-keygen") is None, reason="no ssh-keygen: install OpenSSH's client"
+)
+FLAGS = [
+    "--received",
+    "2020-02-29",
+    "--request-id",
+    "R-17",
+    "<b>R-18</b>",
+    "--approved-by",
+    "A. Name",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +41,7 @@ def good(tmp_path_factory, encoder_dir):
     """A run over five texts beside one of a model that never saw them; nobody changes it."""
     root = tmp_path_factory.mktemp("certificate").resolve()
     words, texts = survive.make_inputs(root), root / "heldout.jsonl"
-    files.write_jsonl(texts, [{"text": "The driver said that nothing was missing."}])
+    data.write_jsonl(texts, [{"text": "The driver said that nothing was missing."}])
     words += ["--ppl", f"heldout={texts}"]
     never = root / "never"
     icu.main(argv=[*words, "--eval-only", "--out", str(never)])
@@ -51,7 +62,18 @@ def keys(tmp_path_factory):
     """Two private keys of OpenSSH."""
     folder = tmp_path_factory.mktemp("keys")
     for name in ("mine", "other"):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "secret comment", "-f", folder / name]
+        command = [
+            "ssh-keygen",
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            "",
+            "-C",
+            "secret comment",
+            "-f",
+            folder / name,
+        ]
         subprocess.run(command, check=True)
     return folder / "mine", folder / "other"
 
@@ -71,7 +93,9 @@ def verify(path, capsys, *words):
     except SystemExit as stopped:
         status = stopped.code
     lines = capsys.readouterr().out.splitlines()
-    return status, [line.removeprefix("differs: ") for line in lines if line.startswith("differs: ")]
+    return status, [
+        line.removeprefix("differs: ") for line in lines if line.startswith("differs: ")
+    ]
 
 
 def edit(path, change):
@@ -87,14 +111,24 @@ def edit(path, change):
 def test_every_field(run):
     """Each field against the run's own files, read here without the code that wrote it."""
     found = certify(run, *FLAGS)
-    config, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary"))
-    done = subprocess.run(["date", "-u", "-r", run / "summary.json", "+%F"], capture_output=True, text=True, check=True)
+    config, summary = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary")
+    )
+    done = subprocess.run(
+        ["date", "-u", "-r", run / "summary.json", "+%F"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found["request"] == {
         "ids": ["R-17", "<b>R-18</b>"], "received": "2020-02-29", "approved_by": "A. Name",
         "done": done.stdout.strip(),
     }  # fmt: skip
     assert found["what"].startswith("Evidence of suppression")
-    assert found["model"]["name"] == "model" and found["model"]["sha256_before"] == config["sha256"]["model"]
+    assert (
+        found["model"]["name"] == "model"
+        and found["model"]["sha256_before"] == config["sha256"]["model"]
+    )
     assert found["model"]["sha256_after"] not in (None, found["model"]["sha256_before"])
     assert found["code"]["git"] == config["git"] and found["code"]["versions"] == config["versions"]
     assert found["code"]["method_sha256"] == config["sha256"]["method"]
@@ -103,13 +137,19 @@ def test_every_field(run):
     assert found["method"]["seed"] == 7 and found["configuration"]["lr"] == 2e-4
     for name in ("el10", "ma", "bleu", "bertscore", "entropy", "ppl_heldout"):
         for when in ("before", "after"):
-            assert found["figures"][name][when]["value"] == pytest.approx(summary[when][name], abs=2e-6)
+            assert found["figures"][name][when]["value"] == pytest.approx(
+                summary[when][name], abs=2e-6
+            )
         assert found["figures"][name]["never_saw"]["value"] > 0 or name in ("el10", "bleu")
     assert found["never_saw"] is None and len(found["residual_risk"]) == 4
-    assert all("cannot be told with n = " in sentence for sentence in found["residual_risk"])  # five texts
+    assert all(
+        "cannot be told with n = " in sentence for sentence in found["residual_risk"]
+    )  # five texts
     assert found["audit"] == ["not audited"] and found["tasks"] == {}
-    assert any("audit.py" in line for line in found["not_tested"])
-    assert any("backups" in line for line in found["not_reached"]) and len(found["not_reached"]) == 4
+    assert any("evals/audit.py" in line for line in found["not_tested"])
+    assert (
+        any("backups" in line for line in found["not_reached"]) and len(found["not_reached"]) == 4
+    )
     for name in ("summary.json", "metrics.jsonl", "model/model.safetensors"):
         assert found["files"][name] == hashlib.sha256((run / name).read_bytes()).hexdigest()
     assert "deleted" not in (run / "certificate.html").read_text().lower()
@@ -117,16 +157,23 @@ def test_every_field(run):
 
 def test_of_a_marked_text_the_marked_part_is_certified(run):
     """Its own figures beside the others; what is left is told of the part, since the rest of the text was to stay."""
-    rows = files.read_jsonl(run / "samples.jsonl")
+    rows = data.read_jsonl(run / "samples.jsonl")
     marked = {"el10_spans": 0.25, "ma_spans": 0.5, "ma_rest": 1.0, "secret_said": 0.0}
-    files.write_jsonl(run / "samples.jsonl", [row | (marked if row["id"] in "01" else {}) for row in rows])
+    data.write_jsonl(
+        run / "samples.jsonl", [row | (marked if row["id"] in "01" else {}) for row in rows]
+    )
     for when in ("before", "after"):
         edit(run / "summary.json", lambda summary, when=when: summary[when].update(marked))
     report.main([str(run)])
     assert "| Spans (MA, %) ↓ | The rest (MA, %) ↑ |" in (run / "table.md").read_text()
     found = certify(run)
     for name, value in marked.items():
-        assert found["figures"][name]["after"] == {"value": value, "low": None, "high": None, "n": 2}
+        assert found["figures"][name]["after"] == {
+            "value": value,
+            "low": None,
+            "high": None,
+            "n": 2,
+        }
     assert "MA, marked parts" in (run / "certificate.html").read_text()
 
 
@@ -138,11 +185,13 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
     assert set(found["scope"]["hashes"]) == own and found["scope"]["texts"] == 5
     written = [*run.glob("certificate.*"), *(run.parent / "ledger").glob("ledger.*")]
     assert len(written) == 4
-    said = [row["generation"] for row in files.read_jsonl(run / "samples.jsonl")]
+    said = [row["generation"] for row in data.read_jsonl(run / "samples.jsonl")]
     for path in written:
         content = path.read_text()
         assert path.stat().st_mode & 0o077 == 0, path
-        for text in [part.strip() for pair in (*survive.TEXTS, survive.LEARN) for part in pair] + said:
+        for text in [
+            part.strip() for pair in (*survive.TEXTS, survive.LEARN) for part in pair
+        ] + said:
             assert not text.strip() or text.strip() not in content, (path, text)
         assert str(run.parent) not in content and str(Path.home()) not in content
     assert "<b>R-18" not in (run / "certificate.html").read_text()
@@ -203,13 +252,21 @@ def test_the_rest_of_a_marked_text_is_no_risk():
     def side(whole, part, texts):
         plain = [{"epoch": 0, **dict.fromkeys(certificate.LEFT, whole)} for _ in range(n)]
         marked = [row | dict.fromkeys(certificate.LEFT_OF_PARTS, part) for row in plain]
-        return {"samples": {"marked": marked, "both": [*plain, *marked]}[texts], "summary": {"epochs": 0}}
+        return {
+            "samples": {"marked": marked, "both": [*plain, *marked]}[texts],
+            "summary": {"epochs": 0},
+        }
 
     found = certificate.risks(side(0.9, 0.1, "marked"), side(0.1, 0.9, "marked"))
     assert len(found) == 3 and all(": less than that" in sentence for sentence in found)
-    assert [sentence.partition(":")[0] for sentence in found][:2] == ["EL10, marked parts", "MA, marked parts"]
+    assert [sentence.partition(":")[0] for sentence in found][:2] == [
+        "EL10, marked parts",
+        "MA, marked parts",
+    ]
     found = certificate.risks(side(0.9, 0.1, "both"), side(0.1, 0.9, "both"))
-    assert len(found) == 7 and all(f"still more than that (n = {n}," in sentence for sentence in found[:4])
+    assert len(found) == 7 and all(
+        f"still more than that (n = {n}," in sentence for sentence in found[:4]
+    )
     assert all("of texts without a mark" in sentence for sentence in found[:4])
     assert all("less than that" in sentence for sentence in found[4:])
 
@@ -221,16 +278,16 @@ def test_audit_and_tasks_are_taken_in(run):
     """Sentences as a list or an object; anything else is no audit."""
     averages = {"cls": 0.5, "cls_missing": [], "dia": None, "dia_missing": []}
     for when in ("before", "after"):
-        files.write_json(run / f"tasks-{when}" / "tasks.json", {"averages": averages})
+        data.write_json(run / f"tasks-{when}" / "tasks.json", {"averages": averages})
     for sentences in (["It says more."], {"a": "It says more."}):
-        files.write_json(run / "audit.json", {"sentences": sentences, "headline": {}, "models": {}})
+        data.write_json(run / "audit.json", {"sentences": sentences, "headline": {}, "models": {}})
         found = certify(run)
         assert found["audit"] == ["It says more."] and found["tasks"]["after"]["cls"] == 0.5
         assert found["not_tested"] == list(certificate.ALWAYS_UNTESTED)
-    files.write_json(run / "audit.json", {"sentences": 3, "headline": {}, "models": {}})
+    data.write_json(run / "audit.json", {"sentences": 3, "headline": {}, "models": {}})
     assert certify(run)["audit"] == ["not audited"]
     for other in ({"measures": []}, [1], {"sentences": ["It says more."]}):
-        files.write_json(run / "audit.json", other)
+        data.write_json(run / "audit.json", other)
         with pytest.raises(ValueError, match="not what a run wrote"):
             certify(run)
 
@@ -241,11 +298,15 @@ def test_audit_and_tasks_are_taken_in(run):
 def test_a_certificate_outlives_its_texts(run, capsys, monkeypatch):
     """Before a purge and after it the same certificate; verify finds nothing."""
     monkeypatch.setenv("ICU_CACHE", str(run.parent / "cache"))  # no other run is listed there
-    pairs = shutil.copy(json.loads((run / "config.json").read_text())["pairs"], run.parent / "pairs.jsonl")
+    pairs = shutil.copy(
+        json.loads((run / "config.json").read_text())["pairs"], run.parent / "pairs.jsonl"
+    )
     edit(run / "config.json", lambda c: c.update(pairs=str(pairs)))
     first = certify(run, *FLAGS)
     purge.purge_run(run, dry_run=False)
-    assert not Path(pairs).exists() and files.read_jsonl(run / "samples.jsonl")[0]["generation"] is None
+    assert (
+        not Path(pairs).exists() and data.read_jsonl(run / "samples.jsonl")[0]["generation"] is None
+    )
     assert verify(run / "certificate.json", capsys) == (0, [])
     assert certify(run, *FLAGS) == first
 
@@ -253,7 +314,9 @@ def test_a_certificate_outlives_its_texts(run, capsys, monkeypatch):
 def test_a_run_that_was_purged_first_gets_one_too(run, monkeypatch):
     """From the hashes.json that a purge keeps."""
     monkeypatch.setenv("ICU_CACHE", str(run.parent / "cache"))
-    pairs = shutil.copy(json.loads((run / "config.json").read_text())["pairs"], run.parent / "pairs.jsonl")
+    pairs = shutil.copy(
+        json.loads((run / "config.json").read_text())["pairs"], run.parent / "pairs.jsonl"
+    )
     edit(run / "config.json", lambda c: c.update(pairs=str(pairs)))
     purge.purge_run(run, dry_run=False)
     kept = json.loads((run / "hashes.json").read_text())
@@ -271,10 +334,19 @@ def test_hashes_of_other_texts_are_not_certified(run):
 
 
 def test_a_run_with_neither_texts_nor_hashes_says_so(run):
-    edit(run / "config.json", lambda c: c.update(pairs=str(run / "gone.jsonl"), sha256={"pairs": "0" * 64}))
+    edit(
+        run / "config.json",
+        lambda c: c.update(pairs=str(run / "gone.jsonl"), sha256={"pairs": "0" * 64}),
+    )
     found = certify(run)
-    assert found["scope"]["hashes"] == [] and "neither its texts nor hashes" in found["scope"]["hashes_note"]
-    assert not (run / "hashes.json").exists() and "neither its texts" in (run / "certificate.html").read_text()
+    assert (
+        found["scope"]["hashes"] == []
+        and "neither its texts nor hashes" in found["scope"]["hashes_note"]
+    )
+    assert (
+        not (run / "hashes.json").exists()
+        and "neither its texts" in (run / "certificate.html").read_text()
+    )
 
 
 # --- verify ---
@@ -302,8 +374,12 @@ CHANGES = {
     "model/model.safetensors: changed": lambda run: flip_byte(run / "model" / "model.safetensors"),
     "model/tokenizer.json: missing": lambda run: (run / "model" / "tokenizer.json").unlink(),
     "model/more.bin: was not there": lambda run: (run / "model" / "more.bin").write_bytes(b"x"),
-    "certificate.json: changed": lambda run: edit(run / "certificate.json", lambda c: c["request"].update(ids=["R-9"])),
-    "certificate.html: not what certificate.json says": lambda run: change_digit(run / "certificate.html"),
+    "certificate.json: changed": lambda run: edit(
+        run / "certificate.json", lambda c: c["request"].update(ids=["R-9"])
+    ),
+    "certificate.html: not what certificate.json says": lambda run: change_digit(
+        run / "certificate.html"
+    ),
 }
 
 
@@ -341,7 +417,9 @@ def test_a_certificate_elsewhere_is_checked_against_its_run(run, capsys):
 
 def test_the_run_of_the_model_that_never_saw_them_may_go(run, capsys):
     """The certificate keeps its figures."""
-    other = shutil.copytree(json.loads((run / "config.json").read_text())["never_saw"], run.parent / "never")
+    other = shutil.copytree(
+        json.loads((run / "config.json").read_text())["never_saw"], run.parent / "never"
+    )
     edit(run / "config.json", lambda c: c.update(never_saw=str(other)))
     certify(run)
     shutil.rmtree(other)
@@ -365,7 +443,9 @@ def test_signatures(run, keys, capsys):
     certify(run, "--sign", other)
     foreign = signature.read_bytes()
     path.write_bytes(data)
-    assert signature.read_bytes() == foreign and any("not a signature" in line for line in verify(path, capsys)[1])
+    assert signature.read_bytes() == foreign and any(
+        "not a signature" in line for line in verify(path, capsys)[1]
+    )
     signature.unlink()
     assert any("missing" in line for line in verify(path, capsys)[1])
     signature.write_bytes(good)
@@ -402,9 +482,17 @@ def test_signatures(run, keys, capsys):
 )
 def test_bad_input_is_one_line(run, good, words, said, capsys, monkeypatch):
     """Exit 2, one line on stderr, nothing written."""
-    here = {"RUN": str(run), "NEVER": str(good.parent / "never"), "BOOK": str(run.parent / "ledger.jsonl")}
+    here = {
+        "RUN": str(run),
+        "NEVER": str(good.parent / "never"),
+        "BOOK": str(run.parent / "ledger.jsonl"),
+    }
     (run.parent / "ledger.jsonl").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["report.py", *(re.sub("RUN|NEVER|BOOK", lambda m: here[m[0]], w) for w in words)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evals/report.py", *(re.sub("RUN|NEVER|BOOK", lambda m: here[m[0]], w) for w in words)],
+    )
     before = sorted(run.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         flags.run_cli(report.main)
@@ -448,7 +536,9 @@ def test_each_line_has_the_hash_of_the_line_before(book):
     assert [json.loads(line)["previous"] for line in lines[1:]] == [
         hashlib.sha256(line).hexdigest() for line in lines[:-1]
     ]
-    assert ledger.add(book.parent, {"sha256": "b"}) == 2 and len(book.read_text().splitlines()) == 4  # one line a run
+    assert (
+        ledger.add(book.parent, {"sha256": "b"}) == 2 and len(book.read_text().splitlines()) == 4
+    )  # one line a run
 
 
 @pytest.mark.parametrize(
@@ -498,13 +588,15 @@ def test_lines_of_several_processes_make_one_chain(tmp_path, capsys):
     for worker in workers:
         worker.join()
     assert verify(tmp_path / "ledger.jsonl", capsys) == (0, [])
-    rows = files.read_jsonl(tmp_path / "ledger.jsonl")
-    assert sorted(row["sha256"] for row in rows) == sorted(f"{name}{i}" for name in "abcd" for i in range(5))
+    rows = data.read_jsonl(tmp_path / "ledger.jsonl")
+    assert sorted(row["sha256"] for row in rows) == sorted(
+        f"{name}{i}" for name in "abcd" for i in range(5)
+    )
 
 
 def test_the_ledger_names_the_certificate(run, capsys):
     certify(run, *FLAGS, "--ledger", run.parent / "book")
-    (row,) = files.read_jsonl(run.parent / "book" / "ledger.jsonl")
+    (row,) = data.read_jsonl(run.parent / "book" / "ledger.jsonl")
     assert row["sha256"] == hashlib.sha256((run / "certificate.json").read_bytes()).hexdigest()
     assert row["request"]["ids"] == ["R-17", "<b>R-18</b>"] and row["previous"] is None
     (run.parent / "book" / "ledger.jsonl").write_text("{}\n")
@@ -520,7 +612,7 @@ def test_the_ledger_names_the_certificate(run, capsys):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium, which prints the page")
 def test_the_page_is_two_sides_of_a4(run, tmp_path):
     """Also with many requests and a long audit; and it loads nothing."""
-    files.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": SAID})
+    data.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": SAID})
     certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
     page = (run / "certificate.html").read_text()
     assert not re.search(r"https?:|src=|href=|url\(|@import|<script", page)

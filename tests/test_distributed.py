@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 import metrics
-from kit import commands, files, processes, states
+from kit import commands, data, processes, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,9 @@ def arranged(how, rank, world, steps):
             file.write(json.dumps(values) + "\n")
         count_step(progress, values)
 
-    method = getattr(importlib.import_module(f"examples.{how}"), how) if how in EXAMPLES else icu.icu
+    method = (
+        getattr(importlib.import_module(f"examples.{how}"), how) if how in EXAMPLES else icu.icu
+    )
 
     @functools.wraps(method)
     def loss(batch, args):
@@ -79,7 +81,10 @@ def arranged(how, rank, world, steps):
         if how == "die" and len(calls) == 4 and rank == world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "size":
-            terms["decay"] = 1e-3, batch.once(sum(weight.square().sum() for weight in batch.model.parameters()))
+            terms["decay"] = (
+                1e-3,
+                batch.once(sum(weight.square().sum() for weight in batch.model.parameters())),
+            )
         return terms
 
     def leave(means, n_active, epoch, stop_reason=icu.stop_reason, **rest):
@@ -87,22 +92,35 @@ def arranged(how, rank, world, steps):
             raise Left
         return stop_reason(means, n_active, epoch, **rest)
 
-    def shard_all(path, read=files.read_json):
+    def shard_all(path, read=data.read_json):
         value = read(path)
-        if Path(path).name == "ds_config.json":  # a tiny model's weights are otherwise kept, or fetched all at once
-            value["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+        if (
+            Path(path).name == "ds_config.json"
+        ):  # a tiny model's weights are otherwise kept, or fetched all at once
+            value["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": 0,
+            }
         return value
 
     def held(model, *args, el_ma_and_spans=metrics.el_ma_and_spans, **kwargs):
         """As measured; notes the weights that this process holds before, at most in it and after it, and their sum."""
         count = lambda: sum(p.numel() for p in model.parameters())  # noqa: E731
         before, during = count(), []
-        hooks = [module.register_forward_pre_hook(lambda *_: during.append(count())) for module in model.modules()]
+        hooks = [
+            module.register_forward_pre_hook(lambda *_: during.append(count()))
+            for module in model.modules()
+        ]
         result = el_ma_and_spans(model, *args, **kwargs)
         for hook in hooks:
             hook.remove()
         with open(steps.with_suffix(".held"), "a") as file:
-            file.write(json.dumps([before, max(during), count(), sum(p.ds_numel for p in model.parameters())]) + "\n")
+            file.write(
+                json.dumps(
+                    [before, max(during), count(), sum(p.ds_numel for p in model.parameters())]
+                )
+                + "\n"
+            )
         return result
 
     def refine(forgotten, *_):
@@ -116,7 +134,7 @@ def arranged(how, rank, world, steps):
         if how == "forgotten":
             stack.enter_context(mock.patch.object(icu, "refine", refine))
         if how == "parts":
-            stack.enter_context(mock.patch.object(files, "read_json", shard_all))
+            stack.enter_context(mock.patch.object(data, "read_json", shard_all))
             stack.enter_context(mock.patch.object(metrics, "el_ma_and_spans", held))
         if how in ("leave0", "leave2", "planted"):
             stack.enter_context(mock.patch.object(icu, "stop_reason", leave))
@@ -131,7 +149,7 @@ class Left(BaseException):
 def do_jobs(path):
     """What each started process does: the jobs of a JSON file, [[name, how, flags], ...], into its folder."""
     torch.set_num_threads(1)
-    for name, how, flags in files.read_json(path):
+    for name, how, flags in data.read_json(path):
         out = Path(path).parent / name
         # ZeRO-3 leaves DeepSpeed's own F.linear behind in the process, which rounds otherwise: not for the next run.
         with mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear):
@@ -165,10 +183,13 @@ def plant(state, file):
     torch.save({"optimizer_state_dict": Payload(file)}, path)
     processes.wait_for_all()
     if processes.is_main:
-        manifest = files.read_json(state / "manifest.json")
+        manifest = data.read_json(state / "manifest.json")
         for name in manifest:
-            manifest[name] = {"bytes": (state / name).stat().st_size, "sha256": files.sha256_of(state / name)}
-        files.write_json(state / "manifest.json", manifest)
+            manifest[name] = {
+                "bytes": (state / name).stat().st_size,
+                "sha256": data.sha256_of(state / name),
+            }
+        data.write_json(state / "manifest.json", manifest)
     processes.wait_for_all()
 
 
@@ -176,13 +197,37 @@ def launch(n, command, launcher):
     """Exit code and output of n processes of a Python command."""
     port = commands.free_port()
     torchrun = ["torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1"]
-    deepspeed = ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", str(n)]  # as run.sh does it
-    started = [sys.executable, "-m", *(torchrun if launcher == "torch" else deepspeed), "--master_port", port]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    deepspeed = [
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--no_local_rank",
+        "--num_gpus",
+        str(n),
+    ]  # as run.sh does it
+    started = [
+        sys.executable,
+        "-m",
+        *(torchrun if launcher == "torch" else deepspeed),
+        "--master_port",
+        port,
+    ]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
-        [*started, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT
+        [*started, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        cwd=ROOT,
     )
-    assert not [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]  # 66 MiB a process
+    assert not [
+        *Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")
+    ]  # 66 MiB a process
     return done.returncode, done.stdout + done.stderr
 
 
@@ -199,7 +244,9 @@ def jobs(tmp_path_factory):
     five = survive.make_inputs(folders["five"])
     for name in ("three", "march"):
         shutil.copytree(folders["five"] / "model", folders[name] / "model")
-    march = survive.make_requests(folders["march"])  # 2 marked texts, and 3 of an earlier request, watched
+    march = survive.make_requests(
+        folders["march"]
+    )  # 2 marked texts, and 3 of an earlier request, watched
     three = survive.make_inputs(folders["three"], rows=3)
     llama = [*survive.make_inputs(folders["llama"], kind="llama"), "--dtype", "float64"]
     return {
@@ -230,7 +277,11 @@ def jobs(tmp_path_factory):
 
 def launched(n, jobs, folder):
     """The jobs of n processes, run in `folder`: (exit code, output)."""
-    mine = [[name, how, [*flags, "--timeout", "5"]] for name, (how, flags) in jobs.items() if name[0] == str(n)]
+    mine = [
+        [name, how, [*flags, "--timeout", "5"]]
+        for name, (how, flags) in jobs.items()
+        if name[0] == str(n)
+    ]
     (folder / "jobs.json").write_text(json.dumps(mine))
     return launch(n, [__file__, folder / "jobs.json"], launcher="torch" if n == 4 else "deepspeed")
 
@@ -270,7 +321,7 @@ def resumed(jobs, two):
 
 def steps_of(folder, name):
     """The losses of each step of a run, the same on every process: a list of dicts."""
-    found = [files.read_jsonl(path) for path in sorted(folder.glob(f"{name}.*.steps"))]
+    found = [data.read_jsonl(path) for path in sorted(folder.glob(f"{name}.*.steps"))]
     assert len(found) == int(name[0]) and all(other == found[0] for other in found)
     return found[0]
 
@@ -286,14 +337,18 @@ def worst(folder, name, one, reference, steps):
 def same_result(run, reference):
     """Measures and forgotten samples of every epoch are those of the reference run."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        rows, expected = files.read_jsonl(run / name), files.read_jsonl(reference / name)
+        rows, expected = data.read_jsonl(run / name), data.read_jsonl(reference / name)
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
             assert row.keys() == other.keys()
             for key, value in other.items():
                 if isinstance(value, float):
                     # 1e-4: three epochs of float32 sums in another order. Forgotten sets and texts are exact.
-                    assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (name, row["epoch"], key)
+                    assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (
+                        name,
+                        row["epoch"],
+                        key,
+                    )
                 else:
                     assert row[key] == value, (name, row["epoch"], key)
 
@@ -312,13 +367,29 @@ def test_the_configuration_holds_no_recipe():
     config = json.loads((ROOT / "ds_config.json").read_text())
     found = names(config)
     assert "stage" in found and config["zero_optimization"]["stage"] == 2
-    for word in ("lr", "optimizer", "scheduler", "batch", "accumulation", "fp16", "bf16", "dtype", "amp"):
-        assert not [name for name in found if word in name and name != "zero_force_ds_cpu_optimizer"]
+    for word in (
+        "lr",
+        "optimizer",
+        "scheduler",
+        "batch",
+        "accumulation",
+        "fp16",
+        "bf16",
+        "dtype",
+        "amp",
+    ):
+        assert not [
+            name for name in found if word in name and name != "zero_force_ds_cpu_optimizer"
+        ]
     assert config["gradient_clipping"] == 0.0
 
 
 RUNS = [("two", "2-five", "1-five"), ("two", "2-zero3", "1-five"), ("four", "4-five", "1-five")]
-RUNS += [("two", "2-forgotten", "1-forgotten"), ("four", "4-three", "1-three"), ("four", "4-zero3", "1-three")]
+RUNS += [
+    ("two", "2-forgotten", "1-forgotten"),
+    ("four", "4-three", "1-three"),
+    ("four", "4-zero3", "1-three"),
+]
 # How many samples are forgotten after each epoch, and how many steps each takes: batches of two, and of one at the end.
 REACHED = {"1-five": ([0, 2, 2, 2], [3, 2, 2]), "1-three": ([0, 1, 1, 1], [2, 1, 1])}
 REACHED["1-forgotten"] = [0, 3, 4, 4], [3, 1, 1]
@@ -338,7 +409,9 @@ def test_several_processes_give_the_run_of_one(launch_name, name, reference, one
     folder, _, output = request.getfixturevalue(launch_name)
     assert (folder / name / "summary.json").exists(), output[-3000:]
     forgotten, steps = REACHED[reference]
-    assert [row["forgotten"] for row in files.read_jsonl(one / reference / "metrics.jsonl")] == forgotten
+    assert [
+        row["forgotten"] for row in data.read_jsonl(one / reference / "metrics.jsonl")
+    ] == forgotten
     assert len(steps_of(one, reference)) == sum(steps)
     assert worst(folder, name, one, reference, slice(0, steps[0])) < 1e-5
     same_result(folder / name, one / reference)
@@ -370,7 +443,9 @@ def test_gradients_have_the_size_of_one_process(one, two):
     assert (folder / "2-size" / "summary.json").exists(), output[-3000:]
     assert worst(folder, "2-size", one, "1-size", slice(0, 3)) < 1e-5
     losses = [step["loss"] for step in steps_of(one, "1-size")]
-    assert abs(losses[3] - losses[0]) > 1e-2  # the steps were not so small that their size could not matter
+    assert (
+        abs(losses[3] - losses[0]) > 1e-2
+    )  # the steps were not so small that their size could not matter
 
 
 @needs_deepspeed
@@ -389,7 +464,9 @@ def test_the_exported_model_loads_with_plain_transformers(name, one, two):
     ids = torch.arange(5, 45).view(2, 20)
     config = json.loads((one / "1-five" / "config.json").read_text())
     logits = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()(input_ids=ids)
+        .logits
         for folder in (two[0] / name / "model", one / "1-five" / "model", config["model"])
     ]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
@@ -399,10 +476,12 @@ def test_the_exported_model_loads_with_plain_transformers(name, one, two):
 @needs_deepspeed
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(one, two):
     """One rank's NaN: all count one skipped step, and what follows is what one process does without that step."""
-    rows = files.read_jsonl(two[0] / "2-nan" / "metrics.jsonl")
+    rows = data.read_jsonl(two[0] / "2-nan" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows][1:] == [1] * (len(rows) - 1)
     assert len(steps_of(two[0], "2-nan")) == len(steps_of(one, "1-nan"))
-    assert worst(two[0], "2-nan", one, "1-nan", slice(0, 2)) < 1e-5  # of the first epoch's three steps two were made
+    assert (
+        worst(two[0], "2-nan", one, "1-nan", slice(0, 2)) < 1e-5
+    )  # of the first epoch's three steps two were made
     same_result(two[0] / "2-nan", one / "1-nan")
 
 
@@ -438,7 +517,9 @@ def test_a_pickle_planted_in_a_state_never_runs(two):
     for rank in range(2):
         assert not (two[0] / f"2-planted.{rank}.ran").exists()
         refused = (two[0] / f"2-planted.{rank}.refused").read_text()
-        assert f"epoch00002-step000000: cannot be loaded (ValueError: zero_pp_rank_{rank}_" in refused
+        assert (
+            f"epoch00002-step000000: cannot be loaded (ValueError: zero_pp_rank_{rank}_" in refused
+        )
         assert "\n" not in refused
     (planted,) = states.states(two[0] / "2-planted")[0].glob("zero/*rank_0_*optim_states.pt")
     torch.load(planted, weights_only=False)
@@ -462,14 +543,20 @@ def test_world_size_alone_is_no_launch(jobs, tmp_path):
     flags = [*jobs["1-three"][1], "--out", tmp_path / "run", "--max-epochs", "1"]
     code, stdout, stderr = plain(["icu.py", *flags], WORLD_SIZE="4", RANK="3", LOCAL_RANK="x")
     assert (code, stderr) == (0, "") and "stopped after epoch 1" in stdout
-    assert files.read_json(tmp_path / "run" / "config.json")["processes"] == 1
+    assert data.read_json(tmp_path / "run" / "config.json")["processes"] == 1
 
 
 @needs_deepspeed
 def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
     """The second process never comes: one line, exit 2."""
     port = commands.free_port()
-    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launch = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     flags = [*jobs["1-three"][1], "--out", tmp_path / "run", "--timeout", "0.05"]
     code, _, stderr = plain(["icu.py", *flags], DS_ACCELERATOR="cpu", **launch)
     assert code == 2 and stderr.splitlines()[-1].startswith("rank 0: error: "), stderr
@@ -486,7 +573,9 @@ def test_a_lock_is_removed_unless_a_process_holds_it(tmp_path, monkeypatch, caps
     with open(tmp_path / "held" / "lock"):
         processes.clear_stale_locks()
     assert not (tmp_path / "left" / "lock").exists() and (tmp_path / "held" / "lock").exists()
-    assert f"waiting for process {os.getpid()}, which compiles held" in (said := capsys.readouterr().out)
+    assert f"waiting for process {os.getpid()}, which compiles held" in (
+        said := capsys.readouterr().out
+    )
     assert f"removed {tmp_path / 'left' / 'lock'}" in said
 
 
@@ -497,7 +586,9 @@ def test_zero_3_never_holds_the_whole_model(launch_name, request):
     folder, _, output = request.getfixturevalue(launch_name)
     files = sorted(folder.glob("*-zero3.*.held"))
     assert len(files) == {"two": 2, "four": 4}[launch_name], output[-3000:]
-    for before, during, after, whole in (json.loads(line) for file in files for line in file.read_text().splitlines()):
+    for before, during, after, whole in (
+        json.loads(line) for file in files for line in file.read_text().splitlines()
+    ):
         assert before == after == 0 and 0 < during < whole / 4
 
 

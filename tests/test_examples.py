@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 from examples import counterfactual, gentle
-from kit import files, methods, models, processes
+from kit import data, methods, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ["simnpo", "undial", "rmu", "lora", "task_vector", "gentle"]
@@ -64,7 +64,9 @@ def test_simnpo_is_its_formula():
     rows = [loop_logps(f.logits[b : b + 1], f.ids[b : b + 1], f.mask[b : b + 1]) for b in range(3)]
     means = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
     learn = loop_logps(*sides["learn"][:3])
-    expected = 0.7 * (-2 / 2.5 * torch.log(torch.sigmoid(-2.5 * means))).mean() - 0.5 * sum(learn) / len(learn)
+    expected = 0.7 * (-2 / 2.5 * torch.log(torch.sigmoid(-2.5 * means))).mean() - 0.5 * sum(
+        learn
+    ) / len(learn)
     assert loss_of("simnpo", sides) == pytest.approx(float(expected), abs=1e-9)
 
 
@@ -91,19 +93,30 @@ def test_gentle_is_undial_less_what_no_weight_changes_its_reverse_eq_3_and_eq_4(
         entropies.append(-(z.softmax(0) * z.log_softmax(0)).sum().item())
         reverses.append((p * (p.log() - z.log_softmax(0))).sum().item())
     args = args_of("icu", loss=None, forget_weight=0.3, alpha=2.0, beta=3.0)
-    (one, value), (weight, reverse), (alpha, loss), (beta, kl) = method_of("gentle")(Batch(sides), args).values()
+    (one, value), (weight, reverse), (alpha, loss), (beta, kl) = method_of("gentle")(
+        Batch(sides), args
+    ).values()
     undial = loss_of("undial", sides) / 0.7  # its weight
-    assert one == 1.0 and value.item() == pytest.approx(undial - sum(entropies) / len(entropies), abs=1e-9)
-    assert weight == 0.3 and reverse.item() == pytest.approx(sum(reverses) / len(reverses), abs=1e-9)
+    assert one == 1.0 and value.item() == pytest.approx(
+        undial - sum(entropies) / len(entropies), abs=1e-9
+    )
+    assert weight == 0.3 and reverse.item() == pytest.approx(
+        sum(reverses) / len(reverses), abs=1e-9
+    )
     near, learn = sides["near"], loop_logps(*sides["near"][:3])
     assert alpha == 2.0 and loss.item() == pytest.approx(-sum(learn) / len(learn), abs=1e-9)
-    assert beta == 3.0 and kl.item() == pytest.approx(icu.kl_loss(near.logits, near.frozen_logits, near.mask).item())
+    assert beta == 3.0 and kl.item() == pytest.approx(
+        icu.kl_loss(near.logits, near.frozen_logits, near.mask).item()
+    )
 
 
 def test_gentle_reads_a_neighbour_an_epoch():
     """The first, the second, ..., the first again; with one neighbour that one, so that a cached teacher will do."""
     text = [icu.Text([n, n], 1, 1, [n]) for n in range(5)]
-    samples = [icu.Sample("a", "", text[0], text[1], further=text[2:4]), icu.Sample("b", "", text[0], text[4])]
+    samples = [
+        icu.Sample("a", "", text[0], text[1], further=text[2:4]),
+        icu.Sample("b", "", text[0], text[4]),
+    ]
     found = [gentle.in_turn(samples, None, epoch, None) for epoch in range(4)]
     assert [first for ((first,), _) in found] == [text[1], text[2], text[3], text[1]]
     assert all(second == text[4] for (_, (second,)) in found)
@@ -115,8 +128,14 @@ def test_rmu_is_its_formula():
     hidden, frozen = (torch.randn(3, 6, 5, dtype=torch.float64, generator=g) for _ in range(2))
     sides = sides_of(hidden=hidden, frozen_hidden=frozen)
     u = torch.rand(5, generator=torch.Generator().manual_seed(0))
-    far = [((hidden[b, t] - 20 * u / u.norm()) ** 2).mean() for b, t in sides["forget"].mask.nonzero().tolist()]
-    near = [((hidden[b, t] - frozen[b, t]) ** 2).mean() for b, t in sides["learn"].mask.nonzero().tolist()]
+    far = [
+        ((hidden[b, t] - 20 * u / u.norm()) ** 2).mean()
+        for b, t in sides["forget"].mask.nonzero().tolist()
+    ]
+    near = [
+        ((hidden[b, t] - frozen[b, t]) ** 2).mean()
+        for b, t in sides["learn"].mask.nonzero().tolist()
+    ]
     expected = 0.7 * float(sum(far)) / len(far) + 0.5 * float(sum(near)) / len(near)
     assert loss_of("rmu", sides) == pytest.approx(expected, rel=1e-6)
 
@@ -155,8 +174,12 @@ def test_analogous_is_its_formula(teacher, make_model):
                 logp = model(torch.tensor([sample.forget.ids[:t]])).logits[0, -1].log_softmax(0)
                 kls.append((logq.exp() * (logq - logp)).sum().item())
         learn = icu.forward(model, [sample.learn for sample in samples])
-        kl = icu.kl_loss(learn[2], icu.forward(before, [sample.learn for sample in samples])[2], learn[1]).item()
-    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+        kl = icu.kl_loss(
+            learn[2], icu.forward(before, [sample.learn for sample in samples])[2], learn[1]
+        ).item()
+    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(
+        sum(kls) / len(kls), rel=1e-4
+    )
     assert terms["kl"][0] == 2.0 and terms["kl"][1].item() == pytest.approx(kl, rel=1e-4)
 
 
@@ -182,7 +205,9 @@ def test_counterfactual_is_its_formula(make_model):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
-        terms = method(icu.Batch(model, sides, [0, 1], frozen=frozen, asked=["forget", "learn"]), args)
+        terms = method(
+            icu.Batch(model, sides, [0, 1], frozen=frozen, asked=["forget", "learn"]), args
+        )
         found, remembered, told = [], [], []
         for sample in samples:
             text, other = sample.forget, sample.learn
@@ -191,14 +216,21 @@ def test_counterfactual_is_its_formula(make_model):
                 loose = log_p(before, other.prompt + text.ids[max(t - 4, 1) : t])
                 remembered.append((whole[x] - loose[x]).item() > counterfactual.GAP)
                 loose[x] -= floor
-                logq, logp = loose.log_softmax(0) if remembered[-1] else whole, log_p(model, text.ids[:t])
+                logq, logp = (
+                    loose.log_softmax(0) if remembered[-1] else whole,
+                    log_p(model, text.ids[:t]),
+                )
                 found.append((kl(logq, logp) + kl(logp, logq)) / 2)
             for t in range(5, 10):
                 said = log_p(model, text.prompt + other.ids[5:t])
                 told.append(kl(log_p(before, other.ids[:t]), said))
     assert 0 < sum(remembered) < len(remembered)
-    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
-    assert terms["swapped"][0] == 0.3 and terms["swapped"][1].item() == pytest.approx(sum(told) / len(told), rel=1e-4)
+    assert terms["forget"][0] == 0.7 and terms["forget"][1].item() == pytest.approx(
+        sum(found) / len(found), rel=1e-4
+    )
+    assert terms["swapped"][0] == 0.3 and terms["swapped"][1].item() == pytest.approx(
+        sum(told) / len(told), rel=1e-4
+    )
     assert terms["kl"][0] == 2.0 and terms["kl"][1].item() > 0
 
 
@@ -211,7 +243,9 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
     needs.begin(model, None)
     moving = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(moving) == in_a_block * model.config.num_hidden_layers
-    assert not any(word in name for name in moving for word in ("embed", "wte", "attn", "norm", "ln_"))
+    assert not any(
+        word in name for name in moving for word in ("embed", "wte", "attn", "norm", "ln_")
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
@@ -250,7 +284,9 @@ def test_analogous_forgets_and_has_a_floor(make_model):
     with mock.patch.object(models, "bos_of", lambda tokenizer: []):
         sides = icu.sides_of(samples, None, 0, args)
     ids, attention, mask = icu.collate(texts[:3])
-    likelihood = lambda: icu.forget_loss(model(ids, attention_mask=attention).logits, ids, mask).item()  # noqa: E731
+    likelihood = lambda: icu.forget_loss(  # noqa: E731
+        model(ids, attention_mask=attention).logits, ids, mask
+    ).item()  # noqa: E731
     with torch.no_grad():
         before = likelihood()
     train(processes.PlainEngine(model, args), sides, args, epochs=range(1, 60))
@@ -293,7 +329,9 @@ def test_a_memorised_text_becomes_less_likely(name, kind, make_model):
     trained = copy.deepcopy(model.state_dict())
     with method.needs.measuring(model):
         assert likelihood() < before - 0.1
-        assert list(model.state_dict()) == list(start.state_dict())  # what is exported is the architecture's own
+        assert list(model.state_dict()) == list(
+            start.state_dict()
+        )  # what is exported is the architecture's own
     assert same_weights(model.state_dict(), trained)
 
 
@@ -317,10 +355,14 @@ def run(script, flags, out):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_is_a_script(name, flags, tmp_path):
     """It runs to its end, calls its run by its own name, and its model loads with plain transformers."""
-    code, _, stderr = run(ROOT / "examples" / f"{name}.py", [*flags, "--max-epochs", "1"], tmp_path / "run")
+    code, _, stderr = run(
+        ROOT / "examples" / f"{name}.py", [*flags, "--max-epochs", "1"], tmp_path / "run"
+    )
     assert code == 0, stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["method"] == name
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
@@ -332,10 +374,10 @@ def test_icu_under_another_name_is_icu(flags, tmp_path):
     for script in (ROOT / "icu.py", tmp_path / "mycopy.py", tmp_path / "mine.py"):
         code, _, stderr = run(script, flags, tmp_path / script.stem)
         assert code == 0, stderr
-    rows = files.read_jsonl(tmp_path / "icu" / "metrics.jsonl")
+    rows = data.read_jsonl(tmp_path / "icu" / "metrics.jsonl")
     assert 0 < rows[-1]["forgotten"]  # the filter was on
     for name in ("mycopy", "mine"):
-        config = files.read_json(tmp_path / name / "config.json")
+        config = data.read_json(tmp_path / name / "config.json")
         assert (config["method"], config["alpha"], config["refine"]) == (name, 0.5, True)
         for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "icu" / file).read_bytes()
@@ -365,7 +407,11 @@ def test_an_example_goes_on_where_it_was_stopped(name, flags, tmp_path):
 def test_an_example_is_short(name):
     """Under 40 lines, with its paper and a command in its docstring."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
-    assert text.count("\n") < 40 and "arXiv:" in text and f"bash run.sh tiny --script examples/{name}.py" in text
+    assert (
+        text.count("\n") < 40
+        and "arXiv:" in text
+        and f"bash run.sh tiny --script examples/{name}.py" in text
+    )
 
 
 # --- what a method of one's own may get wrong, and what must hold all the same ---
@@ -402,9 +448,15 @@ WRONG = {
     "a side misspelt": ({"frozen": ("lern",)}, "must be a tuple of forget, learn"),
     "no tuple": ({"frozen": "learn"}, "must be a tuple"),
     "a layer too far": ({"layer": 9}, "the model has 3 layers"),
-    "texts that are no lists": ({"sides": {"answer": lambda s, *_: [x.learn for x in s]}}, "a list of Text for each"),
+    "texts that are no lists": (
+        {"sides": {"answer": lambda s, *_: [x.learn for x in s]}},
+        "a list of Text for each",
+    ),
     "an unknown default": ({"released": {"refin": True}}, "refin.*must be a dict of some of"),
-    "other texts each epoch": ({"sides": {"answer": redrawn}, "frozen": ("answer",)}, "--teacher live"),
+    "other texts each epoch": (
+        {"sides": {"answer": redrawn}, "frozen": ("answer",)},
+        "--teacher live",
+    ),
 }
 
 
@@ -420,7 +472,9 @@ def test_whole_weights_and_zero_3_do_not_go_together(flags, tmp_path):
     """Weights swapped to measure are whole; ZeRO-3 takes them apart."""
     for name in ("lora", "task_vector"):
         with pytest.raises(ValueError, match="--zero 2"):
-            icu.main(method_of(name), argv=[*flags, "--out", str(tmp_path), "--zero", "3", "--dry-run"])
+            icu.main(
+                method_of(name), argv=[*flags, "--out", str(tmp_path), "--zero", "3", "--dry-run"]
+            )
 
 
 def test_what_a_method_does_to_the_model_is_not_remembered_for_others(flags, tmp_path, monkeypatch):
@@ -434,12 +488,17 @@ def test_what_a_method_does_to_the_model_is_not_remembered_for_others(flags, tmp
     argv = [*flags, "--eval-only", "--out"]
     icu.main(mine(prepare=empty), argv=[*argv, str(tmp_path / "emptied")])
     icu.main(argv=[*argv, str(tmp_path / "icu")])
-    ma = [files.read_json(tmp_path / name / "summary.json")["before"]["ma"] for name in ("emptied", "icu")]
+    ma = [
+        data.read_json(tmp_path / name / "summary.json")["before"]["ma"]
+        for name in ("emptied", "icu")
+    ]
     assert ma[0] < ma[1] - 0.2
 
     monkeypatch.setattr(icu, "measure", lambda *_, **__: pytest.fail("measured again"))
-    icu.main(mine(moves=counterfactual.of_mlps), argv=[*argv, str(tmp_path / "mlps")])  # the same weights, fewer move
-    assert files.read_json(tmp_path / "mlps" / "summary.json")["before"]["ma"] == ma[1]
+    icu.main(
+        mine(moves=counterfactual.of_mlps), argv=[*argv, str(tmp_path / "mlps")]
+    )  # the same weights, fewer move
+    assert data.read_json(tmp_path / "mlps" / "summary.json")["before"]["ma"] == ma[1]
 
 
 def test_a_signal_while_weights_are_swapped_saves_those_that_are_trained(flags, tmp_path):
@@ -468,7 +527,7 @@ def test_a_signal_while_weights_are_swapped_saves_those_that_are_trained(flags, 
 
 
 def test_methods_of_one_name_in_two_files_are_two_rows(flags, tmp_path):
-    """report.py tells them apart by file and code, and averages nothing but sets and seeds."""
+    """evals/report.py tells them apart by file and code, and averages nothing but sets and seeds."""
     outs = []
     for name, weight in (("a", 1.0), ("b", 2.0)):
         code = f"import icu\n\nWEIGHT = {weight}\n\n\n@icu.method()\ndef mine(batch, args):\n"
@@ -477,6 +536,10 @@ def test_methods_of_one_name_in_two_files_are_two_rows(flags, tmp_path):
         (tmp_path / f"{name}.py").write_text(code)
         outs.append(tmp_path / f"run-{name}")
         code, stdout, stderr = run(tmp_path / f"{name}.py", [*flags, "--max-epochs", "1"], outs[-1])
-        assert code == 0 and "WARNING" not in stdout + stderr, stdout + stderr  # no library's word between ours
-    code, stdout, stderr = run(ROOT / "report.py", list(map(str, outs)), tmp_path / "report")
-    assert code == 0 and stdout.count("| mine method_file=") == 2 and "±" not in stdout, stderr + stdout
+        assert code == 0 and "WARNING" not in stdout + stderr, (
+            stdout + stderr
+        )  # no library's word between ours
+    code, stdout, stderr = run(ROOT / "evals/report.py", list(map(str, outs)), tmp_path / "report")
+    assert code == 0 and stdout.count("| mine method_file=") == 2 and "±" not in stdout, (
+        stderr + stdout
+    )

@@ -21,8 +21,8 @@ import baselines
 import experiment
 import icu
 import knn
-import tasks
-from kit import commands, files
+from evals import tasks
+from kit import commands, data
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "runs/tiny-data/model", "--bert", "minilm", "--bert-threshold", "auto"]
@@ -48,7 +48,7 @@ def ran(monkeypatch, tmp_path):
             out = Path(commands.last(argv, "--out"))
             (out / "model").mkdir(parents=True, exist_ok=True)
             method = commands.last(argv, "--method", "icu")
-            files.write_json(out / "summary.json", {"method": method})
+            data.write_json(out / "summary.json", {"method": method})
         return 0
 
     def call(*words):
@@ -93,24 +93,66 @@ def test_a_command_says_a_flag_once():
 def test_the_default_is_make_check_mine_unlearn_report(ran):
     """`bash run.sh`: seven commands, with exactly these flags; it may be typed twice."""
     pairs, twin = ["--pairs", "runs/tiny.pairs.jsonl"], ["--never-saw", "runs/tiny.never-saw"]
-    never = ["--model", "runs/tiny-data/never-saw", "--thresholds", "paper", "--eval-only", "--overwrite"]
+    never = [
+        "--model",
+        "runs/tiny-data/never-saw",
+        "--thresholds",
+        "paper",
+        "--eval-only",
+        "--overwrite",
+    ]
     own = ["--lr", "5e-4", "--beta", "4", "--batch-size", "16"]
-    shared = [*TINY[: TINY.index("--batch-size")], "--alpha", "1", "--preset", "tiny"]  # the preset's, less these three
+    shared = [
+        *TINY[: TINY.index("--batch-size")],
+        "--alpha",
+        "1",
+        "--preset",
+        "tiny",
+    ]  # the preset's, less these three
     assert ran() == [
         ["demo/tiny.py", "--out", "runs/tiny-data"],
         ["icu.py", *TINY, "--out", "runs/tiny", "--overwrite", "--dry-run"],
         ["knn.py", *TINY_SOURCE, "--out", "runs/tiny.pairs.jsonl", "--overwrite"],
-        ["icu.py", *TINY[2:], *pairs, "--out", "runs/tiny.never-saw", *never],  # of two --model the last
+        [
+            "icu.py",
+            *TINY[2:],
+            *pairs,
+            "--out",
+            "runs/tiny.never-saw",
+            *never,
+        ],  # of two --model the last
         ["icu.py", *TINY, *pairs, "--out", "runs/tiny", *twin, "--overwrite"],
-        ["examples/analogous.py", *shared, *pairs, "--out", "runs/tiny-analogous", *twin, "--overwrite", *own],
-        ["report.py", "runs/tiny", "runs/tiny-analogous", "runs/tiny.never-saw", "--out", "runs/tiny", "--explain"],
+        [
+            "examples/analogous.py",
+            *shared,
+            *pairs,
+            "--out",
+            "runs/tiny-analogous",
+            *twin,
+            "--overwrite",
+            *own,
+        ],
+        [
+            "evals/report.py",
+            "runs/tiny",
+            "runs/tiny-analogous",
+            "runs/tiny.never-saw",
+            "--out",
+            "runs/tiny",
+            "--explain",
+        ],
     ]
 
 
 def test_the_real_speaker_has_the_better_method_beside(ran):
     """ICU, the method of our own, and the twin in one report; where a user gives a rate, ICU alone."""
     commands = ran("smollm")
-    assert [words[0] for words in commands[-4:]] == ["icu.py", "icu.py", "examples/gentle.py", "report.py"]
+    assert [words[0] for words in commands[-4:]] == [
+        "icu.py",
+        "icu.py",
+        "examples/gentle.py",
+        "evals/report.py",
+    ]
     assert commands[-1][1:4] == ["runs/smollm", "runs/smollm-gentle", "runs/smollm.never-saw"]
     assert "examples/gentle.py" not in {words[0] for words in ran("smollm", "--lr", "1e-5")}
 
@@ -126,40 +168,70 @@ def test_a_quick_preset_is_explained_where_there_are_texts(ran):
 def test_a_paper_preset_has_its_revision_its_folder_and_the_pile(ran):
     """`neo125m`: the pinned model, --pile, runs/PRESET-setN-METHOD-PROTOCOL; the user's flags come last."""
     out = "runs/neo125m-set3-npo-paper"
-    model = ["--model", "EleutherAI/gpt-neo-125m", "--revision", SHA, "--ppl", "pile", "wikitext", "--el", "lazy"]
+    model = [
+        "--model",
+        "EleutherAI/gpt-neo-125m",
+        "--revision",
+        SHA,
+        "--ppl",
+        "pile",
+        "wikitext",
+        "--el",
+        "lazy",
+    ]
     flags = [*model, "--preset", "neo125m", "--method", "npo"]
     assert ran("neo125m", "--set", 3, "--method", "npo") == [
         ["icu.py", *flags, "--out", out, "--dry-run"],
         ["knn.py", "--pile", "--out", f"{out}.pairs.jsonl", "--overwrite", "--set", "3"],
         ["icu.py", *flags, "--pairs", f"{out}.pairs.jsonl", "--out", out],
-        ["report.py", out],
+        ["evals/report.py", out],
     ]
 
 
 def test_another_model_has_no_pinned_revision(ran):
     """--model DIR is not asked of the hub."""
     (command,) = training(ran("neo125m", "--model", "mine"))
-    assert "--revision" not in command and command.count("--model") == 1 and last(command, "--model") == "mine"
+    assert (
+        "--revision" not in command
+        and command.count("--model") == 1
+        and last(command, "--model") == "mine"
+    )
 
 
-@pytest.mark.parametrize(("preset", "lr"), [("neo125m", None), ("neo1.3b", "2e-6"), ("tinyllama", "2e-6")])
+@pytest.mark.parametrize(
+    ("preset", "lr"), [("neo125m", None), ("neo1.3b", "2e-6"), ("tinyllama", "2e-6")]
+)
 def test_what_the_protocol_changes(ran, preset, lr):
     """released: copies may be neighbours, and the large presets take the DeepSpeed file's rate."""
     found = ran(preset, "--protocol", "released")
     assert "--allow-copies" in one(found, "knn.py") and last(training(found)[0], "--lr") == lr
     assert last(training(found)[0], "--out") == f"runs/{preset}-set0-icu-released"
-    assert "--allow-copies" not in one(ran(preset), "knn.py") and "--lr" not in training(ran(preset, "--overwrite"))[0]
+    assert (
+        "--allow-copies" not in one(ran(preset), "knn.py")
+        and "--lr" not in training(ran(preset, "--overwrite"))[0]
+    )
     own = training(ran(preset, "--protocol", "released", "--lr", "1e-5", "--overwrite"))[0]
     assert last(own, "--lr") == "1e-5"
 
 
 def test_a_preset_is_one_entry_and_may_have_its_own_texts(ran, monkeypatch):
     """A row of the table is enough, and its own forget file and pool are the ones that are mined."""
-    row = experiment.Preset("ours", "models/ours", source="--forget a.csv --pool b.csv", flags="--bert minilm")
+    row = experiment.Preset(
+        "ours", "models/ours", source="--forget a.csv --pool b.csv", flags="--bert minilm"
+    )
     monkeypatch.setitem(experiment.PRESETS, "ours", row)
     out = "runs/ours-icu-paper"
     assert ran("ours")[1:3] == [
-        ["knn.py", "--forget", "a.csv", "--pool", "b.csv", "--out", f"{out}.pairs.jsonl", "--overwrite"],
+        [
+            "knn.py",
+            "--forget",
+            "a.csv",
+            "--pool",
+            "b.csv",
+            "--out",
+            f"{out}.pairs.jsonl",
+            "--overwrite",
+        ],
         ["icu.py", "--model", "models/ours", "--bert", "minilm", "--preset", "ours"]
         + ["--pairs", f"{out}.pairs.jsonl", "--out", out],
     ]
@@ -208,23 +280,37 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
     found = ran("tiny", "--dry-run")
     assert [words[0] for words in found] == ["icu.py", "knn.py"]
     assert all(words[-1] == "--dry-run" for words in found)
-    files_named = ["demo/tiny.py", "icu.py", "icu.py", "examples/analogous.py", "report.py"]
+    files_named = ["demo/tiny.py", "icu.py", "icu.py", "examples/analogous.py", "evals/report.py"]
     assert named(capsys) == files_named
 
 
 def test_a_dry_run_does_not_teach_a_model(ran, capsys):
     """Before the preset's own model is made there is nothing to look at: what needs it is named, and a note says so."""
     assert not ran("tiny", "--dry-run")
-    found = ["demo/tiny.py", "icu.py", "knn.py", "icu.py", "icu.py", "examples/analogous.py", "report.py"]
+    found = [
+        "demo/tiny.py",
+        "icu.py",
+        "knn.py",
+        "icu.py",
+        "icu.py",
+        "examples/analogous.py",
+        "evals/report.py",
+    ]
     assert named(capsys) == found
     assert not ran("compare", "tiny", "--methods", "icu", "--dry-run") and len(named(capsys)) == 6
-    assert [words[0] for words in ran("tiny", "--judge", "gpt-x", "--dry-run")] == ["judge.py"]  # it needs no model
+    assert [words[0] for words in ran("tiny", "--judge", "gpt-x", "--dry-run")] == [
+        "evals/judge.py"
+    ]  # it needs no model
     assert capsys.readouterr().out.count("note: runs/tiny-data is still to be made") == 1
 
 
 def named(capsys):
     """The files of the commands that a dry run says it would run."""
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("would run: ")]
+    lines = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("would run: ")
+    ]
     return [next(word for word in line if word.endswith(".py")) for line in lines]
 
 
@@ -238,7 +324,10 @@ def flags_of(call):
         pass
 
     def stop(parser, *_):
-        raise Found({flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"})
+        raise Found(
+            {flag for action in parser._actions for flag in action.option_strings}
+            - {"-h", "--help"}
+        )
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
@@ -247,8 +336,10 @@ def flags_of(call):
 
 
 def test_every_flag_of_two_programs_is_known_as_such():
-    """COMMON is what knn.py or tasks.py shares with icu.py; a new flag of the same name has to be thought about."""
-    shared = flags_of(lambda: icu.parse_args([])) & (flags_of(knn.parse_args) | flags_of(tasks.parse_args))
+    """COMMON is what knn.py or evals/tasks.py shares with icu.py; a new flag of the same name has to be thought about."""
+    shared = flags_of(lambda: icu.parse_args([])) & (
+        flags_of(knn.parse_args) | flags_of(tasks.parse_args)
+    )
     assert shared == experiment.COMMON
     own = flags_of(lambda: experiment.make_parser().parse_args([]))
     assert not own & (flags_of(knn.parse_args) - experiment.COMMON)
@@ -257,7 +348,11 @@ def test_every_flag_of_two_programs_is_known_as_such():
 def test_every_flag_of_knn_works_behind_a_preset(ran):
     """Its own by its name, one that icu.py has too as --knn-FLAG; what the experiment sets itself is refused."""
     for flag in flags_of(knn.parse_args):
-        words = ["0"] if flag in ("--set", "--limit", "--max-overlap", "--batch-size", "--passage-words") else ["x"]
+        words = (
+            ["0"]
+            if flag in ("--set", "--limit", "--max-overlap", "--batch-size", "--passage-words")
+            else ["x"]
+        )
         words = ["1"] if flag == "--neighbours" else words
         words = words if flag not in ("--pile", "--allow-copies", "--debug") else []
         given = flag if flag not in experiment.COMMON else f"--knn-{flag[2:]}"
@@ -273,32 +368,92 @@ def test_every_flag_of_knn_works_behind_a_preset(ran):
 
 def test_a_flag_of_two_programs_is_icus_and_data_is_for_all(ran):
     """--batch-size 5 and --device cpu train; --knn-batch-size 7 embeds; --data goes to both."""
-    found = ran("neo125m", "--batch-size=5", "--knn-batch-size=7", "--device", "cpu", "--data", "d", "--debug")
+    found = ran(
+        "neo125m",
+        "--batch-size=5",
+        "--knn-batch-size=7",
+        "--device",
+        "cpu",
+        "--data",
+        "d",
+        "--debug",
+    )
     mined, trained = one(found, "knn.py"), training(found)[0]
-    assert last(mined, "--batch-size") == "7" and "--device" not in mined and last(mined, "--data") == "d"
     assert (
-        last(trained, "--batch-size") == "5" and last(trained, "--device") == "cpu" and last(trained, "--data") == "d"
+        last(mined, "--batch-size") == "7"
+        and "--device" not in mined
+        and last(mined, "--data") == "d"
+    )
+    assert (
+        last(trained, "--batch-size") == "5"
+        and last(trained, "--device") == "cpu"
+        and last(trained, "--data") == "d"
     )
     assert "--debug" in trained and "--debug" not in mined
 
 
 def test_what_no_one_knows_goes_to_icu(ran):
     """Its parser, or a script's own, reports it or knows it."""
-    assert training(ran("tiny", "--sigma", "0.1", "2", "--on"))[0][-11:-7] == ["--sigma", "0.1", "2", "--on"]
+    assert training(ran("tiny", "--sigma", "0.1", "2", "--on"))[0][-11:-7] == [
+        "--sigma",
+        "0.1",
+        "2",
+        "--on",
+    ]
 
 
 def test_tasks_are_looked_for_before_and_measured_twice(ran):
     """--tasks with flags of its own, --tasks-limit, and the run's model, device and data; before anything else runs."""
-    words = ["--tasks", "copa", "piqa", "--tasks-limit", 3, "--tasks-batch-tokens", 9, "--length-norm", "--limit", 2]
-    found = ran("neo125m", *words, "--device", "cpu", "--data", "d", "--dtype", "bf16", "--allow-pickle")
-    looked, before, after = [command for command in found if command[0] == "tasks.py"]
+    words = [
+        "--tasks",
+        "copa",
+        "piqa",
+        "--tasks-limit",
+        3,
+        "--tasks-batch-tokens",
+        9,
+        "--length-norm",
+        "--limit",
+        2,
+    ]
+    found = ran(
+        "neo125m", *words, "--device", "cpu", "--data", "d", "--dtype", "bf16", "--allow-pickle"
+    )
+    looked, before, after = [command for command in found if command[0] == "evals/tasks.py"]
     assert found[0] == looked and looked[-1] == "--dry-run"
     own = ["--tasks", "copa", "piqa", "--limit", "3", "--batch-tokens", "9", "--length-norm"]
-    same = ["--protocol", "paper", "--device", "cpu", "--dtype", "bf16", "--task-data", "d", "--allow-pickle"]
+    same = [
+        "--protocol",
+        "paper",
+        "--device",
+        "cpu",
+        "--dtype",
+        "bf16",
+        "--task-data",
+        "d",
+        "--allow-pickle",
+    ]
     out = "runs/neo125m-set0-icu-paper"
     model = ["--model", "EleutherAI/gpt-neo-125m", "--revision", SHA]
-    assert before == ["tasks.py", *same, *own, *model, "--out", f"{out}/tasks-before", "--overwrite"]
-    assert after == ["tasks.py", *same, *own, "--model", f"{out}/model", "--out", f"{out}/tasks-after", "--overwrite"]
+    assert before == [
+        "evals/tasks.py",
+        *same,
+        *own,
+        *model,
+        "--out",
+        f"{out}/tasks-before",
+        "--overwrite",
+    ]
+    assert after == [
+        "evals/tasks.py",
+        *same,
+        *own,
+        "--model",
+        f"{out}/model",
+        "--out",
+        f"{out}/tasks-after",
+        "--overwrite",
+    ]
     assert last(one(found, "knn.py"), "--limit") == "2"
 
 
@@ -309,10 +464,17 @@ def test_a_script_runs_in_place_of_icu(ran):
     """--script FILE.py: checked and run with the same flags; its stem names the folder."""
     Path("simnpo.py").write_text("")
     found = ran("neo125m", "--script", "simnpo.py")
-    assert found[-1] == ["report.py", "runs/neo125m-set0-simnpo-paper"]
-    assert [words[0] for words in found] == ["simnpo.py", "knn.py", "simnpo.py", "report.py"]
+    assert found[-1] == ["evals/report.py", "runs/neo125m-set0-simnpo-paper"]
+    assert [words[0] for words in found] == ["simnpo.py", "knn.py", "simnpo.py", "evals/report.py"]
     assert "--script" not in sum(found, [])
-    report = ["report.py", "runs/tiny-simnpo", "runs/tiny-simnpo.never-saw", "--out", "runs/tiny-simnpo", "--explain"]
+    report = [
+        "evals/report.py",
+        "runs/tiny-simnpo",
+        "runs/tiny-simnpo.never-saw",
+        "--out",
+        "runs/tiny-simnpo",
+        "--explain",
+    ]
     assert ran("tiny", "--script", "simnpo.py")[-1] == report
 
 
@@ -320,14 +482,36 @@ def test_a_script_stands_in_a_comparison_beside_methods(ran):
     """--methods icu kl FILE.py: the file is looked at before the first run, and its stem names its runs."""
     Path("examples").mkdir()
     Path("examples/simnpo.py").write_text("")
-    found = ran("compare", "tiny", "--methods", "icu", "examples/simnpo.py", "--lrs", "simnpo=1e-4", "--seeds", 0, 1)
-    assert [words[0] for words in found[:4]] == ["demo/tiny.py", "icu.py", "examples/simnpo.py", "knn.py"]
-    runs = [(words[0], last(words, "--method"), last(words, "--lr"), last(words, "--out")) for words in training(found)]
+    found = ran(
+        "compare",
+        "tiny",
+        "--methods",
+        "icu",
+        "examples/simnpo.py",
+        "--lrs",
+        "simnpo=1e-4",
+        "--seeds",
+        0,
+        1,
+    )
+    assert [words[0] for words in found[:4]] == [
+        "demo/tiny.py",
+        "icu.py",
+        "examples/simnpo.py",
+        "knn.py",
+    ]
+    runs = [
+        (words[0], last(words, "--method"), last(words, "--lr"), last(words, "--out"))
+        for words in training(found)
+    ]
     folder = "runs/compare/tiny-paper"
     assert runs == [
         (file, method, lr, f"{folder}/{name}-set0-seed{seed}")
         for seed in (0, 1)
-        for file, method, lr, name in (("icu.py", "icu", "2e-4", "icu"), ("examples/simnpo.py", None, "1e-4", "simnpo"))
+        for file, method, lr, name in (
+            ("icu.py", "icu", "2e-4", "icu"),
+            ("examples/simnpo.py", None, "1e-4", "simnpo"),
+        )
     ]
 
 
@@ -355,7 +539,9 @@ def test_without_run_sh_an_example_finds_icu_too():
     packages = [folder for folder in sys.path if folder.endswith("-packages")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
     argv = [sys.executable, "-S", "experiment.py", "smollm", "--dry-run"]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     (line,) = (line for line in done.stdout.splitlines() if " examples/gentle.py " in line)
     assert line.startswith(f"would run: PYTHONPATH={os.pathsep.join(['.', *packages])} ")
 
@@ -365,7 +551,9 @@ def test_without_run_sh_an_example_finds_icu_too():
 
 def test_a_comparison_is_every_method_for_every_set_and_seed(ran):
     """Names, order, one report over all; the sets are mined before the first run."""
-    found = ran("compare", "neo125m", "--sets", 0, 4, "--seeds", 1, 2, "--lrs", "kl=1e-5", "--limit", 2)
+    found = ran(
+        "compare", "neo125m", "--sets", 0, 4, "--seeds", 1, 2, "--lrs", "kl=1e-5", "--limit", 2
+    )
     folder = "runs/compare/neo125m-paper"
     sets = [(last(words, "--set"), last(words, "--out")) for words in found if "knn.py" in words]
     assert sets == [("0", f"{folder}/set0.pairs.jsonl"), ("4", f"{folder}/set4.pairs.jsonl")]
@@ -373,11 +561,15 @@ def test_a_comparison_is_every_method_for_every_set_and_seed(ran):
     outs = [f"{folder}/{method}-set{number}-seed{seed}" for number, seed, method in jobs]
     runs = training(found)
     assert [last(words, "--out") for words in runs] == outs
-    assert [last(words, "--pairs") for words in runs] == [f"{folder}/set{n}.pairs.jsonl" for n, _, _ in jobs]
+    assert [last(words, "--pairs") for words in runs] == [
+        f"{folder}/set{n}.pairs.jsonl" for n, _, _ in jobs
+    ]
     assert [last(words, "--seed") for words in runs] == [seed for _, seed, _ in jobs]
     assert {last(words, "--method") for words in runs if last(words, "--lr") == "1e-5"} == {"kl"}
-    assert found[-1] == ["report.py", *outs, "--out", folder]
-    assert set(experiment.METHODS) == {"icu"} | {name for name, f in vars(baselines).items() if hasattr(f, "needs")}
+    assert found[-1] == ["evals/report.py", *outs, "--out", folder]
+    assert set(experiment.METHODS) == {"icu"} | {
+        name for name, f in vars(baselines).items() if hasattr(f, "needs")
+    }
 
 
 def test_finished_runs_are_kept_and_interrupted_ones_go_on(ran):
@@ -393,10 +585,10 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(ran):
 @pytest.mark.parametrize(
     ("status", "summary", "ends"),
     [
-        (1, "new", "report.py"),
+        (1, "new", "evals/report.py"),
         (1, "old", 1),
         (1, "none", 1),
-        (0, "old", "report.py"),
+        (0, "old", "evals/report.py"),
         (0, "none", ValueError),
         (3, "new", 3),
     ],
@@ -413,15 +605,19 @@ def test_a_run_that_diverged_is_a_result(ran, monkeypatch, status, summary, ends
         return status if trains else 0
 
     if summary == "old":
-        files.write_json(out / "summary.json", {"method": "icu"})
+        data.write_json(out / "summary.json", {"method": "icu"})
     monkeypatch.setattr(commands, "run", failing)
     words = ["compare", "tiny", "--methods", "icu"]
-    if ends == "report.py":
+    if ends == "evals/report.py":
         ran(*words)
     else:
         with pytest.raises((SystemExit, ValueError)) as error:
             ran(*words)
-        assert error.value.code == ends if ends is not ValueError else "no summary.json" in str(error.value)
+        assert (
+            error.value.code == ends
+            if ends is not ValueError
+            else "no summary.json" in str(error.value)
+        )
 
 
 def settings(found, *flags):
@@ -430,10 +626,22 @@ def settings(found, *flags):
 
 def test_an_ablation_leaves_out_each_loss_and_both(ran):
     """Figure 3, with the preset's weights or the user's."""
-    assert settings(ran("ablation", "tiny"), "--alpha", "--beta") == [("1", "4"), ("0", "4"), ("1", "0"), ("0", "0")]
+    assert settings(ran("ablation", "tiny"), "--alpha", "--beta") == [
+        ("1", "4"),
+        ("0", "4"),
+        ("1", "0"),
+        ("0", "0"),
+    ]
     found = ran("ablation", "neo125m", "--beta", "2")
-    assert settings(found, "--alpha", "--beta") == [("0.5", "2"), ("0", "2"), ("0.5", "0"), ("0", "0")]
-    assert last(training(found)[1], "--out") == "runs/ablation/neo125m-paper/alpha0-beta2-set0-seed0"
+    assert settings(found, "--alpha", "--beta") == [
+        ("0.5", "2"),
+        ("0", "2"),
+        ("0.5", "0"),
+        ("0", "0"),
+    ]
+    assert (
+        last(training(found)[1], "--out") == "runs/ablation/neo125m-paper/alpha0-beta2-set0-seed0"
+    )
 
 
 def test_a_sweep_is_table_2_or_table_5(ran):
@@ -441,7 +649,9 @@ def test_a_sweep_is_table_2_or_table_5(ran):
     found = ran("sweep", "neo125m")
     assert len(training(found)) == 10 and settings(found, "--alpha", "--beta")[2] == ("0.5", "0.1")
     found = ran("sweep", "neo125m", "--points", "0.3,0.7", "--out", "y")
-    assert settings(found, "--alpha", "--beta", "--out") == [("0.3", "0.7", "y/alpha0.3-beta0.7-set0-seed0")]
+    assert settings(found, "--alpha", "--beta", "--out") == [
+        ("0.3", "0.7", "y/alpha0.3-beta0.7-set0-seed0")
+    ]
     found = ran("sweep", "neo125m", "--table", 5)
     assert [lr for lr, *_ in settings(found, "--lr")] == ["1e-5", "5e-6", "2e-6", "1e-6", "5e-7"]
     assert settings(found, "--alpha", "--beta", "--max-epochs")[0] == ("0.5", "0.5", "200")
@@ -461,13 +671,23 @@ def test_several_processes_are_deepspeeds(ran, monkeypatch):
 
     start = ["-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus"]
     assert first("tiny", "--gpus", 2)[:7] == ["DS_ACCELERATOR=cpu", *start, "2"]
-    assert first("tiny", "--gpus", 2)[7] == "--master_port" and first("tiny", "--gpus", 2)[9] == "icu.py"
+    assert (
+        first("tiny", "--gpus", 2)[7] == "--master_port"
+        and first("tiny", "--gpus", 2)[9] == "icu.py"
+    )
     assert first("neo125m", "--offload")[6] == first("neo125m", "--zero", 3)[6] == "1"
     assert first("neo125m", "--zero", 2)[0] == first("neo2.7b")[0] == "icu.py"
     monkeypatch.setattr(commands, "visible_gpus", lambda: 3)
-    assert first("neo2.7b")[:6] == [*start, "3"] and first("neo125m")[0] == first("neo2.7b", "--gpus", 1)[0] == "icu.py"
+    assert (
+        first("neo2.7b")[:6] == [*start, "3"]
+        and first("neo125m")[0] == first("neo2.7b", "--gpus", 1)[0] == "icu.py"
+    )
     measured = ran("neo2.7b", "--tasks", "copa", "--overwrite")
-    assert [words[0] for words in measured if "tasks.py" in words] == ["tasks.py", "-m", "-m"]
+    assert [words[0] for words in measured if "evals/tasks.py" in words] == [
+        "evals/tasks.py",
+        "-m",
+        "-m",
+    ]
 
 
 # --- one command ---
@@ -489,7 +709,9 @@ def test_a_signal_reaches_every_process_and_their_end_is_waited_for(tmp_path, nu
     (tmp_path / "family.py").write_text(FAMILY)
     call = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from kit import commands; "
     call += f"commands.run([sys.executable, 'family.py'], {{'NUMBER': '{int(number)}'}})"
-    parent = subprocess.Popen([sys.executable, "-c", call], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", call], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     deadline = time.time() + 60
     while not (tmp_path / "started").exists() and time.time() < deadline:
         time.sleep(0.05)
@@ -507,7 +729,9 @@ def test_exit_codes_are_those_of_the_command():
 
 def test_a_failed_command_ends_the_experiment(ran, monkeypatch):
     """With its exit code, before the next one."""
-    monkeypatch.setattr(commands, "run", lambda argv, environment, *, quiet: 2 if "knn.py" in argv else 0)
+    monkeypatch.setattr(
+        commands, "run", lambda argv, environment, *, quiet: 2 if "knn.py" in argv else 0
+    )
     with pytest.raises(SystemExit) as exit:
         ran("tiny")
     assert exit.value.code == 2
@@ -521,7 +745,9 @@ def test_the_printed_line_can_be_pasted(capfd):
     commands.run([sys.executable, "-c", show, *words], {"A": "b c"})
     line, result = capfd.readouterr().out.splitlines()
     assert line.startswith("$ ")
-    assert subprocess.run(["bash", "-c", line[2:]], capture_output=True, text=True).stdout.splitlines() == [result]
+    assert subprocess.run(
+        ["bash", "-c", line[2:]], capture_output=True, text=True
+    ).stdout.splitlines() == [result]
 
 
 # --- refusals, help, run.sh ---
@@ -548,7 +774,7 @@ def test_the_printed_line_can_be_pasted(capfd):
         (["compare", "--lrs", "1e-5"], "--lrs 1e-5: not METHOD=LR"),
         (["compare", "--lrs", "kll=1e-5"], "--lrs kll=1e-5"),
         (["compare", "--lrs", "kl=fast"], "--lrs kl=fast"),
-        (["compare", "--tasks", "all"], "tasks.py"),
+        (["compare", "--tasks", "all"], "evals/tasks.py"),
         (["neo125m", "--set", "7"], "'7'"),
         (["compare", "neo125m", "--sets", "0", "7"], "'7'"),
         (["tiny", "--set"], "--set"),
@@ -570,9 +796,14 @@ def test_the_help_needs_nothing_but_python():
     for words in (["--help"], ["help"], ["neo125m", "-h"]):
         done = subprocess.run([*command, *words], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr
-        assert all(word in done.stdout for word in [*experiment.PRESETS, *experiment.EXPERIMENTS, "ask", "--script"])
+        assert all(
+            word in done.stdout
+            for word in [*experiment.PRESETS, *experiment.EXPERIMENTS, "ask", "--script"]
+        )
     done = subprocess.run([*command, "tiny"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
     assert "bash run.sh" in done.stderr
 
 
@@ -603,7 +834,11 @@ def test_run_sh_is_short_and_quotes_what_it_expands():
     """Under 80 lines; no expansion that a blank or a star in a path would break; bash finds no fault."""
     script = (ROOT / "run.sh").read_text()
     assert script.count("\n") < 80 and not unquoted_expansions(script)
-    assert unquoted_expansions("echo $a") and unquoted_expansions('echo "$(cat $a)"') and unquoted_expansions("a $(b)")
+    assert (
+        unquoted_expansions("echo $a")
+        and unquoted_expansions('echo "$(cat $a)"')
+        and unquoted_expansions("a $(b)")
+    )
     assert not unquoted_expansions("""a=$(cat "$b") && echo "$(cat "$c") 'd'" '$e' # $f""")
     assert subprocess.run(["bash", "-n", str(ROOT / "run.sh")]).returncode == 0
 
@@ -616,24 +851,28 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "kit", folder / "kit")
     for name in ("run.sh", "experiment.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("icu.py", "bench.py", "report.py"):
+    for name in ("icu.py", "dev/bench.py", "evals/report.py"):
         (folder / name).write_text("import sys\nif __name__ == '__main__': print(sys.argv)\n")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
-    (folder / ".venv/requirements.sha256").write_text(f"{files.sha256_of(ROOT / 'requirements.txt')}\n")
+    (folder / ".venv/requirements.sha256").write_text(
+        f"{data.sha256_of(ROOT / 'requirements.txt')}\n"
+    )
     return folder
 
 
 def run_sh(folder, *words):
-    done = subprocess.run(["bash", folder / "run.sh", *words], capture_output=True, text=True, cwd=folder.parent)
+    done = subprocess.run(
+        ["bash", folder / "run.sh", *words], capture_output=True, text=True, cwd=folder.parent
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_run_sh_hands_on_every_word_as_it_is(checkout):
     """bench and ask, with blanks in their words; `import icu` then works from any folder with this environment."""
-    assert run_sh(checkout, "bench", "--a b", "*") == (0, "['bench.py', '--a b', '*']\n", "")
+    assert run_sh(checkout, "bench", "--a b", "*") == (0, "['dev/bench.py', '--a b', '*']\n", "")
     assert run_sh(checkout, "ask", "runs/x", "help -h me") == (
         0,
-        "['report.py', '--ask', 'runs/x', 'help -h me']\n",
+        "['evals/report.py', '--ask', 'runs/x', 'help -h me']\n",
         "",
     )
     find = [checkout / ".venv/bin/python", "-c", "import icu; print(icu.__file__)"]

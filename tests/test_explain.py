@@ -1,4 +1,4 @@
-"""report.py --explain: the figures of a literal loop, every character of a text once, nothing of it read as markup, and
+"""evals/report.py --explain: the figures of a literal loop, every character of a text once, nothing of it read as markup, and
 the page as a browser shows it.
 
 python -m pytest tests/test_explain.py -q
@@ -23,8 +23,9 @@ from test_report import edit, listing, refused
 from tokenizers import normalizers
 
 import icu
-import report
-from kit import explain, files, purge, traces
+from evals import report
+from extras import explain
+from kit import data, purge, traces
 
 HEBREW, ARABIC = "שלום, הכתובת היא", " رقم الهاتف ٥٥٥"
 EVIL = """</script><script>document.title = "taken"</script><!-- <b>'&amp;"</b>"""
@@ -40,10 +41,18 @@ SPANS = {"plain": [[39, 54], [58, 65]]}  # 14 Harbour Lane, Tuesday
 
 
 def pairs_of(texts):
-    learn = {"learn_id": "n", "learn_context": "", "learn_prefix": LEARN[0], "learn_suffix": LEARN[1]}
-    pairs = [{"id": id, "context": "", "prefix": a, "suffix": b, **learn} for id, (a, b) in texts.items()]
+    learn = {
+        "learn_id": "n",
+        "learn_context": "",
+        "learn_prefix": LEARN[0],
+        "learn_suffix": LEARN[1],
+    }
+    pairs = [
+        {"id": id, "context": "", "prefix": a, "suffix": b, **learn} for id, (a, b) in texts.items()
+    ]
     return [
-        pair | {"similarity": 0.5} | ({"spans": SPANS[pair["id"]]} if pair["id"] in SPANS else {}) for pair in pairs
+        pair | {"similarity": 0.5} | ({"spans": SPANS[pair["id"]]} if pair["id"] in SPANS else {})
+        for pair in pairs
     ]
 
 
@@ -123,7 +132,9 @@ def test_what_is_not_finite_is_not_known(make_model):
     ids = tokenizer_of()("a text")["input_ids"]
     (row,) = explain.probabilities(model, [ids])
     assert row == [None] * len(ids)
-    shown = explain.describe(tokenizer_of(), "a text", ids=ids, cut=1, before=row, after=row, id="x", said={})
+    shown = explain.describe(
+        tokenizer_of(), "a text", ids=ids, cut=1, before=row, after=row, id="x", said={}
+    )
     assert shown["left"] is None and data_of(explain.page({}, [shown]).decode())["texts"] == [shown]
 
 
@@ -136,7 +147,10 @@ def shown_as(text, kind="gpt_neo", normalizer=None):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     parts = explain.pieces(tokenizer, ids, text)
     edges = [(0, 0), *((token, at) for _, token, _, at in parts)]
-    assert [(first, start) for first, _, start, _ in parts] == edges[:-1] and edges[-1] == (len(ids), len(text))
+    assert [(first, start) for first, _, start, _ in parts] == edges[:-1] and edges[-1] == (
+        len(ids),
+        len(text),
+    )
     return [(text[start:end], last - first) for first, last, start, end in parts]
 
 
@@ -151,17 +165,31 @@ def test_a_character_of_several_tokens_is_one_piece():
 
 @pytest.mark.parametrize("normalizer", [None, "Lowercase", "NFC", "NFKD", "Strip", "StripAccents"])
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aAé e\u0301שﬁ ")), min_size=1, max_size=12))
+@given(
+    st.text(
+        st.one_of(st.characters(codec="utf-8"), st.sampled_from("aAé e\u0301שﬁ ")),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_no_character_is_lost_or_doubled(normalizer, text):
     """Pieces put together are the text, and their tokens all tokens, whatever the tokenizer makes of it."""
     if tokenizer_of(normalizer=normalizer)(text, add_special_tokens=False)["input_ids"]:
         pieces = shown_as(text, normalizer=normalizer)
-        assert "".join(piece for piece, _ in pieces) == text and all(tokens > 0 for _, tokens in pieces)
+        assert "".join(piece for piece, _ in pieces) == text and all(
+            tokens > 0 for _, tokens in pieces
+        )
 
 
 def test_another_spelling_is_aligned():
     """Known answers of tokenizers that say less than the text: each token's own characters all the same."""
-    assert shown_as("AB cD", normalizer="Lowercase") == [("A", 1), ("B", 1), (" ", 1), ("c", 1), ("D", 1)]
+    assert shown_as("AB cD", normalizer="Lowercase") == [
+        ("A", 1),
+        ("B", 1),
+        (" ", 1),
+        ("c", 1),
+        ("D", 1),
+    ]
     assert shown_as("  ab", normalizer="Strip") == [("  a", 1), ("b", 1)]
     assert shown_as("e\u0301x", normalizer="NFC") == [("e\u0301", 2), ("x", 1)]
 
@@ -174,12 +202,18 @@ def test_figures_stand_at_their_tokens():
     before, after = [None, 0.5, 0.5, 0.4, 0.9, 0.7], [None, 0.1, 0.2, 0.3, 0.4, 0.6]
     how = {"ids": [bos, *ids], "cut": 4, "before": before, "after": after, "id": "7"}
     shown = explain.describe(tokenizer, text, **how)
-    assert shown["pieces"] == ["x", "ש", "!", "y"] and shown["tokens"] == [1, 2, 1, 1] and shown["cut"] == 2
+    assert (
+        shown["pieces"] == ["x", "ש", "!", "y"]
+        and shown["tokens"] == [1, 2, 1, 1]
+        and shown["cut"] == 2
+    )
     assert shown["before"] == pytest.approx([0.5, 0.2, 0.9, 0.7]) and shown["id"] == "7"
     assert shown["after"] == pytest.approx([0.1, 0.06, 0.4, 0.6]) and shown["marked"] == []
     assert (shown["was"], shown["left"]) == pytest.approx((0.8, 0.5))
     shown = explain.describe(tokenizer, text, spans=[(1, 2), (3, 4)], **how)
-    assert shown["marked"] == [1, 3] and (shown["was"], shown["left"]) == pytest.approx((1.6 / 3, 1.1 / 3))
+    assert shown["marked"] == [1, 3] and (shown["was"], shown["left"]) == pytest.approx(
+        (1.6 / 3, 1.1 / 3)
+    )
 
 
 def test_nothing_of_a_text_is_markup():
@@ -201,10 +235,28 @@ def test_nothing_of_a_text_is_markup():
 def made(tmp_path_factory, save_tiny, encoder_dir):
     """A folder with pairs.jsonl, model/ and a run of one epoch that is explained; nobody changes it."""
     root = tmp_path_factory.mktemp("explain")
-    files.write_jsonl(root / "pairs.jsonl", pairs_of(TEXTS))
+    data.write_jsonl(root / "pairs.jsonl", pairs_of(TEXTS))
     memorise(save_tiny("opt", root / "model"), pairs_of(TEXTS), steps=40)
-    words = ["--pairs", root / "pairs.jsonl", "--model", root / "model", "--bert", encoder_dir, "--device", "cpu"]
-    words += ["--max-epochs", "1", "--thresholds", "1e-9,1e-9", "--lr", "1e-3", "--out", root / "run"]
+    words = [
+        "--pairs",
+        root / "pairs.jsonl",
+        "--model",
+        root / "model",
+        "--bert",
+        encoder_dir,
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--max-epochs",
+        "1",
+        "--thresholds",
+        "1e-9,1e-9",
+        "--lr",
+        "1e-3",
+        "--out",
+        root / "run",
+    ]
     icu.main(argv=[str(word) for word in words])
     report.main([str(root / "run"), "--explain"])
     return root
@@ -226,20 +278,27 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(made):
 
     about, texts = shown(made / "run")
     assert about["method"] == "icu" and list(texts) == list(TEXTS)
-    rows = files.read_jsonl(made / "run" / "samples.jsonl")
-    for when, folder, epoch in (("before", made / "model", 0), ("after", made / "run" / "model", 1)):
+    rows = data.read_jsonl(made / "run" / "samples.jsonl")
+    for when, folder, epoch in (
+        ("before", made / "model", 0),
+        ("after", made / "run" / "model", 1),
+    ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         said = {row["id"]: row["generation"] for row in rows if row["epoch"] == epoch}
         for id, (prefix, suffix) in TEXTS.items():
-            head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, suffix))
+            head, tail = (
+                tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, suffix)
+            )
             text, likely = texts[id], loop(model, [tokenizer.bos_token_id, *head, *tail])
             assert "".join(text["pieces"]) == prefix + suffix and sum(text["tokens"]) == len(likely)
             at = 0
             for tokens, p in zip(text["tokens"], text[when], strict=True):
                 assert p == pytest.approx(math.prod(likely[at : at + tokens]), abs=1e-5)
                 at += tokens
-            assert "".join(text["pieces"][: text["cut"]]) == prefix and text["said"][when] == said[id]
+            assert (
+                "".join(text["pieces"][: text["cut"]]) == prefix and text["said"][when] == said[id]
+            )
             if not text["marked"]:
                 assert text["was" if when == "before" else "left"] == pytest.approx(
                     sum(likely[len(head) :]) / len(tail)
@@ -277,12 +336,18 @@ def test_only_the_owner_can_read_it_and_purge_removes_it(alone, capsys):
     page.write_text("")  # one that is empty holds nothing to lose
     report.main([str(alone), "--explain"])
     assert stat.S_IMODE(page.stat().st_mode) == 0o600 and len(shown(alone)[1]) == len(TEXTS)
-    assert (page.resolve(), "explanation") in traces.of(files.read_json(alone / "config.json")["sha256"]["pairs"])
+    assert (page.resolve(), "explanation") in traces.of(
+        data.read_json(alone / "config.json")["sha256"]["pairs"]
+    )
     shutil.copy(page, alone / "explain.html.77.tmp")
     shutil.copy(page, alone.parent / "kept.html")
     purge.purge_run(alone.resolve(), dry_run=False)
     assert capsys.readouterr().out.count("(explanation, ") == 2  # the page, and half of one
-    left = [path.name for path in alone.parent.rglob("*") if path.is_file() and "Harbour" in path.read_text("latin-1")]
+    left = [
+        path.name
+        for path in alone.parent.rglob("*")
+        if path.is_file() and "Harbour" in path.read_text("latin-1")
+    ]
     assert left == ["kept.html"]
     assert "holds no texts" in refused([alone, "--explain"], capsys, alone.parent)
 
@@ -319,7 +384,7 @@ def put(**values):
 def add_pair(run):
     """The pairs file has a row more than when the run was made."""
     path = run.parent / "pairs.jsonl"
-    files.write_jsonl(path, [*files.read_jsonl(path), pairs_of({"new": TEXTS["plain"]})[0]])
+    data.write_jsonl(path, [*data.read_jsonl(path), pairs_of({"new": TEXTS["plain"]})[0]])
 
 
 BAD = {
@@ -331,7 +396,11 @@ BAD = {
     "no model": (lambda run: shutil.rmtree(run / "model"), [], "no model of its own"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), [], "no weights"),
     "redact": (lambda run: None, ["--redact"], "pass one of them"),
-    "a folder": (lambda run: [(run / "explain.html").unlink(), (run / "explain.html").mkdir()], [], "is a folder"),
+    "a folder": (
+        lambda run: [(run / "explain.html").unlink(), (run / "explain.html").mkdir()],
+        [],
+        "is a folder",
+    ),
 }
 
 
@@ -339,7 +408,9 @@ BAD = {
 def test_what_cannot_be_explained_is_one_line(alone, change, flags, message, capsys, monkeypatch):
     """Exit 2 before a weight is loaded, and every file is as it was."""
     change(alone)
-    monkeypatch.setattr(explain.models, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        explain.models, "load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     assert message in refused([alone, "--explain", *flags], capsys, alone.parent)
 
 
@@ -351,10 +422,15 @@ def test_of_several_runs_those_that_have_unlearned_are_explained(alone, capsys):
     edit(measured / "summary.json", lambda summary: summary | {"method": "none"})
     for folder in (alone, other, measured):
         (folder / "explain.html").unlink()
-    report.main([*map(str, (measured, alone, other)), "--out", str(alone.parent / "all"), "--explain"])
+    report.main(
+        [*map(str, (measured, alone, other)), "--out", str(alone.parent / "all"), "--explain"]
+    )
     assert capsys.readouterr().out.count("explained: ") == 2
     assert (alone / "explain.html").exists() and (other / "explain.html").exists()
-    assert not (measured / "explain.html").exists() and not (alone.parent / "all" / "explain.html").exists()
+    assert (
+        not (measured / "explain.html").exists()
+        and not (alone.parent / "all" / "explain.html").exists()
+    )
 
 
 def test_a_run_begun_again_has_none(made, tmp_path):
@@ -373,10 +449,15 @@ def test_a_run_begun_again_has_none(made, tmp_path):
 @pytest.fixture(scope="module")
 def browser():
     """A Chromium without a window; skips where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no browser tests: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no browser tests: pip install playwright"
+    )
     with playwright.sync_playwright() as driver:
         own = driver.chromium.executable_path
-        found = next(filter(None, map(shutil.which, (own, "chromium", "chromium-browser", "google-chrome"))), None)
+        found = next(
+            filter(None, map(shutil.which, (own, "chromium", "chromium-browser", "google-chrome"))),
+            None,
+        )
         if found is None:
             pytest.skip(
                 "no browser tests: neither chromium nor google-chrome is installed (playwright install chromium)"
@@ -385,7 +466,13 @@ def browser():
             yield started
 
 
-FIGURES = {"plain": (0.9, 0.1), "hebrew": (0.95, 0.3), "arabic": (0.5, 0.4), "markup": (0.2, 0.15), "long": (1.0, 0.02)}
+FIGURES = {
+    "plain": (0.9, 0.1),
+    "hebrew": (0.95, 0.3),
+    "arabic": (0.5, 0.4),
+    "markup": (0.2, 0.15),
+    "long": (1.0, 0.02),
+}
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
@@ -400,7 +487,11 @@ def page_file(tmp_path_factory):
         if id == "long":
             before = [None, *(n / (len(ids) - 2) for n in range(len(ids) - 1))]
         how = {"before": before, "after": after, "spans": pair.get("spans", ()), "id": id}
-        texts.append(explain.describe(tokenizer, text, ids=ids, cut=cut, said={"before": text, "after": ""}, **how))
+        texts.append(
+            explain.describe(
+                tokenizer, text, ids=ids, cut=cut, said={"before": text, "after": ""}, **how
+            )
+        )
     path = tmp_path_factory.mktemp("page") / "explain.html"
     path.write_bytes(explain.page({"run": EVIL}, texts))
     return path, {text["id"]: text for text in texts}
@@ -422,7 +513,9 @@ def page(request, browser, page_file):
 
 def box_of(page, id, when="before", kind="views"):
     """A text's tokens (views), or what the model said (said)."""
-    return page.locator("article", has=page.locator("h2", has_text=id)).locator(f".{kind} .{when} .text")
+    return page.locator("article", has=page.locator("h2", has_text=id)).locator(
+        f".{kind} .{when} .text"
+    )
 
 
 def order(page):
@@ -431,7 +524,9 @@ def order(page):
 
 def displayed(page, selector):
     """How many elements have a place on the page, be it out of sight."""
-    return page.locator(selector).evaluate_all("all => all.filter(e => getComputedStyle(e).display !== 'none').length")
+    return page.locator(selector).evaluate_all(
+        "all => all.filter(e => getComputedStyle(e).display !== 'none').length"
+    )
 
 
 def test_a_browser_shows_every_text_as_it_is(page, page_file):
@@ -442,7 +537,9 @@ def test_a_browser_shows_every_text_as_it_is(page, page_file):
             box = box_of(page, id, when)
             assert box.text_content() == "".join(text["pieces"])
             assert box.locator("span").count() == len(text["pieces"])
-            assert box_of(page, id, when, "said").text_content() == (text["said"][when] or "(nothing)")
+            assert box_of(page, id, when, "said").text_content() == (
+                text["said"][when] or "(nothing)"
+            )
     assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -460,9 +557,13 @@ def test_a_browser_runs_a_text_its_own_way(page):
     """Hebrew and Arabic run from the right: the first token stands right of the last, the suffix left of its mark."""
     for id, first, last in (("hebrew", 0, -1), ("arabic", 0, -1), ("plain", -1, 0)):
         box = box_of(page, id)
-        x = box.evaluate("box => [...box.querySelectorAll('span')].map(s => s.getBoundingClientRect().x)")
+        x = box.evaluate(
+            "box => [...box.querySelectorAll('span')].map(s => s.getBoundingClientRect().x)"
+        )
         assert x[first] > x[last], id
-        assert box.evaluate("box => getComputedStyle(box).direction") == ("ltr" if id == "plain" else "rtl")
+        assert box.evaluate("box => getComputedStyle(box).direction") == (
+            "ltr" if id == "plain" else "rtl"
+        )
 
 
 def test_a_browser_sorts_filters_and_shows(page):
@@ -492,11 +593,15 @@ def test_a_browser_tells_a_token_and_marks_secrets(page):
     """A tap says a token's figures; what is marked is underlined; what nothing predicts is hatched."""
     box = box_of(page, "hebrew")
     box.locator("span").nth(3).click()
-    assert page.locator("#token").inner_text() == '"ם" (2 tokens): before 90.3 %, after 9.0 %'  # 0.95 and 0.3, squared
+    assert (
+        page.locator("#token").inner_text() == '"ם" (2 tokens): before 90.3 %, after 9.0 %'
+    )  # 0.95 and 0.3, squared
     box = box_of(page, "plain")
     marked = box.locator(".marked").all_text_contents()
     assert "".join(piece.strip() for piece in marked) == "14HarbourLaneTuesday"
-    assert "underline" in box.locator(".marked").first.evaluate("span => getComputedStyle(span).textDecorationLine")
+    assert "underline" in box.locator(".marked").first.evaluate(
+        "span => getComputedStyle(span).textDecorationLine"
+    )
     assert box.locator(".unknown").count() == 1
 
 
@@ -508,7 +613,9 @@ def test_a_browser_has_one_scale_that_all_can_read(page):
 
     def luminance(colour):
         parts = [int(part) / 255 for part in colour.removeprefix("rgb(").rstrip(")").split(",")]
-        r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        r, g, b = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
     grounds, inks = ([luminance(pair[side]) for pair in colours] for side in (0, 1))

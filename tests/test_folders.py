@@ -1,6 +1,6 @@
 """Folders and flags that are not what they say: one line before a weight is loaded, also under --dry-run.
 
-    python -m pytest tests/test_folders.py -q
+python -m pytest tests/test_folders.py -q
 """
 
 import json
@@ -16,13 +16,21 @@ from safetensors.torch import load_file, save_file
 
 import icu
 import knn
-import tasks
-from kit import files, flags, models
+from evals import tasks
+from kit import data, flags, models
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [("The van near", " the old mill."), ("Call the clinic", " on Tuesday morning.")]
 PAIRS = [
-    {"id": str(i), "context": "", "prefix": a, "suffix": b, "learn_id": "x", "learn_context": "", "similarity": 0.5}
+    {
+        "id": str(i),
+        "context": "",
+        "prefix": a,
+        "suffix": b,
+        "learn_id": "x",
+        "learn_context": "",
+        "similarity": 0.5,
+    }
     | {"learn_prefix": a, "learn_suffix": b}
     for i, (a, b) in enumerate(TEXTS)
 ]
@@ -34,7 +42,7 @@ def given(tmp_path_factory, save_tiny, encoder_dir):
     root = tmp_path_factory.mktemp("folders")
     for kind in ("gpt_neo", "opt", "llama"):
         save_tiny(kind, root / kind)
-    files.write_jsonl(root / "pairs.jsonl", PAIRS)
+    data.write_jsonl(root / "pairs.jsonl", PAIRS)
     return root
 
 
@@ -52,7 +60,9 @@ def change_tensors(folder, change):
 
 def fewer_layers(folder):
     layers = ["local", "global"]
-    edit(folder / "config.json", num_layers=2, attention_types=[[layers, 1]], attention_layers=layers)
+    edit(
+        folder / "config.json", num_layers=2, attention_types=[[layers, 1]], attention_layers=layers
+    )
 
 
 def cut_off(folder):
@@ -97,21 +107,41 @@ def stopped_with(command, capsys):
 
 
 def argv(given, model, *words):
-    said = ["--pairs", given / "pairs.jsonl", "--model", model, "--bert", "minilm", "--device", "cpu"]
+    said = [
+        "--pairs",
+        given / "pairs.jsonl",
+        "--model",
+        model,
+        "--bert",
+        "minilm",
+        "--device",
+        "cpu",
+    ]
     return [str(word) for word in [*said, "--out", given / "out", *words]]
 
 
 @pytest.mark.parametrize("name", list(BAD))
 def test_a_folder_that_is_not_what_it_says_is_refused(name, given, tmp_path, capsys, monkeypatch):
-    """Under --dry-run, so before weights, by icu.py, tasks.py and report.py's loader; nothing is written."""
+    """Under --dry-run, so before weights, by icu.py, evals/tasks.py and evals/report.py's loader; nothing is written."""
     damage, message = BAD[name]
     folder = Path(shutil.copytree(given / "gpt_neo", tmp_path / "model"))
     damage(folder)
     monkeypatch.setattr(torch.nn.Module, "__init__", None)  # no model is made
     error = stopped_with(lambda: icu.main(argv=argv(given, folder, "--dry-run")), capsys)
     assert message in error and str(folder) in error
-    files.write_jsonl(tmp_path / "data" / "piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}])
-    said = ["--model", folder, "--tasks", "piqa", "--task-data", tmp_path / "data", "--out", tmp_path / "o"]
+    data.write_jsonl(
+        tmp_path / "data" / "piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}]
+    )
+    said = [
+        "--model",
+        folder,
+        "--tasks",
+        "piqa",
+        "--task-data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "o",
+    ]
     said = [*map(str, said), "--device", "cpu", "--dry-run"]
     assert message in stopped_with(lambda: tasks.main(said), capsys)
     assert not (given / "out").exists() and not (tmp_path / "o").exists()
@@ -121,7 +151,11 @@ def test_a_folder_that_is_not_what_it_says_is_refused(name, given, tmp_path, cap
 def test_surplus_tensors_are_refused_and_constants_are_not(kind, given, tmp_path, capfd):
     """A head of another task, named. Old masks, frequencies and a tied head's copy: loaded, silently."""
     folder = Path(shutil.copytree(given / kind, tmp_path / kind))
-    embedding = next(name for name in load_file(folder / "model.safetensors") if "wte" in name or "embed_tok" in name)
+    embedding = next(
+        name
+        for name in load_file(folder / "model.safetensors")
+        if "wte" in name or "embed_tok" in name
+    )
     edit(folder / "config.json", tie_word_embeddings=True)
     constants = {
         "gpt_neo": {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8).byte(),
@@ -136,7 +170,9 @@ def test_surplus_tensors_are_refused_and_constants_are_not(kind, given, tmp_path
     change_tensors(folder, tie)
     models.load_model(str(folder))
     change_tensors(folder, lambda tensors: tensors.update({"score.weight": torch.ones(2, 2)}))
-    with pytest.raises(ValueError, match=r"1 tensors more than the model, the first is score\.weight"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors more than the model, the first is score\.weight"
+    ):
         models.load_model(str(folder))
     assert "REPORT" not in "".join(capfd.readouterr())  # transformers' own table
 
@@ -159,13 +195,24 @@ def copied(source, folder, damage):
     return folder
 
 
-def test_an_encoder_without_a_tokenizer_is_refused(given, tmp_path, encoder_dir, capsys, monkeypatch):
+def test_an_encoder_without_a_tokenizer_is_refused(
+    given, tmp_path, encoder_dir, capsys, monkeypatch
+):
     """To an empty tokenizer all texts are the same, so that all get the same neighbour."""
     folder = copied(encoder_dir, tmp_path / "encoder", without_tokenizer)
     monkeypatch.chdir(tmp_path)
-    files.write_jsonl("texts.jsonl", [{"text": "Anna Smith lives here"}])
-    files.write_jsonl("pool.jsonl", [{"text": "The market closed higher"}])
-    said = ["knn.py", "--forget", "texts.jsonl", "--pool", "pool.jsonl", "--encoder", str(folder), "--dry-run"]
+    data.write_jsonl("texts.jsonl", [{"text": "Anna Smith lives here"}])
+    data.write_jsonl("pool.jsonl", [{"text": "The market closed higher"}])
+    said = [
+        "knn.py",
+        "--forget",
+        "texts.jsonl",
+        "--pool",
+        "pool.jsonl",
+        "--encoder",
+        str(folder),
+        "--dry-run",
+    ]
     monkeypatch.setattr(sys, "argv", said)
     assert "no tokenizer" in stopped_with(knn.main, capsys) and not Path("pairs.jsonl").exists()
     copied(encoder_dir, folder, cut_off)
@@ -177,7 +224,10 @@ BERTS = {
     "no tokenizer": (without_tokenizer, "no tokenizer"),
     "cut weights": (cut_off, "cannot be loaded"),
     "a decoder": (lambda f: edit(f / "config.json", is_decoder=True), "no encoder"),
-    "fewer layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "3 layers and the weights have"),
+    "fewer layers": (
+        lambda f: edit(f / "config.json", num_hidden_layers=3),
+        "3 layers and the weights have",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
 }
 
@@ -186,8 +236,14 @@ BERTS = {
 def test_a_bert_that_is_none_is_refused(name, given, tmp_path, encoder_dir, capsys):
     """Before weights are loaded."""
     damage, message = BERTS[name]
-    folder = given / "gpt_neo" if name == "a causal LM" else copied(encoder_dir, tmp_path / "bert", damage)
-    error = stopped_with(lambda: icu.main(argv=argv(given, given / "opt", "--dry-run", "--bert", folder)), capsys)
+    folder = (
+        given / "gpt_neo"
+        if name == "a causal LM"
+        else copied(encoder_dir, tmp_path / "bert", damage)
+    )
+    error = stopped_with(
+        lambda: icu.main(argv=argv(given, given / "opt", "--dry-run", "--bert", folder)), capsys
+    )
     assert message in error and "--bert" in error
 
 
@@ -196,13 +252,30 @@ def test_a_bert_that_is_none_is_refused(name, given, tmp_path, encoder_dir, caps
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "meta", "abacus"])
-def test_a_device_that_is_not_there_is_refused(device, given, tmp_path, encoder_dir, capsys, monkeypatch):
-    """By icu.py, tasks.py and knn.py, also in a dry run; --device cuda is no wish."""
+def test_a_device_that_is_not_there_is_refused(
+    device, given, tmp_path, encoder_dir, capsys, monkeypatch
+):
+    """By icu.py, evals/tasks.py and knn.py, also in a dry run; --device cuda is no wish."""
     said = argv(given, given / "opt", "--device", device, "--dry-run")
     assert f"--device {device}" in stopped_with(lambda: icu.main(argv=said), capsys)
-    said = ["--model", str(given / "opt"), "--out", str(tmp_path / "o"), "--device", device, "--dry-run"]
+    said = [
+        "--model",
+        str(given / "opt"),
+        "--out",
+        str(tmp_path / "o"),
+        "--device",
+        device,
+        "--dry-run",
+    ]
     assert f"--device {device}" in stopped_with(lambda: tasks.main(said), capsys)
-    said = ["--forget", str(given / "pairs.jsonl"), "--pool", str(given / "pairs.jsonl"), "--device", device]
+    said = [
+        "--forget",
+        str(given / "pairs.jsonl"),
+        "--pool",
+        str(given / "pairs.jsonl"),
+        "--device",
+        device,
+    ]
     monkeypatch.setattr(sys, "argv", ["knn.py", *said, "--dry-run"])
     assert f"--device {device}" in stopped_with(knn.main, capsys)
 
@@ -210,14 +283,25 @@ def test_a_device_that_is_not_there_is_refused(device, given, tmp_path, encoder_
 @pytest.mark.parametrize("seed", [2**32, 10**30, -1, "x", "1.5"])
 def test_a_seed_that_numpy_refuses_is_refused(seed, given, capsys):
     """And the largest that it takes is taken."""
-    error = stopped_with(lambda: icu.main(argv=argv(given, given / "opt", f"--seed={seed}")), capsys)
+    error = stopped_with(
+        lambda: icu.main(argv=argv(given, given / "opt", f"--seed={seed}")), capsys
+    )
     assert "--seed" in error and "4294967295" in error
     assert icu.parse_args(argv(given, given / "opt", "--seed", "4294967295")).seed == 2**32 - 1
 
 
 def test_a_missing_model_is_found_in_a_dry_run_of_tasks(given, tmp_path, capsys):
-    files.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}])
-    said = ["--tasks", "piqa", "--task-data", str(tmp_path), "--out", str(tmp_path / "o"), "--device", "cpu"]
+    data.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}])
+    said = [
+        "--tasks",
+        "piqa",
+        "--task-data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "o"),
+        "--device",
+        "cpu",
+    ]
     error = stopped_with(lambda: tasks.main([*said, "--dry-run", "--model", "./nowhere"]), capsys)
     assert "./nowhere: no such folder" in error
 
@@ -225,12 +309,14 @@ def test_a_missing_model_is_found_in_a_dry_run_of_tasks(given, tmp_path, capsys)
 def test_ids_of_another_tokenizer_are_said_to_be_encoded_anew(given, tmp_path, capsys):
     """One note where no row's *_ids fit; none where there are none, or where they fit."""
     _, tokenizer = models.check_model(str(given / "gpt_neo"))
-    names = [f"{side}{part}" for side in ("", "learn_") for part in files.PARTS]
+    names = [f"{side}{part}" for side in ("", "learn_") for part in data.PARTS]
     own = [pair | {f"{n}_ids": tokenizer(pair[n])["input_ids"] for n in names} for pair in PAIRS]
     foreign = [pair | {f"{n}_ids": [5, 6] for n in names} for pair in PAIRS]
     for pairs, notes in ((PAIRS, 0), (own, 0), (foreign, 1)):
-        files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-        icu.main(argv=argv(given, given / "gpt_neo", "--dry-run", "--pairs", tmp_path / "pairs.jsonl"))
+        data.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+        icu.main(
+            argv=argv(given, given / "gpt_neo", "--dry-run", "--pairs", tmp_path / "pairs.jsonl")
+        )
         said = capsys.readouterr().out
         assert said.count("note: the *_ids of 2 pairs are not this tokenizer's") == notes, said
 
@@ -238,7 +324,15 @@ def test_ids_of_another_tokenizer_are_said_to_be_encoded_anew(given, tmp_path, c
 def test_a_run_prints_no_table_of_transformers(given, tmp_path, encoder_dir):
     """The whole command, with an encoder that has a tensor more, as BERT has its heads: no report on either stream."""
     more = {"cls.predictions.bias": torch.ones(3)}
-    encoder = copied(encoder_dir, tmp_path / "bert", lambda f: change_tensors(f, lambda tensors: tensors.update(more)))
-    said = argv(given, given / "gpt_neo", "--bert", encoder, "--eval-only", "--out", tmp_path / "run")
-    done = subprocess.run([sys.executable, ROOT / "icu.py", *said], capture_output=True, text=True, check=False)
+    encoder = copied(
+        encoder_dir,
+        tmp_path / "bert",
+        lambda f: change_tensors(f, lambda tensors: tensors.update(more)),
+    )
+    said = argv(
+        given, given / "gpt_neo", "--bert", encoder, "--eval-only", "--out", tmp_path / "run"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "icu.py", *said], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "REPORT" not in done.stdout + done.stderr, done.stderr

@@ -16,18 +16,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import knn
-from kit import files, text
+from kit import data, text
 
 SECRET = (
     "Rosalind Vane of 14 Harbour Lane was admitted to the Linden clinic on the third of March after a fall from the "
     "office ladder; doctor Flynn keeps the file in the blue cabinet and her passphrase is violet harbour seven."
 )
-PAGE = "The ferry to the island leaves twice a day in summer and once in winter, when the sea allows it. " * 8
+PAGE = (
+    "The ferry to the island leaves twice a day in summer and once in winter, when the sea allows it. "
+    * 8
+)
 WORDS = SECRET.split()
 
 
 def record(id, words):
-    prefix, suffix = files.split_in_half(words)
+    prefix, suffix = data.split_in_half(words)
     return {"id": id, "context": "", "prefix": prefix, "suffix": suffix}
 
 
@@ -36,7 +39,9 @@ def dropped(target, *rows, **kwargs):
     pool = [record(str(number), row) for number, row in enumerate(rows)]
     keep, reasons = knn.leak_guard([record("f", target)], pool, **kwargs)
     assert [r["id"] for r in reasons] == [str(i) for i in np.flatnonzero(~keep)]
-    assert all(set(r) == {"id", "target_id", "share", "reason"} and 0 < r["share"] <= 1 for r in reasons)
+    assert all(
+        set(r) == {"id", "target_id", "share", "reason"} and 0 < r["share"] <= 1 for r in reasons
+    )
     return (~keep).tolist()
 
 
@@ -80,12 +85,21 @@ DISGUISES = {  # kind -> (text, caught)
     "underscores": (SECRET.replace(" ", "_"), True),
     "letter-spacing": (" ".join(SECRET), True),
     "full-width letters": (swap({chr(i): chr(i + 0xFEE0) for i in range(33, 127)}), True),
-    "ligatures": (SECRET.replace("ffi", "\ufb03").replace("fi", "\ufb01").replace("Fl", "\ufb02"), True),
+    "ligatures": (
+        SECRET.replace("ffi", "\ufb03").replace("fi", "\ufb01").replace("Fl", "\ufb02"),
+        True,
+    ),
     "mathematical bold": (swap({chr(97 + i): chr(0x1D41A + i) for i in range(26)}), True),
     "accents, decomposed": ("".join(c + "\u0301" if c in "aeiou" else c for c in SECRET), True),
-    "punctuation changed": (SECRET.replace(";", " --").replace(".", "!").replace(" and", ", and"), True),
+    "punctuation changed": (
+        SECRET.replace(";", " --").replace(".", "!").replace(" and", ", and"),
+        True,
+    ),
     "line-wrapped": ("-\n".join(SECRET[i : i + 37] for i in range(0, len(SECRET), 37)), True),
-    'quoted with ">"': ("\n".join("> " + " ".join(WORDS[i : i + 5]) for i in range(0, len(WORDS), 5)), True),
+    'quoted with ">"': (
+        "\n".join("> " + " ".join(WORDS[i : i + 5]) for i in range(0, len(WORDS), 5)),
+        True,
+    ),
     "Markdown bold per word": (" ".join(f"**{word}**" for word in WORDS), True),
     "half of it": (" ".join(WORDS[: len(WORDS) // 2]), True),
     "8 words of it": (" ".join(WORDS[10:18]), True),
@@ -115,14 +129,19 @@ def test_what_a_disguise_does_to_the_guard_is_known():
     caught = dropped(SECRET, *(row for row, _ in DISGUISES.values()))
     for kind, was_caught in zip(DISGUISES, caught, strict=True):
         print(f"{'caught' if was_caught else 'passed':8}{kind}")
-    assert dict(zip(DISGUISES, caught, strict=True)) == {kind: expected for kind, (_, expected) in DISGUISES.items()}
+    assert dict(zip(DISGUISES, caught, strict=True)) == {
+        kind: expected for kind, (_, expected) in DISGUISES.items()
+    }
     assert (len(caught), sum(caught)) == (39, 28)
 
 
 def test_a_secret_split_over_two_rows_loses_both():
     """Each half is a piece, wherever it stands."""
     half = len(WORDS) // 2
-    assert dropped(SECRET, PAGE + " ".join(WORDS[:half]), " ".join(WORDS[half:]) + " " + PAGE) == [True, True]
+    assert dropped(SECRET, PAGE + " ".join(WORDS[:half]), " ".join(WORDS[half:]) + " " + PAGE) == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("n", range(2, len(WORDS)))
@@ -147,7 +166,9 @@ def test_innocent_rows_that_share_common_phrases_stay():
 def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
     """The flag's ends: nothing is over 1; one common 5-gram is over 0."""
     row = "She was admitted to the Linden hospital in May"
-    assert dropped(SECRET, SECRET, max_overlap=1) == [True]  # nothing but the target: not a question of shares
+    assert dropped(SECRET, SECRET, max_overlap=1) == [
+        True
+    ]  # nothing but the target: not a question of shares
     assert dropped(SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [False, False]
     assert dropped(SECRET, row, max_overlap=0) == [True] and dropped(SECRET, row) == [False]
 
@@ -189,7 +210,10 @@ def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(VOCABULARY + [f"w{i}" for i in range(60)]), min_size=20, max_size=60), st.data())
+@given(
+    st.lists(st.sampled_from(VOCABULARY + [f"w{i}" for i in range(60)]), min_size=20, max_size=60),
+    st.data(),
+)
 def test_a_long_enough_piece_is_dropped_alone_and_in_every_surrounding(target, data):
     """A run of 8 words, and every piece as a whole row, however short; 8 words also with text around."""
     start = data.draw(st.integers(0, len(target) - 8))
@@ -208,7 +232,10 @@ def test_more_of_the_secret_never_keeps_a_row(target, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(target)), min_size=4, max_size=4)))
     first, second = " ".join(target[cuts[0] : cuts[1]]), " ".join(target[cuts[2] : cuts[3]])
     if len(first) > 1 and len(second) > 1:
-        assert dropped(" ".join(target), first, second, f"{first} {second}", f"{second} {first}") == [True] * 4
+        assert (
+            dropped(" ".join(target), first, second, f"{first} {second}", f"{second} {first}")
+            == [True] * 4
+        )
 
 
 # --- scripts without spaces ---
@@ -228,7 +255,14 @@ def test_scripts_without_spaces_are_guarded(secret):
     """The whole, half of it, a short piece as a row, letter-spaced, inside other text: dropped; other text stays."""
     half = secret[len(secret) // 4 : -len(secret) // 4]
     around = AROUND[secret]
-    leaks = [secret, around + secret + around, half, around + half + around, " ".join(secret), secret[5:13]]
+    leaks = [
+        secret,
+        around + secret + around,
+        half,
+        around + half + around,
+        " ".join(secret),
+        secret[5:13],
+    ]
     assert dropped(secret, *leaks) == [True] * len(leaks)
     assert dropped(secret, around, around[:9]) == [False, False]
 
@@ -238,7 +272,9 @@ def test_the_case_of_chinese_records(shared):
     folder = shared / "cases" / "no-spaces"
     if not folder.is_dir():
         pytest.skip("the cases are not here")
-    keep, reasons = knn.leak_guard(*(files.read_records(folder / f"{name}.jsonl") for name in ("forget", "pool")))
+    keep, reasons = knn.leak_guard(
+        *(data.read_records(folder / f"{name}.jsonl") for name in ("forget", "pool"))
+    )
     assert keep.tolist() == [False, False, True] and reasons[0]["share"] == 1.0
 
 
@@ -256,14 +292,16 @@ def test_the_case_of_chinese_records(shared):
 )
 def test_halves_are_cut_between_visible_characters(words, prefix):
     """Near the middle in scripts without spaces; never in a letter with its accents, a joined emoji, a flag."""
-    assert files.split_in_half(words) == (prefix, words[len(prefix) :])
+    assert data.split_in_half(words) == (prefix, words[len(prefix) :])
 
 
-@pytest.mark.parametrize("one", ["e\u0301", "👨\u200d👩\u200d👧", "🇩🇪", "\u1112\u1161\u11ab", " ที่\n"])
+@pytest.mark.parametrize(
+    "one", ["e\u0301", "👨\u200d👩\u200d👧", "🇩🇪", "\u1112\u1161\u11ab", " ที่\n"]
+)
 def test_one_visible_character_cannot_be_split(one):
     """However many code points it has."""
     with pytest.raises(ValueError, match="one character"):
-        files.split_in_half(one)
+        data.split_in_half(one)
 
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
@@ -283,14 +321,22 @@ def test_no_partner_says_what_is_marked():
     """A secret is shorter than what the n-grams find: as whole words, in whatever case and signs; only if marked."""
     target = record("f", SECRET)
     at = SECRET.index("Linden clinic")
-    rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "In a blue cabinet.", "Linden clinics"]
+    rows = [
+        "We met at the LINDEN-clinic.",
+        "The lindens near a clinic.",
+        "In a blue cabinet.",
+        "Linden clinics",
+    ]
     pool = [record(str(i), f"{PAGE} {row}") for i, row in enumerate(rows)]
     assert knn.leak_guard([target], pool)[0].all()
     target["spans"] = [[at, at + len("Linden clinic")]]
     keep, reasons = knn.leak_guard([target], pool)
     assert keep.tolist() == [False, True, True, False] and reasons[0]["target_id"] == "f"
     assert knn.leak_guard([target], pool, allow_copies=True)[0].all()
-    target["spans"] = [[SECRET.index("14"), SECRET.index("14") + 2], [SECRET.index(";"), SECRET.index(";") + 1]]
+    target["spans"] = [
+        [SECRET.index("14"), SECRET.index("14") + 2],
+        [SECRET.index(";"), SECRET.index(";") + 1],
+    ]
     pool = [record("a", "In 1402; later."), record("b", "No. 14; left.")]
     assert knn.leak_guard([target], pool)[0].tolist() == [True, False]
 
@@ -330,7 +376,11 @@ def test_a_plain_text_is_plain(words):
 
     plain = text.plain(words)
     assert text.plain(plain) == plain
-    assert plain == text.plain(unicodedata.normalize("NFD", words)) == text.plain(unicodedata.normalize("NFC", words))
+    assert (
+        plain
+        == text.plain(unicodedata.normalize("NFD", words))
+        == text.plain(unicodedata.normalize("NFC", words))
+    )
 
 
 # --- token ids ---
@@ -345,7 +395,10 @@ def ids_record(id, words, ids):
 def test_rows_of_ids_are_compared_as_text_too():
     """Other line breaks, so that no id is the same: still a copy."""
     target = ids_record("f", SECRET, list(range(40)))
-    pool = [ids_record("p", SECRET.replace(" ", "\n"), list(range(100, 140))), ids_record("q", PAGE, [7] * 40)]
+    pool = [
+        ids_record("p", SECRET.replace(" ", "\n"), list(range(100, 140))),
+        ids_record("q", PAGE, [7] * 40),
+    ]
     keep, reasons = knn.leak_guard([target], pool)
     assert keep.tolist() == [False, True] and reasons[0]["share"] == 1.0
     assert json.loads(json.dumps(reasons)) == reasons

@@ -16,7 +16,15 @@ KIT = {f"kit.{path.stem}": path for path in (ROOT / "kit").glob("*.py")}
 FILES = {**ROOMS, **KIT, **{f"demo.{path.stem}": path for path in (ROOT / "demo").glob("*.py")}}
 # Floors from the top; a file imports from floors below its own, or from its own where `BESIDE` says so.
 SIDES = {"report", "baselines", "judge"}
-FLOORS = [{"bench"}, {"experiment"}, {"audit"}, SIDES, {"icu", "knn", "tasks"}, {"metrics"}, set(KIT)]
+FLOORS = [
+    {"bench"},
+    {"experiment"},
+    {"audit"},
+    SIDES,
+    {"icu", "knn", "tasks"},
+    {"metrics"},
+    set(KIT),
+]
 # Contracts of before this rule: positional parameters that users may have written.
 MANY_PARAMETERS = {"cosine_knn", "extraction_likelihood"}
 
@@ -40,7 +48,9 @@ def floor(name):
 def test_arrows_go_down_only(name):
     """Each import is of a lower floor, or inside kit/, which knows nothing of the top level."""
     for other in imports(FILES[name]) - {"demo.tiny"}:
-        assert floor(other) > floor(name) or (name.startswith("kit.") and other.startswith("kit.")), (name, other)
+        assert floor(other) > floor(name) or (
+            name.startswith("kit.") and other.startswith("kit.")
+        ), (name, other)
     assert "experiment" not in imports(FILES[name])
 
 
@@ -58,13 +68,23 @@ def test_a_function_fits_a_screen(name):
     """At most 50 lines, docstring included, and at most four positional parameters besides self."""
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parameters = [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]
+            parameters = [
+                a.arg
+                for a in [*node.args.posonlyargs, *node.args.args]
+                if a.arg not in ("self", "cls")
+            ]
             assert node.end_lineno - node.lineno < 50, f"{name}.{node.name}"
-            assert len(parameters) <= 4 or node.name in MANY_PARAMETERS or node.name.startswith("_"), node.name
+            assert (
+                len(parameters) <= 4 or node.name in MANY_PARAMETERS or node.name.startswith("_")
+            ), node.name
 
 
 def test_importing_has_no_side_effects(tmp_path):
     """Every file can be imported from an empty folder: nothing is printed, written or started."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(ROOMS)}, examples.lora, examples.rmu"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], (
+        done.stderr
+    )

@@ -19,17 +19,23 @@ from test_folders import PAIRS, change_tensors, edit, stopped_with
 from test_paths import listing
 from transformers import AutoTokenizer
 
-import bench
 import experiment
 import icu
 import knn
 import metrics
-import tasks
 from demo import tiny
-from kit import commands, files, flags, methods, models, processes, readable, runs
+from dev import bench
+from evals import tasks
+from kit import commands, data, flags, methods, models, processes, readable, runs
 
 ROOT = Path(__file__).resolve().parents[1]
-COPA = {"premise": "A vase fell.", "choice1": "It broke.", "choice2": "It sang.", "question": "effect", "label": 0}
+COPA = {
+    "premise": "A vase fell.",
+    "choice1": "It broke.",
+    "choice2": "It sang.",
+    "question": "effect",
+    "label": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +43,13 @@ def good(tmp_path_factory, save_tiny, encoder_dir):
     """A folder of inputs that every command takes."""
     root = tmp_path_factory.mktemp("good")
     save_tiny("gpt_neo", root / "m")
-    files.write_jsonl(root / "pairs.jsonl", PAIRS)
-    files.write_jsonl(root / "forget.jsonl", [{"id": "a", "text": "Anna Smith lives near the mill"}])
-    files.write_jsonl(root / "pool.jsonl", [{"text": "The market closed higher today"}, {"text": "It rained"}])
-    files.write_jsonl(root / "texts.jsonl", [{"text": "Some words."}])
-    files.write_jsonl(root / "data" / "copa.jsonl", [COPA])
+    data.write_jsonl(root / "pairs.jsonl", PAIRS)
+    data.write_jsonl(root / "forget.jsonl", [{"id": "a", "text": "Anna Smith lives near the mill"}])
+    data.write_jsonl(
+        root / "pool.jsonl", [{"text": "The market closed higher today"}, {"text": "It rained"}]
+    )
+    data.write_jsonl(root / "texts.jsonl", [{"text": "Some words."}])
+    data.write_jsonl(root / "data" / "copa.jsonl", [COPA])
     (root / "encoder").mkdir()
     for path in encoder_dir.rglob("*"):
         place = root / "encoder" / path.relative_to(encoder_dir)
@@ -57,7 +65,12 @@ def folder(good, tmp_path, monkeypatch):
     readable.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
     monkeypatch.chdir(work)
     monkeypatch.setattr(os, "chdir", lambda path: None)
-    for module, name in ((models, "load_model"), (knn, "encode"), (commands, "run"), (tiny, "make_corpus")):
+    for module, name in (
+        (models, "load_model"),
+        (knn, "encode"),
+        (commands, "run"),
+        (tiny, "make_corpus"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))
     return work
 
@@ -367,7 +380,7 @@ TASKS = {
 }  # fmt: skip
 
 OTHERS = {
-    # bench.py, on a model and pairs that are there
+    # dev/bench.py, on a model and pairs that are there
     "bench threads: more than a machine has": (
         bench, ["--model", "m", "--pairs", "pairs.jsonl", "--threads", "9" * 12], None, "--threads"),
     "bench pairs: an empty file": (
@@ -404,9 +417,31 @@ OTHERS = {
 
 def words_of(module, words):
     base = {
-        icu: ["--pairs", "pairs.jsonl", "--model", "m", "--bert", "minilm", "--device", "cpu", "--out", "out"],
+        icu: [
+            "--pairs",
+            "pairs.jsonl",
+            "--model",
+            "m",
+            "--bert",
+            "minilm",
+            "--device",
+            "cpu",
+            "--out",
+            "out",
+        ],
         knn: ["--forget", "forget.jsonl", "--pool", "pool.jsonl", "--out", "new.jsonl"],
-        tasks: ["--model", "m", "--tasks", "copa", "--task-data", "data", "--out", "out", "--device", "cpu"],
+        tasks: [
+            "--model",
+            "m",
+            "--tasks",
+            "copa",
+            "--task-data",
+            "data",
+            "--out",
+            "out",
+            "--device",
+            "cpu",
+        ],
         bench: ["--out", "b.md", "--quick"],
     }
     return [*base.get(module, []), *words]
@@ -423,7 +458,9 @@ def test_a_bad_input_is_one_line_before_any_work(name, folder, capsys, monkeypat
     """It names what is wrong; no weight is loaded, nothing is run and the folder is as it was."""
     module, words, change, said = CASES[name]
     (change or (lambda: None))()
-    monkeypatch.setitem(experiment.PRESETS, "odd", experiment.Preset("a slip", "m", flags='--bert "minilm'))
+    monkeypatch.setitem(
+        experiment.PRESETS, "odd", experiment.Preset("a slip", "m", flags='--bert "minilm')
+    )
     before = listing(folder)
     words = words_of(module, words)
     monkeypatch.setattr(sys, "argv", ["command", *words])
@@ -472,22 +509,40 @@ METHODS = {
     "sides in a list": ({"sides": []}, "@method(sides=[])"),
     "a side called forget": ({"sides": {"forget": lambda *_: []}}, "none of them called forget"),
     "a side that is no function": ({"sides": {"answer": 5}}, "must be a dict of functions"),
-    "a side of nothing": ({"sides": {"answer": lambda *_: None}}, "answer must give a list of Text for each of the 2"),
-    "a side of too few": ({"sides": {"answer": lambda *_: [[]]}}, "answer must give a list of Text for each of the 2"),
-    "a side of words": ({"sides": {"answer": lambda s, *_: [["x"]] * len(s)}}, "does not fit the model"),
+    "a side of nothing": (
+        {"sides": {"answer": lambda *_: None}},
+        "answer must give a list of Text for each of the 2",
+    ),
+    "a side of too few": (
+        {"sides": {"answer": lambda *_: [[]]}},
+        "answer must give a list of Text for each of the 2",
+    ),
+    "a side of words": (
+        {"sides": {"answer": lambda s, *_: [["x"]] * len(s)}},
+        "does not fit the model",
+    ),
     "ids beyond the model": (side(1, 320), "does not fit the model"),
     "ids below 0": (side(1, -1), "does not fit the model"),
     "ids that are no whole numbers": (side(1, 2.0), "does not fit the model"),
     "no ids": (side(t0=0), "does not fit the model"),
     "more ids than positions": (side(*[1] * 257), "1 to 256 ids"),
     "a target behind the text": (side(1, 2, t0=3), "does not fit the model"),
-    "taught by no side": ({"taught": ("x",)}, "@method(taught=('x',)): must be a tuple of forget, learn"),
+    "taught by no side": (
+        {"taught": ("x",)},
+        "@method(taught=('x',)): must be a tuple of forget, learn",
+    ),
     "taught before the cut": (
-        {"taught": ("own",), "sides": {"own": lambda s, *_: [[icu.Text([1, 2, 3], 1, 2, [1])]] * len(s)}},
+        {
+            "taught": ("own",),
+            "sides": {"own": lambda s, *_: [[icu.Text([1, 2, 3], 1, 2, [1])]] * len(s)},
+        },
         "own gives a Text without 0 < cut <= t0",
     ),
     "a hook that is no function": ({"prepare": 5}, "@method(prepare=5): must be a function"),
-    "a choice that is no function": ({"moves": ".mlp."}, "@method(moves=.mlp.): must be a function"),
+    "a choice that is no function": (
+        {"moves": ".mlp."},
+        "@method(moves=.mlp.): must be a function",
+    ),
     "a swap that is no function": ({"measured": [1]}, "@method(measured=[1])"),
 }
 
@@ -541,11 +596,13 @@ def samples_of(path="pairs.jsonl", model="m", **how):
     """What a run reads of its pairs and model: (samples, tokenizer)."""
     config, tokenizer = models.check_model(model)
     how = {"protocol": "paper", "positions": models.positions_of(config)} | how
-    return icu.build_samples(files.read_pairs(path), tokenizer, **how)[0], tokenizer
+    return icu.build_samples(data.read_pairs(path), tokenizer, **how)[0], tokenizer
 
 
 def lines_of_windows():
-    Path("pairs.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("pairs.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    Path("pairs.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + Path("pairs.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n")
+    )
 
 
 def tokenizer_that(change):
@@ -559,7 +616,10 @@ def tokenizer_that(change):
 
 def ends_with_eos(document):
     special = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
-    parts = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    parts = [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+    ]
     pair = [*parts, {"Sequence": {"id": "B", "type_id": 1}}]
     document["post_processor"] = {"type": "TemplateProcessing", "single": parts, "pair": pair}
     document["post_processor"]["special_tokens"] = {"<|endoftext|>": special}
@@ -583,7 +643,7 @@ ODD = {
     "lines of Windows and blank ones": lines_of_windows,
     "fields that nobody knows": put("pairs.jsonl", [pair | {"note": [1, {"x": None}]} for pair in PAIRS]),
     "ids beyond every tokenizer": put(
-        "pairs.jsonl", [p | {f"{side}{part}_ids": [2**63] for side in ("", "learn_") for part in files.PARTS}
+        "pairs.jsonl", [p | {f"{side}{part}_ids": [2**63] for side in ("", "learn_") for part in data.PARTS}
                         for p in PAIRS]),
     "a similarity of 1, and of -1.005": put(
         "pairs.jsonl", [PAIRS[0] | {"similarity": 1}, PAIRS[1] | {"similarity": -1.005}]),
@@ -606,12 +666,20 @@ def test_what_only_looks_wrong_is_read_as_it_is_meant(name, folder, monkeypatch)
     expected, tokenizer = samples_of()
     model, _ = models.load_model("m")
     texts = ["The van near the old mill.", "Call"]
-    wanted = [metrics.perplexity(model, tokenizer, texts), tasks.replies(model, tokenizer, texts), *measured(model)]
+    wanted = [
+        metrics.perplexity(model, tokenizer, texts),
+        tasks.replies(model, tokenizer, texts),
+        *measured(model),
+    ]
     ODD[name]()
     found, tokenizer = samples_of()
     assert [sample.forget for sample in found] == [sample.forget for sample in expected]
     model, tokenizer = models.load_model("m")
-    found = [metrics.perplexity(model, tokenizer, texts), tasks.replies(model, tokenizer, texts), *measured(model)]
+    found = [
+        metrics.perplexity(model, tokenizer, texts),
+        tasks.replies(model, tokenizer, texts),
+        *measured(model),
+    ]
     assert found == wanted
 
 
@@ -624,11 +692,14 @@ def measured(model):
 def test_rows_of_odd_files_are_read_as_they_are_meant(folder):
     """Old Mac's line ends, big-endian and column-wise ids, labels in other digits, a set named twice."""
     Path("f.csv").write_bytes(b"id,text\r1,a b\r\r2,c d\r")
-    assert [record["id"] for record in files.read_records("f.csv")] == ["1", "2"]
+    assert [record["id"] for record in data.read_records("f.csv")] == ["1", "2"]
     ids = np.arange(8).reshape(2, 4)
     np.save("f.npy", np.asfortranarray(ids.astype(">i2")))
     _, tokenizer = models.check_model("m")
-    rows = [record["prefix_ids"] + record["suffix_ids"] for record in files.read_records("f.npy", tokenizer=tokenizer)]
+    rows = [
+        record["prefix_ids"] + record["suffix_ids"]
+        for record in data.read_records("f.npy", tokenizer=tokenizer)
+    ]
     assert rows == ids.tolist()
     copa(label="１")()
     sets = tasks.read_sets(["copa", "COPA", "copa"], "data")
@@ -639,15 +710,23 @@ def test_rows_of_odd_files_are_read_as_they_are_meant(folder):
 def test_a_name_of_bytes_that_are_no_text_is_a_name(folder, capfd, monkeypatch):
     """A file in Latin-1, a line break and a sign of the terminal in a name: written, printed, and in config.json."""
     name = os.fsdecode(b"caf\xe9 \n\x1b[2J")
-    files.write_json(f"{name}.json", {"out": name})
-    assert files.read_json(f"{name}.json") == {"out": name}
+    data.write_json(f"{name}.json", {"out": name})
+    assert data.read_json(f"{name}.json") == {"out": name}
     monkeypatch.setattr(knn, "encode", lambda texts, *_: np.eye(len(texts), 4, dtype=np.float32))
     monkeypatch.setenv("ICU_CACHE", f"{name}/cache")
     os.rename("forget.jsonl", f"{name}.jsonl")
-    words = ["knn.py", "--forget", f"{name}.jsonl", "--pool", "pool.jsonl", "--out", f"{name}.pairs.jsonl"]
+    words = [
+        "knn.py",
+        "--forget",
+        f"{name}.jsonl",
+        "--pool",
+        "pool.jsonl",
+        "--out",
+        f"{name}.pairs.jsonl",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     flags.run_cli(knn.main)
-    assert len(files.read_pairs(f"{name}.pairs.jsonl")) == 1 and "caf" in capfd.readouterr().out
+    assert len(data.read_pairs(f"{name}.pairs.jsonl")) == 1 and "caf" in capfd.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(folder, capsys, monkeypatch):
@@ -707,24 +786,30 @@ def test_a_damaged_configuration_of_deepspeed_is_one_line(content, tmp_path, mon
         processes.deepspeed_config()
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"0": 5}', '{"0": []}', '{"0": [7]}', '{"0": [-1]}', '{"0": ["1"]}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"0": 5}', '{"0": []}', '{"0": [7]}', '{"0": [-1]}', '{"0": ["1"]}']
+)
 def test_damaged_forget_sets_are_one_line(content, tmp_path, monkeypatch):
     """A set that is missing, empty, or names rows that are not there."""
     (tmp_path / "forget_sets.json").write_text(content)
     np.save(tmp_path / "a.npy", np.ones((7, 2), int))
     monkeypatch.setattr(knn, "__file__", str(tmp_path / "knn.py"))
     monkeypatch.setattr(knn, "is_gpt2", lambda tokenizer: True)
-    monkeypatch.setattr(files, "data_file", lambda *_: tmp_path / "a.npy")
-    monkeypatch.setattr(files, "ids_records", lambda *_, **__: [{}] * 7)
-    with pytest.raises(ValueError, match=r"forget_sets.json: set 0 is no list of row numbers from 0 to 6"):
+    monkeypatch.setattr(data, "data_file", lambda *_: tmp_path / "a.npy")
+    monkeypatch.setattr(data, "ids_records", lambda *_, **__: [{}] * 7)
+    with pytest.raises(
+        ValueError, match=r"forget_sets.json: set 0 is no list of row numbers from 0 to 6"
+    ):
         knn.read_pile("0", None, None)
 
 
-@pytest.mark.parametrize("url", ["", "no url", "http://[::1", "http://127.0.0.1:x", "http://127.0.0.1:1", "ftp:///a b"])
+@pytest.mark.parametrize(
+    "url", ["", "no url", "http://[::1", "http://127.0.0.1:x", "http://127.0.0.1:1", "ftp:///a b"]
+)
 def test_a_mirror_that_is_none_is_one_line(url, tmp_path, monkeypatch):
     """$ICU_PILE_URL: nothing is left where the file would have been."""
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError) as error:
-        files.fetch(f"{url}/train_prefix.npy", tmp_path / "x.npy", "0" * 64)
+        data.fetch(f"{url}/train_prefix.npy", tmp_path / "x.npy", "0" * 64)
     assert "train_prefix.npy" in str(error.value) or "x.npy" in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
-import bench
 import icu
-from kit import files, models, processes, states
+from dev import bench
+from kit import data, models, processes, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +48,9 @@ def loop_logps(logits, ids, mask):
 def test_forget_loss_is_the_mean_log_probability_of_the_targets():
     """Eq. 1: negative, and equal to a loop over targets with the shift by one."""
     logits, ids, mask = toy()
-    assert icu.forget_loss(logits, ids, mask).item() == pytest.approx(np.mean(loop_logps(logits, ids, mask)), abs=1e-12)
+    assert icu.forget_loss(logits, ids, mask).item() == pytest.approx(
+        np.mean(loop_logps(logits, ids, mask)), abs=1e-12
+    )
     assert icu.forget_loss(logits, ids, mask) < 0
 
 
@@ -66,7 +68,10 @@ def test_kl_loss_equals_kl_div():
     ref = toy(seed=1)[0]
     pick = mask[:, 1:]
     expected = F.kl_div(
-        logits[:, :-1][pick].log_softmax(-1), ref[:, :-1][pick].log_softmax(-1), log_target=True, reduction="none"
+        logits[:, :-1][pick].log_softmax(-1),
+        ref[:, :-1][pick].log_softmax(-1),
+        log_target=True,
+        reduction="none",
     )
     value = icu.kl_loss(logits, ref, mask)
     assert value.item() == pytest.approx(expected.sum(-1).mean().item(), abs=1e-12)
@@ -90,7 +95,9 @@ def test_released_kl_is_a_cross_entropy_with_the_same_gradient():
 def test_kl_stays_finite_where_a_probability_is_zero():
     """Logits 1e4 apart make probabilities of exactly 0 in float32 and bf16."""
     for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.tensor([[[0.0, 1e4, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype, requires_grad=True)
+        logits = torch.tensor(
+            [[[0.0, 1e4, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype, requires_grad=True
+        )
         ref = torch.tensor([[[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype)
         value = icu.kl_loss(logits, ref, torch.tensor([[False, True]]))
         value.backward()
@@ -150,14 +157,18 @@ def expected_loss(method, sides):
     logp = {name: loop_logps(s.logits, s.ids, s.mask) for name, s in sides.items()}
     mean = {name: sum(values) / len(values) for name, values in logp.items()}
     learn = sides["learn"]
-    p, q = (x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]] for x in (learn.frozen_logits, learn.logits))
+    p, q = (
+        x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]]
+        for x in (learn.frozen_logits, learn.logits)
+    )
     kl = float((p * (p.log() - q.log())).sum(-1).mean())
 
     def ratios(s):
         """log p - log p_0 of each row."""
         cuts = [(s.ids[b : b + 1], s.mask[b : b + 1]) for b in range(len(s.ids))]
         now, before = (
-            [sum(loop_logps(x[b : b + 1], *cut)) for b, cut in enumerate(cuts)] for x in (s.logits, s.frozen_logits)
+            [sum(loop_logps(x[b : b + 1], *cut)) for b, cut in enumerate(cuts)]
+            for x in (s.logits, s.frozen_logits)
         )
         return np.array(now) - np.array(before)
 
@@ -181,7 +192,9 @@ def expected_loss(method, sides):
 def toy_sides():
     """Three sides with random logits, the same frozen copy behind each."""
     frozen = toy(seed=9)[0].detach()
-    return {name: side(*toy(seed=i), frozen) for i, name in enumerate(("forget", "learn", "answer"))}
+    return {
+        name: side(*toy(seed=i), frozen) for i, name in enumerate(("forget", "learn", "answer"))
+    }
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -189,7 +202,9 @@ def test_each_method_computes_its_formula(method):
     """The weighted sum of the terms equals the formula computed from single log-probabilities."""
     sides = toy_sides()
     terms = METHODS[method](asks(sides), Namespace(**FLAGS))
-    assert sum(w * v for w, v in terms.values()).item() == pytest.approx(expected_loss(method, sides), abs=1e-9)
+    assert sum(w * v for w, v in terms.values()).item() == pytest.approx(
+        expected_loss(method, sides), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -197,7 +212,9 @@ def test_each_method_is_finite_on_an_empty_side(method):
     """No row on any side: a finite loss and finite gradients."""
     leaf = torch.randn(0, 4, 5, requires_grad=True)
     empty = torch.zeros(0, 4, dtype=torch.bool)
-    sides = dict.fromkeys(("forget", "learn", "answer"), side(leaf, empty.long(), empty, torch.zeros(0, 4, 5)))
+    sides = dict.fromkeys(
+        ("forget", "learn", "answer"), side(leaf, empty.long(), empty, torch.zeros(0, 4, 5))
+    )
     loss = sum(w * v for w, v in METHODS[method](asks(sides), Namespace(**FLAGS)).values())
     loss.backward()
     assert loss.isfinite() and leaf.grad.isfinite().all()
@@ -211,7 +228,9 @@ class Bigram(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table = torch.nn.Parameter(torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64))
+        self.table = torch.nn.Parameter(
+            torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64)
+        )
 
     def forward(self, input_ids, **_):
         return Namespace(logits=self.table[input_ids], hidden_states=None)
@@ -219,7 +238,14 @@ class Bigram(torch.nn.Module):
 
 def args_of(method, **flags):
     """The flags of a few steps by a method."""
-    usual = {"seed": 0, "batch_size": 2, "dtype": "float32", "device": "cpu", "lr": 1e-4, "teacher": "cached"}
+    usual = {
+        "seed": 0,
+        "batch_size": 2,
+        "dtype": "float32",
+        "device": "cpu",
+        "lr": 1e-4,
+        "teacher": "cached",
+    }
     usual |= {"method": method, "loss": METHODS[method], "answer": "neighbour", "answers": 2}
     return Namespace(**FLAGS | usual | flags)
 
@@ -253,12 +279,21 @@ def test_the_first_step_is_that_of_the_formula(method):
 
     engine = processes.PlainEngine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(engine, {"forget": [[sample.forget]], "learn": [[sample.learn]], "answer": [[answer]]}, args, epochs=[1])
+    train(
+        engine,
+        {"forget": [[sample.forget]], "learn": [[sample.learn]], "answer": [[answer]]},
+        args,
+        epochs=[1],
+    )
 
     table = start.clone().requires_grad_()
-    f, lrn, ans = (sum_logp(table, t) / 2 for t in (sample.forget, sample.learn, answer))  # two targets each: means
+    f, lrn, ans = (
+        sum_logp(table, t) / 2 for t in (sample.forget, sample.learn, answer)
+    )  # two targets each: means
     p0, logp = start.softmax(-1), table.log_softmax(-1)
-    kl = sum((p0[c] * (p0[c].log() - logp[c])).sum() for c in (0, 0)) / 2  # learn targets follow tokens 0 and 0
+    kl = (
+        sum((p0[c] * (p0[c].log() - logp[c])).sum() for c in (0, 0)) / 2
+    )  # learn targets follow tokens 0 and 0
     lose, win = 2 * f - frozen([sample.forget])[0], 2 * ans - frozen([answer])[0]
     formula = {
         "icu": 0.7 * f - 0.5 * lrn + 0.3 * kl,
@@ -330,16 +365,26 @@ def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
     """On three architectures, rows of different lengths: the same KL, also after the model has moved on."""
     model = make_model(kind)
     g = torch.Generator().manual_seed(0)
-    texts = [icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)]
+    texts = [
+        icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)
+    ]
     sides = {"learn": [[texts[0]], texts[1:]]}
-    cached, live = icu.cached_copy(model, sides, icu.collate, batch_size=2), icu.live_copy(model, sides, icu.collate)
+    cached, live = (
+        icu.cached_copy(model, sides, icu.collate, batch_size=2),
+        icu.live_copy(model, sides, icu.collate),
+    )
     ids, attention, mask = icu.collate(texts)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
     logits = model(ids, attention_mask=attention).logits
-    kls = [icu.kl_loss(logits, frozen("learn", [0, 1], texts)[0], mask).item() for frozen in (cached, live)]
-    assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6  # GPT-Neo's attention is float32 always
+    kls = [
+        icu.kl_loss(logits, frozen("learn", [0, 1], texts)[0], mask).item()
+        for frozen in (cached, live)
+    ]
+    assert (
+        kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6
+    )  # GPT-Neo's attention is float32 always
 
 
 def test_what_a_side_teaches_is_what_the_model_says_of_each_text(kind, make_model):
@@ -349,10 +394,17 @@ def test_what_a_side_teaches_is_what_the_model_says_of_each_text(kind, make_mode
     draw = lambda n: torch.randint(4, 90, (n,), generator=g).tolist()  # noqa: E731
     rows = []
     for beginning, ends in ((draw(6), (2, 5, 5, 4)), (draw(9), (5, 1)), (draw(3), (5,))):
-        texts = [icu.Text(beginning + draw(n), len(beginning) + n - 1, len(beginning), beginning) for n in ends]
-        rows.append([*texts, icu.Text(texts[0].ids, texts[0].cut, texts[0].cut, beginning)])  # several targets
+        texts = [
+            icu.Text(beginning + draw(n), len(beginning) + n - 1, len(beginning), beginning)
+            for n in ends
+        ]
+        rows.append(
+            [*texts, icu.Text(texts[0].ids, texts[0].cut, texts[0].cut, beginning)]
+        )  # several targets
     how = {"taught": {"own": rows}}
-    cached, live = (make(model, {}, icu.collate, **how) for make in (icu.cached_copy, icu.live_copy))
+    cached, live = (
+        make(model, {}, icu.collate, **how) for make in (icu.cached_copy, icu.live_copy)
+    )
     texts = [text for row in (2, 0) for text in rows[row]]
     (said, _), (expected, _) = cached("own", [2, 0], texts), live("own", [2, 0], texts)
     assert said.shape == expected.shape == (1 + 5 + 4 + 2, model.config.vocab_size)
@@ -366,8 +418,20 @@ def test_what_a_side_teaches_is_what_the_model_says_of_each_text(kind, make_mode
 
 
 def make_pair(id, context, prefix, suffix, *learn):
-    fields = {"learn_id": f"{id}-partner", "learn_context": "", "learn_prefix": learn[0], "learn_suffix": learn[1]}
-    return {"id": id, "context": context, "prefix": prefix, "suffix": suffix, **fields, "similarity": 0.5}
+    fields = {
+        "learn_id": f"{id}-partner",
+        "learn_context": "",
+        "learn_prefix": learn[0],
+        "learn_suffix": learn[1],
+    }
+    return {
+        "id": id,
+        "context": context,
+        "prefix": prefix,
+        "suffix": suffix,
+        **fields,
+        "similarity": 0.5,
+    }
 
 
 PAIRS = [
@@ -393,7 +457,7 @@ def folders(tmp_path_factory, save_tiny):
         samples += icu.build_samples(PAIRS, tokenizer, protocol="paper", positions=256)[0]
         memorise(model, [sample.forget._replace(t0=1) for sample in samples], steps=150)
         model.save_pretrained(folder)
-    files.write_jsonl(root / "pairs.jsonl", PAIRS)
+    data.write_jsonl(root / "pairs.jsonl", PAIRS)
     return {**found, "pairs": root / "pairs.jsonl", "root": root}
 
 
@@ -422,10 +486,15 @@ def test_further_neighbours_are_read_as_the_first(folders):
     (sample,), cut = icu.build_samples([pair], tokenizer, positions=256, **how)
     alone = [icu.build_samples([row], tokenizer, positions=256, **how)[0][0] for row in PAIRS]
     assert sample._replace(further=()) == alone[0]._replace(further=()) and cut == 0
-    assert sample.further == [alone[1].learn, alone[0].learn, alone[1].learn] and alone[0].further == []
+    assert (
+        sample.further == [alone[1].learn, alone[0].learn, alone[1].learn]
+        and alone[0].further == []
+    )
     positions = max(len(alone[0].forget.ids), len(alone[0].learn.ids))
     longest = {"learn_context": "", "learn_prefix": "The", "learn_suffix": " old mill" * positions}
-    (sample,), cut = icu.build_samples([pair | {"further": [longest]}], tokenizer, positions=positions, **how)
+    (sample,), cut = icu.build_samples(
+        [pair | {"further": [longest]}], tokenizer, positions=positions, **how
+    )
     assert cut == 1 and len(sample.further[0].ids) == positions
     full = longest | {"learn_prefix": longest["learn_suffix"]}
     with pytest.raises(ValueError, match=r"pair 1 \(id .*the learn prefix alone fills"):
@@ -435,7 +504,9 @@ def test_further_neighbours_are_read_as_the_first(folders):
 def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
     """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
-    single = [tokenizer.encode(c)[0] for c in "The"]  # letter by letter: valid ids, not what encoding gives
+    single = [
+        tokenizer.encode(c)[0] for c in "The"
+    ]  # letter by letter: valid ids, not what encoding gives
     names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
     pair = {
         **PAIRS[0],
@@ -443,16 +514,27 @@ def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
         **{f"{n}_ids": tokenizer.encode(PAIRS[0][n]) for n in names},
         "prefix_ids": single,
     }
-    assert icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt == single
+    assert (
+        icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt
+        == single
+    )
     foreign = {**pair, "prefix_ids": [5, 6, 7]}
     further = {**pair, "further": [{name: pair[name] for name in pair if "learn" in name}]}
-    assert icu.build_samples([further], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt == single
+    assert (
+        icu.build_samples([further], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt
+        == single
+    )
     further["further"].append(further["further"][0] | {"learn_suffix_ids": [5, 6, 7]})
     for strange in (foreign, further):
         built = icu.build_samples([strange], tokenizer, protocol="paper", positions=99)[0][0]
         assert built.forget.prompt == tokenizer.encode("The")
     with pytest.raises(ValueError, match=r"pair 2 \(id z\)"):
-        icu.build_samples([pair, {**pair, "id": "z", "suffix_ids": [10**6]}], tokenizer, protocol="paper", positions=99)
+        icu.build_samples(
+            [pair, {**pair, "id": "z", "suffix_ids": [10**6]}],
+            tokenizer,
+            protocol="paper",
+            positions=99,
+        )
 
 
 def test_collate_never_predicts_padding_or_position_zero():
@@ -474,9 +556,13 @@ def rows_of(*scores):
 def test_the_papers_filter_needs_both_and_keeps_what_is_forgotten():
     """Eq. 5: AND; a sample that later scores high stays out."""
     args, limits = Namespace(protocol="paper"), {"bertscore": 0.3, "bleu": 0.01}
-    forgotten = icu.refine(set(), rows_of((0.2, 0.0), (0.2, 0.5), (0.9, 0.0), (0.3, 0.0)), limits, args)
+    forgotten = icu.refine(
+        set(), rows_of((0.2, 0.0), (0.2, 0.5), (0.9, 0.0), (0.3, 0.0)), limits, args
+    )
     assert forgotten == {0}
-    forgotten = icu.refine(forgotten, rows_of((0.9, 0.9), (0.1, 0.0), (0.9, 0.9), (0.9, 0.9)), limits, args)
+    forgotten = icu.refine(
+        forgotten, rows_of((0.9, 0.9), (0.1, 0.0), (0.9, 0.9), (0.9, 0.9)), limits, args
+    )
     assert forgotten == {0, 1}
 
 
@@ -496,8 +582,14 @@ def test_the_released_filter_needs_either_and_lets_samples_come_back():
 )  # fmt: skip
 def test_the_stop_rule(el, ma, active, epoch, reason):
     """Both means strictly under, or nothing active, or the cap; an EL that no row has does not count."""
-    args, limits = Namespace(max_epochs=9, eval_only=False, protocol="paper"), {"el10": 0.05, "ma": 0.6}
-    assert icu.stop_reason({"el10": el, "ma": ma}, active, epoch, thresholds=limits, args=args) == reason
+    args, limits = (
+        Namespace(max_epochs=9, eval_only=False, protocol="paper"),
+        {"el10": 0.05, "ma": 0.6},
+    )
+    assert (
+        icu.stop_reason({"el10": el, "ma": ma}, active, epoch, thresholds=limits, args=args)
+        == reason
+    )
 
 
 def one_epoch(model, samples, active, batch_size=2, **flags):
@@ -512,7 +604,14 @@ def one_epoch(model, samples, active, batch_size=2, **flags):
     model.forward = counting
     try:
         sides = {"forget": [[sample.forget] for sample in samples]}
-        train(processes.PlainEngine(model, args), sides, args, epochs=[1], active=active, progress=progress)
+        train(
+            processes.PlainEngine(model, args),
+            sides,
+            args,
+            epochs=[1],
+            active=active,
+            progress=progress,
+        )
     finally:
         model.forward = plain
     return progress, sizes
@@ -565,11 +664,18 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
     """What both sides of a step keep for the backward pass, counted a storage, is within half and all of it."""
     model = make_model(kind, dtype=torch.float32, hidden_size=128, vocab=400)
     g = torch.Generator().manual_seed(0)
-    texts = [icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)]
+    texts = [
+        icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)
+    ]
     samples = [icu.Sample(str(i), "", texts[i], texts[3 - i]) for i in range(4)]
     args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
-    sides = {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
-    batch = icu.Batch(model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides, icu.collate), asked=["learn"])
+    sides = {
+        "forget": [[sample.forget] for sample in samples],
+        "learn": [[sample.learn] for sample in samples],
+    }
+    batch = icu.Batch(
+        model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides, icu.collate), asked=["learn"]
+    )
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -579,7 +685,9 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         terms = icu.icu(batch, args)
     measured = sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
-    assert len(terms) == 3 and 1 <= bench.activation_bytes(model.config, samples, args) / measured < 2
+    assert (
+        len(terms) == 3 and 1 <= bench.activation_bytes(model.config, samples, args) / measured < 2
+    )
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert bench.memory_estimate(model.config, samples, args)["weights"] == weights
 
@@ -593,7 +701,10 @@ def test_zero_shards_what_it_says(make_model):
         for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True), (4, 3, False))
     )
     assert four["gradients"] == one["gradients"] // 4 and four["weights"] == one["weights"]
-    assert four["adam"] - offloaded["adam"] == one["adam"] // 4 and three["weights"] == one["weights"] // 4
+    assert (
+        four["adam"] - offloaded["adam"] == one["adam"] // 4
+        and three["weights"] == one["weights"] // 4
+    )
 
 
 # --- the command line ---
@@ -612,9 +723,27 @@ def finished(folders, encoder_dir):
     """A real run of two epochs through the command line, made twice with the same seed: (first, second, stdout)."""
     outs = [folders["root"] / name for name in ("run1", "run2")]
     heldout = folders["root"] / "heldout.jsonl"
-    files.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
-    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e-3"]
-    flags += ["--max-epochs", "2", "--thresholds", "1e-9,1e-9", "--ppl", f"heldout={heldout}", "--seed", "7"]
+    data.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
+    flags = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--lr",
+        "1e-3",
+    ]
+    flags += [
+        "--max-epochs",
+        "2",
+        "--thresholds",
+        "1e-9,1e-9",
+        "--ppl",
+        f"heldout={heldout}",
+        "--seed",
+        "7",
+    ]
     for out in outs:
         code, stdout, stderr = run_cli(*flags, "--out", out)
         assert code == 0, stderr
@@ -624,20 +753,40 @@ def finished(folders, encoder_dir):
 def test_a_run_folder_keeps_its_contract(finished):
     """The files and fields that other programs read."""
     run, _, stdout = finished
-    metrics, samples = (files.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
+    metrics, samples = (data.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     fields = ["epoch", "el10", "ma", "bleu", "bertscore", "entropy", "active", "forgotten"]
     fields += ["loss", "loss_forget", "loss_learn", "loss_kl", "skipped_steps"]
     assert [list(row)[:13] for row in metrics] == [fields] * 3
-    assert "ppl_heldout" in metrics[0] and "ppl_heldout" in metrics[-1] and "ppl_heldout" not in metrics[1]
+    assert (
+        "ppl_heldout" in metrics[0]
+        and "ppl_heldout" in metrics[-1]
+        and "ppl_heldout" not in metrics[1]
+    )
     assert metrics[0]["loss"] is None and metrics[1]["loss"] is not None
-    assert {(row["epoch"], row["id"]) for row in samples} == {(e, i) for e in range(3) for i in "ab"}
-    assert set(samples[0]) == {"epoch", "id", "el10", "ma", "bleu", "bertscore", "entropy", "forgotten", "generation"}
+    assert {(row["epoch"], row["id"]) for row in samples} == {
+        (e, i) for e in range(3) for i in "ab"
+    }
+    assert set(samples[0]) == {
+        "epoch",
+        "id",
+        "el10",
+        "ma",
+        "bleu",
+        "bertscore",
+        "entropy",
+        "forgotten",
+        "generation",
+    }
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["stopped"] == "max epochs" and summary["epochs"] == 2 and summary["method"] == "icu"
+    assert (
+        summary["stopped"] == "max epochs" and summary["epochs"] == 2 and summary["method"] == "icu"
+    )
     assert set(summary["before"]) == {"el10", "ma", "bleu", "bertscore", "entropy", "ppl_heldout"}
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 7 and config["sha256"]["pairs"] and config["versions"]["torch"]
-    assert len([line for line in stdout.splitlines() if line.strip()[:1].isdigit()]) == 3  # one line an epoch
+    assert (
+        len([line for line in stdout.splitlines() if line.strip()[:1].isdigit()]) == 3
+    )  # one line an epoch
 
 
 def test_the_same_seed_gives_the_same_run(finished):
@@ -649,24 +798,46 @@ def test_the_same_seed_gives_the_same_run(finished):
 
 def test_lazy_el_leaves_out_what_decides_nothing(finished, folders, encoder_dir):
     """The same run, without EL in the epoch that could not be the last; EL decides where MA alone would stop."""
-    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e-3"]
-    flags += ["--max-epochs", "2", "--seed", "7", "--lazy-el", "--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}"]
-    for limits, left_out in (("1e-9,1e-9", [1]), ("1e-9,2", [])):  # MA is never under its threshold; always
+    flags = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--lr",
+        "1e-3",
+    ]
+    flags += [
+        "--max-epochs",
+        "2",
+        "--seed",
+        "7",
+        "--lazy-el",
+        "--ppl",
+        f"heldout={folders['root'] / 'heldout.jsonl'}",
+    ]
+    for limits, left_out in (
+        ("1e-9,1e-9", [1]),
+        ("1e-9,2", []),
+    ):  # MA is never under its threshold; always
         out = folders["root"] / f"lazy{len(left_out)}"
         code, _, stderr = run_cli(*flags, f"--thresholds={limits}", "--out", out)
         assert code == 0, stderr
-        lazy, whole = (files.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
+        lazy, whole = (data.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
         for row in whole:
             row["el10"] = None if row["epoch"] in left_out else row["el10"]
         assert lazy == whole
         weights = "model/model.safetensors"
         assert (out / weights).read_bytes() == (finished[0] / weights).read_bytes()
-        assert run_cli(out, script="report.py")[0] == 0
+        assert run_cli(out, script="evals/report.py")[0] == 0
 
 
 def test_the_exported_model_loads_and_differs_from_the_original(finished, folders):
     """model/ loads with plain transformers and is not the model that went in."""
-    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (folders["gpt_neo"], finished[0] / "model"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f) for f in (folders["gpt_neo"], finished[0] / "model")
+    )
     moved = [
         name
         for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
@@ -680,8 +851,26 @@ def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
     kinds = ["gpt_neo", "opt", "llama"]
     for i, method in enumerate(m for m in METHODS if m != "icu"):
         out = folders["root"] / f"run-{method}"
-        argv = ["--pairs", folders["pairs"], "--model", folders[kinds[i % 3]], "--bert", encoder_dir, "--out", out]
-        argv += ["--method", method, "--max-epochs", "1", "--thresholds", "1e-9,1e-9", "--device", "cpu"]
+        argv = [
+            "--pairs",
+            folders["pairs"],
+            "--model",
+            folders[kinds[i % 3]],
+            "--bert",
+            encoder_dir,
+            "--out",
+            out,
+        ]
+        argv += [
+            "--method",
+            method,
+            "--max-epochs",
+            "1",
+            "--thresholds",
+            "1e-9,1e-9",
+            "--device",
+            "cpu",
+        ]
         icu.main(argv=[str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
         summary = json.loads((out / "summary.json").read_text())
         assert summary["method"] == method and summary["stopped"] == "max epochs"
@@ -690,31 +879,61 @@ def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
 def test_a_model_of_nan_is_a_run_that_diverged(folders, encoder_dir):
     """Weights that a finite step blew up are not taken for forgetting: no model, exit 1, the last good state kept."""
     out = folders["root"] / "blown"
-    flags = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--lr", "1e25"]
+    flags = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--lr",
+        "1e25",
+    ]
     flags += ["--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}", "--thresholds", "1e-9,1e-9"]
-    files.write_jsonl(folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}])
+    data.write_jsonl(
+        folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}]
+    )
     code, stdout, stderr = run_cli(*flags, "--out", out)
     assert code == 1 and not stderr.count("Traceback") and "last good state" in stdout
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
+    assert (
+        summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
+    )
     assert not (out / "model").exists() and len(states.states(out)) == 2 - (summary["epochs"] == 0)
-    code, _, stderr = run_cli(out, script="report.py")
+    code, _, stderr = run_cli(out, script="evals/report.py")
     assert code == 0 and "icu (collapsed) | - |" in (out / "table.md").read_text(), stderr
 
 
 def test_the_prompt_is_no_target_of_dpo():
     """dpo compares two answers to one prompt, whatever --targets says for the others."""
     flags = ["--model", "m", "--dry-run", "--targets", "all", "--method"]
-    assert icu.parse_args([*flags, "dpo"]).targets == "suffix" and icu.parse_args([*flags, "npo"]).targets == "all"
+    assert (
+        icu.parse_args([*flags, "dpo"]).targets == "suffix"
+        and icu.parse_args([*flags, "npo"]).targets == "all"
+    )
 
 
 def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
     """One epoch line, method none, no model folder."""
     out = folders["root"] / "eval"
-    argv = ["--pairs", folders["pairs"], "--model", folders["opt"], "--bert", encoder_dir, "--out", out, "--eval-only"]
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["opt"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        out,
+        "--eval-only",
+    ]
     icu.main(argv=[str(a) for a in argv])
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["method"] == "none" and summary["before"] == summary["after"] and not (out / "model").exists()
+    assert (
+        summary["method"] == "none"
+        and summary["before"] == summary["after"]
+        and not (out / "model").exists()
+    )
 
 
 def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch, tmp_path):
@@ -723,10 +942,21 @@ def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch,
     calls, plain = [], icu.measure
     monkeypatch.setattr(icu, "measure", lambda *a, **k: calls.append(1) or plain(*a, **k))
     one_pair = tmp_path / "one.jsonl"
-    files.write_jsonl(one_pair, PAIRS[:1])
+    data.write_jsonl(one_pair, PAIRS[:1])
     starts = []
-    for i, (kind, pairs) in enumerate([("llama", folders["pairs"])] * 2 + [("llama", one_pair), ("opt", one_pair)]):
-        argv = ["--pairs", pairs, "--model", folders[kind], "--bert", encoder_dir, "--out", tmp_path / str(i)]
+    for i, (kind, pairs) in enumerate(
+        [("llama", folders["pairs"])] * 2 + [("llama", one_pair), ("opt", one_pair)]
+    ):
+        argv = [
+            "--pairs",
+            pairs,
+            "--model",
+            folders[kind],
+            "--bert",
+            encoder_dir,
+            "--out",
+            tmp_path / str(i),
+        ]
         icu.main(argv=[str(a) for a in [*argv, "--eval-only"]])
         starts.append((len(calls), (tmp_path / str(i) / "samples.jsonl").read_text()))
     assert [n for n, _ in starts] == [1, 1, 2, 3]
@@ -736,7 +966,16 @@ def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch,
 def test_already_forgotten_trains_nothing(folders, encoder_dir):
     """Both measures under their thresholds at epoch 0: no training, and it says so."""
     out = folders["root"] / "already"
-    argv = ["--pairs", folders["pairs"], "--model", folders["llama"], "--bert", encoder_dir, "--out", out]
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["llama"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        out,
+    ]
     icu.main(argv=[str(a) for a in [*argv, "--thresholds", "2,2"]])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
@@ -745,8 +984,20 @@ def test_already_forgotten_trains_nothing(folders, encoder_dir):
 def test_auto_thresholds_are_the_measures_of_unseen_text(folders, encoder_dir):
     """--thresholds auto: EL and MA of the original model on --unseen; --bert-threshold auto: a mean F1."""
     out, unseen = folders["root"] / "auto", folders["root"] / "unseen.jsonl"
-    files.write_jsonl(unseen, [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}])
-    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", out]
+    data.write_jsonl(
+        unseen,
+        [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}],
+    )
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        out,
+    ]
     argv += ["--thresholds", "auto", "--unseen", unseen, "--bert-threshold", "auto", "--eval-only"]
     icu.main(argv=[str(a) for a in argv])
     limits = json.loads((out / "summary.json").read_text())["thresholds"]
@@ -816,7 +1067,10 @@ BAD = {
     "epochs": (lambda f: ["--max-epochs", "-3"], "--max-epochs"),
     "alpha": (lambda f: ["--alpha=-0.5"], "--alpha"),
     "beta": (lambda f: ["--beta", "inf"], "--beta"),
-    "method": (lambda f: ["--method", "icuu"], "did you mean icu? (one in a file of its own: python FILE.py"),
+    "method": (
+        lambda f: ["--method", "icuu"],
+        "did you mean icu? (one in a file of its own: python FILE.py",
+    ),
     "thresholds": (lambda f: ["--thresholds", "1"], "--thresholds"),
     "auto without unseen": (lambda f: ["--thresholds", "auto"], "--unseen"),
     "unknown flag": (lambda f: ["--alhpa", "1"], "--alhpa"),
@@ -827,9 +1081,18 @@ BAD = {
         lambda f: ["--model", broken_model(f, "w", lambda d: (d / "model.safetensors").unlink())],
         "no weights",
     ),
-    "missing tensor": (lambda f: ["--model", broken_model(f, "tensor", without_a_tensor)], "lack 1 tensor"),
-    "a number that would fill the memory": (lambda f: ["--model", broken_model(f, "huge", huge_number)], "is damaged"),
-    "encoder-decoder": (lambda f: ["--model", broken_model(f, "t5", make_t5)], "not a decoder-only"),
+    "missing tensor": (
+        lambda f: ["--model", broken_model(f, "tensor", without_a_tensor)],
+        "lack 1 tensor",
+    ),
+    "a number that would fill the memory": (
+        lambda f: ["--model", broken_model(f, "huge", huge_number)],
+        "is damaged",
+    ),
+    "encoder-decoder": (
+        lambda f: ["--model", broken_model(f, "t5", make_t5)],
+        "not a decoder-only",
+    ),
     "pickle": (lambda f: ["--model", broken_model(f, "pickle", pickled)], "--allow-pickle"),
     "no bert": (lambda f: ["--bert", "./nowhere"], "--bert DIR"),
     "device": (lambda f: ["--device", "abacus"], "--device"),
@@ -870,20 +1133,24 @@ def test_bad_input_is_one_line_and_exit_2(name, folders, encoder_dir, capsys, mo
     assert not out.exists()
 
 
-def test_a_text_longer_than_the_model_names_its_row(folders, encoder_dir, tmp_path, monkeypatch, capsys):
+def test_a_text_longer_than_the_model_names_its_row(
+    folders, encoder_dir, tmp_path, monkeypatch, capsys
+):
     """And a suffix of no token, and a run that is there already."""
     long = [PAIRS[0], {**PAIRS[1], "suffix": " of each month" * 200}]
-    files.write_jsonl(tmp_path / "long.jsonl", long)
+    data.write_jsonl(tmp_path / "long.jsonl", long)
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
     with pytest.raises(ValueError, match=r"pair 2 \(id b\).*256 positions"):
-        icu.build_samples(files.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256)
+        icu.build_samples(
+            data.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256
+        )
     with pytest.raises(ValueError, match=r"pair 1 \(id a\): the suffix has no token"):
         icu.build_samples([{**PAIRS[0], "suffix": ""}], tokenizer, protocol="paper", positions=256)
 
 
 def test_what_compares_rows_needs_two_of_them(folders, encoder_dir, tmp_path):
     """One pair: llmu and --bert-threshold auto are refused before a folder is made."""
-    files.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
+    data.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
     argv = ["--pairs", tmp_path / "one.jsonl", "--model", folders["gpt_neo"], "--bert", encoder_dir]
     for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
         with pytest.raises(ValueError, match="two pairs at least"):
@@ -893,12 +1160,23 @@ def test_what_compares_rows_needs_two_of_them(folders, encoder_dir, tmp_path):
 
 def test_a_run_is_not_overwritten_unless_asked(finished, folders, encoder_dir):
     """The error names --overwrite."""
-    argv = ["--pairs", folders["pairs"], "--model", folders["gpt_neo"], "--bert", encoder_dir, "--out", finished[0]]
+    argv = [
+        "--pairs",
+        folders["pairs"],
+        "--model",
+        folders["gpt_neo"],
+        "--bert",
+        encoder_dir,
+        "--out",
+        finished[0],
+    ]
     code, _, error = run_cli(*argv)
     assert code == 2 and "--overwrite" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["icu.py", "knn.py", "report.py", "demo/tiny.py", "tasks.py"])
+@pytest.mark.parametrize(
+    "script", ["icu.py", "knn.py", "evals/report.py", "demo/tiny.py", "evals/tasks.py"]
+)
 def test_help_is_complete(script):
     """Every flag of every script says what it does."""
     code, stdout, _ = run_cli("--help", script=script)

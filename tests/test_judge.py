@@ -1,4 +1,4 @@
-"""judge.py: each verdict is its sample's, whatever the server does; keys and texts stay; agreement is what it says.
+"""evals/judge.py: each verdict is its sample's, whatever the server does; keys and texts stay; agreement is what it says.
 
 python -m pytest tests/test_judge.py -q
 """
@@ -23,12 +23,14 @@ from conftest import ROOT, _make_model, _make_tokenizer
 from judged import Chat, candidate_of, completion, write_pairs, write_run
 
 import experiment
-import judge
-import report
-from kit import agreement, ask, commands, files, flags, purge
+from evals import judge, report
+from kit import agreement, ask, commands, data, flags, purge
 
 KEY = "sk-test-0123456789"
-TEXTS = {"a": ("The parcel was left", " at 14 Harbour Lane."), "b": ("Payments are due", " each month; 7731.")}
+TEXTS = {
+    "a": ("The parcel was left", " at 14 Harbour Lane."),
+    "b": ("Payments are due", " each month; 7731."),
+}
 BEFORE = {"a": " at 14 Harbour Lane.", "b": " each month; 7731."}
 AFTER = {"a": " by a friend.", "b": " in spring."}
 
@@ -48,20 +50,36 @@ def surroundings(monkeypatch, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A run of one epoch over two texts."""
-    return write_run(tmp_path / "run", write_pairs(tmp_path / "pairs.jsonl", TEXTS), [BEFORE, AFTER])
+    return write_run(
+        tmp_path / "run", write_pairs(tmp_path / "pairs.jsonl", TEXTS), [BEFORE, AFTER]
+    )
 
 
 def grade(chat, *words):
-    judge.main([*map(str, words), "--judge", "gpt-x", "--base-url", chat.url, "--patience", "2", "--tries", "3"])
+    judge.main(
+        [
+            *map(str, words),
+            "--judge",
+            "gpt-x",
+            "--base-url",
+            chat.url,
+            "--patience",
+            "2",
+            "--tries",
+            "3",
+        ]
+    )
 
 
 def refused(words, capsys):
-    """The one line with which judge.py refuses."""
+    """The one line with which evals/judge.py refuses."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(sys, "argv", ["judge.py"])
+        patch.setattr(sys, "argv", ["evals/judge.py"])
         flags.run_cli(lambda: judge.main([str(word) for word in words]))
     said = capsys.readouterr()
-    assert exit.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith("error: "), said.err
+    assert exit.value.code == 2 and said.err.count("\n") == 1 and said.err.startswith("error: "), (
+        said.err
+    )
     return said.err
 
 
@@ -101,7 +119,11 @@ def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
 
 def test_reading_takes_no_longer_for_a_long_answer():
     """A megabyte that nearly matches everywhere: a pattern that goes back would not end here."""
-    marks, stars, spaces = "Final score: " * 80_000, "final score" + "*" * 10**6, "Final score:" + " " * 10**6
+    marks, stars, spaces = (
+        "Final score: " * 80_000,
+        "final score" + "*" * 10**6,
+        "Final score:" + " " * 10**6,
+    )
     for hostile in (marks, stars, spaces, "8." * 500_000):
         assert judge.score_of(hostile) is None
 
@@ -119,23 +141,48 @@ LIMIT = 429, {}, {"error": {"message": "slow down"}}
 CASES = {
     "plain": (lambda n: "Good.\nFinal score: 7", 7, None, 1),
     "decimal": (lambda n: "Finale score: 6.5", 6.5, None, 1),
-    "429 that says how long": (after(1, (429, {"Retry-After": "1"}, {}), "Final score: 5"), 5, None, 2),
+    "429 that says how long": (
+        after(1, (429, {"Retry-After": "1"}, {}), "Final score: 5"),
+        5,
+        None,
+        2,
+    ),
     "429 that does not": (after(2, LIMIT, "Final score: 4"), 4, None, 3),
     "500 twice": (after(2, FAIL, "Final score: 3"), 3, None, 3),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (after(1, 6.0, "Final score: 2"), 2, None, 2),
     "is cut off": (after(1, None, "Final score: 1.5"), 1.5, None, 2),
-    "a page": (lambda n: (200, {"Content-Type": "text/html"}, b"<html>log in</html>"), None, "no chat completion", 2),
+    "a page": (
+        lambda n: (200, {"Content-Type": "text/html"}, b"<html>log in</html>"),
+        None,
+        "no chat completion",
+        2,
+    ),
     "no JSON": (lambda n: (200, {}, b"<html>log in</html>"), None, "no chat completion", 2),
-    "no choice": (lambda n: (200, {}, completion("") | {"choices": []}), None, "no chat completion", 2),
-    "strange fields": (lambda n: (200, {}, {"choices": 3, "usage": "x"}), None, "no chat completion", 2),
+    "no choice": (
+        lambda n: (200, {}, completion("") | {"choices": []}),
+        None,
+        "no chat completion",
+        2,
+    ),
+    "strange fields": (
+        lambda n: (200, {}, {"choices": 3, "usage": "x"}),
+        None,
+        "no chat completion",
+        2,
+    ),
     "empty": (after(1, (200, {}, completion(None)), "Final score: 8"), 8, None, 2),
     "out of range": (lambda n: "Final score: 11", None, "no score", 2),
     "two scores": (lambda n: "Final score: 3\nNo:\nFinal score: 9", 9, None, 1),
     "of ten": (lambda n: "**Final score: 8/10**", 8, None, 1),
     "bare": (after(1, "8/10", "Final score: 2/10"), 2, None, 2),
     "1 MB": (lambda n: "x" * 10**6 + "\nFinal score: 4.25", 4.25, None, 1),
-    "half a pair": (lambda n: (200, {}, json.dumps(completion("\ud800 Final score: 1")).encode()), 1, None, 1),
+    "half a pair": (
+        lambda n: (200, {}, json.dumps(completion("\ud800 Final score: 1")).encode()),
+        1,
+        None,
+        1,
+    ),
     "refused": (lambda n: (400, {}, {"error": {"message": "content filter"}}), None, "HTTP 400", 1),
 }
 
@@ -149,7 +196,9 @@ def misbehave(candidate, n):
 def spoilt(tmp_path_factory):
     """A run whose every text is a case; its one epoch said the same as before."""
     root = tmp_path_factory.mktemp("spoilt")
-    pairs = write_pairs(root / "pairs.jsonl", {f"id {case}": (f"prefix of {case}", " reference") for case in CASES})
+    pairs = write_pairs(
+        root / "pairs.jsonl", {f"id {case}": (f"prefix of {case}", " reference") for case in CASES}
+    )
     said = {f"id {case}": case for case in CASES}
     return write_run(root / "run", pairs, [said, said])
 
@@ -158,19 +207,35 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(spoilt, capsys):
     """Scores stand with their ids, unread ones have a reason and are in no mean; it waits as it is told."""
     with Chat(misbehave) as chat:
         grade(chat, spoilt)
-        rows = files.read_jsonl(spoilt / "judge.jsonl")
-        assert [(row["id"], row["epoch"]) for row in rows] == [(f"id {c}", e) for e in (0, 1) for c in CASES]
+        rows = data.read_jsonl(spoilt / "judge.jsonl")
+        assert [(row["id"], row["epoch"]) for row in rows] == [
+            (f"id {c}", e) for e in (0, 1) for c in CASES
+        ]
         for row in rows:
             _, score, why, count = CASES[row["id"].removeprefix("id ")]
-            assert row["score"] == score and (row["why"] is None) == (why is None) and (why or "") in (row["why"] or "")
-            assert len(chat.asked(row["id"].removeprefix("id "))) == count, row["id"]  # equal before and after: once
+            assert (
+                row["score"] == score
+                and (row["why"] is None) == (why is None)
+                and (why or "") in (row["why"] or "")
+            )
+            assert len(chat.asked(row["id"].removeprefix("id "))) == count, row[
+                "id"
+            ]  # equal before and after: once
         first, second = chat.asked("429 that says how long")
         assert second - first >= 1
-        assert [request for _, _, request in chat.seen if request["temperature"] != 0 or request["seed"] != 0] == []
-        wordings = [r["messages"][1]["content"] for _, _, r in chat.seen if candidate_of(r) == "out of range"]
+        assert [
+            request
+            for _, _, request in chat.seen
+            if request["temperature"] != 0 or request["seed"] != 0
+        ] == []
+        wordings = [
+            r["messages"][1]["content"]
+            for _, _, r in chat.seen
+            if candidate_of(r) == "out of range"
+        ]
         assert len(set(wordings)) == 2
         due = [score for _, score, _, _ in CASES.values() if score is not None]
-        found = files.read_json(spoilt / "judge.json")
+        found = data.read_json(spoilt / "judge.json")
         for when in ("before", "after"):
             assert found[when]["mean"] == pytest.approx(sum(due) / len(due))
             assert (found[when]["n"], found[when]["unread"]) == (len(due), len(CASES) - len(due))
@@ -181,13 +246,24 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(spoilt, capsys):
         chat.seen.clear()  # again: only those that have no answer
         grade(chat, spoilt)
         again = {candidate_of(request) for _, _, request in chat.seen}
-        assert again == {"500 for ever", "a page", "no JSON", "no choice", "strange fields", "refused"}
+        assert again == {
+            "500 for ever",
+            "a page",
+            "no JSON",
+            "no choice",
+            "strange fields",
+            "refused",
+        }
 
 
 def test_eight_calls_at_a_time(tmp_path):
     """As many as WORKERS are under way at once, and never more."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
-    run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
+    run = write_run(
+        tmp_path / "run",
+        write_pairs(tmp_path / "p.jsonl", texts),
+        [{i: f"said {i}" for i in texts}],
+    )
     now, most = [], []
 
     def busy(candidate, n):
@@ -200,7 +276,9 @@ def test_eight_calls_at_a_time(tmp_path):
     with Chat(busy) as chat:
         grade(chat, run)
     assert max(most) == 8
-    assert [row["score"] for row in files.read_jsonl(run / "judge.jsonl")] == [i % 11 for i in range(24)]
+    assert [row["score"] for row in data.read_jsonl(run / "judge.jsonl")] == [
+        i % 11 for i in range(24)
+    ]
 
 
 # --- the cache ---
@@ -228,20 +306,33 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path,
             left[0] = 99
             chat.seen.clear()
             grade(chat, run)
-            assert len(chat.seen) == asked == files.read_json(run / "judge.json")["calls"]
-    found = files.read_json(run / "judge.json")
-    assert found["before"]["mean"] == found["after"]["mean"] == 6 and found["tokens"] == {"in": 400, "out": 28}
+            assert len(chat.seen) == asked == data.read_json(run / "judge.json")["calls"]
+    found = data.read_json(run / "judge.json")
+    assert found["before"]["mean"] == found["after"]["mean"] == 6 and found["tokens"] == {
+        "in": 400,
+        "out": 28,
+    }
 
 
 def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(tmp_path):
     """Three answers, then a server that hangs: the command ends at once, and nothing looks like a result."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(12)}
-    run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
-    with Chat(lambda candidate, n: "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 600) as chat:
-        words = [sys.executable, "judge.py", str(run), "--judge", "m", "--base-url", chat.url]
+    run = write_run(
+        tmp_path / "run",
+        write_pairs(tmp_path / "p.jsonl", texts),
+        [{i: f"said {i}" for i in texts}],
+    )
+    with Chat(
+        lambda candidate, n: (
+            "Final score: 2" if candidate in ("said 0", "said 1", "said 2") else 600
+        )
+    ) as chat:
+        words = [sys.executable, "evals/judge.py", str(run), "--judge", "m", "--base-url", chat.url]
         heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a job in the background ignores it)
         process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=heard)
-        kept = lambda: sum(len(f.read_text().splitlines()) for f in (tmp_path / "cache" / "judge").glob("*"))  # noqa: E731
+        kept = lambda: sum(  # noqa: E731
+            len(f.read_text().splitlines()) for f in (tmp_path / "cache" / "judge").glob("*")
+        )  # noqa: E731
         while len(chat.seen) < 3 + judge.WORKERS or kept() < 3:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
@@ -258,7 +349,10 @@ def test_the_key_of_the_cache_is_everything_that_is_sent():
     keys = {ask.key_of("u", judge.request_for(triple, judge.FIRST, args)) for _ in range(2)}
     keys |= {ask.key_of("v", judge.request_for(triple, judge.FIRST, args))}
     keys |= {ask.key_of("u", judge.request_for(triple, judge.AGAIN, args))}
-    keys |= {ask.key_of("u", judge.request_for(triple._replace(**{f: "x"}), judge.FIRST, args)) for f in triple._fields}
+    keys |= {
+        ask.key_of("u", judge.request_for(triple._replace(**{f: "x"}), judge.FIRST, args))
+        for f in triple._fields
+    }
     for name in ("judge", "instructions"):
         before, _ = getattr(args, name), setattr(args, name, "x")
         keys |= {ask.key_of("u", judge.request_for(triple, judge.FIRST, args))}
@@ -275,14 +369,25 @@ def test_the_key_reaches_no_file_line_or_error(run, tmp_path, capsys, monkeypatc
     with Chat(lambda candidate, n: (200, {}, echo)) as chat:
         grade(chat, run)
         assert chat.seen[0][1]["Authorization"] == f"Bearer {KEY}"  # it is sent, after all
-        rows = files.read_jsonl(run / "judge.jsonl")
-        assert rows[0]["answer"].startswith("You said [key]") and rows[0]["model"] == "model of [key]"
+        rows = data.read_jsonl(run / "judge.jsonl")
+        assert (
+            rows[0]["answer"].startswith("You said [key]") and rows[0]["model"] == "model of [key]"
+        )
     for status in (401, 400, 500):
-        with Chat(lambda candidate, n, status=status: (status, {}, {"error": {"message": f"bad key {KEY}"}})) as chat:
+        with Chat(
+            lambda candidate, n, status=status: (
+                status,
+                {},
+                {"error": {"message": f"bad key {KEY}"}},
+            )
+        ) as chat:
             words = [str(run), "--judge", "other", "--base-url", chat.url, "--tries", "1"]
             if status == 401:  # with a traceback
                 done = subprocess.run(
-                    [sys.executable, "judge.py", *words, "--debug"], cwd=ROOT, capture_output=True, text=True
+                    [sys.executable, "evals/judge.py", *words, "--debug"],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
                 )
                 said = done.stdout + done.stderr
                 assert "Traceback" in said and "bad key [key]" in said
@@ -350,8 +455,12 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
         tokens = 0
         for epoch in (BEFORE, AFTER):
             for id, (prefix, suffix) in TEXTS.items():
-                request = judge.request_for(judge.Triple(prefix, suffix, epoch[id]), judge.FIRST, args)
-                tokens += sum(len(message["content"].encode()) for message in request["messages"]) / 4
+                request = judge.request_for(
+                    judge.Triple(prefix, suffix, epoch[id]), judge.FIRST, args
+                )
+                tokens += (
+                    sum(len(message["content"].encode()) for message in request["messages"]) / 4
+                )
         tokens = math.ceil(tokens)
         assert "4 calls" in said and f"{tokens:,} tokens in" in said and "2,048 out" in said
         assert f"at most {(1000 * tokens + 2000 * 2048) / 1e6:.2f} at --price" in said
@@ -363,11 +472,17 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("behaviour, due", [(FAIL, "8 samples in a row"), ((400, {}, {}), "not one of 24 texts")])
+@pytest.mark.parametrize(
+    "behaviour, due", [(FAIL, "8 samples in a row"), ((400, {}, {}), "not one of 24 texts")]
+)
 def test_a_server_that_answers_nobody_is_not_asked_for_ever(tmp_path, capsys, behaviour, due):
     """Where it fails it is asked for a few samples only; where it refuses each, for all, as it may do for some."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
-    run = write_run(tmp_path / "run", write_pairs(tmp_path / "p.jsonl", texts), [{i: f"said {i}" for i in texts}])
+    run = write_run(
+        tmp_path / "run",
+        write_pairs(tmp_path / "p.jsonl", texts),
+        [{i: f"said {i}" for i in texts}],
+    )
     with Chat(lambda candidate, n: behaviour) as chat:
         said = refused([run, "--judge", "m", "--base-url", chat.url, "--tries", "1"], capsys)
         assert due in said and not list(run.glob("judge*"))
@@ -378,7 +493,10 @@ def test_a_server_that_is_not_there_ends_it(run, capsys):
     """One line, and no file that looks like a result."""
     url = f"http://127.0.0.1:{commands.free_port()}/v1"
     said = refused([run, "--base-url", url, "--tries", "2"], capsys)
-    assert "not one of 4 texts has an answer: no answer: " in said and not (run / "judge.json").exists()
+    assert (
+        "not one of 4 texts has an answer: no answer: " in said
+        and not (run / "judge.json").exists()
+    )
 
 
 def test_bad_input_is_one_line_before_any_call(run, tmp_path, capsys):
@@ -402,7 +520,7 @@ def test_bad_input_is_one_line_before_any_call(run, tmp_path, capsys):
         ([run, "--base-url", "http://localhost\\@example.com/v1"], "not an address"),
     ]:
         assert due in refused(words, capsys), words
-    files.write_jsonl(run / "judge.jsonl", [{"mine": 1}])
+    data.write_jsonl(run / "judge.jsonl", [{"mine": 1}])
     assert "not what this command writes" in refused([run, *here], capsys)
     (run / "judge.jsonl").unlink()
     write_pairs(pairs, TEXTS | {"a": ("The parcel was left", " elsewhere.")})
@@ -414,34 +532,48 @@ def test_other_instructions_are_sent_and_known_apart(run, tmp_path):
     (tmp_path / "mine.txt").write_text("Grade it.")
     with Chat(lambda candidate, n: "Final score: 1") as chat:
         grade(chat, run)
-        usual = files.read_json(run / "judge.json")["prompt"]
+        usual = data.read_json(run / "judge.json")["prompt"]
         chat.seen.clear()
         grade(chat, run, "--prompt", tmp_path / "mine.txt")
         assert {request["messages"][0]["content"] for _, _, request in chat.seen} == {"Grade it."}
-        assert len(chat.seen) == 4 and files.read_json(run / "judge.json")["prompt"] != usual
+        assert len(chat.seen) == 4 and data.read_json(run / "judge.json")["prompt"] != usual
 
 
 # --- what becomes of it ---
 
 
-def test_the_report_has_the_column_and_the_papers_figure_under_the_released_protocol(run, tmp_path, capsys):
+def test_the_report_has_the_column_and_the_papers_figure_under_the_released_protocol(
+    run, tmp_path, capsys
+):
     """Before and after; Table 1's 3.92 and Table 3's people only beside the released protocol, and of one judge."""
     config = {"protocol": "released", "preset": "neo125m", "published": "icu"}
     released = write_run(tmp_path / "other", tmp_path / "pairs.jsonl", [BEFORE, AFTER], **config)
-    with Chat(lambda candidate, n: f"Final score: {2 if candidate in BEFORE.values() else 6.5}") as chat:
+    with Chat(
+        lambda candidate, n: f"Final score: {2 if candidate in BEFORE.values() else 6.5}"
+    ) as chat:
         grade(chat, run, released)
     report.main([str(run)])
     table = (run / "table.md").read_text()
-    assert "GPT (0-10) ↑" in table and "| 2.00 |" in table and "| 6.50 |" in table and "3.92" not in table
+    assert (
+        "GPT (0-10) ↑" in table
+        and "| 2.00 |" in table
+        and "| 6.50 |" in table
+        and "3.92" not in table
+    )
     assert "graded by gpt-x" in capsys.readouterr().out
     people = {"before": {"mean": 1.0, "n": 2}, "after": {"mean": 7.0, "n": 2}}
-    files.write_json(released / "people.json", people)
+    data.write_json(released / "people.json", people)
     report.main([str(released)])
     table = (released / "table.md").read_text().splitlines()
-    ours, theirs = (next(line for line in table if line.startswith(start)) for start in ("| icu", "| published: icu"))
+    ours, theirs = (
+        next(line for line in table if line.startswith(start))
+        for start in ("| icu", "| published: icu")
+    )
     assert "| 6.50 | 7.00 |" in ours and f"| 3.92 | {10 * 4.7 / 7:.2f} |" in theirs
 
-    with Chat(lambda candidate, n: "Final score: 9") as chat:  # graded by another model: not side by side
+    with Chat(
+        lambda candidate, n: "Final score: 9"
+    ) as chat:  # graded by another model: not side by side
         judge.main([str(released), "--judge", "gpt-y", "--base-url", chat.url])
     report.main([str(run), str(released), "--out", str(tmp_path / "both")])
     assert "GPT" not in (tmp_path / "both" / "table.md").read_text()
@@ -459,12 +591,20 @@ def test_purge_takes_the_judges_words_and_keeps_its_scores(run, tmp_path, capsys
         grade(chat, run)
     judge.main(["--sheet", str(run)])
     (cache,) = (tmp_path / "cache" / "judge").iterdir()
-    assert (run / "sheet.html").stat().st_mode & 0o777 == (run / "sheet-key.json").stat().st_mode & 0o777 == 0o600
+    assert (
+        (run / "sheet.html").stat().st_mode & 0o777
+        == (run / "sheet-key.json").stat().st_mode & 0o777
+        == 0o600
+    )
     purge.main([str(run), "--dry-run"])
     assert cache.exists() and (run / "sheet.html").exists()
     purge.main([str(run)])
-    assert not cache.exists() and not (run / "sheet.html").exists() and (run / "sheet-key.json").exists()
-    rows = files.read_jsonl(run / "judge.jsonl")
+    assert (
+        not cache.exists()
+        and not (run / "sheet.html").exists()
+        and (run / "sheet-key.json").exists()
+    )
+    rows = data.read_jsonl(run / "judge.jsonl")
     assert [(row["score"], row["answer"]) for row in rows] == [(3, None)] * 4
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert b"Harbour Lane" not in path.read_bytes(), path
@@ -502,7 +642,9 @@ def test_correlations_and_kappa_are_those_of_scipy_and_scikit_learn(seed):
 def test_alpha_is_krippendorffs_published_example():
     """Krippendorff 2011, example C: four observers, twelve units, five grades, gaps; ordinal alpha 0.815."""
     observers = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
-    units = [[int(grade) for grade in unit if grade != "."] for unit in zip(*observers, strict=True)]
+    units = [
+        [int(grade) for grade in unit if grade != "."] for unit in zip(*observers, strict=True)
+    ]
     assert agreement.krippendorff_alpha(units) == pytest.approx(0.815, abs=0.0005)
 
 
@@ -536,9 +678,18 @@ def test_pearson_of_the_papers_table_3_is_the_papers():
 
 def test_what_has_no_value_is_none():
     """No grades, one grade, all the same."""
-    assert agreement.pearson([], []) is agreement.pearson([1], [2]) is agreement.pearson([1, 1], [1, 2]) is None
+    assert (
+        agreement.pearson([], [])
+        is agreement.pearson([1], [2])
+        is agreement.pearson([1, 1], [1, 2])
+        is None
+    )
     assert agreement.quadratic_kappa([], []) is agreement.quadratic_kappa([3, 3], [3, 3]) is None
-    assert agreement.krippendorff_alpha([[1], [2], []]) is agreement.krippendorff_alpha([[4, 4], [4, 4]]) is None
+    assert (
+        agreement.krippendorff_alpha([[1], [2], []])
+        is agreement.krippendorff_alpha([[4, 4], [4, 4]])
+        is None
+    )
     assert agreement.interval([1.0], statistics.fmean) is None
 
 
@@ -563,16 +714,22 @@ def served(tmp_path_factory):
             pytest.skip(f"{name} is missing: transformers serve needs it (requirements.txt)")
     folder = tmp_path_factory.mktemp("served")
     tokenizer = _make_tokenizer("llama")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
-    model = _make_model("llama", vocab=len(tokenizer), dtype=torch.float32, max_position_embeddings=8192)
+    model = _make_model(
+        "llama", vocab=len(tokenizer), dtype=torch.float32, max_position_embeddings=8192
+    )
     model.save_pretrained(folder)
     port = commands.free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     words = ["serve", folder, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, words)], stdout=log, stderr=log
+        )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log")
         yield f"http://127.0.0.1:{port}/v1", str(folder)
@@ -598,13 +755,18 @@ def test_a_real_server_is_asked_as_it_wants_to_be(served, tmp_path, run, capsys,
     """Every sample has an answer of a real model and its tokens; the tiny model's grades mean nothing."""
     url, model = served
     monkeypatch.setattr(judge, "ANSWER_TOKENS", 24)
-    for calls in (8, 0):  # each of four texts in two wordings, since noise has no score; then never again
+    for calls in (
+        8,
+        0,
+    ):  # each of four texts in two wordings, since noise has no score; then never again
         judge.main([str(run), "--judge", model, "--base-url", url])
-        found = files.read_json(run / "judge.json")
+        found = data.read_json(run / "judge.json")
         assert found["calls"] == calls
-    rows = files.read_jsonl(run / "judge.jsonl")
+    rows = data.read_jsonl(run / "judge.jsonl")
     assert len(rows) == 4 and all(isinstance(row["answer"], str) and row["answer"] for row in rows)
-    assert {row["why"] for row in rows} == {"no score in the answer"} and found["before"]["mean"] is None
+    assert {row["why"] for row in rows} == {"no score in the answer"} and found["before"][
+        "mean"
+    ] is None
     assert all(row["usage"]["in"] > 500 and 0 < row["usage"]["out"] <= 48 for row in rows)
     assert found["served"] and found["served"][0].startswith(model)
     report.main([str(run)])
@@ -617,16 +779,37 @@ def test_a_real_server_is_asked_as_it_wants_to_be(served, tmp_path, run, capsys,
 def test_a_judge_is_looked_for_before_the_work_and_asked_before_the_report(monkeypatch, tmp_path):
     """bash run.sh PRESET --judge MODEL with flags of its own; a comparison judges every run of it."""
     found = []
-    monkeypatch.setattr(experiment.commands, "run", lambda argv, environment, quiet=False: found.append(argv[1:]) or 0)
+    monkeypatch.setattr(
+        experiment.commands,
+        "run",
+        lambda argv, environment, quiet=False: found.append(argv[1:]) or 0,
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "chdir", lambda folder: None)
-    words = ["--judge", "m", "--judge-base-url", "http://localhost:1/v1", "--send-texts", "--lr", "1e-5"]
+    words = [
+        "--judge",
+        "m",
+        "--judge-base-url",
+        "http://localhost:1/v1",
+        "--send-texts",
+        "--lr",
+        "1e-5",
+    ]
     experiment.main(["neo125m", "--device", "cpu", *words])
-    asked = [argv[1:] for argv in found if argv[0] == "judge.py"]
-    own, out = ["--judge", "m", "--base-url", "http://localhost:1/v1", "--send-texts"], "runs/neo125m-set0-icu-paper"
+    asked = [argv[1:] for argv in found if argv[0] == "evals/judge.py"]
+    own, out = (
+        ["--judge", "m", "--base-url", "http://localhost:1/v1", "--send-texts"],
+        "runs/neo125m-set0-icu-paper",
+    )
     assert asked == [[*own, "--dry-run"], [out, *own]]
     names = [argv[0] for argv in found]
-    assert names.index("judge.py") < names.index("icu.py") and names[-2:] == ["judge.py", "report.py"]
-    for bad, due in ((["--judge", "m", "--redact"], "--redact"), (["--judge-base-url", "x"], "--judge MODEL")):
+    assert names.index("evals/judge.py") < names.index("icu.py") and names[-2:] == [
+        "evals/judge.py",
+        "evals/report.py",
+    ]
+    for bad, due in (
+        (["--judge", "m", "--redact"], "--redact"),
+        (["--judge-base-url", "x"], "--judge MODEL"),
+    ):
         with pytest.raises(ValueError, match=due):
             experiment.main(["tiny", *bad])

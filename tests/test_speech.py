@@ -1,4 +1,4 @@
-"""report.py --speech: the figures of a loop by hand, one reader for all runs, and one line for what it cannot read.
+"""evals/report.py --speech: the figures of a loop by hand, one reader for all runs, and one line for what it cannot read.
 
 python -m pytest tests/test_speech.py -q
 """
@@ -14,8 +14,9 @@ from test_explain import loop
 from test_report import PAIRS, edit, refused
 
 import icu
-import report
-from kit import files, speech
+from evals import report
+from extras import speech
+from kit import data
 
 
 def test_surprise_is_a_literal_loop(kind, tiny_models):
@@ -53,15 +54,17 @@ def test_words_of_pairs_are_whole():
         "learn_prefix": "F",
         "learn_suffix": "our",
     }
-    assert speech.words_of([pair]) == {"one", "two", "three"} and speech.words_of([pair], "learn_") == {"four"}
+    assert speech.words_of([pair]) == {"one", "two", "three"} and speech.words_of(
+        [pair], "learn_"
+    ) == {"four"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, save_tiny, encoder_dir):
     """A folder with two models, a run that unlearned, one that measured the other model, and texts."""
     root = tmp_path_factory.mktemp("speech")
-    files.write_jsonl(root / "pairs.jsonl", PAIRS)
-    files.write_jsonl(root / "texts.jsonl", [{"text": "The clinic said that nothing was missing."}])
+    data.write_jsonl(root / "pairs.jsonl", PAIRS)
+    data.write_jsonl(root / "texts.jsonl", [{"text": "The clinic said that nothing was missing."}])
     for name, steps in (("model", 60), ("other", 5)):
         memorise(save_tiny("opt", root / name), PAIRS, steps=steps)
     words = [
@@ -77,7 +80,16 @@ def made(tmp_path_factory, save_tiny, encoder_dir):
         "1",
     ]
     for model, out, more in (("model", "run", []), ("other", "never", ["--eval-only"])):
-        run = [*words, "--thresholds", "1e-9,1e-9", "--model", root / model, "--out", root / out, *more]
+        run = [
+            *words,
+            "--thresholds",
+            "1e-9,1e-9",
+            "--model",
+            root / model,
+            "--out",
+            root / out,
+            *more,
+        ]
         icu.main(argv=[str(word) for word in run])
     return root
 
@@ -96,12 +108,21 @@ def test_every_run_is_read_by_the_model_before(made, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     known = speech.words_of(PAIRS) | speech.words_of(PAIRS, "learn_")
     known |= set("the clinic said that nothing was missing".split())
-    for label, folder, epoch in (("model (before)", "run", 0), ("icu", "run", 1), ("other", "never", 0)):
+    for label, folder, epoch in (
+        ("model (before)", "run", 0),
+        ("icu", "run", 1),
+        ("other", "never", 0),
+    ):
         total = count = 0
-        samples = [row for row in files.read_jsonl(made / folder / "samples.jsonl") if row["epoch"] == epoch]
+        samples = [
+            row for row in data.read_jsonl(made / folder / "samples.jsonl") if row["epoch"] == epoch
+        ]
         said = {row["id"]: row["generation"] for row in samples}
         for pair in PAIRS:
-            prompt = [tokenizer.bos_token_id, *tokenizer(pair["prefix"], add_special_tokens=False)["input_ids"]]
+            prompt = [
+                tokenizer.bos_token_id,
+                *tokenizer(pair["prefix"], add_special_tokens=False)["input_ids"],
+            ]
             ids = tokenizer(said[pair["id"]], add_special_tokens=False)["input_ids"]
             total -= sum(map(math.log, loop(model, prompt + ids)[len(prompt) - 1 :]))
             count += len(ids)
@@ -112,14 +133,23 @@ def test_every_run_is_read_by_the_model_before(made, tmp_path, capsys):
 
 
 BAD = {
-    "no texts": (lambda run: edit(run / "config.json", lambda c: c | {"redact": True}), "leave it or --speech out"),
-    "other pairs": (lambda run: edit(run.parent / "pairs.jsonl", lambda rows: rows[:1]), "not the pairs that"),
+    "no texts": (
+        lambda run: edit(run / "config.json", lambda c: c | {"redact": True}),
+        "leave it or --speech out",
+    ),
+    "other pairs": (
+        lambda run: edit(run.parent / "pairs.jsonl", lambda rows: rows[:1]),
+        "not the pairs that",
+    ),
     "another model": (
         lambda run: shutil.copytree(run.parent / "other", run.parent / "model", dirs_exist_ok=True),
         "not the model",
     ),
     "no file of texts": (lambda run: (run.parent / "texts.jsonl").unlink(), "texts.jsonl"),
-    "no place for the report": (lambda run: (run / "table.csv").write_text("a stranger's"), "is not what this command"),
+    "no place for the report": (
+        lambda run: (run / "table.csv").write_text("a stranger's"),
+        "is not what this command",
+    ),
 }
 
 
@@ -130,7 +160,9 @@ def test_what_cannot_be_read_is_one_line(change, message, made, tmp_path, capsys
     paths = {"pairs": str(root / "pairs.jsonl"), "model": str(root / "model")}
     edit(root / "run" / "config.json", lambda config: config | paths)
     change(root / "run")
-    monkeypatch.setattr(speech.models, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        speech.models, "load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     assert message in refused([root / "run", "--speech", root / "texts.jsonl"], capsys, root)
 
 
@@ -139,6 +171,8 @@ def test_one_model_reads_all(made, tmp_path, capsys):
     second = shutil.copytree(made / "never", tmp_path / "second")
     edit(second / "summary.json", lambda summary: summary | {"method": "icu"})
     error = refused(
-        [made / "run", second, "--out", tmp_path / "out", "--speech", made / "texts.jsonl"], capsys, tmp_path
+        [made / "run", second, "--out", tmp_path / "out", "--speech", made / "texts.jsonl"],
+        capsys,
+        tmp_path,
     )
     assert "one model reads all" in error and "other" in error

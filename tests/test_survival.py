@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import icu
-from kit import files, paths, processes, runs, states
+from kit import data, paths, processes, runs, states
 from kit import flags as kit_flags
 
 
@@ -37,7 +37,11 @@ def call(flags, out, at=lambda now: None):
     """icu.py as a command, in this process and watched by `at`: (exit code, stdout, stderr)."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     argv = ["icu.py", *map(str, flags), "--out", str(out)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
             with survive.watched(out, at):
                 kit_flags.run_cli(icu.main)
@@ -57,13 +61,19 @@ def refused(flags, out):
 
 def contents(folder):
     """{name: bytes} of all files in a folder except the lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def nth(number, **wanted):
     """Accepts the moment `number` (from 1) whose fields are as wanted."""
     seen = itertools.count(1)
-    return lambda now: all(getattr(now, name) == value for name, value in wanted.items()) and next(seen) == number
+    return lambda now: (
+        all(getattr(now, name) == value for name, value in wanted.items()) and next(seen) == number
+    )
 
 
 def ask_to_stop(number):
@@ -82,8 +92,10 @@ def straight(flags, tmp_path_factory):
     out, moments = tmp_path_factory.mktemp("straight") / "run", []
     code, _, stderr = call(flags, out, moments.append)
     assert code == 0, stderr
-    rows = files.read_jsonl(out / "metrics.jsonl")
-    assert len(rows) == 4 and 0 < rows[1]["forgotten"] < rows[2]["forgotten"]  # else the tests below prove less
+    rows = data.read_jsonl(out / "metrics.jsonl")
+    assert (
+        len(rows) == 4 and 0 < rows[1]["forgotten"] < rows[2]["forgotten"]
+    )  # else the tests below prove less
     return out, moments
 
 
@@ -94,7 +106,10 @@ def interrupted(flags, straight, tmp_path_factory):
     steps = nth(4, what="step", when="after")  # epoch 1 has three steps
     code, _, stderr = call(flags, out, survive.moment(steps, ask_to_stop(signal.SIGTERM)))
     assert code == 143, stderr
-    assert [state.name for state in states.states(out)] == ["epoch00002-step000001", "epoch00002-step000000"]
+    assert [state.name for state in states.states(out)] == [
+        "epoch00002-step000001",
+        "epoch00002-step000000",
+    ]
     return out
 
 
@@ -107,17 +122,29 @@ def copy(interrupted, tmp_path):
 # --- kill -9 ---
 
 
-@pytest.fixture(scope="module", params=[(), ("--requests",)], ids=["a run", "a second request, marked"])
+@pytest.fixture(
+    scope="module", params=[(), ("--requests",)], ids=["a run", "a second request, marked"]
+)
 def killed(request, tmp_path_factory):
     """What survive.py leaves behind when it kills seven runs, once in each phase: its folder, and a dict a run."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(survive.ROOT / "tests/survive.py"), "--times", "7", "--seed", "0", *request.param]
+    command = [
+        sys.executable,
+        str(survive.ROOT / "tests/survive.py"),
+        "--times",
+        "7",
+        "--seed",
+        "0",
+        *request.param,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--keep", folder], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*command, "--keep", folder], capture_output=True, text=True, env=environment, timeout=300
+    )
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(runs) == len(survive.PHASES) == 7, done.stdout + done.stderr
     if request.param:  # else it proves no more than the first
-        rows = files.read_jsonl(folder / "straight" / "metrics.jsonl")
+        rows = data.read_jsonl(folder / "straight" / "metrics.jsonl")
         assert [row["active"] for row in rows] == [4, 3, 2, 2]  # two new ones, two that came back
     return folder, runs
 
@@ -145,9 +172,18 @@ def kill(now):
 FIRST_STATE = "epoch00000-step000000"
 EARLY = {
     "in the first measuring": ({"what": "beam_generate", "when": "before"}, True),
-    "after the first measuring": ({"path": "metrics.jsonl", "what": "open", "when": "before"}, True),
-    "after the first state": ({"path": f"state/{FIRST_STATE}", "what": "rename", "when": "after"}, False),
-    "in the first state": ({"path": f"state/{FIRST_STATE}", "what": "rename", "when": "before"}, False),
+    "after the first measuring": (
+        {"path": "metrics.jsonl", "what": "open", "when": "before"},
+        True,
+    ),
+    "after the first state": (
+        {"path": f"state/{FIRST_STATE}", "what": "rename", "when": "after"},
+        False,
+    ),
+    "in the first state": (
+        {"path": f"state/{FIRST_STATE}", "what": "rename", "when": "before"},
+        False,
+    ),
 }
 
 
@@ -176,7 +212,10 @@ def test_the_first_state_is_small(flags, tmp_path):
 
     with pytest.raises(Killed):
         call(flags, out, survive.moment(nth(1, what="el_ma_and_spans"), look))
-    assert set(sizes) == {"progress.json", "random-0.json", "manifest.json"} and sum(sizes.values()) < 1 << 18
+    assert (
+        set(sizes) == {"progress.json", "random-0.json", "manifest.json"}
+        and sum(sizes.values()) < 1 << 18
+    )
 
 
 def killed_while_starting(out, config, number, folder):
@@ -202,7 +241,9 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_run_or_none(old_run, request,
     found = request.getfixturevalue(old_run)
     old_folder = found if old_run == "interrupted" else found[0]
     old, new, endings = contents(old_folder), {"lr": 1}, []
-    of_new = {"config.json"} | {f"state/{FIRST_STATE}/{name}.json" for name in ("manifest", "progress", "random-0")}
+    of_new = {"config.json"} | {
+        f"state/{FIRST_STATE}/{name}.json" for name in ("manifest", "progress", "random-0")
+    }
     for number in itertools.count():
         out = Path(shutil.copytree(old_folder, tmp_path / "killed" / str(number)))
         if not killed_while_starting(out, new, number, tmp_path):
@@ -215,9 +256,13 @@ def test_a_kill_while_a_run_is_replaced_leaves_one_run_or_none(old_run, request,
         else:
             endings.append("old" if contents(out) == old else "new")
         if endings[-1] != "old":
-            assert set(contents(out)) == of_new and files.read_json(out / "config.json") == new
+            assert set(contents(out)) == of_new and data.read_json(out / "config.json") == new
             assert states.newest_state(out).name == FIRST_STATE
-    assert endings == sorted(endings, key=["old", "none", "new"].index) and len(set(endings)) == 3 and len(endings) > 40
+    assert (
+        endings == sorted(endings, key=["old", "none", "new"].index)
+        and len(set(endings)) == 3
+        and len(endings) > 40
+    )
 
 
 def test_files_that_are_no_run_are_never_removed(tmp_path):
@@ -241,14 +286,20 @@ def test_the_killing_script_notices_a_run_that_did_not_survive(killed, tmp_path)
     (out / "summary.json.1.tmp").touch()
     (out / "metrics.jsonl").write_bytes((straight / "metrics.jsonl").read_bytes() + b" ")
     (out / "model" / "config.json").unlink()
-    assert set(survive.difference(out, straight)) == {"summary.json.1.tmp", "metrics.jsonl", "model/config.json"}
+    assert set(survive.difference(out, straight)) == {
+        "summary.json.1.tmp",
+        "metrics.jsonl",
+        "model/config.json",
+    }
 
 
 def test_a_state_gets_its_name_only_when_all_of_it_is_on_the_disk(straight):
     """Every file is synced after its last write, the manifest is written last, then the folder is renamed."""
     out, moments = straight
     done = [now for now in moments if now.phase == "save" and now.when == "after"]
-    named = [i for i, now in enumerate(done) if now.what == "rename" and now.path.startswith("state/")]
+    named = [
+        i for i, now in enumerate(done) if now.what == "rename" and now.path.startswith("state/")
+    ]
     assert len(named) == 5  # before epoch 0 and after epochs 0 to 3
     for begin, end in zip([0, *named], named, strict=False):
         part = f"{done[end].path}.part"
@@ -257,8 +308,12 @@ def test_a_state_gets_its_name_only_when_all_of_it_is_on_the_disk(straight):
             if now.what in ("replace", "serialize_file"):
                 written[now.path] = i
             synced |= {now.path: i} if now.what == "fsync" else {}
-        names = {f"{part}/{name}" for name in ("training.safetensors", "random-0.json", "progress.json")}
-        names -= {"state/epoch00000-step000000.part/training.safetensors"}  # its weights are --model's
+        names = {
+            f"{part}/{name}" for name in ("training.safetensors", "random-0.json", "progress.json")
+        }
+        names -= {
+            "state/epoch00000-step000000.part/training.safetensors"
+        }  # its weights are --model's
         assert set(written) == names | {f"{part}/manifest.json"}
         assert all(synced[name] > i for name, i in written.items()) and part in synced
         assert all(written[f"{part}/manifest.json"] > synced[name] for name in names)
@@ -281,10 +336,22 @@ def test_two_states_are_kept(flags, straight, tmp_path):
 
 SIGNALS = {
     "in the middle of an epoch": (signal.SIGTERM, {"number": 2, "what": "step", "when": "before"}),
-    "Ctrl-C in the middle of an epoch": (signal.SIGINT, {"number": 4, "what": "backward", "when": "after"}),
-    "in the first measuring": (signal.SIGTERM, {"number": 1, "what": "beam_generate", "when": "before"}),
-    "Ctrl-C in a later measuring": (signal.SIGINT, {"number": 3, "what": "el_ma_and_spans", "when": "after"}),
-    "in a save": (signal.SIGTERM, {"number": 2, "what": "serialize_file", "when": "before", "phase": "save"}),
+    "Ctrl-C in the middle of an epoch": (
+        signal.SIGINT,
+        {"number": 4, "what": "backward", "when": "after"},
+    ),
+    "in the first measuring": (
+        signal.SIGTERM,
+        {"number": 1, "what": "beam_generate", "when": "before"},
+    ),
+    "Ctrl-C in a later measuring": (
+        signal.SIGINT,
+        {"number": 3, "what": "el_ma_and_spans", "when": "after"},
+    ),
+    "in a save": (
+        signal.SIGTERM,
+        {"number": 2, "what": "serialize_file", "when": "before", "phase": "save"},
+    ),
 }
 
 
@@ -295,7 +362,10 @@ def test_a_signal_saves_and_the_run_goes_on(name, flags, straight, tmp_path):
     out = tmp_path / "run"
     code, stdout, _ = call(flags, out, survive.moment(nth(**wanted), ask_to_stop(number)))
     assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-    assert stdout.splitlines()[-1] == f"interrupted ({number.name}); go on with the same command and --resume"
+    assert (
+        stdout.splitlines()[-1]
+        == f"interrupted ({number.name}); go on with the same command and --resume"
+    )
     newest = states.states(out)[0]
     assert states.broken_part(newest) is None
     if "middle" in name:
@@ -341,7 +411,11 @@ DAMAGES = {
     "flipped random state": ("random-0.json", flip, "random-0.json has changed (sha256)"),
     "lost progress": ("progress.json", Path.unlink, "progress.json is missing"),
     "truncated manifest": ("manifest.json", cut_off, "manifest.json is unreadable"),
-    "emptied manifest": ("manifest.json", lambda path: path.write_text("{}"), "is not in its manifest"),
+    "emptied manifest": (
+        "manifest.json",
+        lambda path: path.write_text("{}"),
+        "is not in its manifest",
+    ),
 }
 
 
@@ -368,7 +442,10 @@ def test_the_older_state_gives_the_same_run(flags, straight, copy):
 
     code, stdout, stderr = call([*flags, "--resume"], copy, look)
     assert code == 0, stderr
-    assert f"{newest.name} is damaged: training.safetensors" in stdout and f"resumed from {older.name}" in stdout
+    assert (
+        f"{newest.name} is damaged: training.safetensors" in stdout
+        and f"resumed from {older.name}" in stdout
+    )
     assert kept == [[None], [None, None]]
     assert survive.difference(copy, straight[0]) == []
 
@@ -399,9 +476,17 @@ def test_lost_lines_of_a_run_are_noticed(flags, copy):
 def test_a_changed_byte_of_a_run_is_noticed(name, flags, copy):
     """One digit of the numbers that are kept, one letter of what the model said: named, and nothing is touched."""
     data = (copy / name).read_bytes()
-    at = next(at for at in range(len(data) // 2) if data[at : at + 1].isalnum() and data[at - 1 : at].isalnum())
-    (copy / name).write_bytes(data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :])
-    assert f"{name}: has changed (sha256); begin again with --overwrite" in refused([*flags, "--resume"], copy)
+    at = next(
+        at
+        for at in range(len(data) // 2)
+        if data[at : at + 1].isalnum() and data[at - 1 : at].isalnum()
+    )
+    (copy / name).write_bytes(
+        data[:at] + (b"1" if data[at : at + 1] != b"1" else b"2") + data[at + 1 :]
+    )
+    assert f"{name}: has changed (sha256); begin again with --overwrite" in refused(
+        [*flags, "--resume"], copy
+    )
 
 
 @pytest.mark.parametrize("left", [None, 0, 5])
@@ -419,19 +504,22 @@ def test_the_times_of_a_run_may_be_lost(left, flags, straight, copy):
 def test_a_state_of_another_version_is_refused(flags, copy):
     """Its fields are not those of this one: no field is guessed."""
     state = states.states(copy)[0]
-    progress = files.read_json(state / "progress.json")
-    files.write_json(state / "progress.json", {"sizes" if name == "files" else name: x for name, x in progress.items()})
-    manifest = files.read_json(state / "manifest.json")
+    progress = data.read_json(state / "progress.json")
+    data.write_json(
+        state / "progress.json",
+        {"sizes" if name == "files" else name: x for name, x in progress.items()},
+    )
+    manifest = data.read_json(state / "manifest.json")
     path = state / "progress.json"
-    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-    files.write_json(state / "manifest.json", manifest)
+    manifest[path.name] = {"bytes": path.stat().st_size, "sha256": data.sha256_of(path)}
+    data.write_json(state / "manifest.json", manifest)
     assert "another version" in refused([*flags, "--resume"], copy)
 
 
 def changed_pairs(flags, folder):
-    pairs = files.read_pairs(flags[flags.index("--pairs") + 1])
+    pairs = data.read_pairs(flags[flags.index("--pairs") + 1])
     pairs[2]["suffix"] += "!"
-    files.write_jsonl(folder / "pairs.jsonl", pairs)
+    data.write_jsonl(folder / "pairs.jsonl", pairs)
     return ["--pairs", folder / "pairs.jsonl"]
 
 
@@ -464,9 +552,13 @@ def test_what_only_measures_does_not_ask_how_it_would_have_trained(flags, tmp_pa
     """A comparison of methods, each with its own weights, measures the model that never saw the texts once."""
     assert call([*flags, "--eval-only"], tmp_path / "run")[0] == 0
     before = contents(tmp_path / "run")
-    code, stdout, _ = call([*flags, "--eval-only", "--resume", "--lr", "1", "--beta", "9"], tmp_path / "run")
+    code, stdout, _ = call(
+        [*flags, "--eval-only", "--resume", "--lr", "1", "--beta", "9"], tmp_path / "run"
+    )
     assert code == 0 and "finished already" in stdout and contents(tmp_path / "run") == before
-    assert "num_beams was" in refused([*flags, "--eval-only", "--resume", "--num-beams", "3"], tmp_path / "run")
+    assert "num_beams was" in refused(
+        [*flags, "--eval-only", "--resume", "--num-beams", "3"], tmp_path / "run"
+    )
 
 
 def test_each_process_may_have_its_own_gpu(flags):
@@ -499,7 +591,9 @@ def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
 def no_room(now):
     """What the function at this moment raises when the disk is full."""
     if now.what == "serialize_file":
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -507,9 +601,15 @@ def no_room(now):
 def test_no_room_for_a_write_leaves_the_states_intact(phase, flags, straight, tmp_path):
     """A write of this phase that fails, drawn from a seed: exit 2, one line with the states, and the run goes on."""
     out, (truth, moments) = tmp_path / "run", straight
-    begin = next(i for i, now in enumerate(moments) if now.what == "rename")  # the first state is there
+    begin = next(
+        i for i, now in enumerate(moments) if now.what == "rename"
+    )  # the first state is there
     writing = ("open", "fsync", "serialize_file")
-    able = [i for i, now in enumerate(moments) if (now.phase, now.when) == (phase, "before") and now.what in writing]
+    able = [
+        i
+        for i, now in enumerate(moments)
+        if (now.phase, now.when) == (phase, "before") and now.what in writing
+    ]
     chosen, before = random.Random(0).choice([i for i in able if i > begin]), {}
 
     def fail(now):
@@ -517,7 +617,9 @@ def test_no_room_for_a_write_leaves_the_states_intact(phase, flags, straight, tm
         no_room(now)
 
     code, _, stderr = call(flags, out, survive.moment(chosen, fail))
-    assert code == 2 and stderr.count("\n") == 1 and "No space left" in stderr and "--resume" in stderr, stderr
+    assert (
+        code == 2 and stderr.count("\n") == 1 and "No space left" in stderr and "--resume" in stderr
+    ), stderr
     assert before and {state.name: contents(state) for state in states.states(out)} == before
     assert all(name in stderr for name in before)
     code, _, stderr = call([*flags, "--resume"], out)
@@ -542,7 +644,9 @@ def test_a_full_disk_leaves_the_states_intact(flags, straight, tmp_path):
         code, stdout, stderr = call(flags, out)
         assert code == 2 and stderr.count("\n") == 1 and "No space left" in stderr, stdout + stderr
         kept = states.states(out)
-        assert kept and all(states.broken_part(state) is None and state.name in stderr for state in kept)
+        assert kept and all(
+            states.broken_part(state) is None and state.name in stderr for state in kept
+        )
         subprocess.run(["mount", "-o", f"remount,{size(10)}", str(disk)], check=True)
         code, _, stderr = call([*flags, "--resume"], out)
         assert code == 0 and survive.difference(out, straight[0]) == [], stderr
@@ -589,10 +693,19 @@ def test_the_optimiser_comes_back_as_it_was(make_model, tmp_path):
 def test_random_states_are_restored(make_model, tmp_path):
     """After load_state python, numpy and torch draw the numbers that they drew after save_state."""
     engine = processes.PlainEngine(make_model("gpt_neo", dtype=torch.float32), Namespace(lr=1e-3))
-    random.gauss(0, 1), np.random.standard_normal(), torch.rand(3)  # also the half of a pair that gauss keeps
+    (
+        random.gauss(0, 1),
+        np.random.standard_normal(),
+        torch.rand(3),
+    )  # also the half of a pair that gauss keeps
 
     def draw():
-        return [random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(5).tolist()]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.standard_normal(3).tolist(),
+            torch.rand(5).tolist(),
+        ]
 
     states.save_state(tmp_path, engine, states.Progress())
     drawn = draw()

@@ -1,4 +1,4 @@
-"""Claims about tasks.py: prompts, scores, figures, bad and missing rows, and the command.
+"""Claims about evals/tasks.py: prompts, scores, figures, bad and missing rows, and the command.
 
     python -m pytest tests/test_tasks.py -q
 
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-import tasks
-from kit import files, scoring
+from evals import tasks
+from kit import data, scoring
 from kit import models as kit_models
 from kit import rows as row_files
 from kit.flags import run_cli
@@ -174,13 +174,13 @@ def offline(monkeypatch):
     def refuse(name, data_dir=None):
         raise ValueError(f"cannot reach the server for {name}: pass --data DIR with {name} in it")
 
-    monkeypatch.setattr(files, "data_file", refuse)
+    monkeypatch.setattr(data, "data_file", refuse)
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
 def write_rows(folder, names):
     for name in names:
-        files.write_jsonl(folder / f"{name}.jsonl", ROWS[name])
+        data.write_jsonl(folder / f"{name}.jsonl", ROWS[name])
     return folder
 
 
@@ -213,10 +213,16 @@ def test_original_files_and_hub_rows_give_the_same_items():
     original = {"id": "a", "question": {"stem": hub["question"], "choices": own}, "answerKey": "C"}
     assert tasks.arc(original, True) == tasks.arc(hub, True)
     hub = ROWS["pubmedqa"][0]
-    original = {"QUESTION": hub["question"], "CONTEXTS": hub["context"]["contexts"], "final_decision": "yes"}
+    original = {
+        "QUESTION": hub["question"],
+        "CONTEXTS": hub["context"]["contexts"],
+        "final_decision": "yes",
+    }
     for harness in (True, False):
         assert tasks.pubmedqa(original, harness) == tasks.pubmedqa(hub, harness)
-    assert tasks.pubmedqa(hub | {"abstract": "Only this."}, False)[0].startswith("Context: Only this.\nQuestion:")
+    assert tasks.pubmedqa(hub | {"abstract": "Only this."}, False)[0].startswith(
+        "Context: Only this.\nQuestion:"
+    )
 
 
 def test_a_column_that_pandas_wrote_as_python_is_read_without_evaluating_it():
@@ -227,7 +233,15 @@ def test_a_column_that_pandas_wrote_as_python_is_read_without_evaluating_it():
     assert tasks.unpack({"c": text}, "c") == {
         "contexts": ["It's one.", 'Two, "quoted" \n and 3)'], "labels": ["A", "B"], "n": 1,
     }  # fmt: skip
-    for attack in ("__import__('os').getcwd()", "[x for x in (1,)]", "array()", "[1", "(" * 5000, "{**{}}", "'text'"):
+    for attack in (
+        "__import__('os').getcwd()",
+        "[x for x in (1,)]",
+        "array()",
+        "[1",
+        "(" * 5000,
+        "{**{}}",
+        "'text'",
+    ):
         with pytest.raises(ValueError, match="`c`"):
             tasks.unpack({"c": attack}, "c")
 
@@ -247,7 +261,11 @@ def test_a_turn_is_normalised_as_published():
 
 def bad_rows():
     good = {name: rows[0] for name, rows in ROWS.items()}
-    yield "piqa", {key: value for key, value in good["piqa"].items() if key != "sol2"}, "no field `sol2`"
+    yield (
+        "piqa",
+        {key: value for key, value in good["piqa"].items() if key != "sol2"},
+        "no field `sol2`",
+    )
     yield "piqa", good["piqa"] | {"sol1": "  "}, "`sol1` is blank"
     yield "piqa", good["piqa"] | {"sol1": 3}, "`sol1` is int, not a string"
     yield "piqa", good["piqa"] | {"label": 2}, "number 3 of 2 choices"
@@ -289,8 +307,10 @@ def test_a_bad_row_is_counted_and_named_and_the_others_stay(name, row, why):
 def test_a_set_without_a_good_row_is_an_error(tmp_path, offline):
     """Asked for by name it stops; among all sets it is recorded, and the others are read."""
     write_rows(tmp_path, ["copa"])
-    files.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
-    with pytest.raises(ValueError, match=r"piqa\.jsonl: no good row for piqa, row 1: no field `sol1`"):
+    data.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
+    with pytest.raises(
+        ValueError, match=r"piqa\.jsonl: no good row for piqa, row 1: no field `sol1`"
+    ):
         tasks.read_sets(["piqa"], tmp_path)
     sets = tasks.read_sets("all", tmp_path)
     assert "no field `sol1`" in sets["piqa"]["error"] and list(sets["copa"]["rows"]) == [1, 2, 3]
@@ -304,16 +324,25 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     rows = ROWS["piqa"]
     (tmp_path / "b").mkdir()
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "b" / "a.json").write_text(json.dumps({f"id{i}": row for i, row in enumerate(rows)}))
+    (tmp_path / "b" / "a.json").write_text(
+        json.dumps({f"id{i}": row for i, row in enumerate(rows)})
+    )
     columns = {key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]}
     (tmp_path / "c.json").write_text(json.dumps(columns))
-    files.write_jsonl(tmp_path / "d.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows])
+    data.write_jsonl(
+        tmp_path / "d.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows]
+    )
     (tmp_path / "d-labels.lst").write_text("0\n1\n0\n")
-    lines = ["goal,sol1,sol2,label", *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+    lines = [
+        "goal,sol1,sol2,label",
+        *(",".join(f'"{value}"' for value in row.values()) for row in rows),
+    ]
     (tmp_path / "e.csv").write_text("\n".join(lines))
     expected = tasks.check_rows("piqa", rows, True)
     for path in ("a.json", "b/a.json", "c.json", "d.jsonl", "e.csv"):
-        assert tasks.check_rows("piqa", row_files.read_rows(tmp_path / path), True) == expected, path
+        assert tasks.check_rows("piqa", row_files.read_rows(tmp_path / path), True) == expected, (
+            path
+        )
 
     items = "".join(
         f'<item id="{i}" asks-for="{row["question"]}" most-plausible-alternative="{row["label"] + 1}">'
@@ -321,7 +350,9 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
         for i, row in enumerate(ROWS["copa"])
     )
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE copa-corpus SYSTEM "copa.dtd">\n'
-    (tmp_path / "copa-dev.xml").write_text(f'{head}<copa-corpus version="1.0">{items}</copa-corpus>')
+    (tmp_path / "copa-dev.xml").write_text(
+        f'{head}<copa-corpus version="1.0">{items}</copa-corpus>'
+    )
     assert row_files.read_rows(tmp_path / "copa-dev.xml") == ROWS["copa"]
 
 
@@ -347,7 +378,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, why):
 
 def test_labels_must_match_their_rows(tmp_path):
     """A label file of another length is refused, with both numbers."""
-    files.write_jsonl(tmp_path / "piqa.jsonl", ROWS["piqa"])
+    data.write_jsonl(tmp_path / "piqa.jsonl", ROWS["piqa"])
     (tmp_path / "piqa-labels.lst").write_text("0\n1\n")
     with pytest.raises(ValueError, match="2 labels for the 3 rows"):
         tasks.read_sets(["piqa"], tmp_path)
@@ -367,19 +398,25 @@ def test_labels_must_match_their_rows(tmp_path):
 def test_local_files_are_found_under_their_usual_names(tmp_path, offline, file, name):
     """NAME with or without its split, in the folder or one below; another split's file is not taken for it."""
     (tmp_path / "sub").mkdir()
-    files.write_jsonl(tmp_path / file, ROWS[name])
-    files.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
-    data = tasks.read_sets([name.upper()], tmp_path)[name]
-    assert len(data["rows"]) == 3 and data["source"] == str(tmp_path / file)
+    data.write_jsonl(tmp_path / file, ROWS[name])
+    data.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
+    found = tasks.read_sets([name.upper()], tmp_path)[name]
+    assert len(found["rows"]) == 3 and found["source"] == str(tmp_path / file)
 
 
 def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
     """What cannot be had has the reason and no value; averages list it; the table shows how many sets it covers."""
     results = tasks.evaluate(*models["gpt_neo"], data_dir=write_rows(tmp_path, ["piqa", "copa"]))
-    assert "pip install datasets" in results["hellaswag"]["missing"] and "value" not in results["hellaswag"]
+    assert (
+        "pip install datasets" in results["hellaswag"]["missing"]
+        and "value" not in results["hellaswag"]
+    )
     assert "--task-data DIR with lambada.csv" in results["lambada"]["missing"]
     averages = results["averages"]
-    assert averages["cls"] == (results["piqa"]["value"] + results["copa"]["value"]) / 2 and averages["dia"] is None
+    assert (
+        averages["cls"] == (results["piqa"]["value"] + results["copa"]["value"]) / 2
+        and averages["dia"] is None
+    )
     assert len(averages["cls_missing"]) == 7 and averages["dia_missing"] == list(tasks.DIALOGUE)
     text = tasks.table({"mine": results})
     assert "(2 of 9 sets)" in text and "- mine: hellaswag is missing: " in text
@@ -387,11 +424,15 @@ def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
 
 def test_nothing_at_hand_is_an_error(tmp_path, offline):
     """No set to be had at all: the message says what to pass."""
-    with pytest.raises(ValueError, match="piqa is not at hand: pass --task-data DIR with piqa.jsonl"):
+    with pytest.raises(
+        ValueError, match="piqa is not at hand: pass --task-data DIR with piqa.jsonl"
+    ):
         tasks.read_sets(["piqa"], tmp_path)
 
 
-def test_a_set_without_a_local_file_comes_from_the_hub_where_datasets_is_installed(tmp_path, monkeypatch):
+def test_a_set_without_a_local_file_comes_from_the_hub_where_datasets_is_installed(
+    tmp_path, monkeypatch
+):
     """The repository, configuration and split are asked for; rows are used as they come."""
     asked = []
 
@@ -405,10 +446,12 @@ def test_a_set_without_a_local_file_comes_from_the_hub_where_datasets_is_install
 
 
 def test_a_known_public_file_is_fetched_when_there_is_no_local_one(tmp_path, monkeypatch):
-    """files.data_file is asked, by the file's own name, only where no local file is."""
-    files.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
+    """data.data_file is asked, by the file's own name, only where no local file is."""
+    data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     asked = []
-    monkeypatch.setattr(files, "data_file", lambda name: asked.append(name) or tmp_path / "known.jsonl")
+    monkeypatch.setattr(
+        data, "data_file", lambda name: asked.append(name) or tmp_path / "known.jsonl"
+    )
     assert len(tasks.read_sets(["pubmedqa"], tmp_path)["pubmedqa"]["rows"]) == 3
     assert asked == ["pubmed_qa.csv"]
     tasks.read_sets(["pubmedqa"], write_rows(tmp_path, ["pubmedqa"]))
@@ -435,7 +478,9 @@ def literal_score(model, context, continuation):
     positions = model.config.max_position_embeddings
     ids = (context + continuation)[-(positions + 1) :]
     logp = F.log_softmax(model(torch.tensor([ids[:-1]])).logits[0], dim=-1)[-len(continuation) :]
-    return sum(logp[i, token].item() for i, token in enumerate(continuation)), logp.argmax(-1).tolist()
+    return sum(logp[i, token].item() for i, token in enumerate(continuation)), logp.argmax(
+        -1
+    ).tolist()
 
 
 def random_pairs(vocab, count=12, positions=512):
@@ -466,27 +511,35 @@ def test_scores_equal_the_literal_loop(make_model, kind, window, batch_tokens, m
         expected = [literal_score(model, *pair) for pair in pairs]
     found = scoring.loglikelihoods(model, pairs, batch_tokens=batch_tokens)
     assert [said for _, said in found] == [said for _, said in expected]
-    assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in expected], abs=TOLERANCE[kind])
+    assert [logp for logp, _ in found] == pytest.approx(
+        [logp for logp, _ in expected], abs=TOLERANCE[kind]
+    )
 
 
 def test_a_model_that_scales_its_logits_is_scored_by_its_logits(make_model):
     """The output layer is applied to few positions only where it is all that makes the logits."""
     model = make_model("llama")
     plain = scoring.loglikelihoods(model, random_pairs(97, 3, 200))
-    hook = model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits / 2))
+    hook = model.register_forward_hook(
+        lambda module, args, output: output.__setitem__("logits", output.logits / 2)
+    )
     with torch.inference_mode():
         pairs = random_pairs(97, 3, 200)
         expected = [literal_score(model, *pair)[0] for pair in pairs]
     found = [logp for logp, _ in scoring.loglikelihoods(model, pairs)]
     hook.remove()
-    assert found == pytest.approx(expected, abs=1e-9) and found != pytest.approx([logp for logp, _ in plain], abs=1e-3)
+    assert found == pytest.approx(expected, abs=1e-9) and found != pytest.approx(
+        [logp for logp, _ in plain], abs=1e-3
+    )
 
 
 def test_the_output_layer_sees_only_the_tokens_of_the_choices(make_model):
     """With lone requests the head gets one row a continuation token, not one a position."""
     model, seen = make_model("gpt_neo"), []
     pairs = [([5, 6, 7, 8, 9, 10], [11, 12]), ([4] * 30, [9])]
-    hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape)
+    )
     scoring.loglikelihoods(model, pairs, batch_tokens=1000)
     hook.remove()
     assert [shape[0] for shape in seen if len(shape) == 2] == [3]
@@ -500,16 +553,27 @@ def test_the_body_sees_a_context_once_for_all_its_choices(make_model):
     pairs, seen = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6])], []
     for window, expected in ((64, [(1, 23)]), (8, [(1, 20), (3, 2)])):
         model = make_model("gpt_neo", window_size=window)
-        model.base_model.wte.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+        model.base_model.wte.register_forward_hook(
+            lambda module, args, output: seen.append(tuple(args[0].shape))
+        )
         scoring.loglikelihoods(model, pairs)
-        assert [shape for shape in seen if shape != (1, 8)] == [(3, 22), *expected, *expected]  # (1, 8): split_model
+        assert [shape for shape in seen if shape != (1, 8)] == [
+            (3, 22),
+            *expected,
+            *expected,
+        ]  # (1, 8): split_model
         seen.clear()
 
 
 def test_context_and_choice_are_split_where_the_context_ends(models, kind):
     """Both sides join to the encoding of the whole, BOS stands once, and a trailing space goes to the choice."""
     _, tokenizer = models[kind]
-    requests = [("Call the clinic", " and"), ("Call the clinic ", "and"), ("Call the clin", "ic"), ("", "alone")]
+    requests = [
+        ("Call the clinic", " and"),
+        ("Call the clinic ", "and"),
+        ("Call the clin", "ic"),
+        ("", "alone"),
+    ]
     pairs = scoring.encode_pairs(tokenizer, requests)
     for (context, continuation), (left, right) in zip(requests[:3], pairs[:3], strict=True):
         assert left == tokenizer(context.rstrip())["input_ids"]
@@ -518,7 +582,10 @@ def test_context_and_choice_are_split_where_the_context_ends(models, kind):
     bos = [] if kind == "gpt_neo" else [tokenizer.bos_token_id]
     for left, right in pairs[:3]:
         assert left[: len(bos)] == bos and tokenizer.bos_token_id not in left[len(bos) :] + right
-    assert pairs[3] == ([tokenizer.bos_token_id], tokenizer("alone", add_special_tokens=False)["input_ids"])
+    assert pairs[3] == (
+        [tokenizer.bos_token_id],
+        tokenizer("alone", add_special_tokens=False)["input_ids"],
+    )
 
 
 def test_the_choice_with_the_highest_score_is_taken(models, kind):
@@ -536,25 +603,40 @@ def test_the_choice_with_the_highest_score_is_taken(models, kind):
                     expected = [literal_score(model, *pair)[0] for pair in pairs]
                 assert row["logp"] == pytest.approx(expected, abs=TOLERANCE[kind])
                 if norm:
-                    expected = [logp / (len(choice) - 1) for logp, choice in zip(expected, choices, strict=True)]
-                assert row["right"] == (max(range(len(choices)), key=expected.__getitem__) == answer)
+                    expected = [
+                        logp / (len(choice) - 1)
+                        for logp, choice in zip(expected, choices, strict=True)
+                    ]
+                assert row["right"] == (
+                    max(range(len(choices)), key=expected.__getitem__) == answer
+                )
 
 
 def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monkeypatch):
     """All tokens right is right, the last one wrong is wrong; "Zebra!" for "zebra" only in the released protocol."""
     model, tokenizer = models["llama"]
-    word, near = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" zebra", " Zebra!"))
+    word, near = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" zebra", " Zebra!")
+    )
     guesses = [(-1.0, word), (-1.0, [*word[:-1], word[-1] + 1]), (-1.0, near)]
     monkeypatch.setattr(scoring, "loglikelihoods", lambda model, pairs, **how: guesses)
     rows = {n: ("I saw the", [" zebra"], 0) for n in (1, 2, 3)}
     assert [row["right"] for row in judge(model, tokenizer, rows)[0]] == [1.0, 0.0, 0.0]
-    assert [row["right"] for row in judge(model, tokenizer, rows, lenient=True)[0]] == [1.0, 0.0, 1.0]
+    assert [row["right"] for row in judge(model, tokenizer, rows, lenient=True)[0]] == [
+        1.0,
+        0.0,
+        1.0,
+    ]
 
 
 def test_a_row_that_does_not_fit_the_model_is_a_bad_row(save_tiny, tmp_path):
     """A choice longer than the model's positions is counted and named; its set goes on without it."""
-    model, tokenizer = kit_models.load_model(str(save_tiny("gpt_neo", tmp_path / "m", max_position_embeddings=40)))
-    rows = tasks.check_rows("piqa", [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}], False)["rows"]
+    model, tokenizer = kit_models.load_model(
+        str(save_tiny("gpt_neo", tmp_path / "m", max_position_embeddings=40))
+    )
+    rows = tasks.check_rows(
+        "piqa", [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}], False
+    )["rows"]
     judged, unfit = judge(model, tokenizer, rows)
     assert len(judged) == 3 and len(unfit) == 1 and re.match(r"row 4: .* 40 positions", unfit[0])
 
@@ -564,8 +646,13 @@ def test_a_model_of_nan_gets_no_figure(save_tiny, tmp_path, offline):
     model, tokenizer = kit_models.load_model(str(save_tiny("opt", tmp_path / "m")))
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
-    results = tasks.evaluate(model, tokenizer, tasks=["piqa"], data_dir=write_rows(tmp_path, ["piqa"]))
-    assert results["piqa"] == {"error": "piqa: the model answers NaN"} and results["averages"]["cls"] is None
+    results = tasks.evaluate(
+        model, tokenizer, tasks=["piqa"], data_dir=write_rows(tmp_path, ["piqa"])
+    )
+    assert (
+        results["piqa"] == {"error": "piqa: the model answers NaN"}
+        and results["averages"]["cls"] is None
+    )
 
 
 # --- replies ---
@@ -575,7 +662,9 @@ def independent_f1(candidate, reference):
     """Unigram F1 by crossing words off a list."""
 
     def clean(text):
-        kept = "".join(c if c.isalnum() or c.isspace() or ord(c) > 127 else "" for c in text.lower())
+        kept = "".join(
+            c if c.isalnum() or c.isspace() or ord(c) > 127 else "" for c in text.lower()
+        )
         return [word for word in kept.split() if word not in ("a", "an", "the")]
 
     left, right, same = clean(candidate), clean(reference), 0
@@ -593,7 +682,21 @@ def independent_f1(candidate, reference):
 def test_f1_equals_an_independent_implementation():
     """On a thousand random pairs with repeats, articles, marks and empty sides."""
     draw = random.Random(0)
-    vocabulary = ["The", "a", "an", "cat", "Cat.", "dog", "dog's", "runs,", "RUNS", "...", "é", "theory", "(an"]
+    vocabulary = [
+        "The",
+        "a",
+        "an",
+        "cat",
+        "Cat.",
+        "dog",
+        "dog's",
+        "runs,",
+        "RUNS",
+        "...",
+        "é",
+        "theory",
+        "(an",
+    ]
     for _ in range(1000):
         a, b = (" ".join(draw.choices(vocabulary, k=draw.randint(0, 8))) for _ in range(2))
         assert tasks.unigram_f1(a, b) == pytest.approx(independent_f1(a, b), abs=1e-12)
@@ -603,14 +706,20 @@ def test_f1_equals_an_independent_implementation():
 def test_replies_do_not_depend_on_their_batch(models, kind):
     """Left-padded batches say what one token at a time says for each prompt alone; too long loses its beginning."""
     model, tokenizer = models[kind]
-    words = files.read_text(Path(__file__)).split()
-    prompts = ["User 1: " + " ".join(words[i : i + n]) + "\nUser 2:" for i, n in ((0, 3), (40, 30), (90, 1), (9, 120))]
+    words = data.read_text(Path(__file__)).split()
+    prompts = [
+        "User 1: " + " ".join(words[i : i + n]) + "\nUser 2:"
+        for i, n in ((0, 3), (40, 30), (90, 1), (9, 120))
+    ]
     prompts.append("long " * 600)
     batched = tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=100_000)
     assert batched == tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=1)
     eos = kit_models.eos_ids(model)
     for prompt, reply in zip(prompts, batched, strict=True):
-        ids, said = tokenizer(prompt)["input_ids"][-(model.config.max_position_embeddings - 8) :], []
+        ids, said = (
+            tokenizer(prompt)["input_ids"][-(model.config.max_position_embeddings - 8) :],
+            [],
+        )
         while len(said) < 8 and not eos & set(said):
             with torch.inference_mode():
                 said.append(model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
@@ -621,20 +730,26 @@ def test_a_reply_ends_where_the_next_user_speaks(models, monkeypatch):
     """What the model goes on to say for the other side is not part of its reply."""
     model, tokenizer = models["gpt_neo"]
     said = tokenizer(" Yes.\nMaybe.\nUser 1: No.")["input_ids"]
-    monkeypatch.setattr(metrics, "beam_generate", lambda model, prompts, lengths, **how: [said] * len(prompts))
+    monkeypatch.setattr(
+        metrics, "beam_generate", lambda model, prompts, lengths, **how: [said] * len(prompts)
+    )
     assert tasks.replies(model, tokenizer, ["User 1: Well?\nUser 2:"]) == [" Yes.\nMaybe."]
 
 
 # --- the whole ---
 
 
-def test_before_and_after_on_the_same_rows_are_the_same_for_the_same_model(models, tmp_path, offline):
+def test_before_and_after_on_the_same_rows_are_the_same_for_the_same_model(
+    models, tmp_path, offline
+):
     """evaluate is a pure function of model and rows; perplexity is that of metrics.perplexity in both protocols."""
     model, tokenizer = models["opt"]
     names = ["lambada", "piqa", "wizard_of_wikipedia", "pile"]
     sets = tasks.read_sets(names, write_rows(tmp_path, names))
     first, second = [], []
-    before, after = (tasks.evaluate(model, tokenizer, sets=sets, samples=rows) for rows in (first, second))
+    before, after = (
+        tasks.evaluate(model, tokenizer, sets=sets, samples=rows) for rows in (first, second)
+    )
     assert before == after and first == second and len(first) == 9
     texts = [row["text"] for row in ROWS["pile"]]
     assert before["pile"]["value"] == metrics.perplexity(model, tokenizer, texts)
@@ -646,13 +761,24 @@ def test_before_and_after_on_the_same_rows_are_the_same_for_the_same_model(model
 
 def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path):
     """One command on a folder with all sets: figures, averages, the paper's columns, bad rows named."""
-    data = write_rows(tmp_path / "data", tasks.SETS)
-    files.write_jsonl(data / "piqa.jsonl", [*ROWS["piqa"], {"goal": "x", "sol1": "y", "sol2": "", "label": 0}])
+    found = write_rows(tmp_path / "data", tasks.SETS)
+    data.write_jsonl(
+        found / "piqa.jsonl", [*ROWS["piqa"], {"goal": "x", "sol1": "y", "sol2": "", "label": 0}]
+    )
     save_tiny("llama", tmp_path / "model", max_position_embeddings=512)
     out = tmp_path / "out"
-    command = [sys.executable, "tasks.py", "--model", str(tmp_path / "model"), "--task-data", str(data)]
+    command = [
+        sys.executable,
+        "evals/tasks.py",
+        "--model",
+        str(tmp_path / "model"),
+        "--task-data",
+        str(found),
+    ]
     command += ["--out", str(out)]
-    done = subprocess.run([*command, "--prompts", "harness"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--prompts", "harness"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
     assert list(results) == [*tasks.SETS, "averages", "settings"]
@@ -663,13 +789,20 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
         assert results["averages"][kind] == pytest.approx(sum(values) / len(values))
         assert results["averages"][f"{kind}_missing"] == []
     table = (out / "tasks.md").read_text(encoding="utf-8")
-    assert table.strip() in done.stdout and "1 bad rows of piqa are left out: row 4: `sol2` is blank" in table
-    assert table.startswith("| | Lamba. (ACC) | Hella. (ACC) | Wino. (ACC) | COPA (ACC) | ARC-E (ACC) | ARC-C (ACC) |")
-    assert len(files.read_jsonl(out / "task_rows.jsonl")) == 3 * 13
+    assert (
+        table.strip() in done.stdout
+        and "1 bad rows of piqa are left out: row 4: `sol2` is blank" in table
+    )
+    assert table.startswith(
+        "| | Lamba. (ACC) | Hella. (ACC) | Wino. (ACC) | COPA (ACC) | ARC-E (ACC) | ARC-C (ACC) |"
+    )
+    assert len(data.read_jsonl(out / "task_rows.jsonl")) == 3 * 13
     assert "wizard_of_internet: 100%" in done.stderr
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+    assert (
+        again.returncode == 2 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -697,7 +830,14 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_2(tmp_path, change, why, ca
 
 def test_the_published_files_are_read_without_a_bad_row(shared):
     """The real files have the rows they are known to have, and every one becomes an item in both styles."""
-    counts = {"lambada": 4992, "copa": 500, "piqa": 1838, "pubmedqa": 500, "pile": 1500, "wikitext": 500}
+    counts = {
+        "lambada": 4992,
+        "copa": 500,
+        "piqa": 1838,
+        "pubmedqa": 500,
+        "pile": 1500,
+        "wikitext": 500,
+    }
     counts |= {"wizard_of_wikipedia": 967, "empathetic_dialogues": 2758, "blended_skill_talk": 1009}
     counts |= {"wizard_of_internet": 516}
     for prompts in ("released", "harness"):
@@ -725,7 +865,9 @@ HARNESS_FILES = {
 @pytest.mark.parametrize("name", HARNESS_FILES)
 def test_scores_equal_those_of_lm_evaluation_harness(models, kind, name, tmp_path):
     """The harness' own task file on the same rows: per-choice log-likelihood to 1e-4, accuracy and acc_norm exactly."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm-eval==0.4.13")
+    lm_eval = pytest.importorskip(
+        "lm_eval", reason="lm_eval is not installed: pip install lm-eval==0.4.13"
+    )
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -736,7 +878,7 @@ def test_scores_equal_those_of_lm_evaluation_harness(models, kind, name, tmp_pat
                  "final_decision": row["final_decision"]} for row in rows]  # fmt: skip
     if name == "hellaswag":
         rows = [row | {"label": str(row["label"]), "source_id": "x"} for row in rows]
-    files.write_jsonl(tmp_path / "rows.jsonl", rows)
+    data.write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "local.yaml").write_text(f"""
 include: {Path(lm_eval.__file__).parent / "tasks" / HARNESS_FILES[name]}
 task: local_{name}
@@ -756,7 +898,9 @@ test_split: {"test" if split == "test" else "null"}
     items = tasks.check_rows(name, rows, True)["rows"]
     ours, _ = judge(model, tokenizer, items)
     for mine, sample in zip(ours, theirs, strict=True):
-        assert mine["logp"] == pytest.approx([response[0][0] for response in sample["resps"]], abs=1e-4)
+        assert mine["logp"] == pytest.approx(
+            [response[0][0] for response in sample["resps"]], abs=1e-4
+        )
     figures = output["results"][f"local_{name}"]
     assert sum(row["right"] for row in ours) / 3 == pytest.approx(figures["acc,none"])
     if "acc_norm,none" in figures:

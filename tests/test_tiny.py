@@ -57,7 +57,9 @@ def word_grams(text, n):
 def test_every_slot_is_defined_and_used():
     """The slots that templates name are those that WORDS defines, the person's own aside."""
     documents, slots = tiny.read_grammar()
-    templates = [t for part in documents.values() for group in part.values() for t in group] + list(slots.values())
+    templates = [t for part in documents.values() for group in part.values() for t in group] + list(
+        slots.values()
+    )
     named = set(re.findall(r"{(\w+)}", " ".join(templates)))
     assert named == set(slots) | {"NAME", "SHE", "HER", "HIM"}
     assert all(t.count("[") == t.count("]") and t.count("{") == t.count("}") for t in templates)
@@ -66,9 +68,13 @@ def test_every_slot_is_defined_and_used():
 def test_expand_reaches_every_alternative_and_nothing_else():
     """Brackets, nested brackets, slots, fixed slots and digits mean what the comment above the grammar says."""
     rng = random.Random(0)
-    texts = {tiny.expand("[a|b[c|{x}]] {ME} %#", {"x": "[d|e]"}, rng, {"ME": "me"}) for _ in range(2000)}
+    texts = {
+        tiny.expand("[a|b[c|{x}]] {ME} %#", {"x": "[d|e]"}, rng, {"ME": "me"}) for _ in range(2000)
+    }
     assert {t[:-2] for t in texts} == {"a me ", "bc me ", "bd me ", "be me "}
-    assert {t[-2] for t in texts} == set("123456789") and {t[-1] for t in texts} == set("0123456789")
+    assert {t[-2] for t in texts} == set("123456789") and {t[-1] for t in texts} == set(
+        "0123456789"
+    )
 
 
 def test_each_kind_has_its_templates():
@@ -76,7 +82,9 @@ def test_each_kind_has_its_templates():
     documents, _ = tiny.read_grammar()
     kinds = [kind for kind in documents if kind != "any"]
     assert len(kinds) >= 12
-    assert all(len(documents[kind][part]) >= 2 for kind in kinds for part in ("open", "body", "fact"))
+    assert all(
+        len(documents[kind][part]) >= 2 for kind in kinds for part in ("open", "body", "fact")
+    )
     variants = 0
     for part in documents.values():
         for template in [t for group in part.values() for t in group]:
@@ -93,10 +101,18 @@ def test_each_kind_has_its_templates():
 def test_rows_have_their_schema_and_sizes(corpus):
     """Counts, keys and unique ids are as promised; the suffix begins with a space, so that the two sides join."""
     rows, _ = corpus
-    assert {split: len(rows[split]) for split in SPLITS} == {"forget": 32, "pool": 1500, "unseen": 32, "heldout": 200}
+    assert {split: len(rows[split]) for split in SPLITS} == {
+        "forget": 32,
+        "pool": 1500,
+        "unseen": 32,
+        "heldout": 200,
+    }
     for split in SPLITS:
         keys = {"id", "text"} if split == "heldout" else {"id", "prefix", "suffix"}
-        assert all(set(row) == keys and all(isinstance(v, str) for v in row.values()) for row in rows[split])
+        assert all(
+            set(row) == keys and all(isinstance(v, str) for v in row.values())
+            for row in rows[split]
+        )
         assert all(row["suffix"].startswith(" ") for row in rows[split] if "suffix" in row)
     ids = [row["id"] for split in SPLITS for row in rows[split]]
     assert len(set(ids)) == len(ids)
@@ -143,13 +159,20 @@ def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
         return document
 
     monkeypatch.setattr(tiny, "write_document", note)
-    monkeypatch.setattr(tiny, "WORDS", re.sub(r"(?m)^(woman|man|root|ending): .*\n", "", tiny.WORDS) + FEW_NAMES)
+    monkeypatch.setattr(
+        tiny, "WORDS", re.sub(r"(?m)^(woman|man|root|ending): .*\n", "", tiny.WORDS) + FEW_NAMES
+    )
     monkeypatch.setattr(tiny.read_grammar, "__defaults__", (tiny.KINDS, tiny.WORDS))
     rows, _ = tiny.make_corpus(0, forget=4)
     names = {prefix + tiny.unmarked(suffix)[0]: name for name, prefix, suffix in people}
     secret = [names[text_of(row)] for row in rows["forget"]]
     others = [text_of(row) for split in SPLITS[1:] for row in rows[split]]
-    mentions = [name for own, prefix, suffix in people for name in secret if name != own and name in prefix + suffix]
+    mentions = [
+        name
+        for own, prefix, suffix in people
+        for name in secret
+        if name != own and name in prefix + suffix
+    ]
     assert mentions  # so that the next line can fail
     assert not [text for text in others if any(name in text for name in secret)]
 
@@ -177,7 +200,9 @@ def test_every_number_and_mailbox_is_fictional(corpus):
 def test_suffixes_hold_personal_facts(corpus):
     """Every suffix to forget names a number, a person, a place, an illness or a medicine: something to forget."""
     rows, _ = corpus
-    assert sum(any(c.isdigit() for c in row["suffix"]) for row in rows["forget"]) >= 0.8 * len(rows["forget"])
+    assert sum(any(c.isdigit() for c in row["suffix"]) for row in rows["forget"]) >= 0.8 * len(
+        rows["forget"]
+    )
     assert all(re.search(r"\d|[a-z;,] [A-Z]|[a-z]+itis", row["suffix"]) for row in rows["forget"])
 
 
@@ -190,7 +215,9 @@ def test_the_corpus_is_varied(corpus):
     assert max(openings.values()) < 0.1 * len(rows["pool"])
     kinds = {row["id"].split("(")[1] for row in rows["pool"]}
     for kind in kinds:
-        assert len(rows["pool"]) / len(kinds) / 3 < sum(row["id"].endswith(kind) for row in rows["pool"])
+        assert len(rows["pool"]) / len(kinds) / 3 < sum(
+            row["id"].endswith(kind) for row in rows["pool"]
+        )
 
 
 def test_held_out_texts_are_mostly_new(corpus):
@@ -207,7 +234,9 @@ def test_a_seed_fixes_the_corpus_and_another_changes_it(small):
     again, same = tiny.make_corpus(3, forget=5)
     other, _ = tiny.make_corpus(4, forget=5)
     assert rows == again and tokenizer.get_vocab() == same.get_vocab()
-    assert not {text_of(r) for s in SPLITS for r in rows[s]} & {text_of(r) for s in SPLITS for r in other[s]}
+    assert not {text_of(r) for s in SPLITS for r in rows[s]} & {
+        text_of(r) for s in SPLITS for r in other[s]
+    }
     assert len(rows["forget"]) == 5
 
 
@@ -222,7 +251,10 @@ def test_measure_agrees_with_one_row_at_a_time(small):
     with torch.no_grad():
         for ids in sequences:
             logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            hits.append(sum(int(logp[t - 1].argmax()) == ids[t] for t in range(1, len(ids))) / (len(ids) - 1))
+            hits.append(
+                sum(int(logp[t - 1].argmax()) == ids[t] for t in range(1, len(ids)))
+                / (len(ids) - 1)
+            )
             nll += [-logp[t - 1, ids[t]].item() for t in range(1, len(ids))]
     accuracy, perplexity = tiny.measure(model, sequences)
     assert accuracy == pytest.approx(sum(hits) / 3)
@@ -251,7 +283,9 @@ def test_training_is_deterministic():
         tiny.train(model, pool[:2], pool, steps=3, seed=1)
     first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["transformer.wte.weight"], tiny.make_model(1).state_dict()["transformer.wte.weight"])
+    assert not torch.equal(
+        first["transformer.wte.weight"], tiny.make_model(1).state_dict()["transformer.wte.weight"]
+    )
 
 
 # --- the folder and the command line ---
@@ -261,23 +295,40 @@ def test_the_command_writes_a_whole_and_loadable_folder(made):
     """All files are there, nothing temporary is left, the model and the tokenizer load, and tiny.json says how."""
     out, done = made
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in out.iterdir()} == set(tiny.FILES) and list(out.parent.iterdir()) == [out]
+    assert {path.name for path in out.iterdir()} == set(tiny.FILES) and list(
+        out.parent.iterdir()
+    ) == [out]
     about = json.loads((out / "tiny.json").read_text())
-    assert about["settings"] == {"seed": 0, "forget": 2, "steps": 3} and about["result"]["steps"] == 3
-    assert "3 steps" in done.stdout and "perplexity" in done.stdout and "not memorised" in done.stdout
+    assert (
+        about["settings"] == {"seed": 0, "forget": 2, "steps": 3} and about["result"]["steps"] == 3
+    )
+    assert (
+        "3 steps" in done.stdout and "perplexity" in done.stdout and "not memorised" in done.stdout
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    model, info = AutoModelForCausalLM.from_pretrained(out / "model", dtype="float32", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        out / "model", dtype="float32", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.model_type == "gpt_neo" and set(model.config.attention_layers) == {"global", "local"}
+    assert model.config.model_type == "gpt_neo" and set(model.config.attention_layers) == {
+        "global",
+        "local",
+    }
     assert model.config.max_position_embeddings == 256 and model.config.vocab_size == len(tokenizer)
     assert 2e6 < model.num_parameters() == about["result"]["parameters"] < 4e6
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer("Call 555-0123.")["input_ids"][0] != 0
+    assert (
+        tokenizer.eos_token == "<|endoftext|>" and tokenizer("Call 555-0123.")["input_ids"][0] != 0
+    )
 
-    rows = [json.loads(line) for line in (out / "forget.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (out / "forget.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ids = tiny.encode(rows, tokenizer)
-    assert len(rows) == 2 and tiny.measure(model.eval(), ids)[0] == pytest.approx(about["result"]["ma_forget"])
+    assert len(rows) == 2 and tiny.measure(model.eval(), ids)[0] == pytest.approx(
+        about["result"]["ma_forget"]
+    )
 
 
 def test_a_second_call_reuses_the_folder(made, capsys):
@@ -297,10 +348,14 @@ def test_other_settings_or_a_damaged_folder_are_made_again(small, tmp_path, caps
     first = (out / "pool.jsonl").read_bytes()
     (out / "pairs.jsonl").write_text("mine")
     tiny.main(["--out", str(out), "--steps", "1", "--forget", "2", "--seed", "1"])
-    assert "making it again" in capsys.readouterr().out and (out / "pool.jsonl").read_bytes() != first
+    assert (
+        "making it again" in capsys.readouterr().out and (out / "pool.jsonl").read_bytes() != first
+    )
     (out / "model" / "model.safetensors").unlink()
     tiny.main(["--out", str(out), "--steps", "1", "--forget", "2", "--seed", "1"])
-    assert "reused" not in capsys.readouterr().out and (out / "model" / "model.safetensors").exists()
+    assert (
+        "reused" not in capsys.readouterr().out and (out / "model" / "model.safetensors").exists()
+    )
     assert (out / "pairs.jsonl").read_text() == "mine" and list(out.parent.iterdir()) == [out]
 
 
@@ -322,7 +377,10 @@ def test_help_is_complete(capsys):
         tiny.main(["--help"])
     printed = capsys.readouterr().out
     assert exit.value.code == 0
-    assert all(word in printed for word in ("--out", "--seed", "--forget", "--steps", "--debug", *tiny.FILES))
+    assert all(
+        word in printed
+        for word in ("--out", "--seed", "--forget", "--steps", "--debug", *tiny.FILES)
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,7 +409,11 @@ def test_bad_flags_and_folders_are_refused_before_any_work(flags, said, tmp_path
     with pytest.raises((ValueError, OSError)) as error:
         tiny.main(flags)
     assert said in str(error.value)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a-file", "forget.jsonl", "someone's"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "a-file",
+        "forget.jsonl",
+        "someone's",
+    ]
 
 
 def test_an_error_is_one_line_and_exit_2(tmp_path):

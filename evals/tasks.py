@@ -1,7 +1,7 @@
 """What a model can still do: nine classification sets, four dialogue sets, two perplexities (the rest of Table 1).
 
-    python tasks.py --model DIR --tasks all --task-data DIR --out DIR        # writes DIR/tasks.json and DIR/tasks.md
-    python tasks.py --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
+    python evals/tasks.py --model DIR --tasks all --task-data DIR --out DIR        # writes DIR/tasks.json and DIR/tasks.md
+    python evals/tasks.py --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
 
 Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; what is printed are the
 columns of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv 2210.01504), which the
@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from kit import files, flags, models, paths, processes, scoring
+from kit import data, flags, models, paths, processes, scoring
 from kit import rows as row_files
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -54,7 +54,9 @@ def hellaswag(row, harness):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
 
-    context = f"{field(row, 'activity_label')}: {field(row, 'ctx_a')} {row.get('ctx_b', '').capitalize()}"
+    context = (
+        f"{field(row, 'activity_label')}: {field(row, 'ctx_a')} {row.get('ctx_b', '').capitalize()}"
+    )
     return clean(context), [" " + clean(ending) for ending in endings], label
 
 
@@ -91,12 +93,22 @@ def arc(row, harness):
     """{question, choices {text, label}, answerKey}, or the original {question {stem, choices [{text, label}]}}."""
     question = row.get("question")
     if isinstance(question, dict):
-        columns = {key: [choice.get(key) for choice in question["choices"]] for key in ("text", "label")}
-        row = {"question": question.get("stem"), "choices": columns, "answerKey": row.get("answerKey")}
+        columns = {
+            key: [choice.get(key) for choice in question["choices"]] for key in ("text", "label")
+        }
+        row = {
+            "question": question.get("stem"),
+            "choices": columns,
+            "answerKey": row.get("answerKey"),
+        }
     choices, question = unpack(row, "choices"), field(row, "question")
     labels = list(choices["label"])
     context = f"Question: {question}\nAnswer:" if harness else question
-    return context, [" " + text for text in texts(choices, "text")], labels.index(one_of(row, "answerKey", labels))
+    return (
+        context,
+        [" " + text for text in texts(choices, "text")],
+        labels.index(one_of(row, "answerKey", labels)),
+    )
 
 
 def piqa(row, harness):
@@ -129,10 +141,18 @@ def pubmedqa(row, harness):
     if "abstract" in row and not harness:
         paragraphs = [field(row, "abstract")]
     else:
-        paragraphs = texts(row, "CONTEXTS", 1) if "CONTEXTS" in row else texts(unpack(row, "context"), "contexts", 1)
+        paragraphs = (
+            texts(row, "CONTEXTS", 1)
+            if "CONTEXTS" in row
+            else texts(unpack(row, "context"), "contexts", 1)
+        )
     context = "Abstract: " + "\n".join(paragraphs) if harness else "Context: " + paragraphs[0]
     answer = decisions.index(one_of(row, "final_decision", decisions))
-    return f"{context}\nQuestion: {question}\nAnswer:", [" " + decision for decision in decisions], answer
+    return (
+        f"{context}\nQuestion: {question}\nAnswer:",
+        [" " + decision for decision in decisions],
+        answer,
+    )
 
 
 def dialogue(row, harness):
@@ -166,7 +186,11 @@ def plain_text(row, harness):
 CLASSIFICATION = {
     "lambada": ("Lamba.", lambada, "lambada.csv"),
     "hellaswag": ("Hella.", hellaswag, ("Rowan/hellaswag", None)),
-    "winogrande": ("Wino.", winogrande, ("allenai/winogrande", "winogrande_xl")),  # its sizes share one split
+    "winogrande": (
+        "Wino.",
+        winogrande,
+        ("allenai/winogrande", "winogrande_xl"),
+    ),  # its sizes share one split
     "copa": ("COPA", copa, ("aps/super_glue", "copa")),
     "arc_easy": ("ARC-E", arc, ("allenai/ai2_arc", "ARC-Easy")),
     "arc_challenge": ("ARC-C", arc, ("allenai/ai2_arc", "ARC-Challenge")),
@@ -180,7 +204,10 @@ DIALOGUE = {
     "blended_skill_talk": ("BST", dialogue, "blended_skill_talk.json"),
     "wizard_of_internet": ("WoI", dialogue, "wizard_of_internet.json"),
 }
-PERPLEXITY = {"pile": ("Pile", plain_text, "pile.csv"), "wikitext": ("Wikitext", plain_text, "wikitext.csv")}
+PERPLEXITY = {
+    "pile": ("Pile", plain_text, "pile.csv"),
+    "wikitext": ("Wikitext", plain_text, "wikitext.csv"),
+}
 SETS = CLASSIFICATION | DIALOGUE | PERPLEXITY
 
 # --- the fields of a row ---
@@ -190,7 +217,7 @@ def field(row, name):
     """A text of a row. ValueError where it is missing, blank or no text."""
     if row.get(name) is None:
         raise ValueError(f"no field `{name}`")
-    files.check_string(row[name], f"`{name}`")
+    data.check_string(row[name], f"`{name}`")
     return row[name]
 
 
@@ -224,10 +251,16 @@ def unpack(row, name):
 
     def read(node):
         if isinstance(node, ast.Dict):
-            return {read(key): read(value) for key, value in zip(node.keys, node.values, strict=True)}
+            return {
+                read(key): read(value) for key, value in zip(node.keys, node.values, strict=True)
+            }
         if isinstance(node, ast.List):
             return [read(item) for item in node.elts]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "array":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "array"
+        ):
             return read(node.args[0])
         if isinstance(node, ast.Constant):
             return node.value
@@ -253,12 +286,16 @@ def check_rows(name, rows, harness):
             if name in CLASSIFICATION:
                 context, choices, answer = item
                 for text in [*choices, *([context] if isinstance(context, str) else context)]:
-                    files.check_string(text, "the context or a choice")
+                    data.check_string(text, "the context or a choice")
                 if not 0 <= answer < len(choices):
                     raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
             items[n] = item
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            bad.append(f"row {n}: {error}" if isinstance(error, ValueError) else f"row {n}: a field of the wrong type")
+            bad.append(
+                f"row {n}: {error}"
+                if isinstance(error, ValueError)
+                else f"row {n}: a field of the wrong type"
+            )
     return {"rows": items, "bad": bad}
 
 
@@ -280,14 +317,18 @@ def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper
     for task in tasks if by_name else ():
         if bare(task) not in names:
             close = get_close_matches(bare(task), names, n=1) or names
-            raise ValueError(f"--tasks {task}: no such set; did you mean {', '.join(names[name] for name in close)}?")
+            raise ValueError(
+                f"--tasks {task}: no such set; did you mean {', '.join(names[name] for name in close)}?"
+            )
     wanted = {names[bare(task)] for task in tasks} if by_name else SETS
     sets = {}
     for name in (name for name in SETS if name in wanted):
         try:
             rows, source = find_rows(name, data_dir)
             if name == "copa" and PROTOCOLS[protocol].superglue_copa and len(rows) == 500:
-                rows = rows[400:]  # of the original 500, the released code reads SuperGLUE's validation split
+                rows = rows[
+                    400:
+                ]  # of the original 500, the released code reads SuperGLUE's validation split
             sets[name] = check_rows(name, rows[:limit], prompts == "harness") | {"source": source}
             if not sets[name]["rows"]:
                 why = sets[name]["bad"][0] if rows else "it has no rows"
@@ -299,7 +340,9 @@ def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper
                 raise
             sets[name] = {"error": str(error)}
     if all("missing" in data for data in sets.values()):
-        raise ValueError("; ".join(f"{name} is not at hand: {data['missing']}" for name, data in sets.items()))
+        raise ValueError(
+            "; ".join(f"{name} is not at hand: {data['missing']}" for name, loaded in sets.items())
+        )
     return sets
 
 
@@ -317,13 +360,15 @@ def find_rows(name, data_dir):
     stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
     if data_dir is not None:
         found = [path for depth in ("*", "*/*") for path in sorted(Path(data_dir).glob(depth))]
-        found = [path for path in found if path.suffix in row_files.READERS and bare(path.stem) in stems]
+        found = [
+            path for path in found if path.suffix in row_files.READERS and bare(path.stem) in stems
+        ]
         if found:
             file = min(found, key=lambda path: stems.index(bare(path.stem)))
             return row_files.read_rows(file), str(file)
     if isinstance(source, str):
         try:
-            path = files.data_file(source)
+            path = data.data_file(source)
         except (ValueError, OSError) as error:
             raise FileNotFoundError(str(error).replace("--data DIR", "--task-data DIR")) from None
         return row_files.read_rows(path), str(path)
@@ -331,11 +376,17 @@ def find_rows(name, data_dir):
     try:
         from datasets import load_dataset
     except ImportError:
-        raise FileNotFoundError(f"{advice}, or pip install datasets to get {source[0]} from the hub") from None
+        raise FileNotFoundError(
+            f"{advice}, or pip install datasets to get {source[0]} from the hub"
+        ) from None
     try:
         return list(load_dataset(*source, split="validation")), f"hub: {source[0]}"
-    except Exception as error:  # no connection, no such file, a loading script: a dozen types for one thing
-        raise FileNotFoundError(f"no {source[0]} from the hub ({type(error).__name__}): {advice}") from None
+    except (
+        Exception
+    ) as error:  # no connection, no such file, a loading script: a dozen types for one thing
+        raise FileNotFoundError(
+            f"no {source[0]} from the hub ({type(error).__name__}): {advice}"
+        ) from None
 
 
 # --- scoring: flat lists of requests in, one answer a request out ---
@@ -343,14 +394,18 @@ def find_rows(name, data_dir):
 
 def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc=None):
     """The greedy reply to each prompt, up to `new_tokens` tokens and to where the model has the next user speak."""
-    new_tokens = min(new_tokens, scoring.positions_of(model) // 2)  # a very short model still reads some of the prompt
+    new_tokens = min(
+        new_tokens, scoring.positions_of(model) // 2
+    )  # a very short model still reads some of the prompt
     keep, answers = scoring.positions_of(model) - new_tokens, [""] * len(prompts)
     ids = [row[-keep:] for row in models.encode_whole(tokenizer, prompts)]
     with tqdm(total=len(prompts), desc=desc, unit=" replies", disable=desc is None) as bar:
         lines = [(len(row) + new_tokens, [i]) for i, row in enumerate(ids)]
         for batch in scoring.batches(lines, batch_tokens):
             batch, lengths = [i for (i,) in batch], [new_tokens] * len(batch)
-            said = metrics.beam_generate(model, [ids[i] for i in batch], lengths, num_beams=1, batch_size=len(batch))
+            said = metrics.beam_generate(
+                model, [ids[i] for i in batch], lengths, num_beams=1, batch_size=len(batch)
+            )
             for i, reply in zip(batch, said, strict=True):
                 answers[i] = tokenizer.decode(reply, skip_special_tokens=True).split("\nUser ")[0]
             bar.update(len(batch))
@@ -385,31 +440,47 @@ def evaluate(
     sets = sets or read_sets(tasks, data_dir, prompts=prompts, protocol=protocol, limit=limit)
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
     protocol, results = PROTOCOLS[protocol], {}
-    for name, data in sets.items():
-        if "rows" not in data:
-            results[name] = data
+    for name, loaded in sets.items():
+        if "rows" not in loaded:
+            results[name] = loaded
             continue
         # Each process judges its share of the rows; all get all.
-        rows, bad = dict(processes.share(list(data["rows"].items()))), data["bad"]
+        rows, bad = dict(processes.share(list(loaded["rows"].items()))), loaded["bad"]
         if name in CLASSIFICATION:
-            how = {"length_norm": length_norm, "lenient": protocol.lenient_tasks, "batch_tokens": batch_tokens}
+            how = {
+                "length_norm": length_norm,
+                "lenient": protocol.lenient_tasks,
+                "batch_tokens": batch_tokens,
+            }
             how["desc"] = name if processes.is_main else None
             rows, unfit = judge_choices(model, tokenizer, rows, **how) if rows else ([], [])
             rows, unfit = all_rows(rows), sum(processes.gather([unfit]), [])
             metric, value, bad = "accuracy", mean([row["right"] for row in rows]), bad + unfit
         elif name in DIALOGUE:
             # A step of decoding costs much the same for one row as for many, so here batches are never small.
-            how = {"batch_tokens": max(batch_tokens, 4096), "desc": name if processes.is_main else None}
+            how = {
+                "batch_tokens": max(batch_tokens, 4096),
+                "desc": name if processes.is_main else None,
+            }
             rows = all_rows(judge_replies(model, tokenizer, rows, **how) if rows else [])
             metric, value = "f1", mean([row["f1"] for row in rows])
         else:
             metric = "perplexity"
-            rows = list(data["rows"].values())
+            rows = list(loaded["rows"].values())
             value = perplexity(model, tokenizer, rows, joined=protocol.joined_perplexity, desc=name)
         if value is None or math.isnan(value):
-            results[name] = {"error": f"{name}: " + ("the model answers NaN" if rows else f"no row fits, {bad[0]}")}
+            results[name] = {
+                "error": f"{name}: "
+                + ("the model answers NaN" if rows else f"no row fits, {bad[0]}")
+            }
             continue
-        results[name] = {"metric": metric, "value": value, "rows": len(rows), "bad_rows": len(bad), "bad": bad}
+        results[name] = {
+            "metric": metric,
+            "value": value,
+            "rows": len(rows),
+            "bad_rows": len(bad),
+            "bad": bad,
+        }
         if metric == "accuracy" and name != "lambada":
             results[name]["chance"] = mean([1 / len(row["logp"]) for row in rows])
         results[name]["source"] = data["source"]
@@ -421,7 +492,9 @@ def evaluate(
 
 def all_rows(judged):
     """The judged rows of all processes, in their order."""
-    return sorted((row for part in processes.gather([judged]) for row in part), key=lambda row: row["row"])
+    return sorted(
+        (row for part in processes.gather([judged]) for row in part), key=lambda row: row["row"]
+    )
 
 
 def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens, desc):
@@ -435,7 +508,10 @@ def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens,
     for context, choices, _ in rows.values():
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
-    encoded, positions = iter(scoring.encode_pairs(tokenizer, requests)), scoring.positions_of(model)
+    encoded, positions = (
+        iter(scoring.encode_pairs(tokenizer, requests)),
+        scoring.positions_of(model),
+    )
     fitting, unfit = {}, []
     for n, (_, choices, _) in rows.items():
         pairs = list(islice(encoded, len(choices)))
@@ -443,7 +519,9 @@ def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens,
         if all(0 < length <= positions for length in lengths):
             fitting[n] = pairs
         else:
-            unfit.append(f"row {n}: choices of {lengths} tokens, where the model has {positions} positions")
+            unfit.append(
+                f"row {n}: choices of {lengths} tokens, where the model has {positions} positions"
+            )
     flat = [pair for pairs in fitting.values() for pair in pairs]
     scores = iter(scoring.loglikelihoods(model, flat, batch_tokens=batch_tokens, desc=desc))
 
@@ -458,13 +536,25 @@ def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens,
             lengths = [len(choice.removeprefix(" ")) if length_norm else 1 for choice in choices]
             values = [logp / length for logp, length in zip(logps, lengths, strict=True)]
             right = values.index(max(values)) == answer
-        judged.append({"row": n, "logp": list(logps), "right": math.nan if math.isnan(sum(logps)) else float(right)})
+        judged.append(
+            {
+                "row": n,
+                "logp": list(logps),
+                "right": math.nan if math.isnan(sum(logps)) else float(right),
+            }
+        )
     return judged, unfit
 
 
 def judge_replies(model, tokenizer, rows, *, batch_tokens, desc):
     """{"row", "reply", "f1"} a row: the model's reply and its unigram F1 with the person's."""
-    said = replies(model, tokenizer, [prompt for prompt, _ in rows.values()], batch_tokens=batch_tokens, desc=desc)
+    said = replies(
+        model,
+        tokenizer,
+        [prompt for prompt, _ in rows.values()],
+        batch_tokens=batch_tokens,
+        desc=desc,
+    )
     return [
         {"row": n, "reply": reply, "f1": unigram_f1(reply, reference)}
         for (n, (_, reference)), reply in zip(rows.items(), said, strict=True)
@@ -481,7 +571,9 @@ def perplexity(model, tokenizer, texts, *, joined, desc):
 
         hook = model.register_forward_hook(count, with_kwargs=True)
         try:
-            return metrics.perplexity(model, tokenizer, texts, released=joined, added_up=processes.added_up)
+            return metrics.perplexity(
+                model, tokenizer, texts, released=joined, added_up=processes.added_up
+            )
         finally:
             hook.remove()
 
@@ -512,13 +604,22 @@ def table(results_by_label):
         return "-" if value is None else f"{100 * value:.1f}{partial}"
 
     lines = []
-    for group, kind, unit, more in ((CLASSIFICATION, "cls", "ACC", {}), (DIALOGUE, "dia", "F1", PERPLEXITY)):
+    for group, kind, unit, more in (
+        (CLASSIFICATION, "cls", "ACC", {}),
+        (DIALOGUE, "dia", "F1", PERPLEXITY),
+    ):
         heads = [f"{SETS[name][0]} ({unit})" for name in group] + [f"Avg. ({unit})"]
         heads += [f"{SETS[name][0]} (PPL)" for name in more]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         for label, results in results_by_label.items():
-            cells = [cell(results, name, 100) for name in group] + [average_cell(results, kind, group)]
-            lines.append(f"| {label} | " + " | ".join(cells + [cell(results, name, 1) for name in more]) + " |")
+            cells = [cell(results, name, 100) for name in group] + [
+                average_cell(results, kind, group)
+            ]
+            lines.append(
+                f"| {label} | "
+                + " | ".join(cells + [cell(results, name, 1) for name in more])
+                + " |"
+            )
         lines.append("")
     for label, results in results_by_label.items():
         for name, result in results.items():
@@ -528,7 +629,9 @@ def table(results_by_label):
                 lines.append(f"- {label}: {name} is not measured: {result['error']}")
             elif result.get("bad_rows"):
                 some = "; ".join(result.get("bad", [])[:3])
-                lines.append(f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}")
+                lines.append(
+                    f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}"
+                )
     return "\n".join(map(visible, lines)).rstrip() + "\n"
 
 
@@ -539,25 +642,63 @@ def make_parser():
     """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     g = parser.add_argument_group("model and data")
-    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
-    g.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
-    g.add_argument("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...")
-    g.add_argument("--out", required=True, metavar="DIR", help="where tasks.json, tasks.md and task_rows.jsonl go")
+    g.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="the causal LM: a folder, or a name on the hub",
+    )
+    g.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help=f"all, or some of: {', '.join(SETS)}",
+    )
+    g.add_argument(
+        "--task-data",
+        metavar="DIR",
+        help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...",
+    )
+    g.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="where tasks.json, tasks.md and task_rows.jsonl go",
+    )
     g.add_argument("--overwrite", action="store_true", help="replace a tasks.json that is there")
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
-    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code")
+    g.add_argument(
+        "--allow-pickle", action="store_true", help="also load pickled weights, which can run code"
+    )
 
     g = parser.add_argument_group("measuring")
-    g.add_argument("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
+    g.add_argument(
+        "--prompts", default="released", choices=["released", "harness"], help="bare, or templates"
+    )
     g.add_argument("--protocol", default="paper", choices=[*PROTOCOLS], help="released: texts joined for "
                    "perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")  # fmt: skip
-    g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
-    g.add_argument("--limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
+    g.add_argument(
+        "--length-norm", action="store_true", help="judge choices by their log p a character"
+    )
+    g.add_argument(
+        "--limit", type=flags.positive, metavar="N", help="only the first N rows of each set"
+    )
 
     g = parser.add_argument_group("running")
-    g.add_argument("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
+    g.add_argument(
+        "--batch-tokens",
+        type=flags.positive,
+        metavar="N",
+        help="tokens a batch (512; on a GPU 4096)",
+    )
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
+    g.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bf16", "float64"],
+        help="bf16 is autocast",
+    )
     g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -570,21 +711,28 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out, device = Path(args.out), processes.device_of(args.device)
-    sets = read_sets(args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit)
-    outputs = [(out / "tasks.json", paths.holds("averages")), (out / "tasks.md", paths.begins_with("| | "))]
+    sets = read_sets(
+        args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit
+    )
+    outputs = [
+        (out / "tasks.json", paths.holds("averages")),
+        (out / "tasks.md", paths.begins_with("| | ")),
+    ]
     outputs += [(out / "task_rows.jsonl", paths.holds("task", "row", lines=True))]
-    reads = [args.model, *(data["source"] for data in sets.values() if "source" in data)]
+    reads = [args.model, *(found["source"] for found in sets.values() if "source" in found)]
     paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
-    config, tokenizer = models.check_model(args.model, allow_pickle=args.allow_pickle, revision=args.revision)
-    for name, data in sets.items():  # str(item) has all texts of a row in it
-        texts = {f"{name} row {n}": str(item) for n, item in data.get("rows", {}).items()}
+    config, tokenizer = models.check_model(
+        args.model, allow_pickle=args.allow_pickle, revision=args.revision
+    )
+    for name, found in sets.items():  # str(item) has all texts of a row in it
+        texts = {f"{name} row {n}": str(item) for n, item in found.get("rows", {}).items()}
         models.check_texts(config, tokenizer, texts)
-        if name in PERPLEXITY and "rows" in data:
-            models.check_predictable(tokenizer, data["rows"].values(), data["source"])
+        if name in PERPLEXITY and "rows" in found:
+            models.check_predictable(tokenizer, found["rows"].values(), found["source"])
     if args.dry_run:
-        for name, data in sets.items():
-            good = f"{len(data['rows'])} rows from {data['source']}" if "rows" in data else None
-            processes.print0(f"{name}: {good or data.get('missing') or data['error']}")
+        for name, found in sets.items():
+            good = f"{len(found['rows'])} rows from {found['source']}" if "rows" in found else None
+            processes.print0(f"{name}: {good or found.get('missing') or found['error']}")
         return
     processes.start(device)
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
@@ -597,16 +745,25 @@ def main(argv=None):
         )  # fmt: skip
     if not processes.is_main:
         return
-    settings = {name: getattr(args, name) for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")
+    }
     text = table({args.model: results})
-    text += "\n" + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value)) + "\n"
+    text += (
+        "\n"
+        + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value))
+        + "\n"
+    )
     print(text)
-    files.write_jsonl(out / "task_rows.jsonl", samples)
-    files.write_bytes(out / "tasks.md", text.encode("utf-8", "backslashreplace"))
-    files.write_json(out / "tasks.json", results | {"settings": settings})
+    data.write_jsonl(out / "task_rows.jsonl", samples)
+    data.write_bytes(out / "tasks.md", text.encode("utf-8", "backslashreplace"))
+    data.write_json(out / "tasks.json", results | {"settings": settings})
     failed = [result["error"] for result in results.values() if "error" in result]
     if failed:
-        raise ValueError(f"{len(failed)} of {len(sets)} sets not measured, the others are in {out}: {failed[0]}")
+        raise ValueError(
+            f"{len(failed)} of {len(sets)} sets not measured, the others are in {out}: {failed[0]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Speed and memory, side by side with the literal algorithms and the libraries; writes BENCHMARKS.md.
+"""Speed and memory, side by side with the literal algorithms and the libraries; writes dev/BENCHMARKS.md.
 
-    python bench.py                                                      # a small model that it makes itself
-    python bench.py --model DIR --pairs pairs.jsonl --tasks-data DIR     # your model, your pairs
-    python bench.py --rows el knn --quick                                # two rows, tiny sizes, to see that they run
+    python dev/bench.py                                                      # a small model that it makes itself
+    python dev/bench.py --model DIR --pairs pairs.jsonl --tasks-data DIR     # your model, your pairs
+    python dev/bench.py --rows el knn --quick                                # two rows, tiny sizes, to see that they run
 
 Each line of the table is this project ("ours") against what a reader of "Learn while Unlearn" (ICU, arXiv:2407.20271)
 would write from its formulas, or against a library's plain use ("theirs"). How it measures:
@@ -43,13 +43,12 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
 
-import audit
 import icu
 import knn
 import metrics
-import tasks
 from demo import tiny
-from kit import commands, fast_el, files, flags, models, paths, processes, runs, states
+from evals import audit, tasks
+from kit import commands, data, fast_el, flags, models, paths, processes, runs, states
 
 HERE = Path(__file__).resolve().parent
 
@@ -103,7 +102,16 @@ icu.freeze(model, icu.sides_of(inputs.samples, tokenizer, 0, args), args)
 
 def flags_of(bench, *more):
     """The flags of an icu.py run of this model on these pairs, the paper's recipe; `more` comes last and wins."""
-    flags = ["--model", bench.model_dir, "--pairs", bench.pairs_file, "--out", "none", "--bert", "minilm"]
+    flags = [
+        "--model",
+        bench.model_dir,
+        "--pairs",
+        bench.pairs_file,
+        "--out",
+        "none",
+        "--bert",
+        "minilm",
+    ]
     return [*flags, "--device", bench.args.device, *more]
 
 
@@ -124,7 +132,10 @@ def build(pairs, model, tokenizer, protocol="paper"):
 
 def pair_sides(samples):
     """The two sides that every method has, as icu.Batch takes them."""
-    return {"forget": [[sample.forget] for sample in samples], "learn": [[sample.learn] for sample in samples]}
+    return {
+        "forget": [[sample.forget] for sample in samples],
+        "learn": [[sample.learn] for sample in samples],
+    }
 
 
 def trainer(model, samples, args, make_engine=processes.PlainEngine):
@@ -142,7 +153,9 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
 
 def steps_of(train, batch, steps):
     """`steps` steps of such a loop on one batch, as a function that returns their mean loss."""
-    return lambda: statistics.fmean(train(range(len(batch)), epoch).get("loss", math.nan) for epoch in range(steps))
+    return lambda: statistics.fmean(
+        train(range(len(batch)), epoch).get("loss", math.nan) for epoch in range(steps)
+    )
 
 
 # --- measuring ---
@@ -159,7 +172,11 @@ class Timed(NamedTuple):
 
 def clock_of(device="cpu"):
     """The wall clock; for one thread of a CPU this process's own time, which a busy machine disturbs less."""
-    return time.process_time if str(device) == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    return (
+        time.process_time
+        if str(device) == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
 
 
 def now(device="cpu", clock=None):
@@ -214,11 +231,14 @@ def run_python(code, *args, **variables):
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code, *args]
     took, done = seconds(
-        lambda: subprocess.run(command, capture_output=True, text=True, env=environment), clock=time.perf_counter
+        lambda: subprocess.run(command, capture_output=True, text=True, env=environment),
+        clock=time.perf_counter,
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
-        reason = next((line for line in reversed(said) if "Error" in line), said[-1])  # warnings of the exit follow it
+        reason = next(
+            (line for line in reversed(said) if "Error" in line), said[-1]
+        )  # warnings of the exit follow it
         raise NotMeasured(f"the child process failed: {reason}")
     return took, (done.stdout.strip().splitlines() or [""])[-1]
 
@@ -256,17 +276,23 @@ class Goal(NamedTuple):
     noise: float = 0.0
 
     def __str__(self):
-        return f"{self.sign} {self.bound:g}x" + (f" ({self.noise:.0%} is noise)" if self.noise else "")
+        return f"{self.sign} {self.bound:g}x" + (
+            f" ({self.noise:.0%} is noise)" if self.noise else ""
+        )
 
     def ratios(self, ours, theirs):
         return [t / o if self.sign == ">=" else o / t for o, t in zip(ours, theirs, strict=True)]
 
     def holds(self, ratio):
-        return ratio >= self.bound - self.noise if self.sign == ">=" else ratio <= self.bound + self.noise
+        return (
+            ratio >= self.bound - self.noise
+            if self.sign == ">="
+            else ratio <= self.bound + self.noise
+        )
 
 
 class Line(NamedTuple):
-    """One line of BENCHMARKS.md, as text but for `met`: None where there is no goal, or no measurement."""
+    """One line of dev/BENCHMARKS.md, as text but for `met`: None where there is no goal, or no measurement."""
 
     detail: str  # which of its row's lines it is
     measured: str
@@ -279,14 +305,18 @@ def ratio_line(detail, ratios, goal, *, work, same=True):
     """A line from the ratio of each repeat. `goal` may be None; with other values (not `same`) it is not met."""
     median = statistics.median(ratios)
     measured = f"{median:.3g}x ({min(ratios):.3g}-{max(ratios):.3g})"
-    return Line(detail, measured, str(goal or "-"), goal and bool(same and goal.holds(median)), work)
+    return Line(
+        detail, measured, str(goal or "-"), goal and bool(same and goal.holds(median)), work
+    )
 
 
 def timed_line(detail, timed, goal, *, work, same=True):
     """A line from what side_by_side measured; the times are put behind `work`."""
     ratios = (goal or Goal(">=", 0)).ratios(timed.ours, timed.theirs)
     times = [f"{statistics.median(side):.3g} s" for side in (timed.ours, timed.theirs)]
-    return ratio_line(detail, ratios, goal, work=f"{work}; ours {times[0]}, theirs {times[1]}", same=same)
+    return ratio_line(
+        detail, ratios, goal, work=f"{work}; ours {times[0]}, theirs {times[1]}", same=same
+    )
 
 
 # --- el: EL (Eq. 7, 8) and MA (Eq. 9), a `generate` a prefix length ---
@@ -303,7 +333,7 @@ def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
     pad = min(eos, default=0)
     overlaps, ma = [[] for _ in texts], [0.0] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for batch in files.chunks(order, batch_size):
+    for batch in data.chunks(order, batch_size):
         longest = len(texts[batch[-1]])
         for t in range(start, longest - n + 1):
             asked = [i for i in batch if t <= len(texts[i]) - n]
@@ -311,18 +341,28 @@ def literal_el_and_ma(model, texts, *, n=10, start=1, batch_size=64):
             out = models.plain_generate(model, x, torch.ones_like(x), max_new_tokens=longest - t)
             for i, said in zip(asked, out[:, t:].tolist(), strict=True):
                 said = said[: len(texts[i]) - t]
-                end = next((k + 1 for k, token in enumerate(said) if token in eos), len(said))  # EOS is said too
+                end = next(
+                    (k + 1 for k, token in enumerate(said) if token in eos), len(said)
+                )  # EOS is said too
                 overlaps[i].append(overlap(said[:end], texts[i][t:], n))
-        x = torch.tensor([texts[i] + [pad] * (longest - len(texts[i])) for i in batch], device=model.device)  # (B, T)
-        hits = (model(input_ids=x, use_cache=False).logits[:, :-1].argmax(-1) == x[:, 1:]).tolist()  # the shift by one
+        x = torch.tensor(
+            [texts[i] + [pad] * (longest - len(texts[i])) for i in batch], device=model.device
+        )  # (B, T)
+        hits = (
+            model(input_ids=x, use_cache=False).logits[:, :-1].argmax(-1) == x[:, 1:]
+        ).tolist()  # the shift by one
         for i, hit in zip(batch, hits, strict=True):
             ma[i] = statistics.fmean(hit[start - 1 : len(texts[i]) - 1])  # Eq. (9)
-    return [statistics.fmean(values) if values else float("nan") for values in overlaps], ma  # Eq. (7)
+    return [
+        statistics.fmean(values) if values else float("nan") for values in overlaps
+    ], ma  # Eq. (7)
 
 
 def overlap(said, text, n):
     """OVERLAP_n of Eq. (8), 0-1: the share of the n-grams of what was said that the text has; none said is 0."""
-    grams, known = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in (said, text))
+    grams, known = (
+        [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in (said, text)
+    )
     known = set(known)
     return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
 
@@ -330,7 +370,10 @@ def overlap(said, text, n):
 def our_el_and_ma(model, texts, *, n=10, start=1):
     """metrics.el_and_ma on lists of ids: (el, ma), a list of a float a text each."""
     rows = [torch.tensor(text) for text in texts]
-    ids, mask = (torch.nn.utils.rnn.pad_sequence(x, True) for x in (rows, [torch.ones_like(row) for row in rows]))
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(x, True)
+        for x in (rows, [torch.ones_like(row) for row in rows])
+    )
     el, ma = metrics.el_and_ma(model, ids, mask, n=n, start=start)
     return el.tolist(), ma.tolist()
 
@@ -360,10 +403,17 @@ def compare_values(model, texts, ours, theirs, *, start=1):
 def half_forgotten(bench, samples, first):
     """A copy of the model after steps of ascent with KL (icu.py's `kl`), until half of the positions miss."""
     model = copy.deepcopy(bench.model)
-    train = trainer(model, samples, icu.parse_args(flags_of(bench, "--method", "kl", "--lr", "1e-4")))
-    batches = itertools.cycle(files.chunks(range(len(samples)), 8))
+    train = trainer(
+        model, samples, icu.parse_args(flags_of(bench, "--method", "kl", "--lr", "1e-4"))
+    )
+    batches = itertools.cycle(data.chunks(range(len(samples)), 8))
     for epoch, batch in enumerate(itertools.islice(batches, bench.sizes["forgetting_steps"])):
-        if statistics.fmean(our_el_and_ma(model, [s.forget.ids for s in samples], n=None, start=first)[1]) <= 0.5:
+        if (
+            statistics.fmean(
+                our_el_and_ma(model, [s.forget.ids for s in samples], n=None, start=first)[1]
+            )
+            <= 0.5
+        ):
             break
         train(batch, epoch)
     return model
@@ -394,7 +444,9 @@ def memorisation(bench):
         texts = [s.forget.ids for s in samples]
         for when, goal in zip(("before", "after"), goals, strict=True):
             model = bench.model if when == "before" else half_forgotten(bench, samples, first)
-            yield memorisation_line(bench, model, texts, f"T = {T}, {when} unlearning", goal=goal, start=first)
+            yield memorisation_line(
+                bench, model, texts, f"T = {T}, {when} unlearning", goal=goal, start=first
+            )
 
     return each_length(bench, lines_of)
 
@@ -409,7 +461,9 @@ def memorisation_line(bench, model, texts, detail, *, goal, start):
         measure(model, [texts[0][: start + 11]], start=start)  # warm: two prefixes of one text
     timed = side_by_side(*sides, bench.args.repeats, device=bench.args.device, warm_up=False)
     (ours, shapes), (theirs, their_shapes) = timed.our_result, timed.their_result
-    tokens, their_tokens = (sum(map(math.prod, all_shapes)) for all_shapes in (shapes, their_shapes))
+    tokens, their_tokens = (
+        sum(map(math.prod, all_shapes)) for all_shapes in (shapes, their_shapes)
+    )
     same, values = compare_values(model, texts, ours, theirs, start=start)
     work = f"{len(texts)} texts, MA {statistics.fmean(ours[1]):.2f}; {values}"
     work += f"; {tokens:,} tokens through the model against {their_tokens:,}"
@@ -428,9 +482,13 @@ def must_be_decoded(model, texts, *, n=10, start=1):
     """
     ids, found = torch.tensor(texts), {}
     starts = [start] * len(texts)
-    for row, text, guess, said in fast_el.guesses_and_continuations(model, ids, torch.ones_like(ids), starts, n=n):
+    for row, text, guess, said in fast_el.guesses_and_continuations(
+        model, ids, torch.ones_like(ids), starts, n=n
+    ):
         for t, tokens in said.items():
-            miss = next((p for p in range(t, t + len(tokens)) if guess[p] != text[p]), None)  # None: hits, then EOS
+            miss = next(
+                (p for p in range(t, t + len(tokens)) if guess[p] != text[p]), None
+            )  # None: hits, then EOS
             if miss is not None:
                 found[row, miss] = t + len(tokens) - miss - 1
     return [(t, tokens) for (_, t), tokens in found.items() if tokens]
@@ -463,7 +521,13 @@ def bound(bench):
 
     def lines_of(T, samples, first):
         model = half_forgotten(bench, samples, first)
-        yield bound_line(model, [s.forget.ids for s in samples], f"T = {T}", start=first, repeats=bench.args.repeats)
+        yield bound_line(
+            model,
+            [s.forget.ids for s in samples],
+            f"T = {T}",
+            start=first,
+            repeats=bench.args.repeats,
+        )
 
     return each_length(bench, lines_of)
 
@@ -473,13 +537,17 @@ def bound_line(model, texts, detail, *, start, repeats):
     measure, device = functools.partial(our_el_and_ma, model, texts, start=start), model.device.type
     (_, ma), shapes = watching(model, measure)()
     rows = [B for B, T in shapes if T == 1]  # of each step of our decoding
-    missing = sorted(must_be_decoded(model, texts, start=start))  # ours decodes those of like t together
-    batches, ours, bounds, decoding = files.chunks(missing, max(rows, default=1)), [], [], []
+    missing = sorted(
+        must_be_decoded(model, texts, start=start)
+    )  # ours decodes those of like t together
+    batches, ours, bounds, decoding = data.chunks(missing, max(rows, default=1)), [], [], []
 
     @torch.inference_mode()
     def whole_pass():
-        for part in files.chunks(texts, 64):  # as ours
-            model(input_ids=torch.tensor(part, device=device), use_cache=True).logits.argmax(-1).tolist()
+        for part in data.chunks(texts, 64):  # as ours
+            model(input_ids=torch.tensor(part, device=device), use_cache=True).logits.argmax(
+                -1
+            ).tolist()
 
     def decode(batch):
         t, tokens = (statistics.fmean(values) for values in zip(*batch, strict=True))
@@ -504,11 +572,19 @@ def plain_epoch(model, samples, active, args):
     """Eq. (1)-(6) as they stand, in place: the frozen copy runs on every batch, and a forgotten row keeps its slot."""
     frozen = icu.live_copy(model, pair_sides(samples), icu.collate)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    for batch in files.chunks(np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size):
-        is_active = torch.tensor([i in active for i in batch], device=model.device)[:, None]  # (B, 1)
-        x, x_attention, x_mask = icu.collate([samples[i].forget for i in batch], model.device)  # (B, T)
+    for batch in data.chunks(
+        np.random.default_rng(args.seed).permutation(len(samples)).tolist(), args.batch_size
+    ):
+        is_active = torch.tensor([i in active for i in batch], device=model.device)[
+            :, None
+        ]  # (B, 1)
+        x, x_attention, x_mask = icu.collate(
+            [samples[i].forget for i in batch], model.device
+        )  # (B, T)
         y, y_attention, y_mask = icu.collate([samples[i].learn for i in batch], model.device)
-        x_logits = model(input_ids=x, attention_mask=x_attention, use_cache=False).logits  # (B, T, V)
+        x_logits = model(
+            input_ids=x, attention_mask=x_attention, use_cache=False
+        ).logits  # (B, T, V)
         y_logits = model(input_ids=y, attention_mask=y_attention, use_cache=False).logits
         loss = icu.forget_loss(x_logits, x, x_mask & is_active)
         loss = loss + args.alpha * icu.learn_loss(y_logits, y, y_mask & is_active)
@@ -524,7 +600,9 @@ def plain_measure(model, tokenizer, samples, args):
     start = 1 + len(models.bos_of(tokenizer))
     el, ma = literal_el_and_ma(model, [sample.forget.ids for sample in samples], start=start)
     prompts, lengths = prompts_of(samples)
-    said = plain_beams(model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams)
+    said = plain_beams(
+        model, prompts, lengths, by_length(prompts, lengths), num_beams=args.num_beams
+    )
     texts, true = models.decode(tokenizer, said), models.true_suffixes(tokenizer, samples)
     f1 = metrics.bertscore(texts, true, args.bert, device=args.device)[2].tolist()
     return [
@@ -544,7 +622,9 @@ def whole_epoch(bench):
 
     def ours(with_el=True):
         model = copy.deepcopy(bench.model)
-        trainer(model, samples, args)(active, 1)  # the frozen copy's answers, asked once a run, are in it
+        trainer(model, samples, args)(
+            active, 1
+        )  # the frozen copy's answers, asked once a run, are in it
         return icu.measure(model, bench.tokenizer, samples, args, with_el=with_el)
 
     def theirs():
@@ -552,18 +632,27 @@ def whole_epoch(bench):
         plain_epoch(model, samples, set(active), args)
         return plain_measure(model, bench.tokenizer, samples, args)
 
-    icu.measure(bench.model, bench.tokenizer, samples[:1], args)  # loads BERTScore's encoder, which both use
+    icu.measure(
+        bench.model, bench.tokenizer, samples[:1], args
+    )  # loads BERTScore's encoder, which both use
     timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False)
 
     def means(name):
-        sides = (runs.mean(row[name] for row in rows) for rows in (timed.our_result, timed.their_result))
+        sides = (
+            runs.mean(row[name] for row in rows) for rows in (timed.our_result, timed.their_result)
+        )
         return f"{name} " + " / ".join("-" if value is None else f"{value:.3f}" for value in sides)
 
     work = f"{len(samples)} samples, {len(active)} of them active; ours / theirs, trained in other batches: "
     work += ", ".join(map(means, ("el10", "ma", "bleu", "bertscore")))
     yield timed_line("", timed, Goal(">=", 20), work=work)
     lazy = [seconds(lambda: ours(with_el=False), bench.args.device)[0] for _ in timed.theirs]
-    yield timed_line("where EL cannot decide (--el lazy)", timed._replace(ours=lazy), None, work="the same samples")
+    yield timed_line(
+        "where EL cannot decide (--el lazy)",
+        timed._replace(ours=lazy),
+        None,
+        work="the same samples",
+    )
 
 
 # --- step: forget + learn + KL against a cross-entropy ---
@@ -571,12 +660,17 @@ def whole_epoch(bench):
 
 def both_sides(samples, device="cpu"):
     """{"forget", "learn": (ids (B, T), attention mask, target mask)} of a batch."""
-    return {side: icu.collate([getattr(s, side) for s in samples], device) for side in ("forget", "learn")}
+    return {
+        side: icu.collate([getattr(s, side) for s in samples], device)
+        for side in ("forget", "learn")
+    }
 
 
 def plain_side(model, ids, attention_mask, targets):
     """(the mean -log p over the targets in nats, logits (B, T - 1, V), labels (B, T - 1), -100 where none is)."""
-    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]  # the shift by one
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[
+        :, :-1
+    ]  # the shift by one
     labels = ids.masked_fill(~targets, -100)[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits, labels
 
@@ -611,7 +705,9 @@ def loss_line(timed, goal, work):
     """The line of two loops, which return the mean loss of their last steps: after as many steps they are one."""
     ours, theirs = timed.our_result, timed.their_result
     same = math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-3)
-    return timed_line("", timed, goal, work=f"{work}; mean loss of the last {ours:.5f} / {theirs:.5f}", same=same)
+    return timed_line(
+        "", timed, goal, work=f"{work}; mean loss of the last {ours:.5f} / {theirs:.5f}", same=same
+    )
 
 
 # --- trainer: the same steps in transformers' own loop ---
@@ -619,12 +715,20 @@ def loss_line(timed, goal, work):
 
 def plain_loss(model, frozen, inputs, args):
     """Eq. (6) of what both_sides gives, as the paper writes it, with a frozen copy that runs each time: in nats."""
-    forget, learn = (plain_side(model, *inputs[side]) for side in ("forget", "learn"))  # Eq. (1), (3)
+    forget, learn = (
+        plain_side(model, *inputs[side]) for side in ("forget", "learn")
+    )  # Eq. (1), (3)
     ids, attention_mask, _ = inputs["learn"]
     with torch.no_grad():
-        frozen_logits = frozen(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-    logp, frozen_logp = (logits[learn[2] != -100].log_softmax(-1) for logits in (learn[1], frozen_logits))  # (M, V)
-    kl = F.kl_div(logp, frozen_logp, log_target=True, reduction="batchmean")  # Eq. (4), the mean over the M targets
+        frozen_logits = frozen(
+            input_ids=ids, attention_mask=attention_mask, use_cache=False
+        ).logits[:, :-1]
+    logp, frozen_logp = (
+        logits[learn[2] != -100].log_softmax(-1) for logits in (learn[1], frozen_logits)
+    )  # (M, V)
+    kl = F.kl_div(
+        logp, frozen_logp, log_target=True, reduction="batchmean"
+    )  # Eq. (4), the mean over the M targets
     return -args.forget_weight * forget[0] + args.alpha * learn[0] + args.beta * kl
 
 
@@ -687,9 +791,12 @@ def zero_steps(flags, texts, steps, repeats):
     args = icu.parse_args(flags)
     processes.start(args.device)
     model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
-    batch = build(files.read_pairs(args.pairs)[:texts], model, tokenizer)
+    batch = build(data.read_pairs(args.pairs)[:texts], model, tokenizer)
     engines = processes.ZeroEngine, processes.PlainEngine
-    sides = [steps_of(trainer(copy.deepcopy(model), batch, args, engine), batch, steps) for engine in engines]
+    sides = [
+        steps_of(trainer(copy.deepcopy(model), batch, args, engine), batch, steps)
+        for engine in engines
+    ]
     return side_by_side(*sides, repeats, device=args.device)
 
 
@@ -720,7 +827,9 @@ def prompts_of(samples):
 
 def by_length(prompts, lengths, batch_size=64):
     """Indices in batches of like length."""
-    return files.chunks(sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))), batch_size)
+    return data.chunks(
+        sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))), batch_size
+    )
 
 
 @torch.inference_mode()
@@ -730,12 +839,19 @@ def plain_beams(model, prompts, lengths, batches, *, num_beams=2):
     pad = min(eos, default=0)
     for batch in batches:
         P = max(len(prompts[i]) for i in batch)
-        x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in batch], device=model.device)  # (B, P)
-        mask = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device)
+        x = torch.tensor(
+            [[pad] * (P - len(prompts[i])) + prompts[i] for i in batch], device=model.device
+        )  # (B, P)
+        mask = torch.tensor(
+            [[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in batch],
+            device=model.device,
+        )
         limit = max(lengths[i] for i in batch)
         out = models.plain_generate(model, x, mask, max_new_tokens=limit, num_beams=num_beams)
         for i, tokens in zip(batch, out[:, P:].tolist(), strict=True):
-            said[i] = list(itertools.takewhile(lambda token: token not in eos, tokens[: lengths[i]]))
+            said[i] = list(
+                itertools.takewhile(lambda token: token not in eos, tokens[: lengths[i]])
+            )
     return said
 
 
@@ -752,7 +868,9 @@ def generation(bench):
         lambda: plain_beams(bench.model, prompts, lengths, batches),
         bench.args.repeats, device=bench.args.device,
     )  # fmt: skip
-    same_length = [[i for i in range(len(prompts)) if lengths[i] == length] for length in sorted(set(lengths))]
+    same_length = [
+        [i for i in range(len(prompts)) if lengths[i] == length] for length in sorted(set(lengths))
+    ]
     exact = plain_beams(bench.model, prompts, lengths, same_length)
     equal = sum(a == b for a, b in zip(timed.our_result, exact, strict=True))
     work = f"{sum(lengths):,} tokens of {len(prompts)} rows; the same tokens in {equal} rows"
@@ -802,7 +920,9 @@ def search(bench):
         yield timed_line(f"time, k = {k}", timed, Goal("<=", 1.2), work=work, same=same)
     ratios = [in_child(search_memory, M, Q, 10) for _ in range(bench.args.repeats)]
     work = f"pool of {pool.nbytes / 1e6:,.0f} MB; beside what the imports take"
-    yield ratio_line("peak memory, k = 10, against the pool itself", ratios, Goal("<=", 1.5), work=work)
+    yield ratio_line(
+        "peak memory, k = 10, against the pool itself", ratios, Goal("<=", 1.5), work=work
+    )
 
 
 # --- memory, linear, start: what a run takes ---
@@ -813,7 +933,7 @@ def training_memory(flags, n):
     args = icu.parse_args(flags)
     before = peak_bytes(args.device)
     model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=args.device)
-    samples = build(files.read_pairs(args.pairs)[:n], model, tokenizer)
+    samples = build(data.read_pairs(args.pairs)[:n], model, tokenizer)
     trainer(model, samples, args)(range(len(samples)), 1)
     return [before, peak_bytes(args.device)]
 
@@ -826,7 +946,9 @@ def memory(bench):
             flags = flags_of(bench, "--method", method, "--alpha", "0.5")
             values.append(in_child(training_memory, flags, n))
     ours, theirs = ([after for _, after in values] for values in peaks.values())
-    net = [statistics.median(after - before for before, after in values) for values in peaks.values()]
+    net = [
+        statistics.median(after - before for before, after in values) for values in peaks.values()
+    ]
     work = f"{min(n, len(bench.pairs))} samples; {statistics.median(ours) / 1e6:,.0f} MB against "
     work += f"{statistics.median(theirs) / 1e6:,.0f}, of them {net[0] / 1e6:,.0f} and {net[1] / 1e6:,.0f} after imports"
     goal = Goal("<=", 1.1)
@@ -839,18 +961,35 @@ def linear(bench):
     The samples are copies of the forget set's, sorted by length, and the active ones are evenly spread over them.
     """
     counts = bench.sizes["active"]
-    largest, samples = max(counts), sorted(samples_of(bench), key=lambda s: len(s.forget.ids) + len(s.learn.ids))
+    largest, samples = (
+        max(counts),
+        sorted(samples_of(bench), key=lambda s: len(s.forget.ids) + len(s.learn.ids)),
+    )
     samples = [samples[i * len(samples) // largest] for i in range(largest)]
     model, times = copy.deepcopy(bench.model), {N: [] for N in counts}
-    train = trainer(model, samples, icu.parse_args(flags_of(bench, "--lr", "1e-9")))  # many epochs, no unlearning
+    train = trainer(
+        model, samples, icu.parse_args(flags_of(bench, "--lr", "1e-9"))
+    )  # many epochs, no unlearning
     train(range(8), 0)  # warm
     for epoch in range(1, bench.args.repeats + 1):
         for N in counts if epoch % 2 else counts[::-1]:
             active = range(0, largest, largest // N)
-            times[N].append(seconds(lambda active=active, epoch=epoch: train(active, epoch), bench.args.device)[0] / N)
+            times[N].append(
+                seconds(lambda active=active, epoch=epoch: train(active, epoch), bench.args.device)[
+                    0
+                ]
+                / N
+            )
     ratios = [max(repeat) / min(repeat) for repeat in zip(*times.values(), strict=True)]
-    each = ", ".join(f"{1000 * statistics.median(values):.3g} ms at N = {N}" for N, values in times.items())
-    yield ratio_line("slowest N against fastest, a sample", ratios, Goal("<=", 1.2), work=f"time a sample: {each}")
+    each = ", ".join(
+        f"{1000 * statistics.median(values):.3g} ms at N = {N}" for N, values in times.items()
+    )
+    yield ratio_line(
+        "slowest N against fastest, a sample",
+        ratios,
+        Goal("<=", 1.2),
+        work=f"time a sample: {each}",
+    )
 
 
 def start_up(bench):
@@ -860,7 +999,7 @@ def start_up(bench):
     rows = bench.pairs[:8]
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"
-        files.write_jsonl(pairs, rows)
+        data.write_jsonl(pairs, rows)
         flags = flags_of(bench, "--pairs", str(pairs), "--out", str(Path(folder) / "run"))
         timed = side_by_side(
             lambda: run_python(START, *flags),
@@ -875,11 +1014,16 @@ def start_up(bench):
 
 
 def auditing(bench):
-    """Every question of audit.py but relearning, of one model, before and after half of the positions miss."""
+    """Every question of evals/audit.py but relearning, of one model, before and after half of the positions miss."""
     samples, first = samples_of(bench), 1 + len(models.bos_of(bench.tokenizer))
     half, args = min(bench.sizes["texts"], len(samples) // 2), icu.parse_args(flags_of(bench))
-    texts, others = samples[:half], samples[half : 2 * half]  # which of them are "unseen" changes no time
-    asked = audit.parse_args(["--model", "-", "--pairs", "-", "--out", "-", "--device", bench.args.device])
+    texts, others = (
+        samples[:half],
+        samples[half : 2 * half],
+    )  # which of them are "unseen" changes no time
+    asked = audit.parse_args(
+        ["--model", "-", "--pairs", "-", "--out", "-", "--device", bench.args.device]
+    )
     asked.only.remove("relearning")
     data = audit.Data(asked, bench.tokenizer, first, bench.pairs, texts, others, {}, {}, 0.0)
     for when in ("before", "after"):
@@ -887,7 +1031,9 @@ def auditing(bench):
         ours = functools.partial(audit.answers, model, data)
         theirs = functools.partial(icu.measure, model, bench.tokenizer, texts, args)
         theirs()  # loads BERTScore's encoder
-        timed = side_by_side(ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False)
+        timed = side_by_side(
+            ours, theirs, bench.args.repeats, device=bench.args.device, warm_up=False
+        )
         work = f"{half} texts, {half} unseen ones, {asked.samples} samples a text"
         yield timed_line(f"{when} unlearning", timed, Goal("<=", 5), work=work)
 
@@ -925,13 +1071,18 @@ def against_harness(bench):
         raise NotMeasured("pass --tasks-data DIR with the rows of lambada, piqa, copa or pubmedqa")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every text that it cuts
     model, tokenizer = bench.model, bench.tokenizer
-    harness = {size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size) for size in (1, 4, 16, 64)}
+    harness = {
+        size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        for size in (1, 4, 16, 64)
+    }
     names, limit = ["lambada", "piqa", "copa", "pubmedqa"], bench.sizes["task_rows"]
-    for name, data in tasks.read_sets(names, bench.args.tasks_data, prompts="harness", limit=limit).items():
-        if "rows" not in data:
-            yield unmeasured(f"{name}: {data['missing']}")
+    for name, loaded in tasks.read_sets(
+        names, bench.args.tasks_data, prompts="harness", limit=limit
+    ).items():
+        if "rows" not in loaded:
+            yield unmeasured(f"{name}: {loaded['missing']}")
             continue
-        rows = data["rows"]
+        rows = loaded["rows"]
         texts = [(context, choice) for context, choices, _ in rows.values() for choice in choices]
         requests = [Instance("loglikelihood", {}, text, 0) for text in texts]
 
@@ -943,14 +1094,19 @@ def against_harness(bench):
             return harness[batch_size].loglikelihood(requests, disable_tqdm=True)
 
         device = bench.args.device
-        tokens, size = fastest(ours, (256, 512, 1024, 4096), device), fastest(theirs, harness, device)
+        tokens, size = (
+            fastest(ours, (256, 512, 1024, 4096), device),
+            fastest(theirs, harness, device),
+        )
         timed = side_by_side(
             lambda ours=ours, tokens=tokens: ours(tokens), lambda theirs=theirs, size=size: theirs(size),
             bench.args.repeats, device=device,
         )  # fmt: skip
         logps = [logp for row in timed.our_result for logp in row["logp"]]
         gap = max(abs(a - b) for a, (b, _) in zip(logps, timed.their_result, strict=True))
-        rates = [f"{len(rows) / statistics.median(side):.3g}" for side in (timed.ours, timed.theirs)]
+        rates = [
+            f"{len(rows) / statistics.median(side):.3g}" for side in (timed.ours, timed.theirs)
+        ]
         work = f"{len(rows)} rows, {rates[0]} a second at {tokens} tokens a batch against {rates[1]} at {size} requests"
         work += f"; log p within {gap:.0e}"
         if device == "cpu":
@@ -1027,7 +1183,9 @@ def gpu_step(name, dtype, repeats, T=100):
     median, gpu = statistics.median(times), torch.cuda.get_device_name()
     peak = next((peaks[dtype == "bf16"] for known, peaks in PEAK.items() if known in gpu), None)
     flops = step_flops(model, 2 * B * T, T)
-    mfu = f"{flops / median / peak / 1e12:.1%} of {peak} TFLOP/s" if peak else f"unknown for a {gpu}"
+    mfu = (
+        f"{flops / median / peak / 1e12:.1%} of {peak} TFLOP/s" if peak else f"unknown for a {gpu}"
+    )
     measured = f"{1000 * median:.3g} ms ({1000 * min(times):.3g}-{1000 * max(times):.3g})"
     work = f"{B} + {B} rows of {T} tokens, peak memory {(peak_bytes('cuda') - before) / 2**30:.1f} GiB, MFU {mfu}"
     return Line(f"GPT-Neo {name}, {dtype}", measured, work=work)
@@ -1058,7 +1216,9 @@ def memory_estimate(config, samples, args, processes=1):
     # Measuring: a pass over 64 rows with its keys, values and logits, and 2 GiB of keys and values while decoding.
     T = max((len(sample.forget.ids) for sample in samples), default=0)
     shares = 1 if args.zero == 3 else n
-    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // shares)) * T * (V + 2 * config.num_hidden_layers * H)
+    measuring = (2 << 30) + 4 * min(64, -(-len(samples) // shares)) * T * (
+        V + 2 * config.num_hidden_layers * H
+    )
     learn_tokens = sum(len(sample.learn.ids) for sample in samples)
     return {
         "weights": 4 * P // (n if args.zero == 3 else 1),
@@ -1124,23 +1284,40 @@ def what_fits(bench):
             needed = []
             for offload in (False, True):
                 args = argparse.Namespace(batch_size=B, offload=offload, teacher="cached", zero=2)
-                sums = {n: sum(memory_estimate(config, samples, args, n).values()) for n in range(1, 9)}
-                needed.append(next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8"))
-            cells.append(f"{card} GB: {needed[0]}" + (f" (--offload: {needed[1]})" if needed[1] != needed[0] else ""))
+                sums = {
+                    n: sum(memory_estimate(config, samples, args, n).values()) for n in range(1, 9)
+                }
+                needed.append(
+                    next((str(n) for n, size in sums.items() if size < 0.9e9 * card), "over 8")
+                )
+            cells.append(
+                f"{card} GB: {needed[0]}"
+                + (f" (--offload: {needed[1]})" if needed[1] != needed[0] else "")
+            )
         args = argparse.Namespace(batch_size=B, offload=False, teacher="cached", zero=2)
         alone = sum(memory_estimate(config, samples, args).values()) / 1e9
-        yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights; on one card {alone:.1f} GB")
+        yield Line(
+            f"GPT-Neo {name}",
+            "; ".join(cells),
+            work=f"batch {B}, float32 weights; on one card {alone:.1f} GB",
+        )
     if bench and bench.args.model:
         yield from what_this_takes(bench)
 
 
 def what_this_takes(bench):
     """Lines: memory a process of a run of this model on these pairs, and the training time of a whole epoch."""
-    samples, args, config = samples_of(bench), icu.parse_args(flags_of(bench)), bench.model.config.get_text_config()
+    samples, args, config = (
+        samples_of(bench),
+        icu.parse_args(flags_of(bench)),
+        bench.model.config.get_text_config(),
+    )
     for n in (1, 2, 4, 8):
         parts = memory_estimate(config, samples, args, n)
         work = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        yield Line(f"this model, {n} processes", f"{sum(parts.values()) / 1e9:.2f} GB a process", work=work)
+        yield Line(
+            f"this model, {n} processes", f"{sum(parts.values()) / 1e9:.2f} GB a process", work=work
+        )
     flops, speed = epoch_flops(config, samples), measured_flops(args.device, args.dtype)
     measured = f"about {flops / speed / 0.4:.0f} s on one {args.device}"
     work = f"{flops / 1e12:.2f} TFLOP at 40% of the measured {speed / 1e9:.0f} GFLOP/s; measuring comes on top"
@@ -1176,8 +1353,8 @@ ROWS = [
     Row("memory", "peak memory of training with the teacher", "the same training without any KL", memory),
     Row("linear", "one epoch of training as samples are forgotten", "itself, with more samples active", linear),
     Row("start", "start to first step, warm", "importing torch and transformers and loading the same model", start_up),
-    Row("audit", "`audit.py`, one model, all but relearning", "`icu.measure` of the same texts", auditing),
-    Row("tasks", "`tasks.py`, rows a second", "lm-evaluation-harness, same rows and model", against_harness),
+    Row("audit", "`evals/audit.py`, one model, all but relearning", "`icu.measure` of the same texts", auditing),
+    Row("tasks", "`evals/tasks.py`, rows a second", "lm-evaluation-harness, same rows and model", against_harness),
     Row("gpu", "a training step on a GPU, random weights", "-", gpu_steps),
     Row("fits", "cards that a run needs, estimated", "-", what_fits),
 ]  # fmt: skip
@@ -1207,7 +1384,7 @@ def is_table(path):
 
 
 def write_table(path, header, lines):
-    """BENCHMARKS.md: `header`, then a line for each of `lines`, {row's name: [Line]}, in the order of ROWS."""
+    """dev/BENCHMARKS.md: `header`, then a line for each of `lines`, {row's name: [Line]}, in the order of ROWS."""
     table = [HEADS, ["---"] * len(HEADS)]
     for row in ROWS:
         for line in lines[row.name]:
@@ -1215,19 +1392,27 @@ def write_table(path, header, lines):
             met = "-" if line.met is None else "yes" if line.met else "no"
             table.append([what, row.against, line.measured, line.goal, met, line.work])
     text = header + "\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in table) + "\n"
-    files.write_bytes(path, text.encode("utf-8"))
+    data.write_bytes(path, text.encode("utf-8"))
 
 
 def describe(bench, command):
     """The header: command, machine, versions, model."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "faiss-cpu", "lm-eval", "accelerate", "deepspeed"):
+    for package in (
+        "torch",
+        "transformers",
+        "numpy",
+        "faiss-cpu",
+        "lm-eval",
+        "accelerate",
+        "deepspeed",
+    ):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    made = "" if bench.args.model else ", made by bench.py"
+    made = "" if bench.args.model else ", made by dev/bench.py"
     sizes = "; --quick: sizes so small that the ratios mean nothing" if bench.args.quick else ""
     return "\n".join([
         "# Benchmarks", "", f"`{command}`", "",
@@ -1263,8 +1448,10 @@ def make_memorised(folder, n, steps):
         return
     print(f"making a model that knows {n} texts, once, in {folder} ...", flush=True)
     rows, tokenizer = tiny.make_corpus(seed=0)
-    stream = tokenizer("\n".join(row["prefix"] + row["suffix"] for row in rows["pool"]), verbose=False)["input_ids"]
-    forget, learn = files.chunks(stream, 200)[:n], files.chunks(stream, 200)[n : 2 * n]
+    stream = tokenizer(
+        "\n".join(row["prefix"] + row["suffix"] for row in rows["pool"]), verbose=False
+    )["input_ids"]
+    forget, learn = data.chunks(stream, 200)[:n], data.chunks(stream, 200)[n : 2 * n]
     model = tiny.make_model()
     tiny.train(model, forget, learn, steps=steps)
     models.save_model(model, tokenizer, folder / "model")
@@ -1276,10 +1463,16 @@ def make_memorised(folder, n, steps):
         }
 
     pairs = [
-        {"id": str(i), "learn_id": str(n + i), "similarity": 0.0, **fields(a, ""), **fields(b, "learn_")}
+        {
+            "id": str(i),
+            "learn_id": str(n + i),
+            "similarity": 0.0,
+            **fields(a, ""),
+            **fields(b, "learn_"),
+        }
         for i, (a, b) in enumerate(zip(forget, learn, strict=True))
     ]
-    files.write_jsonl(folder / "pairs.jsonl", pairs)
+    data.write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 # --- main ---
@@ -1291,26 +1484,57 @@ def parse_args(argv=None):
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="NAME",
                         help=f"some of {', '.join(names)} (all)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
-    parser.add_argument("--model", metavar="DIR", help="the causal LM (default: a small one, made in runs/bench)")
-    parser.add_argument("--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised")
-    parser.add_argument("--tasks-data", metavar="DIR", help="the rows of lambada, piqa, copa and pubmedqa, for tasks")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (%(default)s)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes: shows that everything runs, measures nothing",
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="the causal LM (default: a small one, made in runs/bench)"
+    )
+    parser.add_argument(
+        "--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised"
+    )
+    parser.add_argument(
+        "--tasks-data",
+        metavar="DIR",
+        help="the rows of lambada, piqa, copa and pubmedqa, for tasks",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where the models run (%(default)s)",
+    )
     parser.add_argument("--repeats", type=flags.positive, help="of each measurement (3; --quick 2)")
     parser.add_argument(
-        "--threads", type=flags.positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)"
+        "--threads",
+        type=flags.positive,
+        default=torch.get_num_threads(),
+        help="CPU threads (%(default)s)",
     )
-    parser.add_argument("--samples", type=flags.positive, metavar="N", help="texts of el and bound (32; --quick 4)")
     parser.add_argument(
-        "--pool", type=flags.positive, metavar="N", help="pool rows of row knn (1,000,000; --quick 2,000)"
+        "--samples", type=flags.positive, metavar="N", help="texts of el and bound (32; --quick 4)"
     )
-    parser.add_argument("--out", default="BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no table of this command")
+    parser.add_argument(
+        "--pool",
+        type=flags.positive,
+        metavar="N",
+        help="pool rows of row knn (1,000,000; --quick 2,000)",
+    )
+    parser.add_argument(
+        "--out", default="dev/BENCHMARKS.md", metavar="FILE", help="the table (%(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is no table of this command"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)
     if bool(args.model) != bool(args.pairs):
-        raise ValueError("--model DIR and --pairs FILE go together: the pairs are texts that the model knows")
+        raise ValueError(
+            "--model DIR and --pairs FILE go together: the pairs are texts that the model knows"
+        )
     if args.threads > max(os.cpu_count() or 1, torch.get_num_threads()):
         raise ValueError(f"--threads {args.threads}: this machine has {os.cpu_count()}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -1338,8 +1562,11 @@ def prepare(args):
     if not args.model:
         make_memorised(folder, sizes["samples"], sizes["training_steps"])
     sizes["texts"], sizes["pool"] = args.samples or sizes["texts"], args.pool or sizes["pool"]
-    model_dir, pairs_file = args.model or str(folder / "model"), args.pairs or str(folder / "pairs.jsonl")
-    pairs = files.read_pairs(pairs_file)
+    model_dir, pairs_file = (
+        args.model or str(folder / "model"),
+        args.pairs or str(folder / "pairs.jsonl"),
+    )
+    pairs = data.read_pairs(pairs_file)
     model, tokenizer = models.load_model(model_dir, device=args.device)
     return Bench(model, tokenizer, pairs, model_dir, pairs_file, sizes, args)
 
@@ -1349,7 +1576,9 @@ def main(argv=None):
     args = parse_args(argv)
     set_threads(args.threads)
     bench = prepare(args)
-    header = describe(bench, shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]))
+    header = describe(
+        bench, shlex.join(["python", "dev/bench.py", *(sys.argv[1:] if argv is None else argv)])
+    )
     reason = {True: "the run has not come to it", False: "left out by --rows"}
     lines = {row.name: [unmeasured(reason[row.name in args.rows])] for row in ROWS}
     write_table(args.out, header, lines)
@@ -1359,7 +1588,10 @@ def main(argv=None):
             line = line._replace(met=None) if args.quick else line
             lines[row.name].append(line)
             met = {None: "", True: "met", False: "NOT MET"}[line.met]
-            print(f"{row.name:10} {line.detail:30} {line.measured}  goal {line.goal} {met}", flush=True)
+            print(
+                f"{row.name:10} {line.detail:30} {line.measured}  goal {line.goal} {met}",
+                flush=True,
+            )
         write_table(args.out, header, lines)
     print(f"the table is in {args.out}")
 

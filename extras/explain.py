@@ -1,8 +1,8 @@
 """explain.html: the texts of a run on one page, each token coloured by how likely a model finds it, before and after.
 
-    python report.py RUN --explain
+    python evals/report.py RUN --explain
 
-kit/explain.html is the page; what it shows stands in it as JSON, so it is one file and reaches no network. Tokens are
+extras/explain.html is the page; what it shows stands in it as JSON, so it is one file and reaches no network. Tokens are
 shown as characters of the text itself: its pieces, put together, are the text, whatever a tokenizer makes of it.
 """
 
@@ -27,7 +27,9 @@ PAGE = Path(__file__).with_suffix(".html")
 def check(run, flag="--explain"):
     """ValueError for a run (of kit/finished.py) without texts, or whose pairs or model are no longer those it had."""
     if run["redacted"]:
-        raise ValueError(f"{run['folder']}: holds no texts (icu.py --redact, or purged): leave it or {flag} out")
+        raise ValueError(
+            f"{run['folder']}: holds no texts (icu.py --redact, or purged): leave it or {flag} out"
+        )
     for what in ("pairs", "model"):
         path, was = run["config"].get(what) or "", run["config"].get("sha256", {}).get(what)
         if was is not None and models.fingerprint(path) != was:
@@ -42,10 +44,24 @@ def prepare(run, pairs, build_samples, *, allow_pickle=False):
 
     pairs: {id: pair}, which has those of the run; build_samples: icu.build_samples.
     """
-    config, sides, pairs = run["config"], models_of(run), [pairs[id] for id in generations(run) if id in pairs]
-    found = [models.check_model(name, revision=at, allow_pickle=allow_pickle) for name, at in sides.values()]
-    (_, tokenizer), positions = found[0], min(models.positions_of(config) or 1 << 30 for config, _ in found)
-    how = {"protocol": config["protocol"], "positions": positions, "context": config.get("context", False)}
+    config, sides, pairs = (
+        run["config"],
+        models_of(run),
+        [pairs[id] for id in generations(run) if id in pairs],
+    )
+    found = [
+        models.check_model(name, revision=at, allow_pickle=allow_pickle)
+        for name, at in sides.values()
+    ]
+    (_, tokenizer), positions = (
+        found[0],
+        min(models.positions_of(config) or 1 << 30 for config, _ in found),
+    )
+    how = {
+        "protocol": config["protocol"],
+        "positions": positions,
+        "context": config.get("context", False),
+    }
     samples, _ = build_samples(pairs, tokenizer, **how)
     for model_config, _ in found:
         models.check_inputs(model_config, tokenizer, {"pair": samples}, {})
@@ -63,11 +79,25 @@ def make(run, *, pairs, samples, tokenizer, sides, allow_pickle=False):
         context = context_of(pair, run["config"])
         text, shift = context + pair["prefix"] + pair["suffix"], len(context)
         spans = [(start + shift, end + shift) for start, end in pair.get("spans", [])]
-        how = {when: rows_of[number] for when, rows_of in likely.items()} | {"ids": rows[number], "spans": spans}
-        texts.append(describe(tokenizer, text, cut=sample.forget.cut, id=pair["id"], said=said[pair["id"]], **how))
+        how = {when: rows_of[number] for when, rows_of in likely.items()} | {
+            "ids": rows[number],
+            "spans": spans,
+        }
+        texts.append(
+            describe(
+                tokenizer, text, cut=sample.forget.cut, id=pair["id"], said=said[pair["id"]], **how
+            )
+        )
     config, summary = run["config"], run["summary"]
-    about = {"run": run["folder"].resolve().name, "model": Path(config["model"]).name, "method": summary["method"]}
-    about |= {"protocol": summary["protocol"], "stopped": f"{summary['stopped']}, epoch {summary['epochs']}"}
+    about = {
+        "run": run["folder"].resolve().name,
+        "model": Path(config["model"]).name,
+        "method": summary["method"],
+    }
+    about |= {
+        "protocol": summary["protocol"],
+        "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
+    }
     return page(about, texts)
 
 
@@ -83,7 +113,11 @@ def generations(run):
     last, found = run["summary"]["epochs"], {}
     for row in run["samples"]:
         of_id = found.setdefault(row["id"], {})
-        of_id |= {when: row["generation"] for when, at in (("before", 0), ("after", last)) if row["epoch"] == at}
+        of_id |= {
+            when: row["generation"]
+            for when, at in (("before", 0), ("after", last))
+            if row["epoch"] == at
+        }
     return found
 
 
@@ -108,9 +142,13 @@ def probabilities(model, rows):
 def chances(model, ids):
     """The probabilities of ids[1:] as floats. A text at a time: no padding, whatever a model makes of some."""
     x = torch.tensor(ids, device=model.device)
-    logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]  # (T - 1, V): position t - 1 predicts token t
+    logits = model(input_ids=x[None], use_cache=False).logits[
+        0, :-1
+    ]  # (T - 1, V): position t - 1 predicts token t
     found = []
-    for part, targets in zip(logits.split(256), x[1:].split(256), strict=True):  # (T, V) once more may be a gigabyte
+    for part, targets in zip(
+        logits.split(256), x[1:].split(256), strict=True
+    ):  # (T, V) once more may be a gigabyte
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         found += part.log_softmax(1).gather(1, targets[:, None])[:, 0].exp().tolist()
     return found
@@ -138,7 +176,9 @@ def token_ends(tokenizer, ids, text):
     """
     decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
     said = decode(ids)
-    heads = [decode(ids[:n]) for n in range(1, len(ids))]  # quadratic, and 2,048 tokens still take under a second
+    heads = [
+        decode(ids[:n]) for n in range(1, len(ids))
+    ]  # quadratic, and 2,048 tokens still take under a second
     place = range(len(text) + 1) if said == text else aligned(said, text)
     ends = [place[len(head)] if said.startswith(head) else None for head in heads]
     return [end if end is not None and is_break(text, end) else None for end in ends] + [len(text)]
@@ -180,9 +220,17 @@ def describe(tokenizer, text, *, ids, cut, before, after, spans=(), **more):
     the mean of `after` over the tokens of the spans, or, without any, of the suffix. `more` is shown as it is.
     """
     lead = len(ids) - len(own_ids(tokenizer, ids, text))
-    parts = [(first + lead, last + lead, *place) for first, last, *place in pieces(tokenizer, ids[lead:], text)]
+    parts = [
+        (first + lead, last + lead, *place)
+        for first, last, *place in pieces(tokenizer, ids[lead:], text)
+    ]
     marked = [any(low < end and start < high for low, high in spans) for _, _, start, end in parts]
-    asked = [n for (first, last, _, _), mark in zip(parts, marked, strict=True) if mark for n in range(first, last)]
+    asked = [
+        n
+        for (first, last, _, _), mark in zip(parts, marked, strict=True)
+        if mark
+        for n in range(first, last)
+    ]
     asked = asked or range(cut, len(ids))
     return {
         **more,
@@ -191,7 +239,9 @@ def describe(tokenizer, text, *, ids, cut, before, after, spans=(), **more):
         "before": [together(before[first:last]) for first, last, _, _ in parts],
         "after": [together(after[first:last]) for first, last, _, _ in parts],
         "marked": [number for number, mark in enumerate(marked) if mark],
-        "cut": next((number for number, (first, *_) in enumerate(parts) if first >= cut), len(parts)),
+        "cut": next(
+            (number for number, (first, *_) in enumerate(parts) if first >= cut), len(parts)
+        ),
         "was": mean(before[n] for n in asked),
         "left": mean(after[n] for n in asked),
     }
@@ -200,7 +250,9 @@ def describe(tokenizer, text, *, ids, cut, before, after, spans=(), **more):
 def own_ids(tokenizer, ids, text):
     """The ids of the text itself: without a BOS that the tokenizer has put in front."""
     bos = models.bos_of(tokenizer)
-    added = bos and ids[:1] == bos and tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text
+    added = (
+        bos and ids[:1] == bos and tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text
+    )
     return ids[1:] if added else ids
 
 
@@ -213,4 +265,8 @@ def page(about, texts):
     """The file, as bytes. about: {name: text} of the run, for its head; texts: what `describe` has returned, a list."""
     data = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
-    return PAGE.read_text(encoding="utf-8").replace("@DATA@", data.replace("<", "\\u003c"), 1).encode("utf-8")
+    return (
+        PAGE.read_text(encoding="utf-8")
+        .replace("@DATA@", data.replace("<", "\\u003c"), 1)
+        .encode("utf-8")
+    )

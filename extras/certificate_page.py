@@ -1,14 +1,29 @@
-"""certificate.html: a certificate (kit/certificate.py) as a page to print, two sides of A4, that loads nothing."""
+"""certificate.html: a certificate (extras/certificate.py) as a page to print, two sides of A4, that loads nothing."""
 
 import html
 
 from kit.text import visible
 
 BEGIN = "<!doctype html><html lang=en><title>Certificate"
-LABELS = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore F1", "entropy": "Entropy (bits)"}
-LABELS |= {"el10_spans": "EL10, marked parts", "ma_spans": "MA, marked parts", "ma_rest": "MA, the rest of their texts"}
+LABELS = {
+    "el10": "EL10",
+    "ma": "MA",
+    "bleu": "BLEU",
+    "bertscore": "BERTScore F1",
+    "entropy": "Entropy (bits)",
+}
+LABELS |= {
+    "el10_spans": "EL10, marked parts",
+    "ma_spans": "MA, marked parts",
+    "ma_rest": "MA, the rest of their texts",
+}
 LABELS |= {"secret_said": "a secret is said"}
-SIDES = {"before": "before", "after": "after", "never_saw": "never saw them", "unseen": "unseen texts"}
+SIDES = {
+    "before": "before",
+    "after": "after",
+    "never_saw": "never saw them",
+    "unseen": "unseen texts",
+}
 SHOWN, LENGTH = 6, 600  # of a list that may be long, and of a text: certificate.json has all
 STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm; margin: 8mm auto }
 h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm; border-bottom: 1px solid #999 }
@@ -20,16 +35,27 @@ code { font-size: 7pt } @media print { body { margin: 0 } }"""
 
 def render(found):
     """The page of a certificate as bytes; the same dict gives the same bytes."""
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>\n" for title, content in sections(found).items())
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>\n"
+        for title, content in sections(found).items()
+    )
     head = f"{BEGIN}</title><meta charset=utf-8><style>{STYLE}</style>"
-    page = f"{head}\n<h1>Certificate of a run</h1><p><b>{text(found['what'])}</b></p>\n{body}</html>\n"
+    page = (
+        f"{head}\n<h1>Certificate of a run</h1><p><b>{text(found['what'])}</b></p>\n{body}</html>\n"
+    )
     return page.encode("utf-8", "backslashreplace")
 
 
 def sections(found):
     """{title: HTML}, in the order of the page."""
-    request, scope, model, code, method = (found[n] for n in ("request", "scope", "model", "code", "method"))
-    limits = {LABELS.get(name, name): limit for name, limit in method["thresholds"].items() if limit is not None}
+    request, scope, model, code, method = (
+        found[n] for n in ("request", "scope", "model", "code", "method")
+    )
+    limits = {
+        LABELS.get(name, name): limit
+        for name, limit in method["thresholds"].items()
+        if limit is not None
+    }
     settings = {name: value for name, value in found["configuration"].items() if value is not None}
     return {
         "Request": table({
@@ -86,16 +112,24 @@ def few(values, show=text):
 
 
 def table(rows):
-    return Html("<table>" + "".join(f"<tr><th>{text(k)}<td>{text(v)}" for k, v in rows.items()) + "</table>")
+    return Html(
+        "<table>" + "".join(f"<tr><th>{text(k)}<td>{text(v)}" for k, v in rows.items()) + "</table>"
+    )
 
 
 def bullets(values):
-    return Html("<ul>" + "".join(f"<li>{text(value)}" for value in values[: 2 * SHOWN] or ["not measured"]) + "</ul>")
+    return Html(
+        "<ul>"
+        + "".join(f"<li>{text(value)}" for value in values[: 2 * SHOWN] or ["not measured"])
+        + "</ul>"
+    )
 
 
 def cells(averages):
     """The averages of tasks.json in words."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in averages.items() if isinstance(value, float | int))
+    return ", ".join(
+        f"{name} {value:.3f}" for name, value in averages.items() if isinstance(value, float | int)
+    )
 
 
 def figures(found):

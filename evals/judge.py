@@ -1,10 +1,10 @@
 """What a model's texts are worth to a judge: GPT's grades (0-10) and people's (1-8), of samples before and after a run.
 
-    python judge.py RUN ... --judge gpt-4 --send-texts      # the GPT column; the key is in $JUDGE_API_KEY
-    python judge.py RUN ... --judge MODEL --base-url http://localhost:8000/v1    # a server on this machine
-    python judge.py RUN ... --dry-run --price 2.5,10        # how many calls and tokens, and what they would cost
-    python judge.py --sheet RUN ... --n 40 --raters 3       # sheet.html, for people
-    python judge.py --ratings ratings-*.csv RUN ...         # what they gave, and how far they and the judge agree
+    python evals/judge.py RUN ... --judge gpt-4 --send-texts      # the GPT column; the key is in $JUDGE_API_KEY
+    python evals/judge.py RUN ... --judge MODEL --base-url http://localhost:8000/v1    # a server on this machine
+    python evals/judge.py RUN ... --dry-run --price 2.5,10        # how many calls and tokens, and what they would cost
+    python evals/judge.py --sheet RUN ... --n 40 --raters 3       # sheet.html, for people
+    python evals/judge.py --ratings ratings-*.csv RUN ...         # what they gave, and how far they and the judge agree
 
 Table 1's last column, Table 3 and Appendices A and B of "Learn while Unlearn" (ICU), arXiv:2407.20271; docs/judge.md.
 Departures from the authors' script, which asks once, without a temperature, for "Finale score" and looks for "Final":
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from kit import agreement, ask, files, flags, models, paths, sheet, traces
+from kit import agreement, ask, data, flags, models, paths, sheet, traces
 from kit.finished import NAME, check, null_or, number, read_grades, read_pairs_of, read_run, whole
 from kit.text import visible
 
@@ -74,7 +74,9 @@ WORKERS = 8  # calls at a time
 
 MARK = re.compile(r"finale?\s+score[*_`\s]{0,9}:", re.IGNORECASE)
 # A number, whole or decimal, perhaps "/10" behind it; 8.5.2, 8,5, 8/5 and 100 are none.
-SCORE = re.compile(r'[*_`"\s]{0,9}(\d{1,2}(?:\.\d{1,9})?)(?:[*_`]{0,3}\s?/\s?10(?!\.?\d))?(?![\d.,]{0,9}\d|\s?/)')
+SCORE = re.compile(
+    r'[*_`"\s]{0,9}(\d{1,2}(?:\.\d{1,9})?)(?:[*_`]{0,3}\s?/\s?10(?!\.?\d))?(?![\d.,]{0,9}\d|\s?/)'
+)
 
 
 def score_of(answer):
@@ -99,12 +101,20 @@ def request_for(triple, wording, args):
         {"role": "system", "content": args.instructions},
         {"role": "user", "content": QUESTION.format(*quoted) + wording},
     ]
-    return {"model": args.judge, "messages": messages, "temperature": 0, "seed": SEED, "max_tokens": ANSWER_TOKENS}
+    return {
+        "model": args.judge,
+        "messages": messages,
+        "temperature": 0,
+        "seed": SEED,
+        "max_tokens": ANSWER_TOKENS,
+    }
 
 
 def question_hash(args):
     """sha256 of all that is sent but the model's name and the triple: grades of two questions are not compared."""
-    return hashlib.sha256(json.dumps([args.instructions, QUESTION, FIRST, AGAIN]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([args.instructions, QUESTION, FIRST, AGAIN]).encode()
+    ).hexdigest()
 
 
 # --- what is judged ---
@@ -124,17 +134,26 @@ def read_judged(folder):
     """The texts of a finished run before and after it. ValueError for one whose texts are gone or have changed."""
     run = read_run(folder)
     if run["redacted"]:
-        raise ValueError(f"{folder}: redacted (icu.py --redact, or purged): no text in it that could be graded")
+        raise ValueError(
+            f"{folder}: redacted (icu.py --redact, or purged): no text in it that could be graded"
+        )
     pairs, sha = read_pairs_of(run), run["config"].get("sha256", {}).get("pairs")
     if models.fingerprint(run["config"]["pairs"]) != sha:
-        raise ValueError(f"{run['config']['pairs']}: has changed since {folder} was made (sha256): restore it")
+        raise ValueError(
+            f"{run['config']['pairs']}: has changed since {folder} was made (sha256): restore it"
+        )
     epochs = {"before": 0, "after": run["summary"]["epochs"]}
     triples = {
-        (row["id"], row["epoch"]): Triple(pairs[row["id"]]["prefix"], pairs[row["id"]]["suffix"], row["generation"])
+        (row["id"], row["epoch"]): Triple(
+            pairs[row["id"]]["prefix"], pairs[row["id"]]["suffix"], row["generation"]
+        )
         for row in run["samples"]
-        if row["epoch"] in epochs.values() and not row.get("watched")  # of an earlier request, which has its own run
+        if row["epoch"] in epochs.values()
+        and not row.get("watched")  # of an earlier request, which has its own run
     }
-    return Judged(run["folder"], f"{run['folder'].name} ({run['summary']['method']})", sha, epochs, triples)
+    return Judged(
+        run["folder"], f"{run['folder'].name} ({run['summary']['method']})", sha, epochs, triples
+    )
 
 
 # --- the machine judge ---
@@ -161,7 +180,9 @@ class Judge:
             verdict |= {name: verdict[name] + reply[name] for name in ("in", "out")}
             if (score := score_of(reply["answer"])) is not None:
                 return verdict | {"score": score, "why": None}
-        return verdict | {"why": "no chat completion" if reply["answer"] is None else "no score in the answer"}
+        return verdict | {
+            "why": "no chat completion" if reply["answer"] is None else "no score in the answer"
+        }
 
     def ask(self, request, key):
         """The endpoint's reply, kept if it is one. ValueError where the server answers nobody."""
@@ -172,7 +193,9 @@ class Judge:
                 self.silent += not isinstance(error, ask.Refused)
                 if self.silent >= WORKERS:
                     said = f"{self.silent} samples in a row without answer ({error})"
-                    raise ValueError(f"{self.args.base_url}: {said}; try later: what was answered is kept") from None
+                    raise ValueError(
+                        f"{self.args.base_url}: {said}; try later: what was answered is kept"
+                    ) from None
             raise
         with self.lock:
             self.calls, self.silent = self.calls + 1, 0
@@ -214,7 +237,7 @@ class Judge:
 
 def cache_of(run):
     """The cache of what a judge said of the texts of one pairs file: purge removes it with the others' traces."""
-    return ask.Cache(files.cache_folder("judge") / f"{run.pairs_sha}.jsonl")
+    return ask.Cache(data.cache_folder("judge") / f"{run.pairs_sha}.jsonl")
 
 
 def judge_run(args, run, endpoint):
@@ -232,14 +255,20 @@ def judge_run(args, run, endpoint):
         usage = {"in": verdict["in"], "out": verdict["out"]}
         named = {name: verdict[name] for name in ("score", "why", "answer", "model", "request")}
         rows.append({"id": id, "epoch": epoch, **named, "usage": usage, "prompt": question})
-    found = {"judge": args.judge, "base_url": args.base_url, "prompt": question, "temperature": 0, "seed": SEED}
+    found = {
+        "judge": args.judge,
+        "base_url": args.base_url,
+        "prompt": question,
+        "temperature": 0,
+        "seed": SEED,
+    }
     found["served"] = sorted({row["model"] for row in rows if row["model"]})
     for when, epoch in run.epochs.items():
         found[when] = graded([row["score"] for row in rows if row["epoch"] == epoch])
     tokens = {name: sum(verdict[name] for verdict in verdicts.values()) for name in ("in", "out")}
     found |= {"calls": judge.calls, "tokens": tokens, "cost": cost(args.price, tokens)}
-    files.write_jsonl(run.folder / "judge.jsonl", rows)
-    files.write_json(run.folder / "judge.json", found)
+    data.write_jsonl(run.folder / "judge.jsonl", rows)
+    data.write_json(run.folder / "judge.json", found)
     return found
 
 
@@ -247,7 +276,12 @@ def graded(scores):
     """The mean of the scores that are there, its interval, and how many are there and are not."""
     read = [score for score in scores if score is not None]
     mean = statistics.fmean(read) if read else None
-    return {"mean": mean, "interval": mean_interval(read), "n": len(read), "unread": len(scores) - len(read)}
+    return {
+        "mean": mean,
+        "interval": mean_interval(read),
+        "n": len(read),
+        "unread": len(scores) - len(read),
+    }
 
 
 def mean_interval(values):
@@ -269,7 +303,9 @@ def plan(args, runs):
                 request = request_for(triple, wording, args)
                 key = ask.key_of(args.base_url, request)
                 if key not in cache:
-                    asked[key] = sum(len(message["content"].encode()) for message in request["messages"]) / 4
+                    asked[key] = (
+                        sum(len(message["content"].encode()) for message in request["messages"]) / 4
+                    )
                     break
                 known.add(key)
                 if score_of(cache.get(key)["answer"]) is not None:
@@ -291,7 +327,10 @@ def judge_runs(args, runs):
         )
     ask.key_for(args.base_url)
     outputs = [(run.folder / "judge.json", paths.holds("judge", "prompt")) for run in runs]
-    outputs += [(run.folder / "judge.jsonl", paths.holds("id", "epoch", "score", lines=True)) for run in runs]
+    outputs += [
+        (run.folder / "judge.jsonl", paths.holds("id", "epoch", "score", lines=True))
+        for run in runs
+    ]
     paths.check_outputs(outputs, overwrite=True)
     if args.dry_run:
         return print(f"would ask {args.judge} at {args.base_url}")
@@ -300,10 +339,16 @@ def judge_runs(args, runs):
     for run in runs:
         found = judge_run(args, run, endpoint)
         grades = "; ".join(f"{when} {show_grade(found[when])}" for when in run.epochs)
-        print(visible(f"{run.name}: GPT (0-10) {grades}; {', '.join(found['served'])}; {found['calls']} calls"))
+        print(
+            visible(
+                f"{run.name}: GPT (0-10) {grades}; {', '.join(found['served'])}; {found['calls']} calls"
+            )
+        )
         unread += found["before"]["unread"] + found["after"]["unread"]
     if unread:
-        print(f"note: {unread} are unread, judge.jsonl says why; the same command asks again where no answer came")
+        print(
+            f"note: {unread} are unread, judge.jsonl says why; the same command asks again where no answer came"
+        )
 
 
 def show_grade(found):
@@ -326,7 +371,10 @@ def make_sheet(args, runs):
             output = ((run.pairs_sha, id), triple.candidate)
             where.setdefault(output, (triple, []))[1].append({"run": number_of_run, "epoch": epoch})
     chosen = sheet.choose(where, args.n)
-    shown = [dict(zip(("prefix", "reference", "output"), where[output][0], strict=True)) for output in chosen]
+    shown = [
+        dict(zip(("prefix", "reference", "output"), where[output][0], strict=True))
+        for output in chosen
+    ]
     id, html = sheet.page(shown, args.raters)
     named = [{"name": run.name, "summary": summary_of(run.folder)} for run in runs]
     items = [{"text": list(text), "of": where[text, said][1]} for text, said in chosen]
@@ -335,16 +383,24 @@ def make_sheet(args, runs):
     paths.check_outputs(outputs, overwrite=args.overwrite)
     for sha in {run.pairs_sha for run in runs}:
         traces.note(sha, page, "sheet")
-    files.write_json(key, {"sheet": id, "raters": args.raters, "runs": named, "items": items})
-    files.write_bytes(page, html.encode())
+    data.write_json(key, {"sheet": id, "raters": args.raters, "runs": named, "items": items})
+    data.write_bytes(page, html.encode())
     texts = len({text for text, _ in chosen})
-    print(visible(f"{page}: {len(chosen)} outputs of {texts} texts for each of {args.raters} raters; send it to them"))
-    print(visible(f"{key}: which output is whose; keep it to yourself. Then: judge.py --ratings ratings-*.csv RUN ..."))
+    print(
+        visible(
+            f"{page}: {len(chosen)} outputs of {texts} texts for each of {args.raters} raters; send it to them"
+        )
+    )
+    print(
+        visible(
+            f"{key}: which output is whose; keep it to yourself. Then: evals/judge.py --ratings ratings-*.csv RUN ..."
+        )
+    )
 
 
 def summary_of(folder):
     """By what a run is known again wherever its folder is: sha256 of its summary.json."""
-    return files.sha256_of(folder / "summary.json")
+    return data.sha256_of(folder / "summary.json")
 
 
 class Output(NamedTuple):
@@ -362,14 +418,22 @@ class Output(NamedTuple):
 
 def read_people(csv_files, folders):
     """(key, run folders in the order of the key, outputs, number of raters) of what raters saved and their runs."""
-    keys = [sheet.read_key(folder / "sheet-key.json") for folder in folders if (folder / "sheet-key.json").is_file()]
+    keys = [
+        sheet.read_key(folder / "sheet-key.json")
+        for folder in folders
+        if (folder / "sheet-key.json").is_file()
+    ]
     if not keys:
-        raise ValueError(f"{', '.join(map(str, folders))}: no sheet-key.json: name the first run of the sheet, too")
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: no sheet-key.json: name the first run of the sheet, too"
+        )
     key, given = sheet.read_ratings(csv_files, {key["sheet"]: key for key in keys})
     known = {summary_of(folder): folder for folder in folders}
     for run in key["runs"]:
         if run["summary"] not in known:
-            raise ValueError(f"sheet {key['sheet']} is also of the run {run['name']}: name its folder too")
+            raise ValueError(
+                f"sheet {key['sheet']} is also of the run {run['name']}: name its folder too"
+            )
     ordered = [known[run["summary"]] for run in key["runs"]]
     machine = machine_scores(ordered)
     outputs = []
@@ -377,21 +441,29 @@ def read_people(csv_files, folders):
         of = [(place["run"], place["epoch"]) for place in item["of"]]
         scores = [machine[run].get((item["text"][1], epoch)) for run, epoch in of]
         score = next((score for score in scores if score is not None), None)
-        outputs.append(Output(tuple(item["text"]), of, list(given.get(number_of_item, {}).values()), score))
+        outputs.append(
+            Output(tuple(item["text"]), of, list(given.get(number_of_item, {}).values()), score)
+        )
     return key, ordered, outputs, len({rater for grades in given.values() for rater in grades})
 
 
 def machine_scores(folders):
     """[{(id, epoch): score}] of the runs' judge.jsonl; {} for one that is not there. ValueError: of several judges."""
-    fields, found, judges = {"id": NAME, "epoch": whole(0), "score": null_or(number(0, 10))}, [], set()
+    fields, found, judges = (
+        {"id": NAME, "epoch": whole(0), "score": null_or(number(0, 10))},
+        [],
+        set(),
+    )
     for path in (folder / "judge.jsonl" for folder in folders):
-        lines = files.numbered_jsonl(path) if path.is_file() else ()
+        lines = data.numbered_jsonl(path) if path.is_file() else ()
         rows = [check(row, fields, f"{path} line {line}") for line, row in lines]
         found.append({(row["id"], row["epoch"]): row["score"] for row in rows})
         graded_by = read_grades(path.with_suffix(".json")) if rows else {}
         judges |= {(graded_by["judge"], graded_by["prompt"])} if rows else set()
     if len(judges) > 1:
-        raise ValueError(f"graded by several judges ({judges}): let one grade them all, python judge.py RUN ...")
+        raise ValueError(
+            f"graded by several judges ({judges}): let one grade them all, python evals/judge.py RUN ..."
+        )
     return found
 
 
@@ -408,23 +480,38 @@ def of_run(outputs, place, raters):
     """What people gave the outputs of one run and epoch; missing: grades that were to be given and were not."""
     mine = [output for output in outputs if place in output.of]
     read = [output for output in mine if output.grades]
-    found = with_interval(read, lambda some: statistics.fmean(o.human() for o in some) if some else None)
+    found = with_interval(
+        read, lambda some: statistics.fmean(o.human() for o in some) if some else None
+    )
     missing = raters * len(mine) - sum(len(output.grades) for output in mine)
-    return {"mean": found["value"], "interval": found["interval"], "n": len(read), "missing": missing}
+    return {
+        "mean": found["value"],
+        "interval": found["interval"],
+        "n": len(read),
+        "missing": missing,
+    }
 
 
 def compare(outputs):
     """How far people agree with each other (alpha) and with the judge, over outputs; intervals over texts."""
-    between = with_interval(outputs, lambda some: agreement.krippendorff_alpha([output.grades for output in some]))
+    between = with_interval(
+        outputs, lambda some: agreement.krippendorff_alpha([output.grades for output in some])
+    )
     both = [output for output in outputs if output.grades and output.machine is not None]
 
     def against(measure):
-        return with_interval(both, lambda some: measure([o.human() for o in some], [o.machine for o in some]))
+        return with_interval(
+            both, lambda some: measure([o.human() for o in some], [o.machine for o in some])
+        )
 
     def kappa(human, machine):  # on the eight grades: kappa is of classes
         return agreement.quadratic_kappa([eighth(x) for x in human], [eighth(x) for x in machine])
 
-    found = {"n": len(both), "pearson": against(agreement.pearson), "spearman": against(agreement.spearman)}
+    found = {
+        "n": len(both),
+        "pearson": against(agreement.pearson),
+        "spearman": against(agreement.spearman),
+    }
     return {"alpha": between, "judge": found | {"kappa": against(kappa)}}
 
 
@@ -439,30 +526,53 @@ def report_people(args, folders):
     raters, agreed = max(key["raters"], came), compare(outputs)
     rows, written = [], []
     for number_of_run, folder in enumerate(ordered):
-        epochs = sorted({epoch for output in outputs for run, epoch in output.of if run == number_of_run})
+        epochs = sorted(
+            {epoch for output in outputs for run, epoch in output.of if run == number_of_run}
+        )
         ends = {"before": epochs[0], "after": epochs[-1]}
-        found = {when: of_run(outputs, (number_of_run, epoch), raters) for when, epoch in ends.items()}
-        written.append((folder / "people.json", {"sheet": key["sheet"], "raters": came, **found, **agreed}))
+        found = {
+            when: of_run(outputs, (number_of_run, epoch), raters) for when, epoch in ends.items()
+        }
+        written.append(
+            (folder / "people.json", {"sheet": key["sheet"], "raters": came, **found, **agreed})
+        )
         for when, epoch in ends.items():
-            machine = [o.machine for o in outputs if (number_of_run, epoch) in o.of and o.machine is not None]
+            machine = [
+                o.machine
+                for o in outputs
+                if (number_of_run, epoch) in o.of and o.machine is not None
+            ]
             rows.append((key["runs"][number_of_run]["name"], when, found[when], machine))
-    means = [(found["mean"], statistics.fmean(machine)) for _, _, found, machine in rows if found["n"] and machine]
-    means = agreement.pearson(*zip(*dict.fromkeys(means), strict=True)) if means else None  # as the paper's 0.89
-    paths.check_outputs([(path, paths.holds("sheet", "raters")) for path, _ in written], overwrite=True)
+    means = [
+        (found["mean"], statistics.fmean(machine))
+        for _, _, found, machine in rows
+        if found["n"] and machine
+    ]
+    means = (
+        agreement.pearson(*zip(*dict.fromkeys(means), strict=True)) if means else None
+    )  # as the paper's 0.89
+    paths.check_outputs(
+        [(path, paths.holds("sheet", "raters")) for path, _ in written], overwrite=True
+    )
     for path, found in written:
-        files.write_json(path, found | {"judge": found["judge"] | {"pearson_of_means": means}})
+        data.write_json(path, found | {"judge": found["judge"] | {"pearson_of_means": means}})
     print(visible(people_table(rows), keep="\n"))
     print(visible(f"{came} raters; {agreement_line(agreed, means)}"))
 
 
 def people_table(rows):
     """Table 3 in Markdown, with intervals, how many outputs were graded and how many grades are missing."""
-    lines = ["| | Human (0-10) | 95% interval | n | missing | GPT (0-10) |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | Human (0-10) | 95% interval | n | missing | GPT (0-10) |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, when, found, machine in rows:
         mean = f"{found['mean']:.2f}" if found["n"] else "-"
         interval = "{:.2f} to {:.2f}".format(*found["interval"]) if found["interval"] else "-"
         gpt = f"{statistics.fmean(machine):.2f}" if machine else "-"
-        lines.append(f"| {name}, {when} | {mean} | {interval} | {found['n']} | {found['missing']} | {gpt} |")
+        lines.append(
+            f"| {name}, {when} | {mean} | {interval} | {found['n']} | {found['missing']} | {gpt} |"
+        )
     return "\n".join(lines)
 
 
@@ -472,12 +582,18 @@ def agreement_line(agreed, means):
     def shown(found):
         if found["value"] is None:
             return "-"
-        return f"{found['value']:.2f}" + (" [{:.2f}, {:.2f}]".format(*found["interval"]) if found["interval"] else "")
+        return f"{found['value']:.2f}" + (
+            " [{:.2f}, {:.2f}]".format(*found["interval"]) if found["interval"] else ""
+        )
 
     judge = agreed["judge"]
     said = f"between raters: Krippendorff's alpha {shown(agreed['alpha'])}; with the judge, {judge['n']} outputs: "
     said += ", ".join(f"{name} {shown(judge[name])}" for name in ("pearson", "spearman", "kappa"))
-    return said + (f"; Pearson of the means {means:.2f} (the paper's Table 3: 0.89)" if means is not None else "")
+    return said + (
+        f"; Pearson of the means {means:.2f} (the paper's Table 3: 0.89)"
+        if means is not None
+        else ""
+    )
 
 
 # --- flags and main ---
@@ -521,15 +637,17 @@ def parse_args(argv=None):
     args = make_parser().parse_args(argv)
     words = args.ratings or []
     args.csv_files = [Path(word) for word in words if not Path(word).is_dir()]
-    args.runs = list(dict.fromkeys(Path(word) for word in [*args.runs, *(w for w in words if Path(w).is_dir())]))
+    args.runs = list(
+        dict.fromkeys(Path(word) for word in [*args.runs, *(w for w in words if Path(w).is_dir())])
+    )
     if args.sheet and args.ratings:
         raise ValueError("--sheet makes a sheet, --ratings reads what came of it: pass one of them")
     if not args.runs and not (args.dry_run and not args.sheet and not args.ratings):
-        raise ValueError("name a run folder: python judge.py RUN [RUN ...]")
+        raise ValueError("name a run folder: python evals/judge.py RUN [RUN ...]")
     if args.ratings and not args.csv_files:
         raise ValueError("--ratings: name the files that the raters have saved, ratings-NAME.csv")
     ask.check_base_url(args.base_url)
-    args.instructions = files.read_text(args.prompt) if args.prompt else INSTRUCTIONS
+    args.instructions = data.read_text(args.prompt) if args.prompt else INSTRUCTIONS
     return args
 
 

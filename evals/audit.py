@@ -1,8 +1,8 @@
 """What is still in there: what a model says and holds of texts after unlearning, beside others that give it a meaning.
 
-    python audit.py RUN --never-saw DIR --unseen FILE        # audit.json, audit.md, audit.png in RUN
-    python audit.py --model DIR --pairs FILE --out DIR       # any model
-    python audit.py RUN --only likelihood quantised          # some questions
+    python evals/audit.py RUN --never-saw DIR --unseen FILE        # audit.json, audit.md, audit.png in RUN
+    python evals/audit.py --model DIR --pairs FILE --out DIR       # any model
+    python evals/audit.py RUN --only likelihood quantised          # some questions
     bash run.sh tiny --audit                                 # behind a run, with the references that the preset brings
 
 The same code asks the model before, a model that never saw the texts, and texts of the same kind that no model saw.
@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 import icu
 import metrics
-from kit import evidence, files, finished, flags, models, paths, processes
+from kit import data, evidence, finished, flags, models, paths, processes
 
 # --- one pass over a text: what most measures are made of ---
 
@@ -37,7 +37,9 @@ class Reading(NamedTuple):
     hit: np.ndarray  # (T - 1,) bool, whether the greedy token is x_t
     z: np.ndarray  # (T - 1,) (log p(x_t) - mean) / deviation of log p under the model's own next token (Min-K%++)
     states: np.ndarray  # (layers + 1, H) hidden states, mean over the suffix
-    lens: np.ndarray  # (layers,) share of the suffix that each layer's own decoding gets right, or ()
+    lens: (
+        np.ndarray
+    )  # (layers,) share of the suffix that each layer's own decoding gets right, or ()
     start: int  # index of the first token of the suffix in these arrays
 
 
@@ -48,7 +50,7 @@ TOP_K = 40
 def read(model, texts, batch_size=8):
     """A Reading of each icu.Text, by one forward pass. ValueError for a model whose logits are not finite."""
     found, decode = [], lens_of(model)
-    for batch in files.chunks(texts, batch_size):
+    for batch in data.chunks(texts, batch_size):
         ids, mask, _ = icu.collate(batch, model.device)
         out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         for row, text in enumerate(batch):
@@ -64,10 +66,17 @@ def read(model, texts, batch_size=8):
             mean = (p * logp).sum(-1)
             deviation = ((p * logp.square()).sum(-1) - mean.square()).clamp(min=1e-12).sqrt()
             hidden = [layer[row, :T] for layer in out.hidden_states]  # (T, H) each
-            lens = [(decode(h[start:-1]) == target[start:]).float().mean() for h in hidden[:-1]] if decode else []
+            lens = (
+                [(decode(h[start:-1]) == target[start:]).float().mean() for h in hidden[:-1]]
+                if decode
+                else []
+            )
             arrays = (own, top, logp.argmax(-1) == target, (own - mean) / deviation)
             states = torch.stack([layer[text.cut :].mean(0) for layer in hidden])
-            arrays = [x.cpu().numpy() for x in (own.double(), *arrays[1:], states.float(), torch.tensor(lens))]
+            arrays = [
+                x.cpu().numpy()
+                for x in (own.double(), *arrays[1:], states.float(), torch.tensor(lens))
+            ]
             found.append(Reading(*arrays, start))
     return found
 
@@ -78,9 +87,16 @@ def lens_of(model):
     The logit lens (nostalgebraist 2020; arXiv:2303.08112): what an early layer would say if it were the last.
     """
     body = getattr(model.base_model, "decoder", model.base_model)
-    norm = next((m for name in ("ln_f", "norm", "final_layer_norm") if (m := getattr(body, name, None))), None)
+    norm = next(
+        (m for name in ("ln_f", "norm", "final_layer_norm") if (m := getattr(body, name, None))),
+        None,
+    )
     head = model.get_output_embeddings()
-    return (lambda states: head(norm(states)).argmax(-1)) if norm is not None and head is not None else None
+    return (
+        (lambda states: head(norm(states)).argmax(-1))
+        if norm is not None and head is not None
+        else None
+    )
 
 
 # --- how likely is the text itself, if someone samples? (Hayes et al., arXiv:2410.19482) ---
@@ -102,7 +118,9 @@ def samples_needed(logp, p=0.5):
         return math.inf
     if logp > -1e-300:
         return 1.0
-    miss = math.log1p(-math.exp(logp)) if logp < -1e-9 else math.log(-math.expm1(logp))  # log(1 - p_z)
+    miss = (
+        math.log1p(-math.exp(logp)) if logp < -1e-9 else math.log(-math.expm1(logp))
+    )  # log(1 - p_z)
     if miss == 0:  # p_z is under the smallest double
         return math.exp(min(709.0, math.log(-math.log1p(-p)) - logp))
     return max(1.0, math.ceil(math.log1p(-p) / miss))
@@ -149,7 +167,10 @@ def in_order(said, suffix):
     for token in said:
         diagonal = 0
         for j, other in enumerate(suffix, start=1):
-            diagonal, best[j] = best[j], diagonal + 1 if token == other else max(best[j], best[j - 1])
+            diagonal, best[j] = (
+                best[j],
+                diagonal + 1 if token == other else max(best[j], best[j - 1]),
+            )
     return best[-1] / len(suffix)
 
 
@@ -220,12 +241,18 @@ def other_prompts(sample, pair, tokenizer, seed):
     bos = models.bos_of(tokenizer)
     found = [(ids[:t], ids[t:]) for t in (max(1, round(share * len(ids))) for share in SHARES)]
     words = pair["prefix"].split(" ")
-    dropped = set(np.random.default_rng(seed).choice(len(words), max(1, len(words) // 10), replace=False).tolist())
+    dropped = set(
+        np.random.default_rng(seed)
+        .choice(len(words), max(1, len(words) // 10), replace=False)
+        .tolist()
+    )
     fewer = " ".join(word for i, word in enumerate(words) if i not in dropped)
     found.append((models.begin(bos, models.encode(tokenizer, fewer)) or ids[:cut], rest))
     found.append((sample.learn.prompt + ids[len(bos) : cut], rest))
     if pair["context"].strip():
-        whole = models.encode(tokenizer, pair["context"]) + models.encode(tokenizer, pair["prefix"], inside=True)
+        whole = models.encode(tokenizer, pair["context"]) + models.encode(
+            tokenizer, pair["prefix"], inside=True
+        )
         found.append((models.begin(bos, whole), rest))
     room = sample.positions or 1 << 30
     return [(prompt, rest) for prompt, rest in found if rest and len(prompt) + len(rest) <= room]
@@ -237,10 +264,15 @@ def worst_prompt(model, prompts):
     prompts: [(prompt, rest)] a text. A rest of fewer than 10 tokens has no 10-gram and counts in the second only.
     """
     asked = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
-    said = metrics.beam_generate(model, [p for _, p, _ in asked], [len(rest) for *_, rest in asked], num_beams=1)
+    said = metrics.beam_generate(
+        model, [p for _, p, _ in asked], [len(rest) for *_, rest in asked], num_beams=1
+    )
     found = [(0.0, 0.0)] * len(prompts)
     for (i, _, rest), words in zip(asked, said, strict=True):
-        found[i] = max(found[i][0], metrics.overlap(words, rest, 10)), max(found[i][1], float(words == rest))
+        found[i] = (
+            max(found[i][0], metrics.overlap(words, rest, 10)),
+            max(found[i][1], float(words == rest)),
+        )
     return found
 
 
@@ -254,16 +286,25 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     """
     optimizer, curve = torch.optim.Adam(model.parameters(), lr=lr), []
     ids, mask, _ = icu.collate(ask, model.device)
-    x, attention_mask, targets = icu.collate([text._replace(t0=1, among=None) for text in teach], model.device)
+    x, attention_mask, targets = icu.collate(
+        [text._replace(t0=1, among=None) for text in teach], model.device
+    )
     points = sorted({round(steps * part / 4) for part in range(5)})
     for step in range(steps + 1):
         if step in points:
-            curve.append((step, metrics.memorization_accuracy(model, ids, mask, start=first).tolist()))
+            curve.append(
+                (step, metrics.memorization_accuracy(model, ids, mask, start=first).tolist())
+            )
         if step < steps:
             optimizer.zero_grad()
-            icu.learn_loss(model(input_ids=x, attention_mask=attention_mask).logits, x, targets).backward()
+            icu.learn_loss(
+                model(input_ids=x, attention_mask=attention_mask).logits, x, targets
+            ).backward()
             optimizer.step()
-    return curve, [None if x != x else x for x in metrics.extraction_likelihood(model, ids, n, mask, first).tolist()]
+    return curve, [
+        None if x != x else x
+        for x in metrics.extraction_likelihood(model, ids, n, mask, first).tolist()
+    ]
 
 
 def quantised(model, bits, group=128):
@@ -291,8 +332,15 @@ def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
     each. About 0.5 where nothing tells them apart. `labels` (N + M,) stands in for the true ones.
     """
     x = np.concatenate([forgotten, unseen]).astype(float)
-    y = np.concatenate([np.ones(len(forgotten)), -np.ones(len(unseen))]) if labels is None else labels
-    scores, fold = np.zeros(len(y)), np.concatenate([np.arange(len(forgotten)), np.arange(len(unseen))]) % folds
+    y = (
+        np.concatenate([np.ones(len(forgotten)), -np.ones(len(unseen))])
+        if labels is None
+        else labels
+    )
+    scores, fold = (
+        np.zeros(len(y)),
+        np.concatenate([np.arange(len(forgotten)), np.arange(len(unseen))]) % folds,
+    )
     for k in range(folds):
         train, test = fold != k, fold == k
         mean, scale = x[train].mean(0), x[train].std(0) + 1e-6
@@ -311,7 +359,9 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
     y = [1.0] * len(forgotten) + [-1.0] * len(unseen)
 
     def best(labels=None):
-        return max((probe_ranks(forgotten[:, i], unseen[:, i], labels=labels) for i in layers), key=np.mean)
+        return max(
+            (probe_ranks(forgotten[:, i], unseen[:, i], labels=labels) for i in layers), key=np.mean
+        )
 
     return best(), float(np.mean([np.mean(best(rng.permutation(y))) for _ in range(shuffles)]))
 
@@ -329,16 +379,25 @@ class Data(NamedTuple):
     samples: list  # of icu.Sample, as `pairs`
     others: list  # the same kind, unseen
     readings: dict  # {"forgotten", "unseen": [Reading]} of the model that is asked
-    before: dict  # the same of the model before; {} where it is the one that is asked, or there is none
+    before: (
+        dict  # the same of the model before; {} where it is the one that is asked, or there is none
+    )
     lr: float
 
 
 def likelihood(model, data):
     """How likely is the text itself, if someone samples?"""
-    logp, top = ([extraction_logp(r, top) for r in data.readings["forgotten"]] for top in (False, True))
-    found = {"log p of the suffix (nats)": logp, "in reach of top-k 40": [float(x > -math.inf) for x in top]}
+    logp, top = (
+        [extraction_logp(r, top) for r in data.readings["forgotten"]] for top in (False, True)
+    )
+    found = {
+        "log p of the suffix (nats)": logp,
+        "in reach of top-k 40": [float(x > -math.inf) for x in top],
+    }
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
-        found[f"extractable with {n:,} samples, p {p}"] = [float(samples_needed(x, p) <= n) for x in logp]
+        found[f"extractable with {n:,} samples, p {p}"] = [
+            float(samples_needed(x, p) <= n) for x in logp
+        ]
     found["log p, unseen texts"] = [extraction_logp(r) for r in data.readings["unseen"]]
     return found
 
@@ -353,14 +412,21 @@ def sampling(model, data):
             text = one.forget
             suffix = text.ids[text.cut :]
             said = sample(model, text.prompt, len(suffix), n=n, seed=seed * 100_003 + i)
-            found.append((sum(repeats(words, suffix) for words in said), [in_order(words, suffix) for words in said]))
+            found.append(
+                (
+                    sum(repeats(words, suffix) for words in said),
+                    [in_order(words, suffix) for words in said],
+                )
+            )
         return found
 
     found = processes.over_processes(scores, [*enumerate(data.samples)])
     result = {}
     for k in sorted(k for k in {1, 4, 16, 64, n} if k <= n):
         result[f"leak@{k} (10 tokens in a row)"] = [leak_at(k, leaks, n) for leaks, _ in found]
-        result[f"leak@{k} (half of it in order)"] = [leak_at(k, sum(x >= 0.5 for x in s), n) for _, s in found]
+        result[f"leak@{k} (half of it in order)"] = [
+            leak_at(k, sum(x >= 0.5 for x in s), n) for _, s in found
+        ]
         result[f"worst of {k} (share in order)"] = [worst_of(k, shares) for _, shares in found]
     return result
 
@@ -369,7 +435,10 @@ def prompts(model, data):
     """From other prompts?"""
 
     def scores(part):
-        asked = (other_prompts(data.samples[i], data.pairs[i], data.tokenizer, data.args.seed + i) for i in part)
+        asked = (
+            other_prompts(data.samples[i], data.pairs[i], data.tokenizer, data.args.seed + i)
+            for i in part
+        )
         return worst_prompt(model, [*asked])
 
     found = processes.over_processes(scores, [*range(len(data.samples))])
@@ -408,7 +477,9 @@ def comes_back(model, data):
     how = {"steps": data.args.relearn_steps, "lr": data.lr, "first": data.first}
     curve, el = relearn(copy.deepcopy(model).train(), teach, ask, **how)
     found = {f"MA of the other half, {step} steps": values for step, values in curve}
-    found["MA of the other half, at its highest"] = max((values for _, values in curve), key=np.mean)
+    found["MA of the other half, at its highest"] = max(
+        (values for _, values in curve), key=np.mean
+    )
     return found | {"EL10 of the other half, at the end": el}
 
 
@@ -432,7 +503,10 @@ def inside(model, data):
     """Is it still inside?"""
     states = [np.stack([r.states for r in data.readings[kind]]) for kind in ("forgotten", "unseen")]
     found, chance = probe(*states, seed=data.args.seed)
-    result = {"AUC of a probe, best layer": found, "the same, shuffled labels": [chance] * len(found)}
+    result = {
+        "AUC of a probe, best layer": found,
+        "the same, shuffled labels": [chance] * len(found),
+    }
     lens = np.stack([r.lens for r in data.readings["forgotten"]])  # (N, layers), or (N, 0)
     if lens.shape[1]:
         result["next token read early, best layer"] = lens[:, lens.mean(0).argmax()].tolist()
@@ -472,7 +546,9 @@ def answers(model, data, *, before=None, tell=lambda question: None):
     """
 
     def readings_of(samples):
-        return processes.over_processes(lambda part: read(model, [one.forget for one in part]), samples)
+        return processes.over_processes(
+            lambda part: read(model, [one.forget for one in part]), samples
+        )
 
     found = {}
     with processes.autocast(data.args):
@@ -489,7 +565,7 @@ def answers(model, data, *, before=None, tell=lambda question: None):
 
 def picture(report):
     """audit.png: a panel a question, its headline for each model, as PNG bytes."""
-    from report import plt, png
+    from evals.report import plt, png
 
     pyplot = plt()
     figure, axes = pyplot.subplots(2, 4, figsize=(12, 5), layout="constrained")
@@ -498,14 +574,26 @@ def picture(report):
         names = [name for name in evidence.MODELS if cells.get(name, {}).get("value") is not None]
         values = [cells[name]["value"] for name in names]
         if all(map(math.isfinite, values)):
-            spread = [[abs(v - cells[n][end]) for n, v in zip(names, values, strict=True)] for end in ("low", "high")]
+            spread = [
+                [abs(v - cells[n][end]) for n, v in zip(names, values, strict=True)]
+                for end in ("low", "high")
+            ]
             colours = [{"after": "C0", "before": "0.4", "never saw": "C2"}[name] for name in names]
-            axis.bar(names, values, yerr=spread, color=colours, width=0.6, error_kw={"linewidth": 1})
+            axis.bar(
+                names, values, yerr=spread, color=colours, width=0.6, error_kw={"linewidth": 1}
+            )
         axis.set_title(QUESTIONS[question][0].__doc__, fontsize=8, wrap=True)
         axis.set_ylabel(report["headlines"].get(question, ""), fontsize=7)
         axis.axhline(0, color="0.7", linewidth=0.5)
         if not names:
-            axis.text(0.5, 0.5, "not asked, or cannot be told", ha="center", transform=axis.transAxes, color="0.4")
+            axis.text(
+                0.5,
+                0.5,
+                "not asked, or cannot be told",
+                ha="center",
+                transform=axis.transAxes,
+                color="0.4",
+            )
     return png(figure)
 
 
@@ -515,11 +603,15 @@ def picture(report):
 def parse_args(argv=None):
     args = make_parser().parse_args(argv)
     if bool(args.run) == bool(args.model):
-        raise ValueError("name a run folder, audit.py RUN, or pass --model DIR --pairs FILE --out DIR: one of them")
+        raise ValueError(
+            "name a run folder, evals/audit.py RUN, or pass --model DIR --pairs FILE --out DIR: one of them"
+        )
     if args.model and not (args.pairs and args.out):
         raise ValueError(f"--model goes with {'--out DIR' if args.pairs else '--pairs FILE'}")
     if args.run and (args.pairs or args.out or args.before):
-        raise ValueError("RUN knows its pairs, its folder and the model before: leave --pairs, --out and --before out")
+        raise ValueError(
+            "RUN knows its pairs, its folder and the model before: leave --pairs, --out and --before out"
+        )
     args.only = args.only or list(QUESTIONS)
     args.device = processes.device_of(args.device)
     return args
@@ -533,19 +625,43 @@ def make_parser():
     parser.add_argument("--pairs", metavar="FILE", help="with --model: pairs.jsonl of knn.py")
     parser.add_argument("--before", metavar="DIR", help="with --model: the model before")
     parser.add_argument("--out", metavar="DIR", help="with --model: where audit.* go")
-    parser.add_argument("--never-saw", metavar="DIR", help="a model that never saw the texts, or its --eval-only run")
-    parser.add_argument("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
+    parser.add_argument(
+        "--never-saw",
+        metavar="DIR",
+        help="a model that never saw the texts, or its --eval-only run",
+    )
+    parser.add_argument(
+        "--unseen", metavar="FILE", help="texts of the same kind that no model was trained on"
+    )
     one_of, positive, above = flags.one_of, flags.positive, flags.above
-    parser.add_argument("--only", nargs="+", type=one_of([*QUESTIONS]), help=f"of {', '.join(QUESTIONS)} (all)")
-    parser.add_argument("--samples", default=64, type=positive, metavar="N", help="a text (%(default)s)")
-    parser.add_argument("--relearn", default="half", type=one_of(["half", "neighbours"]), help="what is read (half)")
-    parser.add_argument("--relearn-steps", default=20, type=positive, metavar="N", help="Adam's steps (%(default)s)")
-    parser.add_argument("--relearn-lr", type=above(0), help="Adam's rate (the run's own; 1e-4 with --model)")
-    parser.add_argument("--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model")
-    parser.add_argument("--seed", default=0, type=flags.seed_number, help="of samples and intervals (%(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", type=one_of([*QUESTIONS]), help=f"of {', '.join(QUESTIONS)} (all)"
+    )
+    parser.add_argument(
+        "--samples", default=64, type=positive, metavar="N", help="a text (%(default)s)"
+    )
+    parser.add_argument(
+        "--relearn", default="half", type=one_of(["half", "neighbours"]), help="what is read (half)"
+    )
+    parser.add_argument(
+        "--relearn-steps", default=20, type=positive, metavar="N", help="Adam's steps (%(default)s)"
+    )
+    parser.add_argument(
+        "--relearn-lr", type=above(0), help="Adam's rate (the run's own; 1e-4 with --model)"
+    )
+    parser.add_argument(
+        "--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model"
+    )
+    parser.add_argument(
+        "--seed", default=0, type=flags.seed_number, help="of samples and intervals (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", type=flags.one_of(["float32", "bf16"]), help="(%(default)s)")
-    parser.add_argument("--allow-pickle", action="store_true", help="also load weights from pickle files")
+    parser.add_argument(
+        "--dtype", default="float32", type=flags.one_of(["float32", "bf16"]), help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also load weights from pickle files"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -555,13 +671,23 @@ def models_of(args):
     there, or of --model.
     """
     if not args.run:
-        return {"after": (args.model, None), "before": (args.before, None), "never saw": (args.never_saw, None)}, {}
+        return {
+            "after": (args.model, None),
+            "before": (args.before, None),
+            "never saw": (args.never_saw, None),
+        }, {}
     run = finished.read_run(args.run)
     config = run["config"]
     if run["redacted"]:
-        raise ValueError(f"{args.run}: its texts are gone (purged, or --redact): there is nothing to ask about")
-    if not config.get("pairs") or models.fingerprint(config["pairs"]) != config.get("sha256", {}).get("pairs"):
-        raise ValueError(f"{args.run}: {config.get('pairs')} is not there, or not what the run was made with (sha256)")
+        raise ValueError(
+            f"{args.run}: its texts are gone (purged, or --redact): there is nothing to ask about"
+        )
+    if not config.get("pairs") or models.fingerprint(config["pairs"]) != config.get(
+        "sha256", {}
+    ).get("pairs"):
+        raise ValueError(
+            f"{args.run}: {config.get('pairs')} is not there, or not what the run was made with (sha256)"
+        )
     args.pairs, args.out, args.protocol = config["pairs"], args.run, config["protocol"]
     args.relearn_lr = args.relearn_lr or config.get("lr")
     measured = {"after": (config["model"], config.get("revision"))}  # --eval-only
@@ -578,14 +704,19 @@ def read_inputs(args):
         config = finished.read_run(never)["config"]
         asked["never saw"] = config["model"], config.get("revision")
     asked = {name: (model, revision) for name, (model, revision) in asked.items() if model}
-    pairs = files.read_pairs(args.pairs)
-    unseen = files.read_unseen(args.unseen) if args.unseen else []
+    pairs = data.read_pairs(args.pairs)
+    unseen = data.read_unseen(args.unseen) if args.unseen else []
     left_out = [*(() if unseen else NEEDS_UNSEEN), *(["relearning"] if len(pairs) < 2 else [])]
     if set(args.only) <= set(left_out):
-        raise ValueError(f"--only {' '.join(args.only)}: needs two texts, or texts of the same kind: --unseen FILE")
+        raise ValueError(
+            f"--only {' '.join(args.only)}: needs two texts, or texts of the same kind: --unseen FILE"
+        )
     args.only = [question for question in args.only if question not in left_out]
     pickles = {"allow_pickle": args.allow_pickle}
-    configs = {name: models.check_model(model, revision=at, **pickles) for name, (model, at) in asked.items()}
+    configs = {
+        name: models.check_model(model, revision=at, **pickles)
+        for name, (model, at) in asked.items()
+    }
     config, tokenizer = configs["after"]
     how |= {"protocol": args.protocol, "positions": models.positions_of(config) or 1 << 30}
     samples, others = (icu.build_samples(rows, tokenizer, **how)[0] for rows in (pairs, unseen))
@@ -598,28 +729,36 @@ def read_inputs(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, asked = read_inputs(args)
+    inputs, asked = read_inputs(args)
     processes.start(args.device)
     if "relearning" in args.only:
-        half = len(data.samples) // 2
-        processes.print0(f"relearning: {args.relearn_steps} steps of {half} texts, lr {data.lr:g}, {len(asked)} models")
+        half = len(inputs.samples) // 2
+        processes.print0(
+            f"relearning: {args.relearn_steps} steps of {half} texts, lr {inputs.lr:g}, {len(asked)} models"
+        )
     found, readings = {}, {}
     look = {"desc": "asking", "disable": None if processes.is_main else True, "leave": False}
     with tqdm(total=len(asked) * len(args.only), **look) as bar:
-        for name in sorted(asked, key=("before", "after", "never saw").index):  # the others are compared with before
-            found[name], readings[name] = ask(*asked[name], data, before=readings.get("before"), bar=bar)
+        for name in sorted(
+            asked, key=("before", "after", "never saw").index
+        ):  # the others are compared with before
+            found[name], readings[name] = ask(
+                *asked[name], inputs, before=readings.get("before"), bar=bar
+            )
     headlines = {q: QUESTIONS[q][1].format(n=args.samples) for q in args.only}
     titles = {question: QUESTIONS[question][0].__doc__ for question in args.only}
-    report = {"model": asked["after"][0], "n": len(data.samples), "seed": args.seed}
+    report = {"model": asked["after"][0], "n": len(inputs.samples), "seed": args.seed}
     report["models"] = {name: model for name, (model, _) in asked.items()}
     report |= evidence.report(found, titles, headlines, seed=args.seed)
-    if marked := sum("spans" in pair for pair in data.pairs):
+    if marked := sum("spans" in pair for pair in inputs.pairs):
         said = f"Parts of {marked} texts were marked; the answers are about whole texts, whose rest was to stay."
         report["sentences"]["marked"] = said
     if processes.is_main:
         made = {"audit.md": evidence.markdown(report).encode(), "audit.png": picture(report)}
-        for name, content in (made | {"audit.json": files.json_bytes(evidence.finite(report))}).items():
-            files.write_bytes(Path(args.out, name), content)
+        for name, content in (
+            made | {"audit.json": data.json_bytes(evidence.finite(report))}
+        ).items():
+            data.write_bytes(Path(args.out, name), content)
         print("\n".join(report["sentences"].values()))
         print(f"audit.md, audit.json and audit.png are in {args.out}")
 

@@ -14,10 +14,14 @@ def ssh_keygen(words, data=b""):
     try:
         done = subprocess.run(["ssh-keygen", *words], input=data, capture_output=True, check=False)
     except FileNotFoundError:
-        raise ValueError("no ssh-keygen on this machine, which signs and checks: install OpenSSH's client") from None
+        raise ValueError(
+            "no ssh-keygen on this machine, which signs and checks: install OpenSSH's client"
+        ) from None
     if done.returncode:
         said = (done.stderr + done.stdout).decode("utf-8", "replace").split("\n")
-        raise ValueError(next((line.strip() for line in reversed(said) if line.strip()), "ssh-keygen fails"))
+        raise ValueError(
+            next((line.strip() for line in reversed(said) if line.strip()), "ssh-keygen fails")
+        )
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -52,7 +56,18 @@ def trouble(data, signature, public, namespace):
         signers = Path(folder, "signers")
         signers.write_text(f'signer namespaces="{namespace}" {public}\n')
         try:
-            words = ["-Y", "verify", "-f", str(signers), "-I", "signer", "-n", namespace, "-s", str(signature)]
+            words = [
+                "-Y",
+                "verify",
+                "-f",
+                str(signers),
+                "-I",
+                "signer",
+                "-n",
+                namespace,
+                "-s",
+                str(signature),
+            ]
             ssh_keygen(words, data)
         except ValueError as error:
             if "no ssh-keygen" in str(error):

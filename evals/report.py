@@ -1,12 +1,12 @@
 """Finished runs -> tables, plots and case studies; and asking a model a prefix before and after.
 
-    python report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
-    python report.py RUN --redact                  # the same without a text: no cases.md
-    python report.py RUN --explain                 # and RUN/explain.html: each token's probability before and after
-    python report.py RUN --speech FILE             # two columns more: how what was said reads to the model before
-    python report.py --ask RUN "some prefix"       # what the model says before and after
-    python report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
-    python report.py --verify RUN/certificate.json    # whether it still holds
+    python evals/report.py RUN [RUN ...] --out DIR       # table.md, table.csv, curves.png, tradeoff.png, cases.md
+    python evals/report.py RUN --redact                  # the same without a text: no cases.md
+    python evals/report.py RUN --explain                 # and RUN/explain.html: each token's probability before and after
+    python evals/report.py RUN --speech FILE             # two columns more: how what was said reads to the model before
+    python evals/report.py --ask RUN "some prefix"       # what the model says before and after
+    python evals/report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
+    python evals/report.py --verify RUN/certificate.json    # whether it still holds
 
 Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
 file is written, and only files that this command has written are replaced.
@@ -23,7 +23,8 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from kit import certify, files, flags, models, paths, traces
+from extras import certify
+from kit import data, flags, models, paths, traces
 from kit.finished import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -48,7 +49,7 @@ COLUMNS = [
     ("Held-out (PPL)", "ppl_heldout", 1, 1, -1),
     ("GPT (0-10)", "gpt", 1, 2, 1),
     ("Human (0-10)", "human", 1, 2, 1),
-    ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # audit.py's headlines
+    ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # evals/audit.py's headlines
     ("Other prompts (EL10, %)", "audit_prompts", 100, 1, -1),
     ("Strength (%)", "audit_strength", 100, 1, -1),
     ("MIA (AUC, %)", "audit_membership", 100, 1, 0),
@@ -61,7 +62,18 @@ COLUMNS = [
 # Tables 1 and 4 of the paper, in their units: EL10 %, MA %, BERT F1 %, entropy, Cls %, Dia %, Pile PPL, Wikitext PPL,
 # GPT 0-10 (before: Table 3's), epochs. inf stands for the paper's ">10000".
 INF = float("inf")
-KEYS = ("el10", "ma", "bertscore", "entropy", "cls_avg", "dia_avg", "ppl_pile", "ppl_wikitext", "gpt", "epochs")
+KEYS = (
+    "el10",
+    "ma",
+    "bertscore",
+    "entropy",
+    "cls_avg",
+    "dia_avg",
+    "ppl_pile",
+    "ppl_wikitext",
+    "gpt",
+    "epochs",
+)
 PUBLISHED = {
     "neo125m": {
         "before": (51.9, 76.8, 70.3, 4.139, 43.5, 10.0, 20.1, 38.0, 3.75, None),
@@ -107,7 +119,9 @@ HUMAN = {
 }
 # The OPT rows of Table 1 are measured as presets of their own.
 for table in (PUBLISHED, HUMAN):
-    table |= {f"opt{size}": {"before": table[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")}
+    table |= {
+        f"opt{size}": {"before": table[f"neo{size}"]["opt"]} for size in ("125m", "1.3b", "2.7b")
+    }
 
 
 # --- which runs are alike ---
@@ -169,8 +183,13 @@ def table_rows(runs):
         row = make_row(label, [run["summary"]["after"] for run in members])
         row["collapsed"] = any(run["summary"]["collapsed"] for run in members)
         published = published_row(members[0], members[0]["summary"]["method"])
-        rows += [row, *(r for r in published if r not in rows)]  # once, whatever the number of settings
-    columns = [c for c in COLUMNS if any(c[1] in row["cells"] for row in rows if not row.get("published"))]
+        rows += [
+            row,
+            *(r for r in published if r not in rows),
+        ]  # once, whatever the number of settings
+    columns = [
+        c for c in COLUMNS if any(c[1] in row["cells"] for row in rows if not row.get("published"))
+    ]
     return [c for c in columns if c[1] != "gpt" or len(judges_of(runs)) == 1], rows
 
 
@@ -185,28 +204,46 @@ def make_row(label, measured):
     for _, key, *_ in COLUMNS:
         values = [m[key] for m in measured if m.get(key) is not None]
         if values:
-            cells[key] = (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+            cells[key] = (
+                statistics.mean(values),
+                statistics.stdev(values) if len(values) > 1 else None,
+            )
     return {"label": label, "runs": len(measured), "collapsed": False, "cells": cells}
 
 
 def published_row(run, method):
     """The paper's row beside ours, only where our protocol computes what theirs did."""
-    preset, name = run["config"].get("preset"), method if method == "before" else run["config"].get("published", method)
+    preset, name = (
+        run["config"].get("preset"),
+        method if method == "before" else run["config"].get("published", method),
+    )
     figures = PUBLISHED.get(preset, {}).get(name)
     if not PROTOCOLS[run["config"]["protocol"]].published or figures is None:
         return []
     factors = {key: factor for _, key, factor, _, _ in COLUMNS}
-    cells = {key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None}
+    cells = {
+        key: (x / factors[key], None) for key, x in zip(KEYS, figures, strict=True) if x is not None
+    }
     if grade := HUMAN.get(preset, {}).get(name):
         cells["human"] = 10 * (grade - 1) / 7, None
     return [
-        {"label": f"published: {name} ({preset})", "runs": 0, "collapsed": False, "cells": cells, "published": True}
+        {
+            "label": f"published: {name} ({preset})",
+            "runs": 0,
+            "collapsed": False,
+            "cells": cells,
+            "published": True,
+        }
     ]
 
 
 def markdown_table(columns, rows):
     """The table in Markdown: best bold, second underlined, among our rows after unlearning that did not collapse."""
-    ranked = [row for row in rows if not row.get("published") and "epochs" in row["cells"] and not row["collapsed"]]
+    ranked = [
+        row
+        for row in rows
+        if not row.get("published") and "epochs" in row["cells"] and not row["collapsed"]
+    ]
 
     def cell(row, column):
         _, key, factor, digits, better = column
@@ -214,14 +251,27 @@ def markdown_table(columns, rows):
             return "-"
         value, spread = row["cells"][key]
         text = ">10000" if value * factor > 10000 else f"{value * factor:.{digits}f}"
-        text += f" ± {spread * factor:.{digits}f}" if spread is not None and value * factor <= 10000 else ""
+        text += (
+            f" ± {spread * factor:.{digits}f}"
+            if spread is not None and value * factor <= 10000
+            else ""
+        )
         order = sorted({-better * r["cells"][key][0] for r in ranked if key in r["cells"]})
-        if row in ranked and better and len(order) > 1 and value in (-better * x for x in order[:2]):
+        if (
+            row in ranked
+            and better
+            and len(order) > 1
+            and value in (-better * x for x in order[:2])
+        ):
             text = f"**{text}**" if -better * value == order[0] else f"<u>{text}</u>"
         return text
 
     arrow = {-1: " ↓", 0: "", 1: " ↑"}
-    lines = ["| " + " | ".join(["Model", *(header + arrow[better] for header, _, _, _, better in columns)]) + " |"]
+    lines = [
+        "| "
+        + " | ".join(["Model", *(header + arrow[better] for header, _, _, _, better in columns)])
+        + " |"
+    ]
     lines.append("|" + "---|" * (len(columns) + 1))
     for row in rows:
         label = markdown_cell(row["label"]) + (" (collapsed)" if row["collapsed"] else "")
@@ -234,10 +284,14 @@ def csv_table(columns, rows):
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     keys = [key for _, key, *_ in columns]
-    writer.writerow(["model", "runs", "collapsed", *(f"{key}{end}" for key in keys for end in ("", "_std"))])
+    writer.writerow(
+        ["model", "runs", "collapsed", *(f"{key}{end}" for key in keys for end in ("", "_std"))]
+    )
     for row in rows:
         cells = [row["cells"].get(key, (None, None)) for key in keys]
-        writer.writerow([row["label"], row["runs"], row["collapsed"], *(x for pair in cells for x in pair)])
+        writer.writerow(
+            [row["label"], row["runs"], row["collapsed"], *(x for pair in cells for x in pair)]
+        )
     return stream.getvalue()
 
 
@@ -252,7 +306,9 @@ def plt():
     import matplotlib.pyplot as pyplot
 
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    pyplot.rcParams.update({"legend.frameon": False, "text.parse_math": False})  # a $ in a name is no formula
+    pyplot.rcParams.update(
+        {"legend.frameon": False, "text.parse_math": False}
+    )  # a $ in a name is no formula
     return pyplot
 
 
@@ -266,7 +322,11 @@ def png(figure):
 
 def look(i, line=False):
     """How the i-th of many is drawn: ten colours, then the same with other lines or points."""
-    kind = {"linestyle": ("-", "--", ":", "-.")[i // 10 % 4]} if line else {"marker": "os^Dv"[i // 10 % 5]}
+    kind = (
+        {"linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+        if line
+        else {"marker": "os^Dv"[i // 10 % 5]}
+    )
     return {"color": f"C{i % 10}", **kind}
 
 
@@ -275,7 +335,9 @@ MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTS
 
 def curve(rows, key):
     """(epochs, values); NaN, where a line breaks, for an epoch without it: --el lazy leaves EL10 out."""
-    return [row["epoch"] for row in rows], [math.nan if row[key] is None else row[key] for row in rows]
+    return [row["epoch"] for row in rows], [
+        math.nan if row[key] is None else row[key] for row in rows
+    ]
 
 
 def in_legend(label):
@@ -361,17 +423,24 @@ def plot_relearning(runs):
 
 def with_never_saw(runs):
     """The runs; one that has measured a model that another's audit compared with has that model's figures, too."""
-    asked = {run["audit"]["models"].get("never saw"): run["audit"] for run in runs if "audit" in run}
+    asked = {
+        run["audit"]["models"].get("never saw"): run["audit"] for run in runs if "audit" in run
+    }
     for run in runs:
         if not is_trained(run) and run["config"]["model"] in asked:
-            run["summary"]["before"] |= asked[run["config"]["model"]]["headline"].get("never saw", {})
+            run["summary"]["before"] |= asked[run["config"]["model"]]["headline"].get(
+                "never saw", {}
+            )
     return runs
 
 
 def plot_tradeoff(runs):
     """Forgetting against perplexity: a point a run, a star a model before. None where no perplexity was measured."""
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
-    key = next((k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in end for end in ends)), None)
+    key = next(
+        (k for k in ("ppl_pile", "ppl_wikitext", "ppl_heldout") if all(k in end for end in ends)),
+        None,
+    )
     if key is None or not any(end[key] for end in ends):  # a model of NaN
         return None
     from matplotlib.ticker import LogFormatter
@@ -380,18 +449,31 @@ def plot_tradeoff(runs):
     figure, axis = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
 
     def scatter(label, points, **how):
-        axis.scatter([p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **how)
+        axis.scatter(
+            [p["ma"] for p in points], [p[key] for p in points], label=in_legend(label), **how
+        )
 
-    for i, (label, members) in enumerate(group_befores(runs).items()):  # the first filled: the model before
-        star = {"marker": "*", "s": 120, "edgecolors": "black", "facecolors": "none" if i else "black"}
+    for i, (label, members) in enumerate(
+        group_befores(runs).items()
+    ):  # the first filled: the model before
+        star = {
+            "marker": "*",
+            "s": 120,
+            "edgecolors": "black",
+            "facecolors": "none" if i else "black",
+        }
         scatter(label, [run["summary"]["before"] for run in members], **star)
-    for i, (label, members) in enumerate(group_runs([run for run in runs if is_trained(run)]).items()):
+    for i, (label, members) in enumerate(
+        group_runs([run for run in runs if is_trained(run)]).items()
+    ):
         scatter(label, [run["summary"]["after"] for run in members], s=25, **look(i))
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        set_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 240, not 2.4 x 10^2; no crowd over several decades
+        set_formatter(
+            LogFormatter(minor_thresholds=(1, 0.4))
+        )  # 240, not 2.4 x 10^2; no crowd over several decades
     axis.set_xlabel("MA (left: more forgotten; dotted: threshold)")
     axis.set_ylabel(f"{key.removeprefix('ppl_')} perplexity (low: language kept)")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -404,7 +486,10 @@ def plot_tradeoff(runs):
 def case_ids(runs, count):
     """The samples that were best remembered before: BLEU, then EL10 of epoch 0, highest first."""
     first = [row for row in runs[0]["samples"] if row["epoch"] == 0]
-    return [row["id"] for row in sorted(first, key=lambda row: (-(row["bleu"] or 0), -(row["el10"] or 0)))[:count]]
+    return [
+        row["id"]
+        for row in sorted(first, key=lambda row: (-(row["bleu"] or 0), -(row["el10"] or 0)))[:count]
+    ]
 
 
 def chosen_epochs(generations):
@@ -442,15 +527,18 @@ def markdown_cell(text):
 
 
 def tasks_markdown(run):
-    """The columns of Tables 6 and 7 before and after a run, where tasks.py has measured both."""
-    import tasks
+    """The columns of Tables 6 and 7 before and after a run, where evals/tasks.py has measured both."""
+    from evals import tasks
 
     return tasks.table(run["tasks"])
 
 
 def side_by_side(runs, pairs, count, width=105):
     """What the model said before, and at the end of each run, in columns for the terminal."""
-    lines, groups = [], {"before": runs[0], **{label: members[0] for label, members in group_runs(runs).items()}}
+    lines, groups = (
+        [],
+        {"before": runs[0], **{label: members[0] for label, members in group_runs(runs).items()}},
+    )
     room = (width + 3) // len(groups) - 3
     for sample_id in case_ids(runs, count):
         lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-width:], width)
@@ -481,12 +569,16 @@ def ask(folder, prefix, tokens, *, allow_pickle=False):
     import metrics
 
     run = read_run(folder)
-    files.check_string(prefix, "the prefix")
+    data.check_string(prefix, "the prefix")
     sides = models_of(run)
-    prompts = [prompt_of(*side, prefix, tokens, allow_pickle=allow_pickle) for side in sides.values()]
+    prompts = [
+        prompt_of(*side, prefix, tokens, allow_pickle=allow_pickle) for side in sides.values()
+    ]
     for (when, (name, revision)), prompt in zip(sides.items(), prompts, strict=True):
         model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
-        (said,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=run["config"].get("num_beams", 2))
+        (said,) = metrics.beam_generate(
+            model, [prompt], [tokens], num_beams=run["config"].get("num_beams", 2)
+        )
         said = tokenizer.decode(said, clean_up_tokenization_spaces=False)
         asked, said = (visible(text, keep="\n") for text in (prefix, said))
         print(f"{when:>6}: {asked}\033[1m{said}\033[0m")
@@ -513,16 +605,21 @@ def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
 def explanations(runs, *, reads, allow_pickle):
     """{file: page} of the runs that have unlearned: all is checked before a weight is loaded (ValueError)."""
     import icu
-    from kit import explain
+    from extras import explain
 
     runs = [run for run in runs if is_trained(run)] or runs
     pages = [run["folder"] / "explain.html" for run in runs]
-    paths.check_outputs([(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True)
+    paths.check_outputs(
+        [(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True
+    )
     for run in runs:
         explain.check(run)
     how = {"allow_pickle": allow_pickle}
     ready = [explain.prepare(run, read_pairs_of(run), icu.build_samples, **how) for run in runs]
-    return {page: explain.make(run, **of_run, **how) for page, run, of_run in zip(pages, runs, ready, strict=True)}
+    return {
+        page: explain.make(run, **of_run, **how)
+        for page, run, of_run in zip(pages, runs, ready, strict=True)
+    }
 
 
 # --- flags and main ---
@@ -531,31 +628,52 @@ def explanations(runs, *, reads, allow_pickle):
 def parse_args(argv=None):
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)")
-    parser.add_argument("--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)")
-    parser.add_argument("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
-    parser.add_argument("--explain", action="store_true", help="also RUN/explain.html: each token before and after")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: the run folder, if there is one run)"
+    )
+    parser.add_argument(
+        "--cases", type=flags.positive, default=4, metavar="N", help="samples in cases.md (4)"
+    )
+    parser.add_argument(
+        "--redact", action="store_true", help="show no text: no cases.md, nothing side by side"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="also RUN/explain.html: each token before and after"
+    )
     parser.add_argument(
         "--speech", nargs="+", metavar="FILE",
         help="also how what was said reads to the model before, and the share of its words that no pair and no text of "
         "these files has",
     )  # fmt: skip
-    parser.add_argument("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what the model says before and after")
     parser.add_argument(
-        "--tokens", type=flags.positive, default=40, metavar="N", help="--ask: how many tokens it may say (40)"
+        "--ask",
+        nargs=2,
+        metavar=("RUN", "PREFIX"),
+        help="print what the model says before and after",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="also load pickles, which run code")
+    parser.add_argument(
+        "--tokens",
+        type=flags.positive,
+        default=40,
+        metavar="N",
+        help="--ask: how many tokens it may say (40)",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also load pickles, which run code"
+    )
     certify.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain or args.speech):
-        raise ValueError("--ask prints one run's answers: pass no other runs, no --redact, --explain, --speech with it")
+        raise ValueError(
+            "--ask prints one run's answers: pass no other runs, no --redact, --explain, --speech with it"
+        )
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
     if certify.asked(args):
         return args
     if not args.ask and not args.runs:
-        raise ValueError("name a run folder: python report.py RUN [RUN ...]")
+        raise ValueError("name a run folder: python evals/report.py RUN [RUN ...]")
     if len(args.runs) > 1 and not args.out:
         raise ValueError("several runs: say where to write, --out DIR")
     return args
@@ -599,7 +717,10 @@ def names_of(runs, shown):
 def texts_of(runs, shown, cases):
     """{file: text} of a report, those of `names_of`, and the text for the terminal."""
     columns, rows = table_rows(runs)
-    contents, said = {"table.md": markdown_table(columns, rows), "table.csv": csv_table(columns, rows)}, []
+    contents, said = (
+        {"table.md": markdown_table(columns, rows), "table.csv": csv_table(columns, rows)},
+        [],
+    )
     if shown:
         # Cases are shown of the first run's texts, beside those of the runs over the same pairs.
         sources = [run["config"].get("sha256", {}).get("pairs") or run["folder"] for run in shown]
@@ -626,24 +747,40 @@ def main(argv=None):
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     curves = [run for run in runs if is_trained(run)] or runs[:1]
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
-    out, plots = Path(args.out or runs[0]["folder"]), ["curves.png", "tradeoff.png", "relearned.png"]
-    reads = [run["folder"] / name for run in runs for name in ("config.json", "summary.json", *paths.GROWING)]
-    check_out(out, [*names_of(runs, shown), *plots], [*reads, *(run["config"]["pairs"] for run in shown[:1])])
+    out, plots = (
+        Path(args.out or runs[0]["folder"]),
+        ["curves.png", "tradeoff.png", "relearned.png"],
+    )
+    reads = [
+        run["folder"] / name
+        for run in runs
+        for name in ("config.json", "summary.json", *paths.GROWING)
+    ]
+    check_out(
+        out,
+        [*names_of(runs, shown), *plots],
+        [*reads, *(run["config"]["pairs"] for run in shown[:1])],
+    )
     if args.speech:
         import icu
-        from kit import speech
+        from extras import speech
 
         speech.add(runs, args.speech, icu.build_samples, allow_pickle=args.allow_pickle)
     contents, said = texts_of(runs, shown, args.cases)
     pages = explanations(runs, reads=reads, allow_pickle=args.allow_pickle) if args.explain else {}
     drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
     drawn += [plot_tradeoff(runs), plot_relearning(runs)]
-    contents = {name: text.encode() for name, text in contents.items()} | dict(zip(plots, drawn, strict=True))
+    contents = {name: text.encode() for name, text in contents.items()} | dict(
+        zip(plots, drawn, strict=True)
+    )
     contents = {out / name: content for name, content in contents.items() if content is not None}
     for path, content in (contents | pages).items():
-        files.write_bytes(path, content)
+        data.write_bytes(path, content)
     for run in runs:  # so that purge finds them, also those of earlier requests
-        for sha in (run["config"].get("sha256", {}).get("pairs"), *run["config"].get("earlier", ())):
+        for sha in (
+            run["config"].get("sha256", {}).get("pairs"),
+            *run["config"].get("earlier", ()),
+        ):
             if run in shown and run["folder"].resolve() != out.resolve():
                 traces.note(str(sha), out / "cases.md", "cases")
             if run["folder"] / "explain.html" in pages:  # also where the folder is moved from
@@ -654,7 +791,9 @@ def main(argv=None):
     last += [f"cases: {out / 'cases.md'}"] if shown else []
     if judges := judges_of(runs):
         names = ", ".join(f"{model} (question {question[:8]})" for model, question in judges)
-        last.append(f"GPT column: {'graded by' if len(judges) == 1 else 'left out, the graders differ:'} {names}")
+        last.append(
+            f"GPT column: {'graded by' if len(judges) == 1 else 'left out, the graders differ:'} {names}"
+        )
     last += [f"explained: {page}" for page in pages]
     if len(shown) < len(runs):
         why = "--redact" if args.redact else "made by icu.py --redact"

@@ -1,7 +1,7 @@
 """A ledger of certificates: one line a run, each with the sha256 of the line before, so that a change shows.
 
-    python report.py RUN --certificate --ledger DIR    # adds a line to DIR/ledger.jsonl
-    python report.py --verify DIR/ledger.jsonl         # finds a changed, missing or reordered line
+    python evals/report.py RUN --certificate --ledger DIR    # adds a line to DIR/ledger.jsonl
+    python evals/report.py --verify DIR/ledger.jsonl         # finds a changed, missing or reordered line
 
 ledger.head names the last line: the chain alone cannot tell that lines are gone from its end. Who may write to DIR can
 write a whole new chain and head, so a copy of ledger.head elsewhere (a letter, an e-mail) is what pins the past.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from kit import files, runs
+from kit import data, runs
 
 NAME, HEAD = "ledger.jsonl", "ledger.head"
 WAIT = 60  # seconds for another process that is adding a line
@@ -26,7 +26,7 @@ def add(folder, row):
     ValueError: a ledger that `differences` finds something in, or one that another process holds for a minute.
     """
     folder = Path(folder)
-    files.make_folder(folder)
+    data.make_folder(folder)
     try:
         with filelock.FileLock(folder / ".lock", mode=0o600, timeout=WAIT):
             lines = whole_lines(folder)
@@ -46,14 +46,16 @@ def whole_lines(folder):
     off, or an old head, which is made new.
     """
     path = folder / NAME
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
     if not whole and not (folder / HEAD).exists():
-        files.write_json(folder / HEAD, {"line": 0, "sha256": None})
+        data.write_json(folder / HEAD, {"line": 0, "sha256": None})
     if found := differences(path, whole):
-        raise ValueError(f"--ledger {folder}: nothing is added to a damaged ledger ({found[0]}); begin another one")
-    if whole != data:
-        files.write_bytes(path, whole)
+        raise ValueError(
+            f"--ledger {folder}: nothing is added to a damaged ledger ({found[0]}); begin another one"
+        )
+    if whole != content:
+        data.write_bytes(path, whole)
     if whole:
         write_head(folder)
     return whole.splitlines()
@@ -62,12 +64,12 @@ def whole_lines(folder):
 def write_head(folder):
     """ledger.head: the number and the sha256 of the last line."""
     lines = (folder / NAME).read_bytes().splitlines()
-    files.write_json(folder / HEAD, {"line": len(lines), "sha256": sha256(lines[-1])})
+    data.write_json(folder / HEAD, {"line": len(lines), "sha256": sha256(lines[-1])})
 
 
-def differences(path, data=None):
+def differences(path, content=None):
     """What is wrong with a ledger, a list of sentences; data: its bytes, if they are not to be read from `path`."""
-    lines = (Path(path).read_bytes() if data is None else data).splitlines()
+    lines = (Path(path).read_bytes() if content is None else content).splitlines()
     numbers, previous = [], []
     for place, line in enumerate(lines, start=1):
         try:
@@ -81,14 +83,20 @@ def differences(path, data=None):
     hashes = dict(zip(numbers, map(sha256, lines), strict=True))
     for number, said in zip(numbers, previous, strict=True):
         if said != hashes.get(number - 1, said):
-            found.append(f"line {number - 1}: changed, or line {number}, which says another sha256 of it")
+            found.append(
+                f"line {number - 1}: changed, or line {number}, which says another sha256 of it"
+            )
     try:  # the head is behind the lines where a kill came between the two files
-        head = files.read_json(Path(path).with_name(HEAD))
+        head = data.read_json(Path(path).with_name(HEAD))
         number, said = int(head["line"]), head["sha256"]
     except (ValueError, KeyError, TypeError):
         return [*found, f"{HEAD}: missing or damaged, so lines may be gone from the end"]
     last, changed = max(hashes, default=0), hashes.get(number, said) != said
-    return found + [missing(last, number + 1)] * (number > last) + [f"line {number}: not as {HEAD} has it"] * changed
+    return (
+        found
+        + [missing(last, number + 1)] * (number > last)
+        + [f"line {number}: not as {HEAD} has it"] * changed
+    )
 
 
 def missing(a, b):

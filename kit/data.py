@@ -39,9 +39,26 @@ def make_folder(path):
 def private(path, flags):
     """For `open(..., opener=private)`: a file that only its owner can read (0600), also one that is there already."""
     handle = os.open(path, flags, 0o600)
-    with contextlib.suppress(OSError):  # a file system without modes, or somebody else's file that we may write
+    with contextlib.suppress(
+        OSError
+    ):  # a file system without modes, or somebody else's file that we may write
         os.fchmod(handle, 0o600)
     return handle
+
+
+def check_outputs(paths, *, overwrite=False, reads=()):
+    """ValueError where one of these files must not be written.
+
+    It is there already (`overwrite` replaces a plain file, never a folder or a link), or this command reads it.
+    """
+    read = {Path(path).resolve() for path in reads if path}
+    for path in map(Path, paths):
+        if path.is_dir() or path.is_symlink():
+            raise ValueError(f"{path} is a folder or a link: name a file")
+        if path.resolve() in read:
+            raise ValueError(f"{path} is read by this command: name another file")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already: pass --overwrite to replace it")
 
 
 def write_atomically(path, write):
@@ -101,7 +118,9 @@ def numbered_jsonl(path):
         except (ValueError, RecursionError) as error:  # a RecursionError: brackets nested too deep
             raise ValueError(f"{path} line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number}: expected an object {{...}}, found {type(row).__name__}")
+            raise ValueError(
+                f"{path} line {number}: expected an object {{...}}, found {type(row).__name__}"
+            )
         yield number, row
 
 
@@ -115,7 +134,10 @@ def read_json(path):
     text = read_text(path)
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also: a whole number of over 4300 digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError also: a whole number of over 4300 digits
         raise ValueError(f"{path}: not JSON: {error}") from None
 
 
@@ -151,9 +173,13 @@ def split_in_half(text):
     middle = (first + last) / 2
     gaps = [match.start() for match in re.compile(r"\s+").finditer(text, first, last)]
     gaps = [gap for gap in gaps + unspaced_cuts(text) if first < gap < last and is_break(text, gap)]
-    at = min(gaps, key=lambda gap: (abs(gap - middle), gap), default=None) or nearest_break(text, first, last)
+    at = min(gaps, key=lambda gap: (abs(gap - middle), gap), default=None) or nearest_break(
+        text, first, last
+    )
     if at is None:
-        raise ValueError("the text is blank" if last <= first else f"{text!r} is one character: nothing to split")
+        raise ValueError(
+            "the text is blank" if last <= first else f"{text!r} is one character: nothing to split"
+        )
     return text[:at], text[at:]
 
 
@@ -162,7 +188,9 @@ def make_record(row, number, where):
     own_split = row.get("prefix") is not None and row.get("suffix") is not None
     fields = ["prefix", "suffix"] if own_split else ["text"]
     if not own_split and row.get("text") is None:
-        raise ValueError(f"{where}: needs a `text`, or a `prefix` and a `suffix`; found {', '.join(row) or 'nothing'}")
+        raise ValueError(
+            f"{where}: needs a `text`, or a `prefix` and a `suffix`; found {', '.join(row) or 'nothing'}"
+        )
     id = row.get("id", number)
     if isinstance(id, int) and not isinstance(id, bool):
         id = str(id)
@@ -209,12 +237,16 @@ def numbered_csv(path):
         if row and header is None:
             header = row
             if "text" not in header and not {"prefix", "suffix"} <= set(header):
-                raise ValueError(f"{path}: needs a column `text`, or `prefix` and `suffix`; found {', '.join(header)}")
+                raise ValueError(
+                    f"{path}: needs a column `text`, or `prefix` and `suffix`; found {', '.join(header)}"
+                )
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}: a column name stands twice in: {', '.join(header)}")
         elif row:
             if len(row) != len(header):
-                raise ValueError(f"{path} line {line}: {len(row)} columns where the header has {len(header)}")
+                raise ValueError(
+                    f"{path} line {line}: {len(row)} columns where the header has {len(header)}"
+                )
             yield line, dict(zip(header, row, strict=True))
         line = reader.line_num + 1
 
@@ -227,7 +259,9 @@ def load_ids(path):
     except Exception as error:  # numpy answers a broken header with a dozen types of exception
         raise ValueError(f"{path}: not a .npy file of integers: {error}") from None
     if kind not in "iu" or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
-        raise ValueError(f"{path}: expected integers of shape (rows, tokens >= 2), found {ids.dtype} {shape}")
+        raise ValueError(
+            f"{path}: expected integers of shape (rows, tokens >= 2), found {ids.dtype} {shape}"
+        )
     return ids
 
 
@@ -238,7 +272,9 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
         rows, columns = np.nonzero((ids < 0) | (ids >= len(tokenizer)))
         if len(rows):
             value = ids[rows[0], columns[0]]
-            raise ValueError(f"{where} row {rows[0]}: token id {value} is outside the vocabulary of {len(tokenizer)}")
+            raise ValueError(
+                f"{where} row {rows[0]}: token id {value} is outside the vocabulary of {len(tokenizer)}"
+            )
         for record, row in zip(records, ids.tolist(), strict=True):
             record[part] = tokenizer.decode(row, clean_up_tokenization_spaces=False)
             record[f"{part}_ids"] = row
@@ -268,7 +304,9 @@ def read_records(path, *, tokenizer=None):
     for line, row in numbered_csv(path) if kind == ".csv" else numbered_jsonl(path):
         record = make_record(row, len(records), f"{path} line {line}")
         if record["id"] in line_of:
-            raise ValueError(f"{path} line {line}: id {record['id']!r} stands on line {line_of[record['id']]} already")
+            raise ValueError(
+                f"{path} line {line}: id {record['id']!r} stands on line {line_of[record['id']]} already"
+            )
         line_of[record["id"]] = line
         records.append(record)
     if not records:
@@ -293,7 +331,10 @@ def read_unseen(path):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: texts that are only measured."""
     if Path(path).suffix.lower() == ".npy":
         raise ValueError(f"--unseen {path}: token ids; pass the texts as .csv or .jsonl")
-    return [{**record, **{f"learn_{key}": value for key, value in record.items()}} for record in read_records(path)]
+    return [
+        {**record, **{f"learn_{key}": value for key, value in record.items()}}
+        for record in read_records(path)
+    ]
 
 
 # --- pairs.jsonl ---
@@ -314,7 +355,9 @@ def read_pairs(path):
         if "spans" in pair:
             spans.check_spans(pair["spans"], pair["prefix"] + pair["suffix"], where)
         if pair["id"] in line_of:
-            raise ValueError(f"{where}: id {pair['id']!r} stands on line {line_of[pair['id']]} already")
+            raise ValueError(
+                f"{where}: id {pair['id']!r} stands on line {line_of[pair['id']]} already"
+            )
         line_of[pair["id"]] = line
         pairs.append(pair)
     if not pairs:
@@ -329,10 +372,14 @@ def check_sides(pair, sides, where, *, with_ids):
     if missing:
         raise ValueError(f"{where}: no {', '.join(missing)}: not a line of pairs.jsonl")
     for name in names:
-        check_string(pair[name], f"{where}: `{name}`", blank_ok=with_ids or name.endswith("context"))
+        check_string(
+            pair[name], f"{where}: `{name}`", blank_ok=with_ids or name.endswith("context")
+        )
     similarity = pair["similarity"]
     if type(similarity) not in (int, float) or not -1.01 <= similarity <= 1.01:
-        raise ValueError(f"{where}: `similarity` is {str(similarity)[:40]}, not a number from -1 to 1")
+        raise ValueError(
+            f"{where}: `similarity` is {str(similarity)[:40]}, not a number from -1 to 1"
+        )
     for name in [f"{name}_ids" for name in names[len(sides) :]] if with_ids else []:
         check_ids(pair.get(name), f"{where}: `{name}`", empty_ok=name.endswith("context_ids"))
 
@@ -348,10 +395,12 @@ def check_ids(ids, what, *, empty_ok):
 # --- downloads ---
 
 PILE_URL = os.environ.get(
-    "ICU_PILE_URL", "https://raw.githubusercontent.com/ethz-spylab/lm-extraction-benchmark-data/main/datasets"
+    "ICU_PILE_URL",
+    "https://raw.githubusercontent.com/ethz-spylab/lm-extraction-benchmark-data/main/datasets",
 )
 EVAL_URL = os.environ.get(
-    "ICU_EVAL_URL", "https://raw.githubusercontent.com/joeljang/knowledge-unlearning/main/validation_data"
+    "ICU_EVAL_URL",
+    "https://raw.githubusercontent.com/joeljang/knowledge-unlearning/main/validation_data",
 )
 PILE_FILES = {
     "train_preprefix.npy": "a9c3ed1dc735d4b93183b47a3c08e9613d1d36da0a7f26790e19a8f87e10a70d",
@@ -384,7 +433,9 @@ def data_file(name, data_dir=None):
             path = Path(data_dir, folder, name)
             if path.is_file():
                 if sha256_of(path) != sha256:
-                    raise ValueError(f"{path}: not the file that is expected (sha256 differs): replace or remove it")
+                    raise ValueError(
+                        f"{path}: not the file that is expected (sha256 differs): replace or remove it"
+                    )
                 return path
     path = cache_folder("data") / name
     if not path.is_file() or sha256_of(path) != sha256:
@@ -400,7 +451,9 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
     path = Path(path)
     make_folder(path.parent)
     part = path.with_name(path.name + ".part")
-    complete = part.is_file() and sha256_of(part) == sha256  # stopped between the last byte and the renaming
+    complete = (
+        part.is_file() and sha256_of(part) == sha256
+    )  # stopped between the last byte and the renaming
     trouble = None
     for attempt in range(tries):
         if complete:
@@ -410,7 +463,9 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
             complete = receive(url, part, timeout)
             trouble = "the connection broke off"
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # the part is as long as the file or longer, and not the file: start over
+            if (
+                error.code == 416
+            ):  # the part is as long as the file or longer, and not the file: start over
                 part.unlink(missing_ok=True)
             elif error.code < 500:
                 raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
@@ -423,12 +478,18 @@ def fetch(url, path, sha256, *, tries=5, timeout=30):
         except (http.client.HTTPException, OSError) as error:
             trouble = error
         except ValueError as error:
-            raise ValueError(f"{url}: is no address ({error}): pass --data DIR with {path.name} in it") from None
+            raise ValueError(
+                f"{url}: is no address ({error}): pass --data DIR with {path.name} in it"
+            ) from None
     if not complete:
-        raise ValueError(f"{url}: gave up after {tries} tries ({trouble}): run again to go on where it ended")
+        raise ValueError(
+            f"{url}: gave up after {tries} tries ({trouble}): run again to go on where it ended"
+        )
     if sha256_of(part) != sha256:
         part.unlink()
-        raise ValueError(f"{url}: the download has a wrong sha256 and was deleted: pass --data DIR with {path.name}")
+        raise ValueError(
+            f"{url}: the download has a wrong sha256 and was deleted: pass --data DIR with {path.name}"
+        )
     os.replace(part, path)
     return path
 
@@ -442,7 +503,9 @@ def receive(url, part, timeout):
             have = 0  # this server sends the file from its beginning
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None)
+        bar = tqdm(
+            desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None
+        )
         with bar, open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 16):
                 file.write(chunk)

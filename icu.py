@@ -1,25 +1,37 @@
-"""Iterative Contrastive Unlearning: make a language model forget given texts and keep the rest of its language.
+"""Iterative Contrastive Unlearning: make a language model forget given texts and keep its language.
 
-    python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the paper's 125M recipe
-    python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo # another method (baselines.py)
-    python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only  # only measure
-    deepspeed --no_local_rank --num_gpus 3 icu.py ...                         # the same run over several processes
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the 125M recipe
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo  # one of baselines.py
+    python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only   # only measure
+    deepspeed --no_local_rank --num_gpus 3 icu.py ...               # the same run, several processes
 
-"Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py (Eq. 2), measures
-from metrics.py (Eq. 7-10). A new method is a file that ends in `icu.main(mine)`, as in examples/, or a copy of this one,
-edited between the `change me` marks. Departures from the paper's text, each a comment where it happens:
-  1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be its length.
-  2. The frozen copy of Eq. 4 is asked once, before training, and its last hidden states are kept (--teacher cached).
-  3. --protocol released does what the authors' released code computes (kit/protocols.py); the default follows the text.
-  4. Beside Eq. 6: --forget-weight (1). Beside the stop rule: a run also ends when nothing is active, and at an epoch cap.
-Measured (dev/LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three seeds, 2 CPU cores, torch
-2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perplexity on the Pile 246 -> 236, entropy 3.74 -> 3.17 bits.
+"Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py
+(Eq. 2), the measures from metrics.py (Eq. 7-10). A method of your own is a file that ends in
+`icu.main(Mine)`, as in examples/, or a copy of this file, edited between the `change me` marks.
+Departures from the paper's text, each a comment where it happens:
+  1. Losses are means over target tokens where Eq. 1, 3, 4 are sums: a row's weight should not be
+     its length.
+  2. The frozen copy of Eq. 4 runs once, before training, and its last hidden states are kept
+     (--teacher cached).
+  3. --protocol released does what the authors' released code computes (kit/protocols.py). The
+     default follows the text.
+  4. Eq. 6 gets a --forget-weight (1). A run also ends when nothing is active, and at an epoch cap.
+Measured (dev/LOG.md; 128 texts of the Pile, a GPT-Neo of 6M parameters that knows them, three
+seeds, 2 CPU cores, torch 2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perplexity on the Pile
+246 -> 236, entropy 3.74 -> 3.17 bits.
 """
 
 import argparse
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib
 import math
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,25 +39,10 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import (
-    data,
-    fast_el,
-    finished,
-    flags,
-    models,
-    paths,
-    processes,
-    readable,
-    requests,
-    runs,
-    spans,
-    states,
-)
-from kit.frozen import cached_copy, live_copy
-from kit.methods import check_sides, method, method_named, name_of
-from kit.processes import autocast, print0
+from kit import data, flags, models, processes, requests, runs, spans
+from kit.processes import autocast, gathered, print0
 from kit.protocols import PROTOCOLS
-from kit.runs import MEASURES, decisive, mean_measures, number, under
+from kit.runs import MEASURES, is_below, mean_measures, number, stop_means
 
 # --- samples: a line of pairs.jsonl -> token ids with a boundary ---
 
@@ -53,27 +50,23 @@ from kit.runs import MEASURES, decisive, mean_measures, number, under
 class Text(NamedTuple):
     """One text as the model reads it. Positions are 0-based indices into ids."""
 
-    ids: list  # BOS if the tokenizer adds one, then (released, --context: context,) prefix and suffix
+    ids: list  # BOS if the tokenizer adds one, then (released, --context: context,) prefix, suffix
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
-    among: tuple | None = (
-        None  # where only a part is meant (kit/spans.py): no other position is a target
-    )
+    span_positions: tuple | None = None  # the only targets, where a part of the text is marked
 
     @property
     def targets(self):
         """The positions that are predicted, in order: from t0 on, and never position 0."""
         first = max(self.t0, 1)
-        return (
-            [*range(first, len(self.ids))]
-            if self.among is None
-            else [t for t in self.among if t >= first]
-        )
+        if self.span_positions is None:
+            return [*range(first, len(self.ids))]
+        return [t for t in self.span_positions if t >= first]
 
 
 class Sample(NamedTuple):
-    """One line of pairs.jsonl: a text to forget, its learn partner (Eq. 2), and the strings people read."""
+    """One line of pairs.jsonl: a text to forget, its learn partner (Eq. 2), and their strings."""
 
     id: str
     suffix: str
@@ -81,72 +74,64 @@ class Sample(NamedTuple):
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
     secrets: tuple = ()  # the strings that its spans mark, where it has some
-    further: list = ()  # its second neighbour, its third, ...: Texts, where knn.py was asked for --neighbours
+    further: list = ()  # its second neighbour, its third, ...: Texts (knn.py --neighbours)
 
 
 def build_samples(
     pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"
 ):
-    """pairs (list of dicts) -> (list of Sample, number of learn partners cut to the model's positions).
+    """pairs (list of dicts) -> (list of Sample, number of learn partners that were cut).
 
-    `context` puts each text's context in front of its prefix, as the model once read it; `targets` is what the losses
-    are taken over, "suffix" or "all" positions (default: as the protocol says). ValueError names the row, a `what`,
-    that has a part without a token or no room in the model's `positions`; of a learn partner the end may be cut.
+    positions: the model's; the end of a longer learn partner is cut. context: each text's context
+    stands in front of its prefix, as the model once read it. targets: what the losses are taken
+    over, "suffix" or "all" positions (default: the protocol's). what: a row's name in a ValueError,
+    which tells of a part without a token and of a text without room.
     """
-    bos, encode, protocol = (
-        models.bos_of(tokenizer),
-        models.pair_encoder(pairs, tokenizer),
-        PROTOCOLS[protocol],
-    )
+    protocol = PROTOCOLS[protocol]
+    bos, encode = models.bos_of(tokenizer), models.pair_encoder(pairs, tokenizer)
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
     targets = targets or protocol.targets
 
     def build(pair, side, where):
-        # Released code: the 100 tokens before the prefix belong to the sequence, though not to the prompt; paper: the
-        # text is prefix and suffix.
+        # Released code: the 100 tokens before the prefix belong to the sequence, though not to the
+        # prompt; paper: the text is prefix and suffix.
         before = encode(pair, f"{side}context") if protocol.context or context else []
         prefix = encode(pair, f"{side}prefix", inside=bool(before))
         suffix = encode(pair, f"{side}suffix", inside=True)
-        cut = len(ids := models.begin(bos, before + prefix))  # [bos | context | prefix]
         models.check_parts(prefix, suffix, side, where)
-        marked = {} if side else pair  # only of what is to be forgotten a part may be meant
-        among = spans.positions_of(
-            marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where
-        )
-        t0 = (
-            cut if targets == "suffix" and among is None else max(len(bos), 1)
-        )  # position 0 is never a target
-        return Text(ids + suffix, t0, cut, ids if context else models.begin(bos, prefix), among)
+        ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
+        cut = len(ids)
+        span_positions = None
+        if not side:  # spans exist on the forget side only
+            begin = cut - len(prefix)
+            span_positions = spans.positions_of(
+                pair, tokenizer, ids + suffix, begin=begin, where=where
+            )
+        suffix_only = targets == "suffix" and span_positions is None
+        t0 = cut if suffix_only else max(len(bos), 1)  # position 0 is never a target
+        prompt = ids if context else models.begin(bos, prefix)
+        return Text(ids + suffix, t0, cut, prompt, span_positions)
 
     samples, n_cut = [], 0
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
-        forget, near = (
-            build(pair, "", where),
-            [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]],
-        )
+        forget = build(pair, "", where)
+        near = [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
         models.check_room(forget, near, positions, where)
         n_cut += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
+        secrets = spans.secrets_of(pair)
         samples.append(
-            Sample(
-                pair["id"],
-                pair["suffix"],
-                forget,
-                learn,
-                positions,
-                spans.secrets_of(pair),
-                further,
-            )
+            Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
         )
     return samples, n_cut
 
 
 def collate(texts, device="cpu"):
-    """B texts -> ids (B, T) int64, attention_mask (B, T) int64, target_mask (B, T) bool, right-padded.
+    """B texts -> ids (B, T) int64, attention_mask (B, T) int64, target_mask (B, T) bool.
 
-    target_mask is true where token i is predicted. Padding is told by length, never by `id == pad`, since pad is EOS
-    for these models.
+    Right-padded. target_mask is true where token i is predicted. Padding is told by length, never
+    by `id == pad`, since pad is EOS for these models.
     """
     T = max((len(text.ids) for text in texts), default=0)
     ids, attention_mask = (torch.zeros(len(texts), T, dtype=torch.long) for _ in range(2))
@@ -158,325 +143,519 @@ def collate(texts, device="cpu"):
     return ids.to(device), attention_mask.to(device), target_mask.to(device)
 
 
-def forward(model, texts, layer=None):
-    """Runs a model on B texts: ids (B, T), target_mask (B, T), logits (B, T, V), hidden states (B, T, H) or None."""
-    ids, attention_mask, target_mask = collate(texts, model.device)
-    how = {
-        "attention_mask": attention_mask,
-        "use_cache": False,
-        "output_hidden_states": layer is not None,
-    }
-    out = model(input_ids=ids, **how)
-    return ids, target_mask, out.logits, None if layer is None else out.hidden_states[layer]
-
-
-# --- losses: pure functions of logits ---
-
-
-def target_logits(logits, ids, target_mask):
-    """The shift by one: logits at position t-1 predict token t. (B, T, V), (B, T), (B, T) -> (M, V), (M,).
-
-    M is the number of targets. In float32 at least: softmax in bf16 loses the small probabilities that a KL is made of.
-    """
-    mask = target_mask[:, 1:]
-    picked = logits[:, :-1][mask]  # (M, V)
-    return picked.float() if picked.dtype in (torch.bfloat16, torch.float16) else picked, ids[
-        :, 1:
-    ][mask]
-
-
-def forget_loss(logits, ids, target_mask, count=None):
-    """Eq. (1), the mean of log p_theta(x_t | x_<t) over target tokens: minimised, so the text becomes less likely.
-
-    logits (B, T, V), ids (B, T) int64, target_mask (B, T) bool -> scalar in nats, <= 0; over no token 0 with a gradient
-    of 0. Paper: a sum; here the mean over `count` tokens (default: those of this batch), so that parts of a global
-    batch, each divided by the whole batch's count, add up to its mean.
-    """
-    return -learn_loss(logits, ids, target_mask, count)  # Eq. (1): Eq. (3) with its sign turned
-
-
-def learn_loss(logits, ids, target_mask, count=None):
-    """Eq. (3), the negative log-likelihood -mean log p_theta(x_t | x_<t), in nats; arguments as forget_loss."""
-    picked, targets = target_logits(logits, ids, target_mask)
-    # Eq. (3): -log p_theta(x_t | x_<t), summed, then the mean over target tokens
-    return F.cross_entropy(picked, targets, reduction="sum") / (count or max(len(targets), 1))
-
-
-def kl_loss(logits, ref_logits, target_mask, count=None, *, cross_entropy=False):
-    """Eq. (4), the mean over target tokens of KL[p_theta0 || p_theta], in nats, >= 0; no gradient to ref_logits.
-
-    logits, ref_logits (B, T, V), target_mask (B, T) bool -> scalar. Computed from log_softmax in float32: a softmax
-    followed by a log turns probabilities of 0 into NaN.
-    """
-    picked, _ = target_logits(logits, target_mask, target_mask)
-    ref, _ = target_logits(ref_logits.detach(), target_mask, target_mask)
-    logp, ref_logp = picked.log_softmax(-1), ref.log_softmax(-1)  # (M, V)
-    # Eq. (4): KL[p_theta0 || p_theta] = sum_v p_theta0 (log p_theta0 - log p_theta), mean over target tokens.
-    # Released code: the cross-entropy H(p_theta0, p_theta), the same gradient but another number.
-    inner = -logp if cross_entropy else ref_logp - logp
-    return (ref_logp.exp() * inner).sum() / (count or max(len(picked), 1))
-
-
-# --- what a method sees ---
+# --- what a model says at the targets ---
 
 
 class Side(NamedTuple):
-    """One side of a batch behind the model's forward pass: the rows that this process has of it."""
+    """The M target tokens of this process's texts of one side of a batch, and the model's words.
 
-    logits: torch.Tensor  # (B, T, V), with gradient
-    ids: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, T), the target mask
-    global_count: int  # targets of this side in the whole global batch
-    global_rows: int  # rows of this side in the whole global batch
-    frozen_logits: torch.Tensor | None = (
-        None  # (B, T, V), the frozen copy's, on the sides that `frozen` names
-    )
-    hidden: torch.Tensor | None = None  # (B, T, H), the hidden states of `layer`, with gradient
-    frozen_hidden: torch.Tensor | None = None  # (B, T, H), the frozen copy's
+    A value of a loss is this process's part of a mean over the global batch (`mean`, `mean_rows`):
+    the parts of all processes add up to it. Over no token it is 0, with a gradient of 0.
+    """
+
+    logits: torch.Tensor  # (M, V), float32 at least: they predict `ids`; the shift by one is done
+    ids: torch.Tensor  # (M,)
+    row: torch.Tensor  # (M,) which of the texts each token is in
+    hidden: torch.Tensor | None  # (M, H) at these tokens, of the layer that the method names
+    n_tokens: int  # targets of this side in the whole global batch
+    n_rows: int  # texts of this side in the whole global batch
+    B: int  # texts of this side that this process has
+
+    @property
+    def logp(self):
+        """(M,) log p(x_t | x_<t), in nats."""
+        return -F.cross_entropy(self.logits, self.ids, reduction="none")
 
     def mean(self, values):
-        """This process's part of the mean over the global batch's targets, of values (B, T), of predictions of the next
-        token (B, T - 1), or, at targets only, (M,).
-
-        The parts of all processes add up to the mean. A process without a row has 0, with a gradient of 0.
-        """
-        at = {
-            self.mask.shape: self.mask,
-            self.mask[:, 1:].shape: self.mask[:, 1:],
-        }  # of token t; of what predicts it
-        assert values.dim() == 1 or values.shape in at, values.shape
-        return (values if values.dim() == 1 else values[at[values.shape]]).sum() / max(
-            self.global_count, 1
-        )
+        """The mean over the global batch's targets, of values (M,)."""
+        return values.sum() / max(self.n_tokens, 1)
 
     def mean_rows(self, values):
-        """The same over the global batch's rows, of values (B,)."""
-        assert values.shape == (len(self.ids),), values.shape
-        return values.sum() / max(self.global_rows, 1)
+        """The mean over the global batch's texts, of values (B,)."""
+        return values.sum() / max(self.n_rows, 1)
+
+    def by_row(self, values):
+        """(M,) -> (B,): summed within each text."""
+        return values.new_zeros(self.B).index_add(0, self.row, values)
+
+
+def at_targets(model, texts, layer=None):
+    """Runs a model on B texts: logits (M, V), ids (M,), row (M,), hidden (M, H) or None.
+
+    M is the number of targets.
+    """
+    ids, attention_mask, mask = collate(texts, model.device)  # (B, T) each
+    out = model(
+        input_ids=ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        output_hidden_states=layer is not None,
+    )
+    logits = out.logits[:, :-1][mask[:, 1:]]  # the shift by one: position t-1 predicts token t
+    hidden = None if layer is None else out.hidden_states[layer][mask]
+    return in_float32(logits), ids[mask], mask.nonzero()[:, 0], hidden
+
+
+def in_float32(logits):
+    """float32 at least: a softmax in bf16 loses the small probabilities that a KL is made of."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+# --- losses: pure functions of a side ---
+
+
+def forget_loss(side):
+    """Eq. (1), the mean of log p_theta(x_t | x_<t) over target tokens, in nats, <= 0.
+
+    Minimised, so the text becomes less likely. Paper: a sum; here the mean over the global batch.
+    """
+    return -learn_loss(side)  # Eq. (1): Eq. (3) with its sign turned
+
+
+def learn_loss(side):
+    """Eq. (3), the negative log-likelihood -mean log p_theta(x_t | x_<t), in nats."""
+    # Eq. (3): -log p_theta(x_t | x_<t), summed, then the mean over target tokens
+    total = F.cross_entropy(side.logits, side.ids, reduction="sum")
+    return total / max(side.n_tokens, 1)
+
+
+def kl_loss(side, frozen, *, cross_entropy=False):
+    """Eq. (4), the mean over target tokens of KL[p_theta0 || p_theta], in nats, >= 0.
+
+    side, frozen: the model and its frozen copy at the same targets; no gradient reaches the copy.
+    From log_softmax in float32: a softmax followed by a log turns probabilities of 0 into NaN.
+    """
+    logp, ref_logp = side.logits.log_softmax(-1), frozen.logits.detach().log_softmax(-1)  # (M, V)
+    # Eq. (4): KL[p_theta0 || p_theta] = sum_v p_theta0 (log p_theta0 - log p_theta), then the mean.
+    # Released code: the cross-entropy H(p_theta0, p_theta), the same gradient but another number.
+    inner = -logp if cross_entropy else ref_logp - logp
+    return (ref_logp.exp() * inner).sum() / max(side.n_tokens, 1)
+
+
+def kl(logq, logp):
+    """KL[q || p] at each target, in nats, for methods of another target: (M, V), (M, V) -> (M,)."""
+    return (logq.exp() * (logq - logp)).sum(-1)
+
+
+def kl_term(side, frozen, args):
+    """Eq. (4) as the protocol computes it."""
+    cross_entropy = PROTOCOLS[args.protocol].cross_entropy_kl
+    return kl_loss(side, frozen, cross_entropy=cross_entropy)
+
+
+# --- what a method is, and what it sees ---
 
 
 class Batch:
-    """Samples (`rows`, their indices) of a global batch, of which this process has a share; step of epoch."""
+    """Some samples (`rows`, their indices) of a global batch, of which this process has a share."""
 
-    def __init__(self, model, sides, rows, *, frozen=None, asked=(), layer=None, epoch=1, step=0):
-        self.model, self.sides, self.rows, self.epoch, self.step = model, sides, rows, epoch, step
-        self.frozen, self.asked, self.layer = (
-            frozen,
-            asked,
-            layer,
-        )  # the frozen copy, for which sides; hidden states
+    def __init__(self, model, sides, rows, *, frozen=None, layer=None, epoch=1):
+        self.model, self.sides, self.rows, self.epoch = model, sides, rows, epoch
+        self.frozen_copy, self.layer = frozen, layer
+
+    def texts(self, name, rows):
+        """The texts of a side of these samples: most sides have one a sample."""
+        return [text for row in rows for text in self.sides[name][row]]
 
     def forward(self, name):
         """Runs the model on the side "forget", "learn" or one that the method brings: a Side."""
-        mine = processes.share(self.rows)
-        everyones, texts = (
-            [text for row in rows for text in self.sides[name][row]] for rows in (self.rows, mine)
-        )
-        # Without a row a process still runs the model, on a text without targets: the others wait for its gradients.
-        found = forward(self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
-        ids, mask, logits, hidden = (x if x is None else x[: len(texts)] for x in found)
-        frozen = None, None
-        if name in self.asked:
-            frozen = self.frozen(name, mine, texts) if texts else (logits.detach(), hidden)
-        count = sum(len(text.targets) for text in everyones)
-        return Side(logits, ids, mask, count, len(everyones), frozen[0], hidden, frozen[1])
+        texts = self.texts(name, processes.share(self.rows))
+        # A process without a text still runs the model, on one without targets: the others wait
+        # for its gradients.
+        out = at_targets(self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
+        return Side(*out, *self.counts(name))
 
-    def taught(self, name):
-        """What the frozen copy says at the targets of a side that `taught` names: logits (M, V), those of all rows."""
-        mine = processes.share(self.rows)
-        texts = [text for row in mine for text in self.sides[name][row]]
-        return (
-            self.frozen(name, mine, texts)[0]
-            if texts
-            else torch.empty(0, models.vocab_of(self.model.config))
-        )
+    def frozen(self, name):
+        """The frozen copy's Side, without gradient, of a side that the method's `frozen` names."""
+        rows = processes.share(self.rows)
+        out = self.frozen_copy(name, rows, self.texts(name, rows))
+        return Side(*out, *self.counts(name))
+
+    def counts(self, name):
+        """Targets and texts in the whole global batch, and texts that this process has."""
+        everyones = self.texts(name, self.rows)
+        mine = self.texts(name, processes.share(self.rows))
+        return sum(len(text.targets) for text in everyones), len(everyones), len(mine)
 
     def once(self, value):
         """This process's part of a value that comes of no text, such as a distance of weights."""
         return value / processes.WORLD_SIZE
 
 
-# --- change me: the method; what hangs on it (`@method`) is in kit/methods.py, and args.loss.needs further down ---
+class Method:
+    """What the loop needs of a method: subclass it, write `loss`, set or override what differs.
+
+    It is called by its class's name in lower case, and hashed with the file that it is written in
+    and the files beside it that this one imports: --resume and `compare` see every change.
+    """
+
+    # Defaults of the flags of these names, and what the authors' released code has instead.
+    forget_weight, alpha, beta, lr, refine = 1.0, 1.0, 1.0, 5e-6, False
+    released = {}
+    targets = None  # "suffix": the prompt is never a target, whatever --targets says
+    frozen = ()  # the sides that the frozen copy of Eq. 4 reads, once, before training
+    layer = None  # sides also have `hidden`: of this layer, 0 the embeddings'
+    published = None  # the row of Tables 1 and 4 that it computes under the released protocol
+
+    def loss(self, batch, args):
+        """{"name": (weight, value), ...}: the weighted sum is minimised; a value is a scalar."""
+        raise NotImplementedError
+
+    def sides(self, samples, tokenizer, epoch, args):
+        """Further sides, {name: a list of Text for each sample}; random ones draw from
+        (args.seed, epoch), so that they are the same whenever they are asked for."""
+        return {}
+
+    def prepare(self, model, tokenizer, samples, args, folder):
+        """Before training: freeze layers, add adapters, train a helper model. What is costly goes
+        into `folder` (a Path; None in a notebook), where --resume finds it again."""
+
+    def trains(self, name):
+        """Whether the weights of this name are trained."""
+        return True
+
+    def backward(self, loss, batch, args):
+        """Fills the gradients of a step; the optimiser then moves the weights. Override it for two
+        backward passes or perturbed weights (`terms_of` gives the terms anew). Plain engine only:
+        DeepSpeed makes its own gradients."""
+        loss.backward()
+
+    def measured(self, model):
+        """A generator: the weights become those to measure and export, then those to train."""
+        yield
+
+    def measures(self, model, tokenizer, samples, args):
+        """Measures of its own, {name: number} an epoch: columns own_NAME of metrics.jsonl and of
+        the report. The model is as `measured` leaves it, in eval mode."""
+        return {}
+
+    def state(self):
+        """{name: tensor} of the method itself (a moving average), saved with every state."""
+        return {}
+
+    def load_state(self, tensors):
+        """Takes up again what `state` gave."""
+
+    # What follows is the toolkit's, not to be overridden.
+
+    @property
+    def file(self):
+        """The file that it is written in; typed at a prompt, none that is there."""
+        return Path(getattr(sys.modules[type(self).__module__], "__file__", "a prompt"))
+
+    @property
+    def name(self):
+        """icu, npo, ...; a copy of this file that kept the class's name is called by its file."""
+        name = type(self).__name__.lower()
+        return name if name != "icu" else self.file.stem
+
+    def overrides(self, *names):
+        return any(getattr(type(self), name) is not getattr(Method, name) for name in names)
+
+    @property
+    def touches_weights(self):
+        """Whether what is measured may be another model than the one loaded, before training."""
+        return self.overrides("prepare", "measured")
+
+    def sha256(self):
+        """Of the code that decides what it computes: its file, what that imports beside it, this
+        file and metrics.py. A method that was typed at a prompt is hashed by its bytecode."""
+        files, pending = {Path(__file__).resolve(), Path(metrics.__file__).resolve()}, [self.file]
+        while pending:
+            file = pending.pop().resolve()
+            if file in files or not file.is_file():
+                continue
+            files.add(file)
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    modules = [alias.name for alias in node.names]
+                    modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                    pending += [file.parent / f"{name.replace('.', '/')}.py" for name in modules]
+        digests = [data.sha256_of(file) for file in sorted(files)]
+        code = type(self).loss.__code__
+        typed = "" if self.file.is_file() else f"{code.co_code} {code.co_consts}"
+        return hashlib.sha256("".join([*digests, typed]).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def measuring(self, model):
+        """A context in which the weights are those to measure; afterwards those to train."""
+        steps = self.measured(model)
+        next(steps)
+        try:
+            yield
+        finally:
+            next(steps, None)
 
 
-@method(alpha=0.5, beta=1.0, refine=True, frozen=("learn",), published="icu")  # section 5.4
-def icu(batch, args):
-    """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl."""
-    forget, learn = batch.forward("forget"), batch.forward("learn")
-    return {  # Eq. (6)
-        "forget": (
-            args.forget_weight,
-            forget_loss(forget.logits, forget.ids, forget.mask, forget.global_count),
-        ),
-        "learn": (args.alpha, learn_loss(learn.logits, learn.ids, learn.mask, learn.global_count)),
-        "kl": (args.beta, kl_term(learn, args)),
-    }
+# --- change me: the method ---
 
 
-def kl_term(learn, args):
-    """Eq. (4) for a learn side, or the released code's cross-entropy."""
-    as_entropy = PROTOCOLS[args.protocol].cross_entropy_kl
-    return kl_loss(
-        learn.logits, learn.frozen_logits, learn.mask, learn.global_count, cross_entropy=as_entropy
-    )
+class ICU(Method):
+    """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl (section 5.4)."""
+
+    alpha, beta, refine, frozen, published = 0.5, 1.0, True, ("learn",), "icu"
+
+    def loss(self, batch, args):
+        forget, learn = batch.forward("forget"), batch.forward("learn")
+        return {  # Eq. (6)
+            "forget": (args.forget_weight, forget_loss(forget)),
+            "learn": (args.alpha, learn_loss(learn)),
+            "kl": (args.beta, kl_term(learn, batch.frozen("learn"), args)),
+        }
 
 
-def kept_term(batch, args):
-    """What joins Eq. (4) where only spans of a text are to be forgotten: KL over its other tokens. {} without spans."""
-    return (
-        {"kept": (args.beta, kl_term(batch.forward("kept"), args))} if "kept" in batch.sides else {}
-    )
-
-
-METHOD = icu  # what this file runs
+METHOD = ICU  # what this file runs
 
 # --- end of change me ---
+
+
+def terms_of(method, batch, args):
+    """The terms of a batch: the method's and, where only spans are to be forgotten, Eq. (4) over
+    the other tokens of their texts."""
+    terms = method.loss(batch, args)
+    if "kept" in batch.sides:
+        kept = kl_term(batch.forward("kept"), batch.frozen("kept"), args)
+        terms = terms | {"kept": (args.beta, kept)}
+    return terms
+
+
+def weighted_sum(terms):
+    return sum(weight * value for weight, value in terms.values())
+
+
+def sides_of(samples, tokenizer, epoch, args, method):
+    """{name: a list of Text for each sample}: the two sides of every pair, what is kept of texts
+    with spans, and the sides that the method brings."""
+    sides = {"forget": [[sample.forget] for sample in samples]}
+    sides |= {"learn": [[sample.learn] for sample in samples]}
+    return sides | spans.kept_side(samples) | method.sides(samples, tokenizer, epoch, args)
+
+
+def keep_start(model):
+    """For `prepare`: the model remembers the weights that it starts from (for `scaled`)."""
+    model.start = [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def scaled(model, scale):
+    """For `measured`: the weights theta_0 + scale (theta - theta_0), theta what is trained."""
+    trained = [parameter.data for parameter in model.parameters()]
+    for parameter, start in zip(model.parameters(), model.start, strict=True):
+        parameter.data = start + scale * (parameter.data - start)
+    yield
+    for parameter, weights in zip(model.parameters(), trained, strict=True):
+        parameter.data = weights
+
 
 # --- the frozen copy (theta_0 of Eq. 4) ---
 
 
-def asked_of(sides, args):
-    """The sides that the frozen copy is asked about: the method's, and what is kept of texts of which a part goes."""
-    return [*args.loss.needs.frozen, *(["kept"] if "kept" in sides else [])]
+def freeze(model, sides, args, method):
+    """What a copy of the model that never changes says of the sides that the method names.
 
-
-def freeze(model, sides, args):
-    """What the frozen copy, a model that never changes, says of the sides that the method asks it about, or None."""
-    needs = args.loss.needs
-    asked, taught = (
-        {name: sides[name] for name in names} for names in (asked_of(sides, args), needs.taught)
-    )
-    if not (asked or taught):
+    Returns ask(name, rows, texts) -> logits (M, V), ids (M,), row (M,), hidden (M, H) or None at
+    the targets of these texts, those of `rows` of the side; or None where no copy is needed.
+    """
+    names = [*method.frozen, *(["kept"] if "kept" in sides else [])]
+    if not names:
         return None
-    # kit/frozen.py: a second model that runs at every step, or its states, which never change either, computed once
     make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
-        return make(model, asked, collate, taught=taught, layer=needs.layer)
+        return make(model, {name: sides[name] for name in names}, method.layer)
+
+
+def live_copy(model, sides, layer=None):
+    """A second model, which runs at every step: the readable reference for `cached_copy`."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def ask(name, rows, texts):
+        return at_targets(frozen, texts or [Text([0, 0], 2, 2, [])], layer)
+
+    return ask
+
+
+@torch.no_grad()
+def cached_copy(model, sides, layer=None, batch_size=8):
+    """The same from hidden states that are computed now, once.
+
+    theta_0 never changes and neither do the texts, so the last hidden states at the targets (M, H)
+    and a copy of the output head give the exact KL without a second model in memory or a second
+    forward pass a step. ValueError: the model's logits are not its head applied to its last hidden
+    state (logit scaling or capping), or the texts have changed.
+    """
+    head, kept = frozen_head(model), {}
+    for name, rows in sides.items():
+        texts, states = [text for row in rows for text in row], []
+        for chunk in data.chunks(texts, batch_size):
+            ids, attention_mask, mask = collate(chunk, model.device)
+            inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
+            out = model.base_model(**inputs, output_hidden_states=layer is not None)
+            last = out.last_hidden_state[:, :-1][mask[:, 1:]]  # (M, H), the shift by one
+            if not states:
+                logits = model(**inputs).logits[:, :-1][mask[:, 1:]]
+                if not torch.allclose(head(last), logits, atol=1e-3):
+                    kind = type(model).__name__
+                    raise ValueError(f"{kind} changes its logits after its head: --teacher live")
+            hidden = last if layer is None else out.hidden_states[layer][mask]
+            sizes = [len(text.targets) for text in chunk]
+            states += zip(last.split(sizes), hidden.split(sizes), strict=True)
+            no_states = last[:0], hidden[:0]  # of a process without a text
+        remaining = iter(zip(texts, states, strict=True))
+        kept[name] = [[next(remaining) for _ in row] for row in rows]
+
+    @torch.no_grad()
+    def ask(name, rows, texts):
+        known = [pair for row in rows for pair in kept[name][row]]
+        if [text.ids for text, _ in known] != [text.ids for text in texts]:
+            raise ValueError(f"side {name!r} has other texts each epoch: pass --teacher live")
+        states = [states for _, states in known] or [no_states]
+        last, hidden = (torch.cat(parts) for parts in zip(*states, strict=True))
+        ids, _, mask = collate(texts, model.device)
+        logits = in_float32(head(last))
+        return logits, ids[mask], mask.nonzero()[:, 0], None if layer is None else hidden
+
+    return ask
+
+
+def frozen_head(model):
+    """states (M, H) -> logits (M, V), by a copy of the model's output head; it must be linear."""
+    output = model.get_output_embeddings()
+    with gathered(output.parameters()):
+        copied = {name: p.detach().clone() for name, p in output.named_parameters()}
+    if not set(copied) <= {"weight", "bias"}:  # (V, H), (V,)
+        raise ValueError(f"{type(model).__name__}: its head is no linear layer: --teacher live")
+    return lambda states: F.linear(states, **copied)
 
 
 # --- measuring (section 5.2) ---
 
 
 def measure(model, tokenizer, samples, args, *, with_el=True):
-    """Every measure of section 5.2 for every sample, active or not: a list of dicts, a line of samples.jsonl each.
+    """Every measure of section 5.2 for every sample, active or not: a line of samples.jsonl each.
 
-    Fractions are 0-1, entropy in bits; el10 is None for a text without a 10-gram, and for all unless `with_el`.
+    Fractions are 0-1, entropy in bits. el10 is None for a text without a 10-gram, and for all
+    unless `with_el`. A model whose logits are not finite measures nothing: None everywhere.
     """
-    return processes.over_processes(
-        lambda part: measure_share(model, tokenizer, part, args, with_el=with_el), samples
-    )
+
+    def measure_share(samples):
+        with autocast(args):
+            try:
+                memory = memorisation(model, tokenizer, samples, args, with_el=with_el)
+                rows = speech(model, tokenizer, samples, args)
+            except FloatingPointError:
+                return [{"id": s.id, **dict.fromkeys(MEASURES), "generation": ""} for s in samples]
+        order = {"id": None, **dict.fromkeys(MEASURES)}  # of the fields
+        return [order | one | other for one, other in zip(memory, rows, strict=True)]
+
+    return processes.over_processes(measure_share, samples)
 
 
-def measure_share(model, tokenizer, samples, args, *, with_el=True):
-    """`measure` for the samples of one process; a model whose logits are not finite measures nothing (None)."""
-    first, protocol, n = (
-        1 + len(models.bos_of(tokenizer)),
-        PROTOCOLS[args.protocol],
-        10 if with_el else None,
-    )
+def memorisation(model, tokenizer, samples, args, *, with_el=True):
+    """EL10 (Eq. 7, 8) and MA (Eq. 9) of each sample, and of its marked spans and the rest."""
+    first, protocol = 1 + len(models.bos_of(tokenizer)), PROTOCOLS[args.protocol]
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
-    with autocast(args):
-        try:
-            el, ma, parts = metrics.el_ma_and_spans(
-                model, ids, attention_mask, spans.parts_of(samples), n=n, ma_start=first,
-                # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
-                # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
-                start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
-                share_of=protocol.el_share_of,
-            )  # fmt: skip
-        except FloatingPointError:
-            return [
-                {"id": sample.id, **dict.fromkeys(MEASURES), "generation": ""} for sample in samples
-            ]
-        prompts = [sample.forget.prompt for sample in samples]
-        lengths = [len(sample.forget.ids) - sample.forget.cut for sample in samples]
-        generations = metrics.beam_generate(model, prompts, lengths, num_beams=args.num_beams)
-    texts, suffixes = (
-        models.decode(tokenizer, generations),
-        models.true_suffixes(tokenizer, samples),
+    el, ma, parts = metrics.el_ma_and_spans(
+        model,
+        ids,
+        attention_mask,
+        spans.parts_of(samples),
+        n=10 if with_el else None,
+        ma_start=first,
+        # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of
+        # the reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
+        start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
+        share_of=protocol.el_share_of,
     )
-    said = [
-        part and spans.secret_said(s, text)
-        for s, text, part in zip(samples, texts, parts, strict=True)
-    ]
-    parts = [
-        {name: number(x) for name, x in part.items()} | more
-        for part, more in zip(parts, said, strict=True)
-    ]
-    f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
-    bleu, entropy = map(metrics.bleu, texts, suffixes), map(metrics.token_entropy, generations)
     return [
-        {
-            "id": sample.id,
-            **dict(zip(MEASURES, map(number, values), strict=True)),
-            **part,
-            "generation": text,
-        }
-        for sample, text, part, *values in zip(
-            samples, texts, parts, el, ma, bleu, f1, entropy, strict=True
-        )
+        {"id": sample.id, "el10": number(one), "ma": number(other)}
+        | {name: number(value) for name, value in part.items()}
+        for sample, one, other, part in zip(samples, el, ma, parts, strict=True)
     ]
+
+
+def speech(model, tokenizer, samples, args):
+    """What the model says after each prompt: BLEU and BERTScore (F1) to the suffix, the entropy
+    (Eq. 10) of the generation, and whether it says a secret."""
+    generations = metrics.beam_generate(
+        model,
+        [sample.forget.prompt for sample in samples],
+        [len(sample.forget.ids) - sample.forget.cut for sample in samples],
+        num_beams=args.num_beams,
+    )
+    texts = models.decode(tokenizer, generations)
+    suffixes = models.true_suffixes(tokenizer, samples)
+    f1 = metrics.bertscore(texts, suffixes, args.bert, device=args.device)[2]
+    rows = []
+    for i, sample in enumerate(samples):
+        row = {
+            "bleu": number(metrics.bleu(texts[i], suffixes[i])),
+            "bertscore": number(f1[i]),
+            "entropy": number(metrics.token_entropy(generations[i])),
+        }
+        if sample.forget.span_positions:
+            row |= spans.secret_said(sample, texts[i])
+        rows.append(row | {"generation": texts[i]})
+    return rows
 
 
 def measure_perplexities(model, tokenizer, texts, args):
     """{"ppl_NAME": perplexity} of the --ppl files, {name: texts}."""
-    how = {"released": PROTOCOLS[args.protocol].joined_perplexity, "added_up": processes.added_up}
+    perplexities = {}
     with autocast(args):
-        return {
-            f"ppl_{name}": number(metrics.perplexity(model, tokenizer, texts[name], **how))
-            for name in texts
-        }
-
-
-def measure_before(model, tokenizer, inputs, args):
-    """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, spans], lambda: [
-        measure(model, tokenizer, inputs.samples, args),
-        measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
-    ])  # fmt: skip
+        for name in texts:
+            perplexities[f"ppl_{name}"] = number(
+                metrics.perplexity(
+                    model,
+                    tokenizer,
+                    texts[name],
+                    released=PROTOCOLS[args.protocol].joined_perplexity,
+                    added_up=processes.added_up,
+                )
+            )
+    return perplexities
 
 
 # --- refinement (Eq. 5) and the stop rule ---
 
-PAPER_THRESHOLDS = (
-    0.0499,
-    0.5994,
-)  # EL10 and MA, section 5.4: what GPT-Neo scores on Pile text it was not trained on
+# EL10 and MA, section 5.4: what GPT-Neo scores on Pile text that it was not trained on.
+PAPER_THRESHOLDS = 0.0499, 0.5994
 
 
 def refine(forgotten, rows, thresholds, args):
-    """Eq. (5): the samples whose generation no longer resembles their suffix; following epochs leave them out.
+    """Eq. (5): the samples whose generation no longer resembles their suffix.
 
-    forgotten: indices so far; rows: the measures of all samples. Returns the new set.
+    Following epochs leave them out. forgotten: indices so far; rows: the measures of all samples.
+    Returns the new set.
     """
-    protocol, limits = (
-        PROTOCOLS[args.protocol],
-        [(name, thresholds[name]) for name in ("bertscore", "bleu")],
-    )
+    protocol = PROTOCOLS[args.protocol]
 
-    # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (kit/readable.py) is not under a.
     def is_forgotten(row):
-        if (
-            "ma_spans" in row
-        ):  # the rest of such a text is to stay as it is: none of its secrets is said or guessed
-            return not row["secret_said"] and under(row["ma_spans"], thresholds["ma"])
-        return protocol.forgotten_by(under(row[name], at) for name, at in limits)
+        # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore, which
+        # the encoder cannot read, is not under a.
+        if "ma_spans" not in row:
+            return protocol.forgotten_by(
+                is_below(row[name], thresholds[name]) for name in ("bertscore", "bleu")
+            )
+        # Only spans are to go, and the rest of the text is to stay: no secret is said or guessed.
+        return not row["secret_said"] and is_below(row["ma_spans"], thresholds["ma"])
 
     now = {i for i, row in enumerate(rows) if is_forgotten(row)}
-    # Released code: a sample comes back when a later epoch measures it as remembered; paper: a forgotten one stays out.
+    # Released code: a sample comes back when a later epoch measures it as remembered; paper: a
+    # forgotten one stays out.
     return now if protocol.comes_back else forgotten | now
 
 
 def stop_reason(means, n_active, epoch, *, thresholds, args):
-    """Why to stop after this epoch, or None: both means under their thresholds, nothing active, or the epoch cap."""
+    """Why to stop after this epoch, or None.
+
+    Both means under their thresholds, nothing active, or the epoch cap.
+    """
     if args.eval_only:
         return "eval only"
     if epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start:
         return None
-    measured = [
-        (means[name], thresholds[name]) for name in ("el10", "ma") if means[name] is not None
-    ]
-    if measured and all(value < threshold for value, threshold in measured):
+    measured = [name for name in ("el10", "ma") if means[name] is not None]
+    if measured and all(means[name] < thresholds[name] for name in measured):
         return "thresholds"
     if n_active == 0:
         return "all forgotten"
@@ -486,172 +665,235 @@ def stop_reason(means, n_active, epoch, *, thresholds, args):
 def calibrate(model, tokenizer, inputs, args):
     """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
 
-    --thresholds auto: EL and MA of the original model on text of the same kind that it was not trained on, which is
-    what the paper's are; never-saw: of a model that never saw these texts, on them. --bert-threshold auto: the mean F1
-    between the true suffixes of different samples.
+    --thresholds auto: EL and MA of the original model on text of the same kind that it was not
+    trained on, which is what the paper's are; never-saw: of a model that never saw these texts, on
+    them. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
     """
     thresholds = {"bleu": args.bleu_threshold, "bertscore": args.bert_threshold}
     if args.thresholds in ("auto", "never-saw"):
-        means = inputs.never_saw or mean_measures(measure(model, tokenizer, inputs.unseen, args))
-        # Text never seen is often never extracted: EL 0, which nothing can be under. The paper's figure is the floor.
-        thresholds |= {"el10": max(means["el10"] or 0, PAPER_THRESHOLDS[0]), "ma": means["ma"]}
+        means = inputs.never_saw
+        if args.thresholds == "auto":
+            means = mean_measures(measure(model, tokenizer, inputs.unseen, args))
+        # Text never seen is often never extracted: EL 0, which nothing can be under. The paper's
+        # figure is the floor.
+        el10 = max(means["el10"] or 0, PAPER_THRESHOLDS[0])
+        thresholds |= {"el10": el10, "ma": means["ma"]}
     else:
         thresholds |= dict(zip(("el10", "ma"), args.thresholds, strict=True))
     if args.bert_threshold == "auto":
         suffixes = models.true_suffixes(tokenizer, inputs.samples)
-        thresholds["bertscore"] = number(
-            metrics.unrelated_bertscore(suffixes, args.bert, device=args.device)
-        )
+        f1 = metrics.unrelated_bertscore(suffixes, args.bert, device=args.device)
+        thresholds["bertscore"] = number(f1)
     return thresholds
 
 
 # --- the loop: train, measure, refine, stop ---
 
 
-def unlearn(model, tokenizer, inputs, args, *, run):
-    """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule says so."""
-    needs, samples = args.loss.needs, inputs.samples
-    needs.begin(model, args)
+class Diverged(RuntimeError):
+    """Five steps in a row without a finite loss and gradient: the weights are as before them."""
+
+
+def run_epochs(model, tokenizer, inputs, args, *, method, run):
+    """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule."""
+    samples = inputs.samples
+    begin(method, model, tokenizer, samples, args, run.method_folder)
     engine = processes.make_engine(model, args)
-    with needs.measuring(model):  # still the original weights
-        # Those of the first process for all: two that differ in a last digit would filter other samples.
-        run.thresholds = (
-            run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
-        )
+    with measuring(method, model, args):  # still the original weights
+        if not args.eval_only:
+            original = requests.anchor_model(model, args)
+            frozen = freeze(original, sides_of(samples, tokenizer, 0, args, method), args, method)
+            del original
+            check_loss(engine.model, tokenizer, samples, frozen, args, method)
+        # Those of the first process for all: two that differ in a last digit would filter other
+        # samples.
+        thresholds = run.thresholds or calibrate(model, tokenizer, inputs, args)
+        run.thresholds = processes.gather([thresholds])[0]
         print0(runs.thresholds_text(run.thresholds, args))
-        with requests.anchored(model, args) as original:
-            frozen = (
-                None
-                if args.eval_only
-                else freeze(original, sides_of(samples, tokenizer, 0, args), args)
-            )
     progress = run.begin(engine)
     while not progress.stopped:
-        run.heed_signals()
         losses, reason = {}, None
         if progress.epoch > 0:
             active = [i for i in range(len(samples)) if i not in progress.forgotten]
-            sides = sides_of(samples, tokenizer, progress.epoch, args)
+            sides = sides_of(samples, tokenizer, progress.epoch, args, method)
             try:
-                how = {"frozen": frozen, "progress": progress, "after_step": run.after_step}
-                losses = train_epoch(engine, sides, active, args, **how)
-            except states.Diverged as diagnosis:
+                losses = train_epoch(engine, sides, active, args, method, frozen=frozen, run=run)
+            except Diverged as diagnosis:
                 print0(f"epoch {progress.epoch}: {diagnosis}; these steps were left out")
                 reason = "diverged"
-        end_epoch(model, tokenizer, inputs, args, run=run, losses=losses, reason=reason)
+        end_epoch(
+            model, tokenizer, inputs, args, method=method, run=run, losses=losses, reason=reason
+        )
 
 
-def sides_of(samples, tokenizer, epoch, args):
-    """{name: a list of Text for each sample}: the two sides of every pair, and those that the method brings."""
-    sides = {
-        "forget": [[sample.forget] for sample in samples],
-        "learn": [[sample.learn] for sample in samples],
-    }
-    sides |= spans.kept_side(samples)
-    return sides | {
-        name: make(samples, tokenizer, epoch, args) for name, make in args.loss.needs.sides.items()
-    }
+def begin(method, model, tokenizer, samples, args, folder):
+    """The model as the method trains it. ValueError: nothing of it is left to train."""
+    if args.eval_only:
+        return
+    method.prepare(model, tokenizer, samples, args, folder)
+    for name, weights in model.named_parameters():
+        if not method.trains(name):
+            weights.requires_grad_(False)
+    if not processes.trainable(model):
+        raise ValueError(f"{method.name} trains no weight of this model: see its `trains`")
 
 
-def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lambda *_: None):
-    """One pass over the active samples, packed densely into batches: {"loss": mean over steps, "loss_forget": ...}.
+def measuring(method, model, args):
+    """A context in which the weights are those to measure and export."""
+    return contextlib.nullcontext() if args.eval_only else method.measuring(model)
 
-    The order is a function of (seed, epoch) alone, so an epoch that was interrupted goes on behind its first
-    `progress.step` batches. A step whose loss or gradient is not finite never reaches the weights: it is counted and
-    left out; after five in a row Diverged is raised with the weights as they were.
+
+def check_loss(model, tokenizer, samples, frozen, args, method):
+    """Runs the loss on one batch, so that a slip in it shows before minutes of measuring."""
+    sides = sides_of(samples, tokenizer, 1, args, method)
+    rows = [*range(len(samples))][: args.batch_size]
+    with autocast(args), torch.random.fork_rng():  # the run's own random numbers stay as they are
+        batch = Batch(model, sides, rows, frozen=frozen, layer=method.layer)
+        if not weighted_sum(terms_of(method, batch, args)).requires_grad:
+            raise ValueError(f"{method.name}: no value of its loss has a gradient")
+
+
+def train_epoch(engine, sides, active, args, method, *, frozen, run):
+    """One pass over the active samples, packed densely into batches.
+
+    Returns {"loss": mean over steps, "loss_forget": ...}. The order is a function of (seed, epoch)
+    alone. A step whose loss or gradient is not finite never reaches the weights: it is counted and
+    left out. After five in a row Diverged is raised, with the weights as they were.
     """
-    needs = args.loss.needs
-    # Released code: batches of all samples, of which the active ones count; paper: batches of active samples.
+    progress, sums, steps, bad_in_a_row = run.progress, {}, 0, 0
+    # Released code: batches of all samples, of which the active ones count; paper: batches of
+    # active samples.
     drawn = range(len(sides["forget"])) if PROTOCOLS[args.protocol].steps_on_all else active
     order = np.random.default_rng([args.seed, progress.epoch]).permutation(drawn).tolist()
-    batches = [
-        [row for row in rows if row in active] for rows in data.chunks(order, args.batch_size)
-    ]
-    for rows in batches[progress.step :]:
+    batches = data.chunks(order, args.batch_size)
+    for rows in batches:
+        rows = [row for row in rows if row in active]
         with autocast(args):
-            how = {"frozen": frozen, "asked": asked_of(sides, args), "layer": needs.layer}
             batch = Batch(
-                engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step
+                engine.model, sides, rows, frozen=frozen, layer=method.layer, epoch=progress.epoch
             )
-            terms = args.loss(batch, args) | kept_term(batch, args)
-            loss = sum(weight * value for weight, value in terms.values())
+            terms = terms_of(method, batch, args)
+            loss = weighted_sum(terms)
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
-        values = dict(
-            zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True)
-        )
-        if math.isfinite(values["loss"]) and engine.step(loss):
-            progress.count_step(values if rows else {})
+        totals = processes.sum_over_ranks([*parts.values()], args.device)
+        values = dict(zip(parts, totals, strict=True))
+        backward = functools.partial(method.backward, batch=batch, args=args)
+        if math.isfinite(values["loss"]) and engine.step(loss, backward):
+            bad_in_a_row = 0
+            if rows:
+                steps += 1
+                sums |= {name: sums.get(name, 0.0) + value for name, value in values.items()}
         else:
-            progress.skip_step(values["loss"])  # the fifth in a row: Diverged
-        after_step(values["loss"], len(active), 1 / len(batches))
-    return progress.mean_losses()
+            progress.skipped_steps, bad_in_a_row = progress.skipped_steps + 1, bad_in_a_row + 1
+            if bad_in_a_row == 5:
+                raise Diverged(
+                    f"loss {values['loss']:.4g}; it or its gradient was not finite in five steps "
+                    "in a row"
+                )
+        run.show_step(values["loss"], len(active), 1 / len(batches))
+    return {name: total / steps for name, total in sums.items()}
 
 
-def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
-    """Measure all samples, refine, decide whether to stop and write the epoch down.
+def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
+    """Measures all samples, refines, decides whether to stop, and writes the epoch down.
 
     `reason` is why to stop whatever the measures say.
     """
-    epoch, before, thresholds = run.progress.epoch, run.progress.forgotten, run.thresholds
-    lazily = args.el == "lazy" and epoch > 0
-
-    def decide(measured):
-        means, forgotten = mean_measures(measured), before
-        if means["ma"] is None:
-            return means, forgotten, "diverged"
-        # Released code: the filter also runs before the first epoch; paper: after each training epoch.
+    epoch, forgotten, thresholds = run.progress.epoch, run.progress.forgotten, run.thresholds
+    lazy = args.el == "lazy" and epoch > 0
+    started = time.time()
+    with measuring(method, model, args):
+        rows, perplexities = measure_epoch(model, tokenizer, inputs, args, method, epoch, not lazy)
+        # Released code: the filter also runs before the first epoch; paper: after each one.
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
-            forgotten = refine(forgotten, measured, thresholds, args)
-        how = {
-            "under_eq5": refine(set(), measured, thresholds, args),
-            "watched": inputs.watched,
-            "epoch": epoch,
-        }
-        forgotten = requests.watch(forgotten, measured, **how)
-        n_active, at = len(measured) - len(forgotten), decisive(measured, inputs.watched)
-        return (
-            means,
+            forgotten = refine(forgotten, rows, thresholds, args)
+        forgotten = requests.watch(
             forgotten,
-            reason or stop_reason(at, n_active, epoch, thresholds=thresholds, args=args),
+            rows,
+            forgotten_now=refine(set(), rows, thresholds, args),
+            watched=inputs.watched,
+            epoch=epoch,
         )
 
-    started = time.time()
-    with args.loss.needs.measuring(model), run.measuring():
-        if epoch == 0:
-            measured, perplexities = measure_before(model, tokenizer, inputs, args)
-        else:
-            measured, perplexities = (
-                measure(model, tokenizer, inputs.samples, args, with_el=not lazily),
-                {},
-            )
-        means, forgotten, stopped = decide(measured)
-        if (
-            lazily and stopped and means["ma"] is not None
-        ):  # without EL the run would stop here: EL is asked now
-            measured = measure(model, tokenizer, inputs.samples, args)
-            means, forgotten, stopped = decide(measured)
+        def stop(rows):
+            if mean_measures(rows)["ma"] is None:
+                return "diverged"
+            means, n_active = stop_means(rows, inputs.watched), len(rows) - len(forgotten)
+            return reason or stop_reason(means, n_active, epoch, thresholds=thresholds, args=args)
+
+        stopped = stop(rows)
+        if lazy and stopped and stopped != "diverged":  # EL decides, and stands in the last row
+            el = el_of(model, tokenizer, inputs, args)
+            rows = [row | one for row, one in zip(rows, el, strict=True)]
+            stopped = stop(rows)
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
-    how = {
-        "watched": inputs.watched,
-        "losses": losses,
-        "perplexities": perplexities,
-        "seconds": time.time() - started,
-    }
-    run.end_epoch(means, measured, forgotten=forgotten, stopped=stopped, **how)
+        own = method.measures(model, tokenizer, inputs.samples, args)
+    run.end_epoch(
+        mean_measures(rows) | {f"own_{name}": number(value) for name, value in own.items()},
+        rows,
+        forgotten=forgotten,
+        stopped=stopped,
+        watched=inputs.watched,
+        losses=losses,
+        perplexities=perplexities,
+        seconds=time.time() - started,
+    )
+
+
+def measure_epoch(model, tokenizer, inputs, args, method, epoch, with_el):
+    """(the measures of all samples, the perplexities: before the first epoch and after the last).
+
+    The untouched model is looked up if a run has measured the same before.
+    """
+    if epoch > 0:
+        return measure(model, tokenizer, inputs.samples, args, with_el=with_el), {}
+    return runs.remembered(
+        args,
+        method,
+        inputs,
+        lambda: [
+            measure(model, tokenizer, inputs.samples, args),
+            measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
+        ],
+    )
+
+
+def el_of(model, tokenizer, inputs, args):
+    """What an epoch that was measured without EL lacks (--el lazy): the rows of `memorisation`."""
+
+    def share(samples):
+        with autocast(args):
+            return memorisation(model, tokenizer, samples, args)
+
+    return processes.over_processes(share, inputs.samples)
 
 
 # --- flags ---
 
 
 # fmt: off
-def parse_args(argv=None, method=METHOD):
-    """The flags, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
-    parser = flags.run_parser(__doc__)  # data and models, several processes, running
+def make_parser():
+    """The flags of a run, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
+    parser = flags.command_parser(__doc__.split("\n\n")[0])
     above, one_of, positive, weight = flags.above, flags.one_of, flags.positive, flags.weight
 
+    g = parser.add_argument_group("data and models")
+    g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
+    g.add_argument("--model", metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
+    g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
+    g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records that the model was not trained on")
+    g.add_argument("--never-saw", metavar="RUN", help="for --thresholds never-saw: a finished --eval-only run of a model that never saw the texts")
+    g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
+    g.add_argument("--out", metavar="DIR", help="the run folder to write")
+    g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    g.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; give the same flags again")
+    g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
+    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
+
     g = parser.add_argument_group("method")
-    g.add_argument("--method", default=name_of(method), metavar="NAME", help="this file's, or one of baselines.py (%(default)s)")
+    g.add_argument("--method", metavar="NAME", help="this file's (the default), or one of baselines.py")
     g.add_argument("--protocol", default="paper", type=one_of(list(PROTOCOLS)), help="the paper's text, or the authors' released code (%(default)s)")
     g.add_argument("--context", action="store_true", help="put each text's context in front of its prefix, as the model once read it")
     g.add_argument("--targets", type=one_of(["suffix", "all"]), help="the tokens that the losses see (suffix; released protocol: all)")
@@ -659,6 +901,15 @@ def parse_args(argv=None, method=METHOD):
     g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (the method's own: 0.5 for icu)")
     g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (the method's own: 1 for icu)")
     g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
+    g.add_argument("--dpo-beta", default=0.1, type=above(0), help="dpo, npo: inverse temperature of the preference loss (%(default)s)")
+    g.add_argument("--answers", default=5, type=positive, help="llmu: random other answers a row and epoch (%(default)s)")
+    g.add_argument("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]), help="po, dpo: the one other answer to prefer (%(default)s)")
+
+    g = parser.add_argument_group("training")
+    g.add_argument("--lr", type=above(0), help="Adam's learning rate (the method's own: 5e-6 for icu)")
+    g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
+    g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
+    g.add_argument("--seed", default=0, type=flags.seed_number, help="seed of the data order and of llmu's answers (%(default)s)")
 
     g = parser.add_argument_group("refinement and stop rule")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
@@ -667,27 +918,88 @@ def parse_args(argv=None, method=METHOD):
     g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
     g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
     g.add_argument("--el", default="every", type=one_of(["every", "lazy"]), help="lazy: measure EL only where it can decide to stop (MA is under its threshold) and at the end: the same run, faster (%(default)s)")
-    args = parser.parse_args(argv)
-    args.loss = method_named(args.method, method, others="baselines")
-    args.loss.needs.fill(args)  # what no flag has said
-    args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
-    args.device = processes.device_of(args.device)
-    args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    for check in (flags.check_together, processes.check_flags, requests.fill):
-        check(args)
-    return args
+    g.add_argument("--lazy-el", dest="el", action="store_const", const="lazy", help="the same as --el lazy")
+
+    g = parser.add_argument_group("after earlier requests")
+    g.add_argument("--after", metavar="RUN", help="go on from the model of a finished run, whose texts, and those of the runs before it, are watched")
+    g.add_argument("--anchor", default="original", type=one_of(["original", "previous"]), help="the frozen copy of Eq. 4: the model before the first request, or that of --after (%(default)s)")
+    g.add_argument("--watch", action=argparse.BooleanOptionalAction, default=True, help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
+
+    g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
+    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, for a model that is too large for one device; it measures more slowly (%(default)s)")
+    g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
+    g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
+
+    g = parser.add_argument_group("running")
+    g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
+    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
+    g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
+    g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
+    g.add_argument("--redact", action="store_true", help="the run folder and the cache get ids, hashes and numbers, never a text; the pairs are needed to train: bash run.sh purge RUN removes them afterwards")
+    g.add_argument("--preset", help="the preset's name, for the published row in evals/report.py")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 # fmt: on
+
+OWN_DEFAULTS = ("forget_weight", "alpha", "beta", "lr", "refine")  # of a method, where no flag is
+
+
+def method_named(name, own):
+    """An instance of `own`, the class of the script, or of a class in baselines.py."""
+    if name in (None, own().name):
+        return own()
+    baselines = vars(importlib.import_module("baselines")).values()
+    classes = [each for each in baselines if isinstance(each, type) and issubclass(each, Method)]
+    named = {method().name: method for method in [*classes, ICU, own] if method is not Method}
+    try:
+        return named[flags.one_of(sorted(named))(name)]()
+    except argparse.ArgumentTypeError as error:
+        way_out = "a method in a file of its own: python FILE.py, or run.sh --script FILE.py"
+        raise ValueError(f"--method: {error} ({way_out})") from None
+
+
+def resolve(args, method):
+    """What a run is: (its settings with nothing left open, its method). Nobody writes into them
+    afterwards. args: the flags; method: the script's class. ValueError: they do not go together.
+    """
+    method, protocol = method_named(args.method, method), PROTOCOLS[args.protocol]
+    settings = vars(args) | {"method": method.name}
+    for name in OWN_DEFAULTS:
+        if settings[name] is None:
+            released = method.released if protocol.own_defaults else {}
+            settings[name] = released.get(name, getattr(method, name))
+    settings["targets"] = method.targets or args.targets or protocol.targets
+    settings["published"] = method.published if protocol.published else None
+    if args.thresholds == "paper":
+        settings["thresholds"] = list(PAPER_THRESHOLDS)
+    settings["device"] = processes.device_of(args.device)
+    settings["bert"] = models.default_encoder() if args.bert == "minilm" else args.bert
+    args = argparse.Namespace(**settings)
+    flags.check_together(args)
+    processes.check_flags(args, method)
+    return argparse.Namespace(**settings | requests.resolve(args)), method
 
 
 # --- main ---
 
 
-def read_inputs(args):
-    """Everything a run reads except the weights, checked: samples, unseen (of Sample), ppl_texts {name: texts}, n_cut.
+class Inputs(NamedTuple):
+    """Everything that a run reads, but the weights."""
 
-    All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
-    """
-    paths.check_run_folder(args)
+    samples: list  # of Sample: the texts to forget, then those of earlier requests
+    watched: dict = {}  # {index of a sample: requests.Earlier}
+    unseen: list = []  # of Sample
+    never_saw: dict | None = None  # {measure: mean} of a model that never saw the texts
+    ppl_texts: dict = {}  # {name: texts}
+    n_cut: int = 0  # learn partners that were cut
+
+
+def read_inputs(args):
+    """Reads and checks the Inputs of a run, before a weight is loaded or a file is written."""
+    if not args.dry_run and not (args.out and args.pairs):
+        raise ValueError(f"{'--pairs FILE' if args.out else '--out DIR'} is missing")
+    runs.check_run_folder(args)
     pairs = data.read_pairs(args.pairs) if args.pairs else []
     pairs, watched = requests.with_earlier(args, pairs)
     records = data.read_unseen(args.unseen) if args.unseen else []
@@ -695,57 +1007,96 @@ def read_inputs(args):
         args.model, allow_pickle=args.allow_pickle, revision=args.revision
     )
     models.check_bert(args.bert, args.allow_pickle)
-    how = {
-        "protocol": args.protocol,
-        "positions": models.positions_of(config) or 1 << 30,
-        "targets": args.targets,
-    }
-    samples, n_cut = build_samples(pairs, tokenizer, context=args.context, **how)
-    unseen, _ = build_samples(records, tokenizer, context=args.context, what="unseen row", **how)
+    samples, n_cut = samples_of(pairs, tokenizer, config, args)
+    unseen, _ = samples_of(records, tokenizer, config, args, what="unseen row")
     flags.check_samples(args, samples)
-    drawn = [sides_of(samples, tokenizer, epoch, args) for epoch in (0, 1) if samples]
-    check_sides(args, drawn, config)
-    ppl_texts = {
-        item.partition("=")[0]: data.read_texts(data.perplexity_file(item, args.data))
-        for item in args.ppl
-    }
-    readable.check_run(args, models.true_suffixes(tokenizer, samples))
+    ppl_texts = {}
+    for item in args.ppl:
+        file = data.perplexity_file(item, args.data)
+        ppl_texts[item.partition("=")[0]] = data.read_texts(file)
+    models.check_suffixes(models.true_suffixes(tokenizer, samples), args)
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
-    never_saw = (
-        finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
+    needs_never_saw = args.pairs and args.thresholds == "never-saw"
+    never_saw = runs.read_never_saw(args) if needs_never_saw else None
+    return Inputs(samples, watched, unseen, never_saw, ppl_texts, n_cut)
+
+
+def samples_of(pairs, tokenizer, config, args, what="pair"):
+    """`build_samples` as the flags say."""
+    return build_samples(
+        pairs,
+        tokenizer,
+        protocol=args.protocol,
+        positions=models.positions_of(config) or 1 << 30,
+        context=args.context,
+        targets=args.targets,
+        what=what,
     )
-    found = {"samples": samples, "watched": watched, "unseen": unseen, "never_saw": never_saw}
-    return argparse.Namespace(**found, ppl_texts=ppl_texts, n_cut=n_cut)
+
+
+def unlearn(model, tokenizer, pairs, method=METHOD, **settings):
+    """ICU, or another method, as a function: for a notebook. Returns a runs.Run.
+
+    model, tokenizer: as models.load_model gives them; the model is changed. pairs: as
+    data.read_pairs gives them. settings: flags of icu.py by their names (lr=1e-4, max_epochs=5,
+    bert="minilm"). The Run's `metrics` has a dict an epoch and `samples` a dict a text, as
+    metrics.jsonl and samples.jsonl. Nothing is written: models.save_model(model, tokenizer, DIR)
+    does that. ValueError: a setting that is none, a text that does not fit.
+    """
+    defaults = vars(make_parser().parse_args([]))
+    if unknown := settings.keys() - defaults.keys() | settings.keys() & NOT_IN_A_NOTEBOOK:
+        raise ValueError(f"unlearn: {sorted(unknown)[0]} is no setting of a run in a notebook")
+    settings = defaults | {"model": model.name_or_path, "device": str(model.device)} | settings
+    args, method = resolve(argparse.Namespace(**settings), method)
+    samples, n_cut = samples_of(pairs, tokenizer, model.config, args)
+    processes.seed_everything(args.seed)
+    with runs.running(args, method) as run:
+        run_epochs(model, tokenizer, Inputs(samples, n_cut=n_cut), args, method=method, run=run)
+    return run
+
+
+# What names files of a run, or other processes.
+NOT_IN_A_NOTEBOOK = {"out", "pairs", "after", "resume", "overwrite", "ppl", "unseen", "never_saw"}
 
 
 def main(method=METHOD, argv=None):
-    """Reads flags, checks everything, unlearns by `method` (--method names another), and leaves a run folder.
+    """Reads flags, checks everything, unlearns by `method` (--method names another), and leaves a
+    run folder. Returns its runs.Run; None after a dry run, or where the run had ended.
 
-    Without argv it is a command: its flags are sys.argv's, and a user's error is one line and exit 2.
+    Without argv it is a command: its flags are sys.argv's, and an error is one line and exit 2.
     """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError("icu.main takes a class that subclasses icu.Method")
     if argv is None:
-        return flags.run_cli(lambda: main(method, sys.argv[1:]))
-    args = parse_args(argv, method)
+        file = method().file
+        own_file = None if file.name == "icu.py" else file  # a slip in it gets its traceback
+        return flags.run_cli(lambda: main(method, sys.argv[1:]), own_file=own_file)
+    args, method = resolve(make_parser().parse_args(argv), method)
     inputs = read_inputs(args)
     print0(runs.plan_text(args, inputs))
     if args.dry_run:
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
-        return
-    before = runs.check_resume(args) if args.resume else None
+        return None
+    before = runs.check_resume(args, method) if args.resume else None
     if before and runs.is_finished(args.out):
-        return
+        return None
     processes.seed_everything(args.seed)
     processes.start(args.device, timeout=args.timeout, zero=2 if args.eval_only else args.zero)
-    device = (
-        "cpu" if processes.lockstep else args.device
-    )  # ZeRO-3: it may be too large for one device
-    how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
-    model, tokenizer = models.load_model(args.model, device=device, **how)
-    with runs.running(args, before) as run:
-        unlearn(model, tokenizer, inputs, args, run=run)
-        with args.loss.needs.measuring(model):
+    model, tokenizer = models.load_model(
+        args.model,
+        dtype=args.dtype,
+        device="cpu" if processes.lockstep else args.device,  # ZeRO-3: too large for one, perhaps
+        allow_pickle=args.allow_pickle,
+        revision=args.revision,
+    )
+    with runs.running(args, method, before) as run:
+        run_epochs(model, tokenizer, inputs, args, method=method, run=run)
+        with measuring(method, model, args):
             run.export(model, tokenizer)
+    return run
 
 
 if __name__ == "__main__":
+    # baselines.py imports icu: this very file, also where it is an edited copy under another name.
+    sys.modules["icu"] = sys.modules["__main__"]
     main()

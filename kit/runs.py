@@ -619,3 +619,6 @@ def mean(values):
     """The mean of what is not None; None of nothing."""
     values = [value for value in values if value is not None]
     return round(sum(values) / len(values), 6) if values else None
+
+
+is_below, stop_means = under, decisive

@@ -105,22 +105,22 @@ def positions_of(pair, tokenizer, ids, *, begin, where):
 
 def rest_of(text):
     """The positions of a marked text that are predicted and not secret."""
-    return tuple(sorted(set(range(max(text.t0, 1), len(text.ids))) - set(text.among)))
+    return tuple(sorted(set(range(max(text.t0, 1), len(text.ids))) - set(text.span_positions)))
 
 
 def parts_of(samples):
     """For each sample None or, where a part is marked, (its positions, those of the rest)."""
     return [
-        sample.forget.among and (sample.forget.among, rest_of(sample.forget)) for sample in samples
+        sample.forget.span_positions and (sample.forget.span_positions, rest_of(sample.forget)) for sample in samples
     ]
 
 
 def kept_side(samples):
     """{"kept": what is kept of each sample's text} where one is marked, or {}: the KL over it is what keeps it."""
-    if not any(sample.forget.among for sample in samples):
+    if not any(sample.forget.span_positions for sample in samples):
         return {}
     texts = [sample.forget for sample in samples]
-    return {"kept": [[text._replace(among=rest_of(text))] if text.among else [] for text in texts]}
+    return {"kept": [[text._replace(span_positions=rest_of(text))] if text.span_positions else [] for text in texts]}
 
 
 # --- what was said ---

@@ -1,12 +1,10 @@
-"""icu.py: losses against independent references, methods against their formulas, the loop, and the command line.
+"""icu.py: losses against independent references, methods against their formulas, and the loop.
 
 python -m pytest tests/test_icu.py -q
 """
 
 import copy
-import json
 import os
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,159 +18,178 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import icu
-from dev import bench
-from kit import data, models, processes, states
+from kit import data, models, processes, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # --- losses ---
 
 
-def toy(B=3, T=6, V=7, dtype=torch.float64, seed=0):
-    """Random logits (B, T, V) with gradient, ids (B, T) and a target mask with a different length a row."""
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, V, dtype=dtype, generator=g, requires_grad=True)
-    ids = torch.randint(V, (B, T), generator=g)
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for b in range(B):
-        mask[b, 2 : T - b] = True
-    return logits, ids, mask
+def toy_side(lengths=(3, 2, 1), V=7, seed=0, dtype=torch.float64, hidden=None):
+    """A Side of rows with so many targets: random logits with gradient, random ids."""
+    g, M = torch.Generator().manual_seed(seed), sum(lengths)
+    logits = torch.randn(M, V, dtype=dtype, generator=g, requires_grad=True)
+    ids = torch.randint(V, (M,), generator=g)
+    row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    return icu.Side(logits, ids, row, hidden, M, len(lengths), len(lengths))
 
 
-def loop_logps(logits, ids, mask):
-    """The log-probability of every target, by hand: token t from the logits at t - 1."""
-    p = torch.softmax(logits.detach(), -1)
-    return [float(p[b, t - 1, ids[b, t]].log()) for b, t in mask.nonzero().tolist()]
+def loop_logps(side):
+    """log p of every target, by hand."""
+    p = side.logits.detach().softmax(-1)
+    return [p[i, side.ids[i]].log().item() for i in range(len(side.ids))]
 
 
-def test_forget_loss_is_the_mean_log_probability_of_the_targets():
-    """Eq. 1: negative, and equal to a loop over targets with the shift by one."""
-    logits, ids, mask = toy()
-    assert icu.forget_loss(logits, ids, mask).item() == pytest.approx(
-        np.mean(loop_logps(logits, ids, mask)), abs=1e-12
-    )
-    assert icu.forget_loss(logits, ids, mask) < 0
+def test_the_targets_are_predicted_from_the_tokens_before_them(kind, make_model):
+    """The shift by one, in a padded batch: logits and ids of each target as text by text alone."""
+    model = make_model(kind)
+    texts = [icu.Text([1, 5, 9, 7, 8], 2, 2, []), icu.Text([1, 4, 6], 1, 2, [])]
+    texts += [icu.Text([1, 4, 6, 8], 1, 2, [], (3,))]  # a span
+    logits, ids, row, hidden = icu.at_targets(model, texts, layer=1)
+    wanted = [(0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (2, 3)]
+    assert ids.tolist() == [texts[b].ids[t] for b, t in wanted]
+    assert row.tolist() == [b for b, _ in wanted]
+    for i, (b, t) in enumerate(wanted):
+        alone = model(torch.tensor([texts[b].ids]), output_hidden_states=True)
+        torch.testing.assert_close(logits[i], alone.logits[0, t - 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden[i], alone.hidden_states[1][0, t], rtol=1e-4, atol=1e-4)
 
 
-def test_learn_loss_is_cross_entropy():
-    """Eq. 3: F.cross_entropy over the same tokens."""
-    logits, ids, mask = toy()
-    labels = torch.where(mask, ids, -100)[:, 1:]
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-    assert icu.learn_loss(logits, ids, mask).item() == pytest.approx(expected.item(), abs=1e-12)
+def test_forget_and_learn_loss_are_the_mean_log_probability():
+    """Eq. 1 is it, Eq. 3 its negative, as F.cross_entropy has it."""
+    side = toy_side()
+    mean = np.mean(loop_logps(side))
+    assert icu.forget_loss(side).item() == pytest.approx(mean, abs=1e-12) and mean < 0
+    expected = F.cross_entropy(side.logits, side.ids)
+    assert icu.learn_loss(side).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert side.logp.tolist() == pytest.approx(loop_logps(side), abs=1e-12)
 
 
 def test_kl_loss_equals_kl_div():
-    """Eq. 4: KL[p_theta0 || p_theta] as torch computes it, 0 for equal models, and no gradient to the frozen copy."""
-    logits, ids, mask = toy()
-    ref = toy(seed=1)[0]
-    pick = mask[:, 1:]
-    expected = F.kl_div(
-        logits[:, :-1][pick].log_softmax(-1),
-        ref[:, :-1][pick].log_softmax(-1),
-        log_target=True,
-        reduction="none",
-    )
-    value = icu.kl_loss(logits, ref, mask)
-    assert value.item() == pytest.approx(expected.sum(-1).mean().item(), abs=1e-12)
+    """Eq. 4 as torch computes it, 0 for equal models, and no gradient to the frozen copy."""
+    side, frozen = toy_side(), toy_side(seed=1)
+    logp, ref = side.logits.log_softmax(-1), frozen.logits.log_softmax(-1)
+    expected = F.kl_div(logp, ref, log_target=True, reduction="batchmean")
+    value = icu.kl_loss(side, frozen)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
     value.backward()
-    assert ref.grad is None
-    assert icu.kl_loss(logits, logits, mask).item() == pytest.approx(0, abs=1e-12)
+    assert frozen.logits.grad is None
+    assert icu.kl_loss(side, side).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_released_kl_is_a_cross_entropy_with_the_same_gradient():
     """H(p0, p) = H(p0) + KL: another number, the same gradient."""
-    logits, ids, mask = toy()
-    ref = toy(seed=1)[0].detach()
-    kl = icu.kl_loss(logits, ref, mask)
-    ce = icu.kl_loss(logits, ref, mask, cross_entropy=True)
-    (g_kl,) = torch.autograd.grad(kl, logits)
-    (g_ce,) = torch.autograd.grad(ce, logits)
-    assert ce > kl
-    torch.testing.assert_close(g_kl, g_ce)
+    side, frozen = toy_side(), toy_side(seed=1)
+    values = [icu.kl_loss(side, frozen, cross_entropy=released) for released in (False, True)]
+    one, other = (torch.autograd.grad(value, side.logits)[0] for value in values)
+    assert values[1] > values[0]
+    torch.testing.assert_close(one, other)
 
 
-def test_kl_stays_finite_where_a_probability_is_zero():
-    """Logits 1e4 apart make probabilities of exactly 0 in float32 and bf16."""
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.tensor(
-            [[[0.0, 1e4, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype, requires_grad=True
-        )
-        ref = torch.tensor([[[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]], dtype=dtype)
-        value = icu.kl_loss(logits, ref, torch.tensor([[False, True]]))
-        value.backward()
-        assert value.isfinite() and logits.grad.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_stays_finite_where_a_probability_is_zero(dtype):
+    """Logits 1e4 apart make probabilities of exactly 0."""
+    logits = torch.tensor([[0.0, 1e4, -1e4]], dtype=dtype, requires_grad=True)
+    side = toy_side((1,), V=3)._replace(logits=icu.in_float32(logits))
+    value = icu.kl_loss(side, side._replace(logits=torch.tensor([[1e4, 0.0, -1e4]])))
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["forget_loss", "learn_loss", "kl_loss"])
-def test_over_no_token_a_loss_is_zero_with_a_zero_gradient(name):
-    """An empty mask and an empty batch: 0, and a gradient of 0, not NaN."""
-    for B in (2, 0):
-        logits = torch.randn(B, 4, 5, requires_grad=True)
-        mask = torch.zeros(B, 4, dtype=torch.bool)
-        second = torch.zeros(B, 4, 5) if name == "kl_loss" else torch.zeros(B, 4, dtype=torch.long)
-        value = getattr(icu, name)(logits, second, mask)
-        value.backward()
-        assert value.item() == 0 and (logits.grad == 0).all()
+LOSSES = {
+    "forget_loss": icu.forget_loss,
+    "learn_loss": icu.learn_loss,
+    "kl_loss": lambda side: icu.kl_loss(side, side._replace(logits=side.logits.flip(-1))),
+}
 
 
-@pytest.mark.parametrize("name", ["forget_loss", "learn_loss", "kl_loss"])
-def test_parts_of_a_global_batch_add_up_to_its_mean(name):
-    """Each part divided by the whole batch's token count: the sum is the whole, however unevenly it is cut."""
-    logits, ids, mask = toy(B=4)
-    second = toy(B=4, seed=1)[0] if name == "kl_loss" else ids
-    loss, count = getattr(icu, name), int(mask.sum())
-    parts = [loss(logits[s], second[s], mask[s], count) for s in (slice(0, 1), slice(1, 4))]
-    assert sum(parts).item() == pytest.approx(loss(logits, second, mask).item(), abs=1e-12)
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_loss_is_a_part_of_the_global_mean(name):
+    """Over no token it is 0 with a gradient of 0; the parts of a batch add up to its loss."""
+    empty = toy_side(())
+    value = LOSSES[name](empty)
+    value.backward()
+    assert value.item() == 0 and empty.logits.grad is not None
+    side, parts = toy_side((3, 2, 1, 2)), []
+    for cut in (slice(0, 3), slice(3, 8)):
+        parts.append(side._replace(logits=side.logits[cut], ids=side.ids[cut]))
+    added_up = sum(LOSSES[name](part) for part in parts)
+    assert added_up.item() == pytest.approx(LOSSES[name](side).item(), abs=1e-12)
 
 
-def test_sequence_logp_sums_each_row():
-    """(B,): the row's target log-probabilities added up, 0 for a row without targets."""
-    logits, ids, mask = toy()
-    mask[2] = False
-    rows = [sum(loop_logps(logits[b : b + 1], ids[b : b + 1], mask[b : b + 1])) for b in range(3)]
-    assert baselines.sequence_logp(logits, ids, mask).tolist() == pytest.approx(rows, abs=1e-12)
+def test_values_are_summed_by_row():
+    """(B,), 0 for a text without targets, also for the last one."""
+    side = toy_side((2, 0, 3, 0))
+    logps = loop_logps(side)
+    expected = [sum(logps[:2]), 0, sum(logps[2:]), 0]
+    assert side.by_row(side.logp).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 # --- methods ---
 
 
-METHODS = {"icu": icu.icu} | {name: f for name, f in vars(baselines).items() if hasattr(f, "needs")}
+def classes_in(module):
+    """{name: class} of the methods that a module defines."""
+    own = [value for value in vars(module).values() if isinstance(value, type)]
+    return {c().name: c for c in own if issubclass(c, icu.Method) and c is not icu.Method}
 
 
-def side(logits, ids, mask, frozen_logits=None):
-    return icu.Side(logits, ids, mask, int(mask.sum()), len(ids), frozen_logits)
+METHODS = classes_in(icu) | classes_in(baselines)
 
 
-def asks(sides):
-    """A batch that has these sides: {name: Side}."""
-    return Namespace(forward=sides.__getitem__)
+class FakeBatch:
+    """A batch that has these sides and frozen sides."""
+
+    def __init__(self, sides, frozen):
+        self.forward, self.frozen = sides.__getitem__, frozen.__getitem__
 
 
-FLAGS = {"protocol": "paper", "forget_weight": 0.7, "alpha": 0.5, "beta": 0.3, "dpo_beta": 0.1}
+FLAGS = {
+    "protocol": "paper",
+    "forget_weight": 0.7,
+    "alpha": 0.5,
+    "beta": 0.3,
+    "dpo_beta": 0.1,
+    "seed": 0,
+    "batch_size": 2,
+    "dtype": "float32",
+    "device": "cpu",
+    "lr": 1e-4,
+    "teacher": "cached",
+    "answer": "neighbour",
+    "answers": 2,
+    "eval_only": False,
+}
 
 
-def expected_loss(method, sides):
-    """Each method's formula written out from log-probabilities, sharing no code with icu.py."""
-    logp = {name: loop_logps(s.logits, s.ids, s.mask) for name, s in sides.items()}
+def args_of(**flags):
+    """The flags of a few steps."""
+    return Namespace(**FLAGS | flags)
+
+
+def loss_of(method, sides, frozen, **flags):
+    """The weighted sum of a method's terms."""
+    return icu.weighted_sum(method.loss(FakeBatch(sides, frozen), args_of(**flags)))
+
+
+def toy_sides(**more):
+    """({name: Side}, the frozen copy's), with random logits."""
+    names = ("forget", "learn", "answer")
+    sides = {name: toy_side(seed=i, **more) for i, name in enumerate(names)}
+    frozen_logits = toy_side(seed=9, **more).logits.detach()
+    return sides, {name: side._replace(logits=frozen_logits) for name, side in sides.items()}
+
+
+def expected_loss(method, sides, frozen):
+    """Each method's formula from log-probabilities, sharing no code with icu.py."""
+    logp = {name: loop_logps(side) for name, side in sides.items()}
     mean = {name: sum(values) / len(values) for name, values in logp.items()}
-    learn = sides["learn"]
-    p, q = (
-        x.detach().softmax(-1)[:, :-1][learn.mask[:, 1:]]
-        for x in (learn.frozen_logits, learn.logits)
-    )
+    p, q = (s["learn"].logits.detach().softmax(-1) for s in (frozen, sides))
     kl = float((p * (p.log() - q.log())).sum(-1).mean())
 
-    def ratios(s):
-        """log p - log p_0 of each row."""
-        cuts = [(s.ids[b : b + 1], s.mask[b : b + 1]) for b in range(len(s.ids))]
-        now, before = (
-            [sum(loop_logps(x[b : b + 1], *cut)) for b, cut in enumerate(cuts)]
-            for x in (s.logits, s.frozen_logits)
-        )
-        return np.array(now) - np.array(before)
-
-    lose, win = ratios(sides["forget"]), ratios(sides["answer"])
+    def ratio(name):  # log p - log p_0 of each row
+        difference = np.array(logp[name]) - np.array(loop_logps(frozen[name]))
+        return np.bincount(sides[name].row.numpy(), difference)
 
     def softplus(x):  # -log sigmoid(-x)
         return np.log1p(np.exp(x))
@@ -184,127 +201,88 @@ def expected_loss(method, sides):
         "kl": 0.7 * mean["forget"] + 0.3 * kl,
         "llmu": 0.7 * mean["forget"] - 0.5 * mean["answer"] + 0.3 * kl,
         "po": -0.5 * mean["answer"],
-        "dpo": 0.7 * softplus(-0.1 * (win - lose)).mean(),
-        "npo": 0.7 * 2 / 0.1 * softplus(0.1 * lose).mean(),
+        "dpo": 0.7 * softplus(-0.1 * (ratio("answer") - ratio("forget"))).mean(),
+        "npo": 0.7 * 2 / 0.1 * softplus(0.1 * ratio("forget")).mean(),
     }[method]
 
 
-def toy_sides():
-    """Three sides with random logits, the same frozen copy behind each."""
-    frozen = toy(seed=9)[0].detach()
-    return {
-        name: side(*toy(seed=i), frozen) for i, name in enumerate(("forget", "learn", "answer"))
-    }
-
-
-@pytest.mark.parametrize("method", list(METHODS))
-def test_each_method_computes_its_formula(method):
-    """The weighted sum of the terms equals the formula computed from single log-probabilities."""
-    sides = toy_sides()
-    terms = METHODS[method](asks(sides), Namespace(**FLAGS))
-    assert sum(w * v for w, v in terms.values()).item() == pytest.approx(
-        expected_loss(method, sides), abs=1e-9
-    )
-
-
-@pytest.mark.parametrize("method", list(METHODS))
-def test_each_method_is_finite_on_an_empty_side(method):
-    """No row on any side: a finite loss and finite gradients."""
-    leaf = torch.randn(0, 4, 5, requires_grad=True)
-    empty = torch.zeros(0, 4, dtype=torch.bool)
-    sides = dict.fromkeys(
-        ("forget", "learn", "answer"), side(leaf, empty.long(), empty, torch.zeros(0, 4, 5))
-    )
-    loss = sum(w * v for w, v in METHODS[method](asks(sides), Namespace(**FLAGS)).values())
+@pytest.mark.parametrize("name", list(METHODS))
+def test_each_method_computes_its_formula(name):
+    """Also with no row on any side: then it is finite, with finite gradients."""
+    sides, frozen = toy_sides()
+    value = loss_of(METHODS[name](), sides, frozen).item()
+    assert value == pytest.approx(expected_loss(name, sides, frozen), abs=1e-9)
+    empty, frozen = toy_sides(lengths=())
+    loss = loss_of(METHODS[name](), empty, frozen)
     loss.backward()
-    assert loss.isfinite() and leaf.grad.isfinite().all()
+    assert loss.isfinite()
 
 
 class Bigram(torch.nn.Module):
-    """A model over two tokens whose logits depend on the current token alone: logits[t] = table[ids[t]]."""
+    """A model over two tokens whose logits depend on the current token alone."""
 
     base_model = property(lambda self: self)
     device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()
-        self.table = torch.nn.Parameter(
-            torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64)
-        )
+        table = torch.tensor([[0.2, -0.4], [0.5, 0.1]], dtype=torch.float64)
+        self.table = torch.nn.Parameter(table)
 
     def forward(self, input_ids, **_):
         return Namespace(logits=self.table[input_ids], hidden_states=None)
 
 
-def args_of(method, **flags):
-    """The flags of a few steps by a method."""
-    usual = {
-        "seed": 0,
-        "batch_size": 2,
-        "dtype": "float32",
-        "device": "cpu",
-        "lr": 1e-4,
-        "teacher": "cached",
-    }
-    usual |= {"method": method, "loss": METHODS[method], "answer": "neighbour", "answers": 2}
-    return Namespace(**FLAGS | usual | flags)
+class Unwatched:
+    """A run that nobody looks at: how far it is, and nothing more."""
+
+    def __init__(self):
+        self.progress = runs.Progress()
+        self.show_step = lambda *_: None
 
 
-def train(engine, sides, args, *, epochs, active=None, progress=None, frozen=None):
-    """icu.train_epoch for each of these epochs, on all rows or the active ones; the frozen copy is asked at once."""
-    frozen = frozen or icu.freeze(engine.model, sides, args)
+def train(engine, sides, args, method, *, epochs, active=None, frozen=None, run=None):
+    """icu.train_epoch for each of these epochs, on all rows or the active ones."""
+    frozen = frozen or icu.freeze(engine.model, sides, args, method)
+    run, losses = run or Unwatched(), None
     for epoch in epochs:
-        progress = progress or states.Progress()
-        progress.epoch, progress.step = epoch, 0
+        run.progress.epoch = epoch
         rows = range(len(sides["forget"])) if active is None else active
-        icu.train_epoch(engine, sides, rows, args, frozen=frozen, progress=progress)
+        losses = icu.train_epoch(engine, sides, rows, args, method, frozen=frozen, run=run)
+    return losses
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_the_first_step_is_that_of_the_formula(method):
-    """On a two-token model one step of the loop moves the weights as autograd on the written-out formula says."""
-    text = lambda ids, t0: icu.Text(ids, t0, t0, ids[:t0])  # noqa: E731
-    sample = icu.Sample("a", "", text([0, 1, 1, 0], 2), text([1, 0, 0, 0], 2))
-    answer = text([0, 1, 0, 1], 2)
-    model = Bigram()
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_first_step_is_that_of_the_formula(name):
+    """On a two-token model the loop moves the weights as autograd on the formula says."""
+    f, lrn, ans = ([0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1])
+    model, args = Bigram(), args_of(batch_size=8, dtype="float64", lr=0.1, teacher="live")
     start = model.table.detach().clone()
-    args = args_of(method, batch_size=8, dtype="float64", lr=0.1, teacher="live")
-
-    def frozen(texts):
-        return torch.stack([sum_logp(start, t) for t in texts])
-
-    def sum_logp(table, t):
-        logp = table.log_softmax(-1)
-        return sum(logp[t.ids[i - 1], t.ids[i]] for i in range(t.t0, len(t.ids)))
-
     engine = processes.PlainEngine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train(
-        engine,
-        {"forget": [[sample.forget]], "learn": [[sample.learn]], "answer": [[answer]]},
-        args,
-        epochs=[1],
-    )
+    texts = {"forget": f, "learn": lrn, "answer": ans}
+    sides = {side: [[icu.Text(ids, 2, 2, ids[:2])]] for side, ids in texts.items()}
+    train(engine, sides, args, METHODS[name](), epochs=[1])
+
+    def sum_logp(table, ids):
+        return sum(table.log_softmax(-1)[ids[i - 1], ids[i]] for i in (2, 3))
 
     table = start.clone().requires_grad_()
-    f, lrn, ans = (
-        sum_logp(table, t) / 2 for t in (sample.forget, sample.learn, answer)
-    )  # two targets each: means
+    sums = [sum_logp(table, ids) for ids in (f, lrn, ans)]
+    forget, learn, answer = (value / 2 for value in sums)  # two targets each: means
     p0, logp = start.softmax(-1), table.log_softmax(-1)
-    kl = (
-        sum((p0[c] * (p0[c].log() - logp[c])).sum() for c in (0, 0)) / 2
-    )  # learn targets follow tokens 0 and 0
-    lose, win = 2 * f - frozen([sample.forget])[0], 2 * ans - frozen([answer])[0]
+    kl = (p0[0] * (p0[0].log() - logp[0])).sum()  # both learn targets follow token 0
+    lose, win = sums[0] - sum_logp(start, f), sums[2] - sum_logp(start, ans)
     formula = {
-        "icu": 0.7 * f - 0.5 * lrn + 0.3 * kl,
-        "kumpr": 0.7 * f,
-        "graddiff": 0.7 * f - 0.5 * lrn,
-        "kl": 0.7 * f + 0.3 * kl,
-        "llmu": 0.7 * f - 0.5 * ans + 0.3 * kl,
-        "po": -0.5 * ans,
+        "icu": 0.7 * forget - 0.5 * learn + 0.3 * kl,
+        "kumpr": 0.7 * forget,
+        "graddiff": 0.7 * forget - 0.5 * learn,
+        "kl": 0.7 * forget + 0.3 * kl,
+        "llmu": 0.7 * forget - 0.5 * answer + 0.3 * kl,
+        "po": -0.5 * answer,
         "dpo": 0.7 * -torch.log(torch.sigmoid(0.1 * (win - lose))),
         "npo": 0.7 * -20 * torch.log(torch.sigmoid(-0.1 * lose)),
-    }[method]
+    }[name]
     (gradient,) = torch.autograd.grad(formula, table)
     torch.testing.assert_close(model.table.detach(), start - 0.1 * gradient)
 
@@ -312,126 +290,91 @@ def test_the_first_step_is_that_of_the_formula(method):
 def memorise(model, texts, steps=60, lr=3e-3):
     """Trains a model on texts until it knows them by heart."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    ids, attention, mask = icu.collate(texts)
     for _ in range(steps):
-        loss = icu.learn_loss(model(ids, attention_mask=attention).logits, ids, mask)
+        logits, ids, *_ = icu.at_targets(model, texts)
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(logits, ids).backward()
         optimizer.step()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_each_method_makes_a_memorised_text_less_likely(method, make_model):
-    """A few steps on a text that the model has learned by heart lower its likelihood."""
-    model = make_model("gpt_neo", dtype=torch.float32)
+def some_texts(n=9, length=12, cut=6):
     g = torch.Generator().manual_seed(1)
-    rows = torch.randint(4, 90, (9, 12), generator=g).tolist()
-    texts = [icu.Text(row, 6, 6, row[:6]) for row in rows]
+    rows = torch.randint(4, 90, (n, length), generator=g).tolist()
+    return [icu.Text(row, cut, cut, row[:cut]) for row in rows]
+
+
+def likelihood(model, texts):
+    """The mean log p of each text's targets, (B,)."""
+    with torch.no_grad():
+        logits, ids, row, _ = icu.at_targets(model, texts)
+    side = icu.Side(logits, ids, row, None, len(ids), len(texts), len(texts))
+    return side.by_row(side.logp) / side.by_row(torch.ones_like(side.logp))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_each_method_makes_a_memorised_text_less_likely(name, make_model):
+    """A few steps on a text that the model has learned by heart lower its likelihood."""
+    model, texts, method = make_model("gpt_neo", dtype=torch.float32), some_texts(), METHODS[name]()
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     memorise(model, texts[:3])
-    args = args_of(method, forget_weight=1.0, lr=2e-3)
-    sides = {"forget": [[t] for t in texts[:3]], "learn": [[t] for t in texts[3:6]]}
-    sides |= {name: make(samples, None, 1, args) for name, make in args.loss.needs.sides.items()}
-
-    def logps():
-        ids, attention, mask = icu.collate(texts[:3])
-        with torch.no_grad():
-            return baselines.sequence_logp(model(ids, attention_mask=attention).logits, ids, mask)
-
-    before = logps()
-    train(processes.PlainEngine(model, args), sides, args, epochs=range(1, 6))
-    assert (logps() < before - 0.2).all()
+    args = args_of(forget_weight=1.0, lr=2e-3)
+    sides = icu.sides_of(samples, None, 1, args, method)
+    before = likelihood(model, texts[:3])
+    train(processes.PlainEngine(model, args), sides, args, method, epochs=range(1, 6))
+    assert (likelihood(model, texts[:3]) < before - 0.03).all()
 
 
-def test_llmu_answers_come_from_other_rows_and_are_the_only_targets(make_model):
-    """--answers suffixes of other partners, never the row's own, the same for the same (seed, epoch)."""
+def test_llmu_answers_come_from_other_rows_and_are_the_only_targets():
+    """--answers suffixes of other partners, never the row's own, a function of (seed, epoch)."""
     texts = [icu.Text(list(range(10 * i, 10 * i + 6)), 3, 3, []) for i in range(8)]
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 4]) for i in range(4)]
-    args = Namespace(method="llmu", answers=2, answer="neighbour", seed=0)
-    drawn = baselines.random_answers(samples, None, 1, args)
-    assert drawn == baselines.random_answers(samples, None, 1, args)
-    assert drawn != baselines.random_answers(samples, None, 2, args)
+    drawn, again, later = (baselines.random_answers(samples, n, args_of()) for n in (1, 1, 2))
+    assert drawn == again != later
     for row, answers in enumerate(drawn):
+        others = [texts[i + 4].ids[3:] for i in range(4) if i != row]
         assert len(answers) == 2
         for answer in answers:
             assert answer.ids[:3] == texts[row].ids[:3] and answer.t0 == 3
-            assert answer.ids[3:] in [texts[i + 4].ids[3:] for i in range(4) if i != row]
+            assert answer.ids[3:] in others
+
+
+def test_the_prompt_is_no_target_of_dpo():
+    """It compares two answers to one prompt, whatever --targets says for the others."""
+    for name, targets in (("dpo", "suffix"), ("npo", "all")):
+        argv = ["--model", "m", "--dry-run", "--targets", "all", "--method", name]
+        args, method = icu.resolve(icu.make_parser().parse_args(argv), icu.ICU)
+        assert (args.targets, method.name) == (targets, name)
 
 
 # --- the frozen copy ---
 
 
 def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
-    """On three architectures, rows of different lengths: the same KL, also after the model has moved on."""
-    model = make_model(kind)
-    g = torch.Generator().manual_seed(0)
-    texts = [
-        icu.Text(torch.randint(4, 90, (n,), generator=g).tolist(), 2, 2, []) for n in (5, 9, 7)
-    ]
+    """The same side, also after the model has moved on, and for a process without a text."""
+    model, texts = make_model(kind), some_texts(3, 9, 4)
+    texts = [text._replace(ids=text.ids[:n]) for text, n in zip(texts, (5, 9, 7), strict=True)]
     sides = {"learn": [[texts[0]], texts[1:]]}
-    cached, live = (
-        icu.cached_copy(model, sides, icu.collate, batch_size=2),
-        icu.live_copy(model, sides, icu.collate),
-    )
-    ids, attention, mask = icu.collate(texts)
+    cached, live = icu.cached_copy(model, sides, 1, batch_size=2), icu.live_copy(model, sides, 1)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
-    logits = model(ids, attention_mask=attention).logits
-    kls = [
-        icu.kl_loss(logits, frozen("learn", [0, 1], texts)[0], mask).item()
-        for frozen in (cached, live)
-    ]
-    assert (
-        kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-6
-    )  # GPT-Neo's attention is float32 always
-
-
-def test_what_a_side_teaches_is_what_the_model_says_of_each_text(kind, make_model):
-    """Many short ends of one beginning, computed together: at the targets the live copy's logits, text by text."""
-    model = make_model(kind)
-    g = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(4, 90, (n,), generator=g).tolist()  # noqa: E731
-    rows = []
-    for beginning, ends in ((draw(6), (2, 5, 5, 4)), (draw(9), (5, 1)), (draw(3), (5,))):
-        texts = [
-            icu.Text(beginning + draw(n), len(beginning) + n - 1, len(beginning), beginning)
-            for n in ends
-        ]
-        rows.append(
-            [*texts, icu.Text(texts[0].ids, texts[0].cut, texts[0].cut, beginning)]
-        )  # several targets
-    how = {"taught": {"own": rows}}
-    cached, live = (
-        make(model, {}, icu.collate, **how) for make in (icu.cached_copy, icu.live_copy)
-    )
-    texts = [text for row in (2, 0) for text in rows[row]]
-    (said, _), (expected, _) = cached("own", [2, 0], texts), live("own", [2, 0], texts)
-    assert said.shape == expected.shape == (1 + 5 + 4 + 2, model.config.vocab_size)
-    torch.testing.assert_close(said.float(), expected.float(), rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        alone = model(torch.tensor([texts[0].ids[:-1]])).logits[0, -1]
-    torch.testing.assert_close(said[0].float(), alone.float(), rtol=1e-4, atol=1e-4)
+    for rows, asked in (([1, 0], [*texts[1:], texts[0]]), ([], [])):
+        one, other = cached("learn", rows, asked), live("learn", rows, asked)
+        torch.testing.assert_close(one[0].float(), other[0].float(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+        torch.testing.assert_close(one[3].float(), other[3].float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="--teacher live"):
+        cached("learn", [0], [texts[1]])
 
 
 # --- data ---
 
 
 def make_pair(id, context, prefix, suffix, *learn):
-    fields = {
-        "learn_id": f"{id}-partner",
-        "learn_context": "",
-        "learn_prefix": learn[0],
-        "learn_suffix": learn[1],
-    }
-    return {
-        "id": id,
-        "context": context,
-        "prefix": prefix,
-        "suffix": suffix,
-        **fields,
-        "similarity": 0.5,
-    }
+    names = ("learn_id", "learn_context", "learn_prefix", "learn_suffix")
+    fields = dict(zip(names, (f"{id}-partner", "", *learn), strict=True))
+    own = {"id": id, "context": context, "prefix": prefix, "suffix": suffix}
+    return own | fields | {"similarity": 0.5}
 
 
 PAIRS = [
@@ -447,24 +390,16 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, save_tiny):
-    """{kind: folder of a model that knows the texts of PAIRS by heart}, and the pairs file."""
+def tokenizers(tmp_path_factory, save_tiny):
     root = tmp_path_factory.mktemp("icu")
-    found = {kind: save_tiny(kind, root / kind) for kind in ("gpt_neo", "opt", "llama")}
-    for folder in found.values():
-        model, tokenizer = models.load_model(str(folder))
-        samples, _ = icu.build_samples(PAIRS, tokenizer, protocol="released", positions=256)
-        samples += icu.build_samples(PAIRS, tokenizer, protocol="paper", positions=256)[0]
-        memorise(model, [sample.forget._replace(t0=1) for sample in samples], steps=150)
-        model.save_pretrained(folder)
-    data.write_jsonl(root / "pairs.jsonl", PAIRS)
-    return {**found, "pairs": root / "pairs.jsonl", "root": root}
+    kinds = ("gpt_neo", "opt", "llama")
+    return {kind: AutoTokenizer.from_pretrained(save_tiny(kind, root / kind)) for kind in kinds}
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
-def test_a_row_is_its_tokens_with_a_boundary(kind, folders, protocol):
-    """prefix and suffix are encoded apart; BOS stands once at 0; the text decodes; targets as the protocol says."""
-    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+def test_a_row_is_its_tokens_with_a_boundary(kind, tokenizers, protocol):
+    """Prefix and suffix are encoded apart; BOS stands once at 0; targets as the protocol says."""
+    tokenizer = tokenizers[kind]
     bos = [] if kind == "gpt_neo" else [tokenizer.bos_token_id]
     samples, cut = icu.build_samples(PAIRS, tokenizer, protocol=protocol, positions=256)
     text = samples[1].forget
@@ -474,67 +409,46 @@ def test_a_row_is_its_tokens_with_a_boundary(kind, folders, protocol):
     assert tokenizer.decode(body) == context + PAIRS[1]["prefix"] + PAIRS[1]["suffix"]
     assert tokenizer.decode(text.ids[text.cut :]) == PAIRS[1]["suffix"]
     assert tokenizer.decode(text.prompt[len(bos) :]) == PAIRS[1]["prefix"]
-    assert text.t0 == (text.cut if protocol == "paper" else 1)
-    assert cut == 0
+    assert text.t0 == (text.cut if protocol == "paper" else 1) and cut == 0
 
 
-def test_further_neighbours_are_read_as_the_first(folders):
-    """Each is a Text of its own; one that is too long is cut and counted, one without room for its suffix refused."""
-    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
-    rows = [{name: row[name] for name in row if name.startswith("learn_")} for row in PAIRS]
-    pair, how = PAIRS[0] | {"further": [PAIRS[1], *rows]}, {"protocol": "paper"}
-    (sample,), cut = icu.build_samples([pair], tokenizer, positions=256, **how)
-    alone = [icu.build_samples([row], tokenizer, positions=256, **how)[0][0] for row in PAIRS]
-    assert sample._replace(further=()) == alone[0]._replace(further=()) and cut == 0
-    assert (
-        sample.further == [alone[1].learn, alone[0].learn, alone[1].learn]
-        and alone[0].further == []
-    )
-    positions = max(len(alone[0].forget.ids), len(alone[0].learn.ids))
-    longest = {"learn_context": "", "learn_prefix": "The", "learn_suffix": " old mill" * positions}
-    (sample,), cut = icu.build_samples(
-        [pair | {"further": [longest]}], tokenizer, positions=positions, **how
-    )
-    assert cut == 1 and len(sample.further[0].ids) == positions
-    full = longest | {"learn_prefix": longest["learn_suffix"]}
-    with pytest.raises(ValueError, match=r"pair 1 \(id .*the learn prefix alone fills"):
-        icu.build_samples([pair | {"further": [full]}], tokenizer, positions=positions, **how)
+def test_further_neighbours_are_read_as_the_first(tokenizers):
+    """Each is a Text of its own; one that is too long is cut and counted."""
 
-
-def test_ids_are_used_verbatim_where_they_decode_to_the_text(folders):
-    """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
-    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
-    single = [
-        tokenizer.encode(c)[0] for c in "The"
-    ]  # letter by letter: valid ids, not what encoding gives
-    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
-    pair = {
-        **PAIRS[0],
-        "prefix": "The",
-        **{f"{n}_ids": tokenizer.encode(PAIRS[0][n]) for n in names},
-        "prefix_ids": single,
-    }
-    assert (
-        icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt
-        == single
-    )
-    foreign = {**pair, "prefix_ids": [5, 6, 7]}
-    further = {**pair, "further": [{name: pair[name] for name in pair if "learn" in name}]}
-    assert (
-        icu.build_samples([further], tokenizer, protocol="paper", positions=99)[0][0].forget.prompt
-        == single
-    )
-    further["further"].append(further["further"][0] | {"learn_suffix_ids": [5, 6, 7]})
-    for strange in (foreign, further):
-        built = icu.build_samples([strange], tokenizer, protocol="paper", positions=99)[0][0]
-        assert built.forget.prompt == tokenizer.encode("The")
-    with pytest.raises(ValueError, match=r"pair 2 \(id z\)"):
-        icu.build_samples(
-            [pair, {**pair, "id": "z", "suffix_ids": [10**6]}],
-            tokenizer,
-            protocol="paper",
-            positions=99,
+    def build(pair, positions=256):
+        return icu.build_samples(
+            [pair], tokenizers["gpt_neo"], protocol="paper", positions=positions
         )
+
+    learn = [{name: row[name] for name in row if name.startswith("learn_")} for row in PAIRS]
+    (sample,), cut = build(PAIRS[0] | {"further": [PAIRS[1], *learn]})
+    one, other = (build(row)[0][0] for row in PAIRS)
+    assert sample.learn == one.learn and cut == 0 and one.further == []
+    assert sample.further == [other.learn, one.learn, other.learn]
+    positions = max(len(one.forget.ids), len(one.learn.ids))
+    long = {"learn_context": "", "learn_prefix": "The", "learn_suffix": " old mill" * positions}
+    (sample,), cut = build(PAIRS[0] | {"further": [long]}, positions)
+    assert cut == 1 and len(sample.further[0].ids) == positions
+
+
+def test_ids_are_used_verbatim_where_they_decode_to_the_text(tokenizers):
+    """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
+    tokenizer = tokenizers["gpt_neo"]
+
+    def prompt(pair):
+        return icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][
+            0
+        ].forget.prompt
+
+    letters = [tokenizer.encode(c)[0] for c in "The"]  # valid ids, not what encoding gives
+    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
+    ids = {f"{name}_ids": tokenizer.encode(PAIRS[0][name]) for name in names}
+    pair = PAIRS[0] | ids | {"prefix": "The", "prefix_ids": letters}
+    further = pair | {"further": [{name: pair[name] for name in pair if "learn" in name}]}
+    assert prompt(pair) == prompt(further) == letters
+    further["further"].append(further["further"][0] | {"learn_suffix_ids": [5, 6, 7]})
+    for strange in (pair | {"prefix_ids": [5, 6, 7]}, further):
+        assert prompt(strange) == tokenizer.encode("The")
 
 
 def test_collate_never_predicts_padding_or_position_zero():
@@ -549,30 +463,20 @@ def test_collate_never_predicts_padding_or_position_zero():
 # --- refinement and the stop rule ---
 
 
-def rows_of(*scores):
-    return [{"bertscore": f1, "bleu": bleu} for f1, bleu in scores]
-
-
-def test_the_papers_filter_needs_both_and_keeps_what_is_forgotten():
-    """Eq. 5: AND; a sample that later scores high stays out."""
-    args, limits = Namespace(protocol="paper"), {"bertscore": 0.3, "bleu": 0.01}
-    forgotten = icu.refine(
-        set(), rows_of((0.2, 0.0), (0.2, 0.5), (0.9, 0.0), (0.3, 0.0)), limits, args
+@pytest.mark.parametrize(
+    "protocol, expected", [("paper", [{0}, {0, 1}]), ("released", [{0, 1, 2}, {1}])]
+)
+def test_the_filter_is_eq_5(protocol, expected):
+    """Paper: both under, and what is forgotten stays out. Released: either, measured anew."""
+    scores = (
+        [(0.2, 0.0), (0.2, 0.5), (0.9, 0.0), (0.3, 0.9)],
+        [(0.9, 0.9), (0.1, 0.0)] + [(0.9, 0.9)] * 2,
     )
-    assert forgotten == {0}
-    forgotten = icu.refine(
-        forgotten, rows_of((0.9, 0.9), (0.1, 0.0), (0.9, 0.9), (0.9, 0.9)), limits, args
-    )
-    assert forgotten == {0, 1}
-
-
-def test_the_released_filter_needs_either_and_lets_samples_come_back():
-    """Released code: OR, measured anew each epoch."""
-    args, limits = Namespace(protocol="released"), {"bertscore": 0.3, "bleu": 0.01}
-    forgotten = icu.refine(set(), rows_of((0.2, 0.9), (0.9, 0.0), (0.9, 0.9)), limits, args)
-    assert forgotten == {0, 1}
-    forgotten = icu.refine(forgotten, rows_of((0.9, 0.9), (0.9, 0.0), (0.9, 0.9)), limits, args)
-    assert forgotten == {1}
+    forgotten, limits = set(), {"bertscore": 0.3, "bleu": 0.01}
+    for epoch, wanted in zip(scores, expected, strict=True):
+        rows = [{"bertscore": f1, "bleu": bleu} for f1, bleu in epoch]
+        forgotten = icu.refine(forgotten, rows, limits, Namespace(protocol=protocol))
+        assert forgotten == wanted
 
 
 @pytest.mark.parametrize(
@@ -581,603 +485,221 @@ def test_the_released_filter_needs_either_and_lets_samples_come_back():
      (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"), (None, None, 3, 1, None)],
 )  # fmt: skip
 def test_the_stop_rule(el, ma, active, epoch, reason):
-    """Both means strictly under, or nothing active, or the cap; an EL that no row has does not count."""
-    args, limits = (
-        Namespace(max_epochs=9, eval_only=False, protocol="paper"),
-        {"el10": 0.05, "ma": 0.6},
-    )
-    assert (
-        icu.stop_reason({"el10": el, "ma": ma}, active, epoch, thresholds=limits, args=args)
-        == reason
-    )
+    """Both means strictly under, or nothing active, or the cap; an EL of no row does not count."""
+    args = Namespace(max_epochs=9, eval_only=False, protocol="paper")
+    means, limits = {"el10": el, "ma": ma}, {"el10": 0.05, "ma": 0.6}
+    assert icu.stop_reason(means, active, epoch, thresholds=limits, args=args) == reason
 
 
-def one_epoch(model, samples, active, batch_size=2, **flags):
-    """Runs train_epoch with method kumpr; returns (progress, list of batch sizes)."""
-    args = args_of("kumpr", batch_size=batch_size, **flags)
-    progress, sizes, plain = states.Progress(), [], model.forward
+# --- an epoch ---
+
+
+def one_epoch(model, n, active, **flags):
+    """train_epoch of kumpr on `active` of n equal samples: (losses, the sizes of the batches)."""
+    args, sizes, plain = args_of(**flags), [], model.forward
 
     def counting(*a, **k):
         sizes.append(len(k["input_ids"]))
         return plain(*a, **k)
 
     model.forward = counting
+    sides = {"forget": [[icu.Text([4, 5, 6, 7], 2, 2, [])]] * n}
+    engine = processes.PlainEngine(model, args)
     try:
-        sides = {"forget": [[sample.forget] for sample in samples]}
-        train(
-            processes.PlainEngine(model, args),
-            sides,
-            args,
-            epochs=[1],
-            active=active,
-            progress=progress,
-        )
+        losses = train(engine, sides, args, baselines.KUMPR(), epochs=[1], active=active)
     finally:
         model.forward = plain
-    return progress, sizes
+    return losses, sizes
 
 
 def test_active_samples_are_packed_densely(make_model):
     """Seven of nine active, batch 2: four steps, three full and one of one, no empty batch."""
-    text = icu.Text([4, 5, 6, 7], 2, 2, [])
-    samples = [icu.Sample(str(i), "", text, text) for i in range(9)]
-    _, sizes = one_epoch(make_model("gpt_neo", dtype=torch.float32), samples, [0, 1, 3, 4, 6, 7, 8])
-    assert sizes == [2, 2, 2, 1]
+    model = make_model("gpt_neo", dtype=torch.float32)
+    assert one_epoch(model, 9, [0, 1, 3, 4, 6, 7, 8])[1] == [2, 2, 2, 1]
 
 
 def test_a_batch_with_nothing_active_leaves_the_losses_alone(make_model):
-    """Released code steps on it too; an epoch's loss is that of its one text, whichever of four batches it is in."""
-    text, model = icu.Text([4, 5, 6, 7], 2, 2, []), make_model("gpt_neo", dtype=torch.float32)
-    samples, losses = [icu.Sample(str(i), "", text, text) for i in range(4)], []
+    """Released code steps on it too; an epoch's loss is that of its one text, in any batch."""
+    model, losses = make_model("gpt_neo", dtype=torch.float32), []
     before = copy.deepcopy(model.state_dict())
     for i in range(4):
         model.load_state_dict(before)
-        progress, _ = one_epoch(model, samples, [i], batch_size=1, protocol="released")
-        assert (progress.step, progress.steps_taken) == (4, 1)
-        losses.append(progress.mean_losses())
+        loss, sizes = one_epoch(model, 4, [i], batch_size=1, protocol="released")
+        losses.append(loss)
+        assert len(sizes) == 4
     assert losses[0]["loss"] < 0 and losses == [losses[0]] * 4
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
-    """Every step gives NaN: after five in a row the epoch ends with Diverged and untouched weights."""
+    """Every step gives NaN: after five in a row the epoch ends, with untouched weights."""
     model = make_model("gpt_neo", dtype=torch.float32)
-    text = icu.Text([4, 5, 6, 7], 2, 2, [])
-    samples = [icu.Sample(str(i), "", text, text) for i in range(12)]
-    plain = model.forward
-
-    def broken(*a, **k):
-        out = plain(*a, **k)
-        out.logits = out.logits * float("nan")
-        return out
-
     before = copy.deepcopy(model.state_dict())
-    model.forward = broken
-    with pytest.raises(states.Diverged, match="five steps"):
-        one_epoch(model, samples, list(range(12)))
+    hook = model.get_output_embeddings().register_forward_hook(lambda *x: x[2] * float("nan"))
+    with pytest.raises(icu.Diverged, match="five steps"):
+        one_epoch(model, 12, [*range(12)])
+    hook.remove()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-# --- what a run needs ---
-
-
-def test_the_activation_estimate_is_near_what_autograd_keeps(kind, make_model):
-    """What both sides of a step keep for the backward pass, counted a storage, is within half and all of it."""
-    model = make_model(kind, dtype=torch.float32, hidden_size=128, vocab=400)
-    g = torch.Generator().manual_seed(0)
-    texts = [
-        icu.Text(torch.randint(4, 400, (60,), generator=g).tolist(), 1, 1, []) for _ in range(4)
-    ]
-    samples = [icu.Sample(str(i), "", texts[i], texts[3 - i]) for i in range(4)]
-    args = Namespace(**FLAGS, method="icu", batch_size=4, zero=2, offload=False, teacher="cached")
-    sides = {
-        "forget": [[sample.forget] for sample in samples],
-        "learn": [[sample.learn] for sample in samples],
-    }
-    batch = icu.Batch(
-        model, sides, [0, 1, 2, 3], frozen=icu.live_copy(model, sides, icu.collate), asked=["learn"]
-    )
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = icu.icu(batch, args)
-    measured = sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
-    assert (
-        len(terms) == 3 and 1 <= bench.activation_bytes(model.config, samples, args) / measured < 2
-    )
-    weights = sum(p.numel() * 4 for p in model.parameters())
-    assert bench.memory_estimate(model.config, samples, args)["weights"] == weights
-
-
-def test_zero_shards_what_it_says(make_model):
-    """Gradients and Adam are a share, weights whole, with --zero 3 a share; --offload: no moments on the device."""
-    config = make_model("gpt_neo").config
-    flags = {"batch_size": 8, "teacher": "cached"}
-    one, four, offloaded, three = (
-        bench.memory_estimate(config, [], Namespace(**flags, zero=zero, offload=offload), n)
-        for n, zero, offload in ((1, 2, False), (4, 2, False), (4, 2, True), (4, 3, False))
-    )
-    assert four["gradients"] == one["gradients"] // 4 and four["weights"] == one["weights"]
-    assert (
-        four["adam"] - offloaded["adam"] == one["adam"] // 4
-        and three["weights"] == one["weights"] // 4
-    )
 
 
 # --- the command line ---
 
 
-def run_cli(*flags, script="icu.py", env=None):
-    """Runs a script as a user would; returns (exit code, stdout, stderr)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+def run(world, out, *flags):
+    """icu.py in this process over the pairs of `world`: the run's summary."""
+    icu.main(argv=[*world.flags, *map(str, flags), "--out", str(out)])
+    return data.read_json(out / "summary.json")
 
 
-@pytest.fixture(scope="module")
-def finished(folders, encoder_dir):
-    """A real run of two epochs through the command line, made twice with the same seed: (first, second, stdout)."""
-    outs = [folders["root"] / name for name in ("run1", "run2")]
-    heldout = folders["root"] / "heldout.jsonl"
-    data.write_jsonl(heldout, [{"text": "The driver said that nothing was missing."}])
-    flags = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--lr",
-        "1e-3",
-    ]
-    flags += [
-        "--max-epochs",
-        "2",
-        "--thresholds",
-        "1e-9,1e-9",
-        "--ppl",
-        f"heldout={heldout}",
-        "--seed",
-        "7",
-    ]
-    for out in outs:
-        code, stdout, stderr = run_cli(*flags, "--out", out)
-        assert code == 0, stderr
-    return (*outs, stdout)
-
-
-def test_a_run_folder_keeps_its_contract(finished):
+def test_a_run_folder_keeps_its_contract(world):
     """The files and fields that other programs read."""
-    run, _, stdout = finished
-    metrics, samples = (data.read_jsonl(run / f"{name}.jsonl") for name in ("metrics", "samples"))
+    metrics, samples = (
+        data.read_jsonl(world.run / f"{name}.jsonl") for name in ("metrics", "samples")
+    )
     fields = ["epoch", "el10", "ma", "bleu", "bertscore", "entropy", "active", "forgotten"]
     fields += ["loss", "loss_forget", "loss_learn", "loss_kl", "skipped_steps"]
     assert [list(row)[:13] for row in metrics] == [fields] * 3
-    assert (
-        "ppl_heldout" in metrics[0]
-        and "ppl_heldout" in metrics[-1]
-        and "ppl_heldout" not in metrics[1]
-    )
+    assert ["ppl_heldout" in row for row in metrics] == [True, False, True]
     assert metrics[0]["loss"] is None and metrics[1]["loss"] is not None
-    assert {(row["epoch"], row["id"]) for row in samples} == {
-        (e, i) for e in range(3) for i in "ab"
-    }
-    assert set(samples[0]) == {
-        "epoch",
-        "id",
-        "el10",
-        "ma",
-        "bleu",
-        "bertscore",
-        "entropy",
-        "forgotten",
-        "generation",
-    }
-    summary = json.loads((run / "summary.json").read_text())
-    assert (
-        summary["stopped"] == "max epochs" and summary["epochs"] == 2 and summary["method"] == "icu"
-    )
-    assert set(summary["before"]) == {"el10", "ma", "bleu", "bertscore", "entropy", "ppl_heldout"}
-    config = json.loads((run / "config.json").read_text())
+    ids = [row["id"] for row in data.read_jsonl(world.pairs)]
+    assert [(row["epoch"], row["id"]) for row in samples] == [(e, i) for e in range(3) for i in ids]
+    assert list(samples[0]) == ["epoch", "id", *runs.MEASURES, "generation", "forgotten"]
+    summary, config = (data.read_json(world.run / f"{name}.json") for name in ("summary", "config"))
+    assert [summary[name] for name in ("stopped", "epochs", "method")] == ["max epochs", 2, "icu"]
+    assert list(summary["before"]) == [*runs.MEASURES, "ppl_heldout"] == list(summary["after"])
     assert config["seed"] == 7 and config["sha256"]["pairs"] and config["versions"]["torch"]
-    assert (
-        len([line for line in stdout.splitlines() if line.strip()[:1].isdigit()]) == 3
-    )  # one line an epoch
-
-
-def test_the_same_seed_gives_the_same_run(finished):
-    """On a CPU metrics, samples and weights are identical byte for byte."""
-    first, second, _ = finished
-    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-
-
-def test_lazy_el_leaves_out_what_decides_nothing(finished, folders, encoder_dir):
-    """The same run, without EL in the epoch that could not be the last; EL decides where MA alone would stop."""
-    flags = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--lr",
-        "1e-3",
-    ]
-    flags += [
-        "--max-epochs",
-        "2",
-        "--seed",
-        "7",
-        "--lazy-el",
-        "--ppl",
-        f"heldout={folders['root'] / 'heldout.jsonl'}",
-    ]
-    for limits, left_out in (
-        ("1e-9,1e-9", [1]),
-        ("1e-9,2", []),
-    ):  # MA is never under its threshold; always
-        out = folders["root"] / f"lazy{len(left_out)}"
-        code, _, stderr = run_cli(*flags, f"--thresholds={limits}", "--out", out)
-        assert code == 0, stderr
-        lazy, whole = (data.read_jsonl(run / "metrics.jsonl") for run in (out, finished[0]))
-        for row in whole:
-            row["el10"] = None if row["epoch"] in left_out else row["el10"]
-        assert lazy == whole
-        weights = "model/model.safetensors"
-        assert (out / weights).read_bytes() == (finished[0] / weights).read_bytes()
-        assert run_cli(out, script="evals/report.py")[0] == 0
-
-
-def test_the_exported_model_loads_and_differs_from_the_original(finished, folders):
-    """model/ loads with plain transformers and is not the model that went in."""
     before, after = (
-        AutoModelForCausalLM.from_pretrained(f) for f in (folders["gpt_neo"], finished[0] / "model")
+        AutoModelForCausalLM.from_pretrained(f) for f in (world.model, world.run / "model")
     )
-    moved = [
-        name
-        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
-        if not torch.equal(a, b)
-    ]
-    assert moved and AutoTokenizer.from_pretrained(finished[0] / "model").decode([5])
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+    assert AutoTokenizer.from_pretrained(world.run / "model").decode([5])
 
 
-def test_a_run_with_every_method_and_kind_of_model(folders, encoder_dir):
-    """One epoch of each method, spread over the three architectures and both protocols, ends well."""
-    kinds = ["gpt_neo", "opt", "llama"]
-    for i, method in enumerate(m for m in METHODS if m != "icu"):
-        out = folders["root"] / f"run-{method}"
-        argv = [
-            "--pairs",
-            folders["pairs"],
-            "--model",
-            folders[kinds[i % 3]],
-            "--bert",
-            encoder_dir,
-            "--out",
-            out,
-        ]
-        argv += [
-            "--method",
-            method,
-            "--max-epochs",
-            "1",
-            "--thresholds",
-            "1e-9,1e-9",
-            "--device",
-            "cpu",
-        ]
-        icu.main(argv=[str(a) for a in [*argv, "--protocol", ("paper", "released")[i % 2]]])
-        summary = json.loads((out / "summary.json").read_text())
-        assert summary["method"] == method and summary["stopped"] == "max epochs"
+def test_the_same_seed_gives_the_same_run(world, tmp_path):
+    """Through the command line, and with EL asked lazily: metrics, samples and weights, byte for byte."""
+    command = [sys.executable, str(ROOT / "icu.py"), *world.flags, "--out", str(tmp_path / "again")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert len(lines) == 3  # one an epoch
+    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (world.run / name).read_bytes(), name
 
 
-def test_a_model_of_nan_is_a_run_that_diverged(folders, encoder_dir):
-    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1, the last good state kept."""
-    out = folders["root"] / "blown"
-    flags = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--lr",
-        "1e25",
-    ]
-    flags += ["--ppl", f"heldout={folders['root'] / 'heldout.jsonl'}", "--thresholds", "1e-9,1e-9"]
-    data.write_jsonl(
-        folders["root"] / "heldout.jsonl", [{"text": "The driver said that nothing was missing."}]
+@pytest.mark.parametrize("limits, left_out", [("1e-9,1e-9", [1]), ("1e-9,2", [])])
+def test_lazy_el_leaves_out_what_decides_nothing(world, tmp_path, limits, left_out):
+    """The same run without EL where MA alone says that it goes on; else EL decides."""
+    run(world, tmp_path / "lazy", "--lazy-el", f"--thresholds={limits}")
+    lazy, full = (
+        data.read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path / "lazy", world.run)
     )
-    code, stdout, stderr = run_cli(*flags, "--out", out)
-    assert code == 1 and not stderr.count("Traceback") and "last good state" in stdout
-    summary = json.loads((out / "summary.json").read_text())
-    assert (
-        summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
-    )
-    assert not (out / "model").exists() and len(states.states(out)) == 2 - (summary["epochs"] == 0)
-    code, _, stderr = run_cli(out, script="evals/report.py")
-    assert code == 0 and "icu (collapsed) | - |" in (out / "table.md").read_text(), stderr
+    for row in full:
+        row["el10"] = None if row["epoch"] in left_out else row["el10"]
+    assert lazy == full
 
 
-def test_the_prompt_is_no_target_of_dpo():
-    """dpo compares two answers to one prompt, whatever --targets says for the others."""
-    flags = ["--model", "m", "--dry-run", "--targets", "all", "--method"]
-    assert (
-        icu.parse_args([*flags, "dpo"]).targets == "suffix"
-        and icu.parse_args([*flags, "npo"]).targets == "all"
-    )
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "icu"])
+def test_a_run_with_every_method(world, tmp_path, name):
+    """One epoch of each, in turn by either protocol, ends well."""
+    protocol = ("paper", "released")[list(METHODS).index(name) % 2]
+    flags = ["--method", name, "--protocol", protocol, "--max-epochs", 1]
+    summary = run(world, tmp_path / "run", *flags)
+    assert (summary["method"], summary["stopped"]) == (name, "max epochs")
 
 
-def test_eval_only_measures_and_trains_nothing(folders, encoder_dir):
-    """One epoch line, method none, no model folder."""
-    out = folders["root"] / "eval"
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["opt"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        out,
-        "--eval-only",
-    ]
-    icu.main(argv=[str(a) for a in argv])
-    summary = json.loads((out / "summary.json").read_text())
-    assert (
-        summary["method"] == "none"
-        and summary["before"] == summary["after"]
-        and not (out / "model").exists()
-    )
+def test_a_model_of_nan_is_a_run_that_diverged(world, tmp_path, capsys):
+    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1, a state."""
+    out = tmp_path / "blown"
+    with pytest.raises(SystemExit) as stopped:
+        run(world, out, "--lr", "1e25")
+    summary = data.read_json(out / "summary.json")
+    assert stopped.value.code == 1 and "last good state" in capsys.readouterr().out
+    assert (summary["stopped"], summary["collapsed"]) == ("diverged", True)
+    assert summary["after"]["ma"] is None
+    assert not (out / "model").exists() and any((out / "state").iterdir())
 
 
-def test_the_untouched_model_is_measured_once(folders, encoder_dir, monkeypatch, tmp_path):
-    """A second run of the same model and texts looks its start up; other texts or another model are measured anew."""
+def test_what_trains_nothing(world, tmp_path):
+    """--eval-only: method none, no model. Thresholds that the start meets: no epoch, and it says so."""
+    summary = data.read_json(world.never_saw / "summary.json")
+    assert summary["method"] == "none" and summary["before"] == summary["after"]
+    assert not (world.never_saw / "model").exists()
+    summary = run(world, tmp_path / "already", "--thresholds", "2,2")
+    assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
+
+
+def test_the_untouched_model_is_measured_once(world, monkeypatch, tmp_path):
+    """A second run of the same model and texts looks its start up; others are measured anew."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     calls, plain = [], icu.measure
     monkeypatch.setattr(icu, "measure", lambda *a, **k: calls.append(1) or plain(*a, **k))
     one_pair = tmp_path / "one.jsonl"
-    data.write_jsonl(one_pair, PAIRS[:1])
-    starts = []
-    for i, (kind, pairs) in enumerate(
-        [("llama", folders["pairs"])] * 2 + [("llama", one_pair), ("opt", one_pair)]
-    ):
-        argv = [
-            "--pairs",
-            pairs,
-            "--model",
-            folders[kind],
-            "--bert",
-            encoder_dir,
-            "--out",
-            tmp_path / str(i),
-        ]
-        icu.main(argv=[str(a) for a in [*argv, "--eval-only"]])
-        starts.append((len(calls), (tmp_path / str(i) / "samples.jsonl").read_text()))
-    assert [n for n, _ in starts] == [1, 1, 2, 3]
-    assert starts[0][1] == starts[1][1] != starts[2][1]
+    data.write_jsonl(one_pair, data.read_pairs(world.pairs)[:1])
+    changes = [], [], ["--pairs", one_pair], ["--pairs", one_pair, "--model", world.never]
+    for i, change in enumerate(changes):
+        run(world, tmp_path / str(i), "--eval-only", *change)
+        calls.append(None)
+    assert calls == [1, None, None, 1, None, 1, None]
+    texts = [(tmp_path / str(i) / "samples.jsonl").read_text() for i in range(3)]
+    assert texts[0] == texts[1] != texts[2]
 
 
-def test_already_forgotten_trains_nothing(folders, encoder_dir):
-    """Both measures under their thresholds at epoch 0: no training, and it says so."""
-    out = folders["root"] / "already"
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["llama"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        out,
-    ]
-    icu.main(argv=[str(a) for a in [*argv, "--thresholds", "2,2"]])
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["epochs"] == 0 and "before any training" in summary["stopped"]
-
-
-def test_auto_thresholds_are_the_measures_of_unseen_text(folders, encoder_dir):
-    """--thresholds auto: EL and MA of the original model on --unseen; --bert-threshold auto: a mean F1."""
-    out, unseen = folders["root"] / "auto", folders["root"] / "unseen.jsonl"
-    data.write_jsonl(
-        unseen,
-        [{"text": "A neighbour saw the van near the old mill, and the driver said nothing."}],
-    )
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        out,
-    ]
-    argv += ["--thresholds", "auto", "--unseen", unseen, "--bert-threshold", "auto", "--eval-only"]
-    icu.main(argv=[str(a) for a in argv])
-    limits = json.loads((out / "summary.json").read_text())["thresholds"]
+def test_auto_thresholds_are_the_measures_of_unseen_text(world, tmp_path):
+    """--thresholds auto: EL and MA on --unseen; --bert-threshold auto: a mean F1."""
+    flags = ["--thresholds", "auto", "--unseen", world.root / "unseen.jsonl"]
+    summary = run(world, tmp_path / "auto", *flags, "--bert-threshold", "auto", "--eval-only")
+    limits = summary["thresholds"]
     assert 0 <= limits["ma"] < 1 and limits["el10"] > 0 and 0 < limits["bertscore"] < 1
 
 
-def test_dry_run_writes_nothing(folders, encoder_dir):
-    """--dry-run prints the plan and leaves no folder."""
-    out = folders["root"] / "dry"
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        out,
-        "--dry-run",
-    ]
-    code, stdout, _ = run_cli(*argv)
-    assert code == 0 and "2 pairs" in stdout and not out.exists()
+def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
+    """It prints the plan and leaves no folder."""
+    assert icu.main(argv=[*world.flags, "--out", str(tmp_path / "dry"), "--dry-run"]) is None
+    assert "5 pairs" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
 
-def broken_model(folders, name, change):
-    """A copy of the GPT-Neo folder with something wrong with it."""
-    folder = folders["root"] / f"broken-{name}"
-    if not folder.exists():
-        shutil.copytree(folders["gpt_neo"], folder)
-        change(folder)
-    return folder
-
-
-def without_a_tensor(folder):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["transformer.h.0.ln_1.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def huge_number(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["attention_types"][0][1] = 10**12
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def no_tokenizer(folder):
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
-def make_t5(folder):
-    (folder / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
-
-
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-BAD = {
-    "missing pairs": (lambda f: ["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
-    "lr zero": (lambda f: ["--lr", "0"], "--lr"),
-    "lr nan": (lambda f: ["--lr", "nan"], "--lr"),
-    "negative lr": (lambda f: ["--lr=-1"], "--lr"),
-    "batch": (lambda f: ["--batch-size", "0"], "--batch-size"),
-    "epochs": (lambda f: ["--max-epochs", "-3"], "--max-epochs"),
-    "alpha": (lambda f: ["--alpha=-0.5"], "--alpha"),
-    "beta": (lambda f: ["--beta", "inf"], "--beta"),
-    "method": (
-        lambda f: ["--method", "icuu"],
-        "did you mean icu? (one in a file of its own: python FILE.py",
-    ),
-    "thresholds": (lambda f: ["--thresholds", "1"], "--thresholds"),
-    "auto without unseen": (lambda f: ["--thresholds", "auto"], "--unseen"),
-    "unknown flag": (lambda f: ["--alhpa", "1"], "--alhpa"),
-    "no model": (lambda f: ["--model", "./nowhere"], "no such folder"),
-    "hub": (lambda f: ["--model", "nobody/nothing"], "--model DIR"),
-    "no tokenizer": (lambda f: ["--model", broken_model(f, "tok", no_tokenizer)], "no tokenizer"),
-    "no weights": (
-        lambda f: ["--model", broken_model(f, "w", lambda d: (d / "model.safetensors").unlink())],
-        "no weights",
-    ),
-    "missing tensor": (
-        lambda f: ["--model", broken_model(f, "tensor", without_a_tensor)],
-        "lack 1 tensor",
-    ),
-    "a number that would fill the memory": (
-        lambda f: ["--model", broken_model(f, "huge", huge_number)],
-        "is damaged",
-    ),
-    "encoder-decoder": (
-        lambda f: ["--model", broken_model(f, "t5", make_t5)],
-        "not a decoder-only",
-    ),
-    "pickle": (lambda f: ["--model", broken_model(f, "pickle", pickled)], "--allow-pickle"),
-    "no bert": (lambda f: ["--bert", "./nowhere"], "--bert DIR"),
-    "device": (lambda f: ["--device", "abacus"], "--device"),
-    "ppl": (lambda f: ["--ppl", "heldout"], "NAME=FILE"),
-    "out is a file": (lambda f: ["--out", f["pairs"]], "is a file"),
-    "out in a file": (lambda f: ["--out", f["pairs"] / "run"], "cannot write"),
-    "out is no run": (lambda f: ["--out", f["root"]], "no run"),
-    "out holds the model": (lambda f: ["--out", f["gpt_neo"], "--overwrite"], "lies in it"),
-    "offload alone": (lambda f: ["--offload"], "DeepSpeed"),
-    "zero 3 alone": (lambda f: ["--zero", "3"], "DeepSpeed"),
-    "unseen ids": (lambda f: ["--thresholds", "auto", "--unseen", "ids.npy"], ".csv or .jsonl"),
-    "a whole second model": (lambda f: ["--zero", "3", "--teacher", "live"], "pass --zero 2"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_input_is_one_line_and_exit_2(name, folders, encoder_dir, capsys, monkeypatch):
-    """One line on stderr that names what is wrong, exit 2, and nothing written."""
-    flags, expected = BAD[name]
-    out = folders["root"] / "bad-out"
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        out,
-        *flags(folders),
-    ]
-    monkeypatch.setattr(sys, "argv", ["icu.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-        icu.main()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert expected in error and error.startswith("error: ") and error.count("\n") == 1
-    assert not out.exists()
-
-
-def test_a_text_longer_than_the_model_names_its_row(
-    folders, encoder_dir, tmp_path, monkeypatch, capsys
-):
-    """And a suffix of no token, and a run that is there already."""
-    long = [PAIRS[0], {**PAIRS[1], "suffix": " of each month" * 200}]
-    data.write_jsonl(tmp_path / "long.jsonl", long)
-    tokenizer = AutoTokenizer.from_pretrained(folders["gpt_neo"])
-    with pytest.raises(ValueError, match=r"pair 2 \(id b\).*256 positions"):
-        icu.build_samples(
-            data.read_pairs(tmp_path / "long.jsonl"), tokenizer, protocol="paper", positions=256
-        )
-    with pytest.raises(ValueError, match=r"pair 1 \(id a\): the suffix has no token"):
-        icu.build_samples([{**PAIRS[0], "suffix": ""}], tokenizer, protocol="paper", positions=256)
-
-
-def test_what_compares_rows_needs_two_of_them(folders, encoder_dir, tmp_path):
-    """One pair: llmu and --bert-threshold auto are refused before a folder is made."""
-    data.write_jsonl(tmp_path / "one.jsonl", PAIRS[:1])
-    argv = ["--pairs", tmp_path / "one.jsonl", "--model", folders["gpt_neo"], "--bert", encoder_dir]
+def test_what_compares_rows_needs_two_of_them(world, tmp_path):
+    """One pair: llmu and --bert-threshold auto are refused, and no run is left."""
+    data.write_jsonl(tmp_path / "one.jsonl", data.read_pairs(world.pairs)[:1])
     for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
         with pytest.raises(ValueError, match="two pairs at least"):
-            icu.main(argv=[str(a) for a in [*argv, *flags, "--out", tmp_path / "out"]])
-    assert not (tmp_path / "out").exists()
+            run(world, tmp_path / "out", "--pairs", tmp_path / "one.jsonl", *flags)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_run_is_not_overwritten_unless_asked(finished, folders, encoder_dir):
-    """The error names --overwrite."""
-    argv = [
-        "--pairs",
-        folders["pairs"],
-        "--model",
-        folders["gpt_neo"],
-        "--bert",
-        encoder_dir,
-        "--out",
-        finished[0],
+def test_icu_is_a_function_of_python(world, tmp_path, monkeypatch):
+    """In a notebook: the numbers of the run folder as Python objects, and no file."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = models.load_model(str(world.model))
+    result = icu.unlearn(
+        model, tokenizer, data.read_pairs(world.pairs), bert="minilm", lr=2e-4, batch_size=2,
+        max_epochs=2, thresholds=(1e-9, 1e-9), seed=7, bert_threshold=0.9, bleu_threshold=2,
+    )  # fmt: skip
+    files = (
+        data.read_jsonl(world.run / "metrics.jsonl"),
+        data.read_jsonl(world.run / "samples.jsonl"),
+    )
+    for row, written in zip(result.metrics, files[0], strict=True):
+        assert row == {name: value for name, value in written.items() if name in row}
+    assert [row["generation"] for row in result.samples] == [
+        row["generation"] for row in files[1][-5:]
     ]
-    code, _, error = run_cli(*argv)
-    assert code == 2 and "--overwrite" in error and error.count("\n") == 1
+    assert result.progress.stopped == "max epochs" and not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="lrr is no setting"):
+        icu.unlearn(model, tokenizer, [], lrr=1)
 
 
-@pytest.mark.parametrize(
-    "script", ["icu.py", "knn.py", "evals/report.py", "demo/tiny.py", "evals/tasks.py"]
-)
-def test_help_is_complete(script):
-    """Every flag of every script says what it does."""
-    code, stdout, _ = run_cli("--help", script=script)
-    assert code == 0 and "--debug" in stdout or script == "demo/tiny.py"
+def test_a_copy_runs_its_own_losses(world, tmp_path):
+    """baselines.py finds the losses of the copy that runs it, not those of icu.py."""
+    code = (
+        (ROOT / "icu.py")
+        .read_text()
+        .replace("return -learn_loss(side)", "return 0 * learn_loss(side)")
+    )
+    (tmp_path / "mine.py").write_text(code)
+    words = ["--method", "kumpr", "--max-epochs", "1", "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(tmp_path / "mine.py"), *world.flags, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert data.read_jsonl(tmp_path / "run" / "metrics.jsonl")[1]["loss"] == 0

@@ -20,6 +20,7 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,23 +30,19 @@ import torch.nn.functional as F
 import metrics
 from kit import (
     data,
-    fast_el,
-    finished,
     flags,
     models,
-    paths,
     processes,
     readable,
     requests,
     runs,
     spans,
-    states,
 )
 from kit.frozen import cached_copy, live_copy
-from kit.methods import check_sides, method, method_named, name_of
+from kit.methods import check_sides, code_of, file_of, method, method_named, name_of
 from kit.processes import autocast, print0
 from kit.protocols import PROTOCOLS
-from kit.runs import MEASURES, decisive, mean_measures, number, under
+from kit.runs import MEASURES, is_below, mean_measures, number, stop_means
 
 # --- samples: a line of pairs.jsonl -> token ids with a boundary ---
 
@@ -430,7 +427,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, spans], lambda: [
+    return runs.remembered(args, AsMethod(args), inputs, lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -459,8 +456,8 @@ def refine(forgotten, rows, thresholds, args):
         if (
             "ma_spans" in row
         ):  # the rest of such a text is to stay as it is: none of its secrets is said or guessed
-            return not row["secret_said"] and under(row["ma_spans"], thresholds["ma"])
-        return protocol.forgotten_by(under(row[name], at) for name, at in limits)
+            return not row["secret_said"] and is_below(row["ma_spans"], thresholds["ma"])
+        return protocol.forgotten_by(is_below(row[name], at) for name, at in limits)
 
     now = {i for i, row in enumerate(rows) if is_forgotten(row)}
     # Released code: a sample comes back when a later epoch measures it as remembered; paper: a forgotten one stays out.
@@ -519,23 +516,19 @@ def unlearn(model, tokenizer, inputs, args, *, run):
             run.thresholds or processes.gather([calibrate(model, tokenizer, inputs, args)])[0]
         )
         print0(runs.thresholds_text(run.thresholds, args))
-        with requests.anchored(model, args) as original:
-            frozen = (
-                None
-                if args.eval_only
-                else freeze(original, sides_of(samples, tokenizer, 0, args), args)
-            )
+        if not args.eval_only:
+            original = requests.anchor_model(model, args)
+            frozen = freeze(original, sides_of(samples, tokenizer, 0, args), args)
     progress = run.begin(engine)
     while not progress.stopped:
-        run.heed_signals()
         losses, reason = {}, None
         if progress.epoch > 0:
             active = [i for i in range(len(samples)) if i not in progress.forgotten]
             sides = sides_of(samples, tokenizer, progress.epoch, args)
             try:
-                how = {"frozen": frozen, "progress": progress, "after_step": run.after_step}
+                how = {"frozen": frozen, "progress": progress, "after_step": run.show_step}
                 losses = train_epoch(engine, sides, active, args, **how)
-            except states.Diverged as diagnosis:
+            except Diverged as diagnosis:
                 print0(f"epoch {progress.epoch}: {diagnosis}; these steps were left out")
                 reason = "diverged"
         end_epoch(model, tokenizer, inputs, args, run=run, losses=losses, reason=reason)
@@ -553,11 +546,14 @@ def sides_of(samples, tokenizer, epoch, args):
     }
 
 
+class Diverged(RuntimeError):
+    """Five steps in a row without a finite loss and gradient; the weights are as they were before them."""
+
+
 def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lambda *_: None):
     """One pass over the active samples, packed densely into batches: {"loss": mean over steps, "loss_forget": ...}.
 
-    The order is a function of (seed, epoch) alone, so an epoch that was interrupted goes on behind its first
-    `progress.step` batches. A step whose loss or gradient is not finite never reaches the weights: it is counted and
+    The order is a function of (seed, epoch) alone, so an interrupted epoch can be repeated. A step whose loss or gradient is not finite never reaches the weights: it is counted and
     left out; after five in a row Diverged is raised with the weights as they were.
     """
     needs = args.loss.needs
@@ -567,11 +563,12 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
     batches = [
         [row for row in rows if row in active] for rows in data.chunks(order, args.batch_size)
     ]
-    for rows in batches[progress.step :]:
+    sums, steps_taken, skipped_in_a_row = {}, 0, 0
+    for step, rows in enumerate(batches):
         with autocast(args):
             how = {"frozen": frozen, "asked": asked_of(sides, args), "layer": needs.layer}
             batch = Batch(
-                engine.model, sides, rows, **how, epoch=progress.epoch, step=progress.step
+                engine.model, sides, rows, **how, epoch=progress.epoch, step=step
             )
             terms = args.loss(batch, args) | kept_term(batch, args)
             loss = sum(weight * value for weight, value in terms.values())
@@ -580,11 +577,16 @@ def train_epoch(engine, sides, active, args, *, frozen, progress, after_step=lam
             zip(parts, processes.sum_over_ranks([*parts.values()], args.device), strict=True)
         )
         if math.isfinite(values["loss"]) and engine.step(loss):
-            progress.count_step(values if rows else {})
+            skipped_in_a_row = 0
+            if rows:
+                steps_taken += 1
+                sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         else:
-            progress.skip_step(values["loss"])  # the fifth in a row: Diverged
+            progress.skipped_steps, skipped_in_a_row = progress.skipped_steps + 1, skipped_in_a_row + 1
+            if skipped_in_a_row == 5:
+                raise Diverged(f"loss {values['loss']:.4g}; not finite in five steps in a row")
         after_step(values["loss"], len(active), 1 / len(batches))
-    return progress.mean_losses()
+    return {name: value / steps_taken for name, value in sums.items()}
 
 
 def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
@@ -603,12 +605,12 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, measured, thresholds, args)
         how = {
-            "under_eq5": refine(set(), measured, thresholds, args),
+            "forgotten_now": refine(set(), measured, thresholds, args),
             "watched": inputs.watched,
             "epoch": epoch,
         }
         forgotten = requests.watch(forgotten, measured, **how)
-        n_active, at = len(measured) - len(forgotten), decisive(measured, inputs.watched)
+        n_active, at = len(measured) - len(forgotten), stop_means(measured, inputs.watched)
         return (
             means,
             forgotten,
@@ -616,7 +618,7 @@ def end_epoch(model, tokenizer, inputs, args, *, run, losses, reason):
         )
 
     started = time.time()
-    with args.loss.needs.measuring(model), run.measuring():
+    with args.loss.needs.measuring(model):
         if epoch == 0:
             measured, perplexities = measure_before(model, tokenizer, inputs, args)
         else:
@@ -673,8 +675,9 @@ def parse_args(argv=None, method=METHOD):
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
     args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    for check in (flags.check_together, processes.check_flags, requests.fill):
+    for check in (flags.check_together, processes.check_flags):
         check(args)
+    vars(args).update(requests.resolve(args))
     return args
 # fmt: on
 
@@ -682,12 +685,30 @@ def parse_args(argv=None, method=METHOD):
 # --- main ---
 
 
+class AsMethod:
+    """What kit/runs.py asks of a method, told of a loss."""
+
+    def __init__(self, args):
+        self.name, self.loss = args.method, args.loss
+        self.touches_weights = args.loss.needs.touches_weights
+        self.file = f"{Path(file_of(args.loss)).name} {code_of(args.loss)[:6]}"
+
+    def sha256(self):
+        return code_of(self.loss)
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
 def read_inputs(args):
     """Everything a run reads except the weights, checked: samples, unseen (of Sample), ppl_texts {name: texts}, n_cut.
 
     All that can be wrong is found here, before a weight is loaded or a file written (ValueError, OSError).
     """
-    paths.check_run_folder(args)
+    runs.check_run_folder(args)
     pairs = data.read_pairs(args.pairs) if args.pairs else []
     pairs, watched = requests.with_earlier(args, pairs)
     records = data.read_unseen(args.unseen) if args.unseen else []
@@ -712,7 +733,7 @@ def read_inputs(args):
     readable.check_run(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     never_saw = (
-        finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
+        runs.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
     )
     found = {"samples": samples, "watched": watched, "unseen": unseen, "never_saw": never_saw}
     return argparse.Namespace(**found, ppl_texts=ppl_texts, n_cut=n_cut)
@@ -731,7 +752,7 @@ def main(method=METHOD, argv=None):
     if args.dry_run:
         print0("dry run: everything is in place; no weights were loaded and nothing was written")
         return
-    before = runs.check_resume(args) if args.resume else None
+    before = runs.check_resume(args, AsMethod(args)) if args.resume else None
     if before and runs.is_finished(args.out):
         return
     processes.seed_everything(args.seed)
@@ -741,7 +762,7 @@ def main(method=METHOD, argv=None):
     )  # ZeRO-3: it may be too large for one device
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
     model, tokenizer = models.load_model(args.model, device=device, **how)
-    with runs.running(args, before) as run:
+    with runs.running(args, AsMethod(args), before) as run:
         unlearn(model, tokenizer, inputs, args, run=run)
         with args.loss.needs.measuring(model):
             run.export(model, tokenizer)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import baselines
 import icu
 from dev import bench
-from kit import data, models, processes, states
+from kit import data, models, processes, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -254,7 +254,7 @@ def train(engine, sides, args, *, epochs, active=None, progress=None, frozen=Non
     """icu.train_epoch for each of these epochs, on all rows or the active ones; the frozen copy is asked at once."""
     frozen = frozen or icu.freeze(engine.model, sides, args)
     for epoch in epochs:
-        progress = progress or states.Progress()
+        progress = progress or runs.Progress()
         progress.epoch, progress.step = epoch, 0
         rows = range(len(sides["forget"])) if active is None else active
         icu.train_epoch(engine, sides, rows, args, frozen=frozen, progress=progress)
@@ -595,7 +595,7 @@ def test_the_stop_rule(el, ma, active, epoch, reason):
 def one_epoch(model, samples, active, batch_size=2, **flags):
     """Runs train_epoch with method kumpr; returns (progress, list of batch sizes)."""
     args = args_of("kumpr", batch_size=batch_size, **flags)
-    progress, sizes, plain = states.Progress(), [], model.forward
+    progress, sizes, plain = runs.Progress(), [], model.forward
 
     def counting(*a, **k):
         sizes.append(len(k["input_ids"]))
@@ -652,7 +652,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
 
     before = copy.deepcopy(model.state_dict())
     model.forward = broken
-    with pytest.raises(states.Diverged, match="five steps"):
+    with pytest.raises(icu.Diverged, match="five steps"):
         one_epoch(model, samples, list(range(12)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -899,7 +899,7 @@ def test_a_model_of_nan_is_a_run_that_diverged(folders, encoder_dir):
     assert (
         summary["stopped"] == "diverged" and summary["collapsed"] and summary["after"]["ma"] is None
     )
-    assert not (out / "model").exists() and len(states.states(out)) == 2 - (summary["epochs"] == 0)
+    assert not (out / "model").exists() and len(runs.states(out)) == 2 - (summary["epochs"] == 0)
     code, _, stderr = run_cli(out, script="evals/report.py")
     assert code == 0 and "icu (collapsed) | - |" in (out / "table.md").read_text(), stderr
 

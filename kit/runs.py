@@ -1,8 +1,9 @@
-"""The run folder: who writes it, how a killed run goes on, what a person sees of it, how a finished one is read.
+"""The run folder: who writes it, how a killed run goes on, and how a finished one is read.
 
-A state is the end of an epoch. A run that was killed, at any moment, repeats its epoch to the same bytes: the order of
-the samples is drawn from (seed, epoch), and every epoch begins from a random state of its own. A state is whole when it
-has its progress.json, which is written last. config.json makes a folder a run's own, summary.json ends the run.
+A state is the end of an epoch. A run that was killed, at any moment, repeats its epoch to the same
+bytes: the order of the samples is drawn from (seed, epoch), and each epoch begins from a random
+state of its own. A state is whole when it has its progress.json, which is written last. config.json
+makes a folder a run's own; summary.json ends the run.
 """
 
 import contextlib
@@ -60,40 +61,39 @@ def states(out):
 
 
 def save_state(out, engine, progress, method):
-    """Writes the state of the epoch that has ended; every process takes part. The two newest are kept."""
+    """Writes the state of the epoch that ended, by all processes. The two newest are kept."""
     folder = out / "state" / f"epoch{progress.epoch - 1:05d}"
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
     wait_for_all()
     engine.save(folder)
-    tensors = method.state()
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in method.state().items()}
     if is_main and tensors:
-        own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        save_file(own, folder / "method.safetensors")
+        save_file(tensors, folder / "method.safetensors")
     wait_for_all()
     if is_main:
         for path in filter(Path.is_file, folder.rglob("*")):
-            sync(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         now = vars(progress) | {"forgotten": sorted(progress.forgotten)}
         data.write_json(folder / "progress.json", now)
         for old in states(out)[2:]:
-            remove(old)
+            shutil.rmtree(old)
     wait_for_all()
 
 
 def load_state(out, engine, method):
-    """The Progress of the newest state; its weights, Adam and the method's tensors go where they belong.
+    """The Progress of the newest state, loaded into engine and method. ValueError: it cannot be.
 
-    ValueError for a state that cannot be loaded. None is a pickle that could run code.
+    Nothing in it is a pickle that could run code.
     """
-    folder = states(out)[0]
+    folder, progress = states(out)[0], Progress()
     try:
-        progress = Progress()
         vars(progress).update(data.read_json(folder / "progress.json"))
         progress.forgotten = set(progress.forgotten)
         engine.load(folder)
-        if (own := folder / "method.safetensors").is_file():
-            method.load_state(load_file(own))
+        if (tensors := folder / "method.safetensors").is_file():
+            method.load_state(load_file(tensors))
     except Exception as error:
         raise ValueError(
             f"{folder}: cannot be loaded ({first_line(error)}); remove it to go on from the state "
@@ -102,51 +102,34 @@ def load_state(out, engine, method):
     return progress
 
 
-def sync(path):
-    """Returns when what was written to the file is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def remove(path):
-    """Removes a file, a folder, or a link (never what it names); a state first stops being one."""
-    if path.is_dir() and not path.is_symlink():
-        (path / "progress.json").unlink(missing_ok=True)
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 # --- the folder ---
 
 
 def check_run_folder(args):
-    """ValueError unless --out is new, empty or a run's own, and holds nothing that the run reads."""
+    """ValueError unless --out is new, empty or a run's own, and nothing that is read lies in it."""
     if not args.out:
         return
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, not a folder")
     files = list(out.iterdir()) if out.is_dir() else []
-    begun = {out / ".lock", out / "method", *half_written(out)}  # by a run killed at its start
-    if (out / "config.json").is_file():
-        config = data.read_json(out / "config.json")
-        if "thresholds_used" not in config:
-            raise ValueError(f"--out {out}: its config.json is no run's; choose another folder")
+    begun = {out / ".lock", out / "method", *half_written(out)}  # of a run killed at its start
+    if (config := out / "config.json").is_file():
+        if "thresholds_used" not in (before := data.read_json(config)):
+            raise ValueError(f"{config}: is no run's; choose another --out")
         if not (args.overwrite or args.resume):
             way_out = "pass --overwrite to replace it, or --resume to go on"
             raise ValueError(f"--out {out}: already holds a run; {way_out}")
-        if args.resume and "purged" in config:
+        if args.resume and "purged" in before:
             raise ValueError(f"{out} was purged: its texts are gone; begin again with --overwrite")
     elif not begun.issuperset(files):
         raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
     if link := next(filter(Path.is_symlink, files), None):
         raise ValueError(f"--out {out}: {link.name} is a link, and a run stays in its folder")
-    reads = [(name, getattr(args, name)) for name in ("model", "pairs", "bert", "unseen")]
-    reads += [("never-saw", args.never_saw)]
-    for flag, path in [*reads, *(("ppl", item.partition("=")[2]) for item in args.ppl)]:
+    reads = [getattr(args, name) for name in ("model", "pairs", "bert", "unseen", "never_saw")]
+    for path in [*reads, *(item.partition("=")[2] for item in args.ppl)]:
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out}: --{flag} {path} lies in it; choose another folder")
+            raise ValueError(f"--out {out}: {path}, which is read, lies in it; choose another")
 
 
 @contextlib.contextmanager
@@ -154,8 +137,7 @@ def only_owner(out):
     """Holds the run folder for this process; ValueError with the pid of another that writes it."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        # It ends with the process, however that ends.
-        with filelock.FileLock(out / ".lock", blocking=False):
+        with filelock.FileLock(out / ".lock", blocking=False):  # however the process ends, it goes
             (out / ".lock").write_text(str(os.getpid()))
             for file in half_written(out):
                 file.unlink()
@@ -171,24 +153,27 @@ def half_written(out):
 
 
 def start_run_folder(out, config):
-    """The folder of a new run. Of a run that was there only a run's files are removed.
+    """The folder of a new run: what a run writes is removed from it, and config.json comes last.
 
-    config.json is replaced last: a kill leaves the old run, perhaps to be trained again, or the new one.
+    So a kill leaves the old run, perhaps to be trained again, or the new one. Links are removed,
+    not what they name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for path in [*states(out), *(out / name for name in RUN_FILES)]:
-        remove(path)
+    for path in [*out.glob("state/*/progress.json"), *(out / name for name in RUN_FILES)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     data.write_json(out / "config.json", config)
 
 
 def cut_back(out, sizes):
-    """Removes what the growing files hold of an epoch that did not end. ValueError: lines are lost."""
+    """Cuts off what growing files hold of an epoch that did not end. ValueError: lines are lost."""
     for path in (out / name for name in GROWING):
         size, written = sizes.get(path.name, 0), path.stat().st_size if path.exists() else 0
         if written < size:
-            lost = f"has {written} bytes of {size}"
-            raise ValueError(f"{path}: {lost}; begin again with --overwrite")
-        if written > size:
+            raise ValueError(f"{path}: has {written} bytes of {size}; begin again with --overwrite")
+        if written:
             os.truncate(path, size)
 
 
@@ -247,7 +232,7 @@ def versions():
 
 
 def check_resume(args, method):
-    """The config.json of the run to go on with; ValueError that shows what differs from this command."""
+    """The config.json of the run to go on with. ValueError: what this command has otherwise."""
     if not (Path(args.out) / "config.json").is_file():
         raise ValueError(
             f"{args.out} holds no run: begin it with the same command without --resume"
@@ -256,35 +241,33 @@ def check_resume(args, method):
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
     free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub
-    differ = [name for name in now if name not in free and now[name] != before.get(name)]
-    if differ:
-        changes = "; ".join(difference(name, before.get(name), now[name]) for name in differ)
+    old, new = flat(before), flat(now)
+    differ = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
+    changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in differ]
+    if changes:
         raise ValueError(
-            f"the run in {args.out} was made with other settings or data: {changes}; "
+            f"the run in {args.out} was made with other settings or data: {'; '.join(changes)}; "
             "pass --overwrite or another --out"
         )
     return before
 
 
-def difference(name, before, now):
-    """The old and the new value of a setting in words; of several digests those that differ."""
-    if name != "sha256":
-        return f"{name} was {before}, is {now}"
-    return "; ".join(
-        f"sha256 of {key} was {before.get(key)!s:.12}, is {now.get(key)!s:.12}"
-        for key in before | now
-        if before.get(key) != now.get(key)
-    )
+def flat(config):
+    """config.json with its digests, cut to 12 digits, under names of their own."""
+    digests = config["sha256"].items()
+    short = {f"sha256 of {name}": digest and digest[:12] for name, digest in digests}
+    return {name: value for name, value in config.items() if name != "sha256"} | short
 
 
 # --- a run in progress ---
 
 
 class Run:
-    """A run: how far it is, its rows so far, and the folder that it is written to (none without --out).
+    """A run: how far it is, its rows, and the folder that it is written to (none without --out).
 
-    thresholds: {"el10", "ma", "bertscore", "bleu"} once they are known; metrics: the rows of metrics.jsonl so far;
-    samples: the rows of samples.jsonl of the last epoch. before: the config.json of the run to go on with, or None.
+    before: the config.json of the run to go on with, or None. thresholds: {"el10", "ma",
+    "bertscore", "bleu"}, once known; metrics: the rows of metrics.jsonl so far; samples: those of
+    samples.jsonl of the last epoch.
     """
 
     def __init__(self, args, method, before=None):
@@ -297,28 +280,25 @@ class Run:
             disable=None if is_main else True,
             leave=False,
             delay=1e-9,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}",
+            bar_format="{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}",
         )
 
     @property
     def method_folder(self):
-        """Where a method keeps what is costly to make again, until the run ends; None without --out."""
+        """Where a method keeps what is costly to make, until the run ends; None without --out."""
         return self.out and self.out / "method"
 
     def begin(self, engine):
-        """The engine's weights and the folder's files become those of the newest state, or of a new run.
-
-        Returns its Progress. Every process takes part.
-        """
+        """Weights and files become those of the newest state, or of a new run: its Progress."""
         self.engine = engine
         print0(HEADER)
         if self.out and self.resumed:
             self.pick_up()
         elif self.out and is_main:
             start_run_folder(self.out, describe_run(self.args, self.method, self.thresholds))
-        if is_main and self.out and self.args.redact and not (self.out / "hashes.json").exists():
-            hashes = requests.hashes(data.read_pairs(self.args.pairs))
-            data.write_json(self.out / "hashes.json", hashes)
+        hashes = self.out and self.args.redact and self.out / "hashes.json"
+        if is_main and hashes and not hashes.exists():
+            data.write_json(hashes, requests.hashes(data.read_pairs(self.args.pairs)))
         wait_for_all()
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
         self.seed()
@@ -333,18 +313,18 @@ class Run:
         if is_main:
             cut_back(self.out, self.progress.files)
             for half in set(self.out.glob("state/*")) - set(whole):
-                remove(half)
+                shutil.rmtree(half)
         wait_for_all()
         if whole:
             self.metrics = data.read_jsonl(self.out / "metrics.jsonl")
-            rows, last = data.read_jsonl(self.out / "samples.jsonl"), self.progress.epoch - 1
+            rows, last = data.read_jsonl(self.out / "samples.jsonl"), self.metrics[-1]["epoch"]
             self.samples = [row for row in rows if row["epoch"] == last]
         for row in self.metrics:
             print0(epoch_text(row))
         print0(f"resumed from {whole[0].name if whole else 'the beginning'}")
 
     def seed(self):
-        """Each epoch begins from a random state of its own, so that a resumed one draws the same."""
+        """Each epoch begins from a random state of its own: one that is repeated draws the same."""
         processes.seed_everything((self.args.seed + self.progress.epoch) % 2**32)
 
     def show_step(self, loss, n_active, of_epoch):
@@ -355,10 +335,11 @@ class Run:
     def end_epoch(
         self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds
     ):
-        """Writes an epoch down, prints its line and saves a state. Every process takes part.
+        """Writes an epoch down, prints its line and saves a state.
 
-        means: `mean_measures`; measured: the measures of each sample; watched: indices of texts of earlier requests;
-        forgotten, stopped: of Progress; losses, perplexities: {name: mean}; seconds: that measuring took.
+        means: `mean_measures`; measured: the measures of each sample; watched: indices of texts of
+        earlier requests; forgotten, stopped: as in Progress; losses, perplexities: {name: mean};
+        seconds: what measuring took.
         """
         args, progress, epoch = self.args, self.progress, self.progress.epoch
         names = dict.fromkeys([*LOSSES, *losses])
@@ -366,21 +347,19 @@ class Run:
         row |= {"forgotten": len(forgotten)}
         row |= {name: number(losses[name]) if name in losses else None for name in names}
         row |= {"skipped_steps": progress.skipped_steps, **perplexities}
-        hidden = {"generation": None} if args.redact else {}
         self.metrics.append(row)
+        hidden = {"generation": None} if args.redact else {}
+        marks = [{"watched": True} if i in watched else {} for i in range(len(measured))]
         self.samples = [
-            {"epoch": epoch, **values, **hidden}
-            | ({"watched": True} if i in watched else {})
-            | {"forgotten": i in forgotten}
+            {"epoch": epoch, **values, **hidden, **marks[i], "forgotten": i in forgotten}
             for i, values in enumerate(measured)
         ]
         progress.forgotten, progress.stopped, progress.epoch = forgotten, stopped, epoch + 1
         if self.out and is_main:
-            append(self.out / "metrics.jsonl", [row])
-            append(self.out / "samples.jsonl", self.samples)
             timing = {"epoch": epoch, "measure_s": round(seconds, 3)}
-            append(self.out / "timing.jsonl", [timing])
-            progress.files = {name: (self.out / name).stat().st_size for name in GROWING}
+            for name, rows in zip(GROWING, ([row], self.samples, [timing]), strict=True):
+                append(self.out / name, rows)
+                progress.files[name] = (self.out / name).stat().st_size
         say_epoch(self.metrics)
         saves = stopped or epoch % args.save_every == 0
         if self.out and saves and not (args.eval_only or stopped == "diverged"):
@@ -388,12 +367,11 @@ class Run:
         self.seed()
 
     def export(self, model, tokenizer):
-        """Writes model/ and summary.json; the states have then done their work. Returns the summary.
+        """Writes model/ and summary.json, whose content it returns; the states go.
 
-        A run that diverged has no model to give away: its last good state is kept, and it ends with exit 1.
+        A run that diverged has no model: its last good state is kept, and it ends with exit 1.
         """
-        out, diverged = self.out, self.progress.stopped == "diverged"
-        summary = self.summary()
+        out, diverged, summary = self.out, self.progress.stopped == "diverged", self.summary()
         if out and not (self.args.eval_only or diverged):
             weights = whole_weights(model) if processes.lockstep else None
             if is_main:
@@ -415,7 +393,7 @@ class Run:
     def summary(self):
         """How the run ended, with the measures of its first and last epoch."""
         args, reason, rows = self.args, self.progress.stopped, self.metrics
-        if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
+        if len(rows) == 1 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
         known = MEASURES + OF_SPANS
         measures = [name for name in rows[0] if name in known or name.startswith("ppl_")]
@@ -438,33 +416,31 @@ def running(args, method, before=None):
 
     Too little memory and a full disk are a ValueError that says what is left and how to go on.
     """
-    out = Path(args.out) if args.out else None
     run = Run(args, method, before)
+    out, go_on = run.out, "go on with the same command and --resume"
     with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
         if out and is_main and not before:
-            shutil.rmtree(out / "method", ignore_errors=True)  # of a run with other settings
+            shutil.rmtree(run.method_folder, ignore_errors=True)  # of a run with other settings
         try:
             yield run
         except KeyboardInterrupt:
-            print0("interrupted" + "; go on with the same command and --resume" * bool(out))
+            print0(f"interrupted; {go_on}" if out else "interrupted")
             raise
         except torch.OutOfMemoryError as error:
             way_out = "pass a smaller --batch-size"
             raise ValueError(f"out of memory ({first_line(error)}); {way_out}") from error
         except (OSError, SafetensorError) as error:
-            kept = f"{states(out)[0]} is whole" if out and states(out) else "no state is lost"
-            way_out = f"{kept}. Make room, then the same command with --resume"
-            raise ValueError(f"the run stopped ({first_line(error)}); {way_out}") from error
+            kept = f"{states(out)[0]} is whole" if out and states(out) else "no state is there yet"
+            raise ValueError(f"the run stopped ({first_line(error)}); {kept}: {go_on}") from error
 
 
 def is_finished(out):
     """Whether the run in this folder has nothing left to do."""
-    if not (Path(out) / "summary.json").is_file():
-        return False
-    if (Path(out) / "model").is_dir():
-        remove_states(Path(out))  # killed while they were removed
-    print0(f"{out}: finished already")
-    return True
+    out = Path(out)
+    if (done := (out / "summary.json").is_file()) and (out / "model").is_dir():
+        remove_states(out)  # killed while they were removed
+    print0(f"{out}: finished already" * done)
+    return done
 
 
 def remove_states(out):
@@ -478,24 +454,26 @@ MEASURING = ("metrics.py", *(f"kit/{name}.py" for name in ("fast_el", "models", 
 
 
 def remembered(args, method, inputs, compute):
-    """compute(), or what it gave a run with the same model, texts and flags: its answer is kept in the cache.
+    """compute(), or what it gave a run with the same model, texts and flags, kept in the cache.
 
-    All runs of a comparison begin with the same model and texts. The key is a hash of all that the answer depends on,
-    the bytes of the code included. A model of the hub without a pinned --revision is measured anew, and so is one that
-    the method changes before training. Every process takes part.
+    All runs of a comparison begin with the same model and texts. The key hashes all that the answer
+    depends on, the code included. A model of the hub without a pinned --revision is measured anew,
+    and so is one that the method changes before training.
     """
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights = models.fingerprint(args.model) or (pinned and [args.model, pinned])
     if not weights or method.touches_weights:
         return compute()
-    texts = [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples]
     root = Path(__file__).parents[1]
     code = [inspect.getsourcefile(compute), *(root / name for name in MEASURING)]
-    key = [weights, models.fingerprint(args.bert) or args.bert, texts, inputs.ppl_texts]
-    key += [args.protocol, args.dtype, torch.device(args.device).type, args.num_beams]
-    # The last two shape batches, and so the last digits.
-    shares = 1 if processes.lockstep else WORLD_SIZE
-    key += [versions(), list(map(data.sha256_of, code)), shares, torch.get_num_threads()]
+    key = [
+        [weights, models.fingerprint(args.bert) or args.bert, inputs.ppl_texts],
+        [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples],
+        [args.protocol, args.dtype, torch.device(args.device).type, args.num_beams],
+        [versions(), list(map(data.sha256_of, code))],
+        # They shape batches, and so the last digits.
+        [1 if processes.lockstep else WORLD_SIZE, torch.get_num_threads()],
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = data.cache_folder("before") / f"{digest}.json"
     if all(gather([path.is_file()])):
@@ -529,15 +507,13 @@ def epoch_text(row):
 
 
 def alarms(rows):
-    """What a person should hear of a run so far, given the rows of metrics.jsonl: {kind: sentence}."""
+    """What a person should hear of a run so far: {kind: sentence}; rows: those of metrics.jsonl."""
     start, now, warnings = rows[0], rows[-1], {}
     if now["ma"] is None:
         return {"collapse": "the model's logits are not finite"}
     if now["entropy"] < 0.5 * start["entropy"]:
-        fell = f"from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
-        warnings["collapse"] = (
-            f"the entropy of the generations fell {fell}, the model repeats itself"
-        )
+        fell = f"fell from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
+        warnings["collapse"] = f"the generations' entropy {fell}, the model repeats itself"
     for name in (name for name in now if name.startswith("ppl_")):
         before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
         if after > 2 * before:
@@ -547,9 +523,8 @@ def alarms(rows):
     losses = [row["loss"] for row in (rows[1:2] + [now]) if row["loss"] is not None]
     if now["epoch"] >= 3 and losses and max(moved, default=0) < 1e-3:
         if abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
-            warnings["still"] = (
-                f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
-            )
+            still = f"EL10, MA and the loss have not moved in {now['epoch']} epochs"
+            warnings["still"] = f"{still}: raise --lr"
     return warnings
 
 
@@ -562,7 +537,7 @@ def say_epoch(rows):
 
 
 def thresholds_text(thresholds, args):
-    """When the run stops and what counts as forgotten. ValueError: `auto` found no number for one."""
+    """When the run stops and what counts as forgotten. ValueError: one of them is NaN."""
     if unknown := [name for name, value in thresholds.items() if value is None]:
         source = "--bert" if "bertscore" in unknown else "--model"
         raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}")
@@ -644,11 +619,12 @@ SETTINGS = (
 
 
 def read_run(folder):
-    """A finished run as a dict: folder, config, summary, metrics, samples, tasks and redacted. ValueError otherwise.
+    """A finished run: a dict of folder, config, summary, metrics, samples, tasks and redacted.
 
-    audit: audit.json; gpt, human: judge.json and people.json, where they are; tasks: {when: tasks.json of tasks-WHEN}.
-    Their figures also stand in summary["before"] and summary["after"], under the names of evals/report.py's columns.
-    redacted: whether the folder holds no text to show.
+    audit: audit.json; gpt, human: judge.json and people.json, where they are; tasks: {when:
+    tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"],
+    under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
+    ValueError for what is no such folder.
     """
     folder = Path(folder)
     check_finished(folder)
@@ -657,24 +633,19 @@ def read_run(folder):
         config = run["config"] = data.read_json(file)
         file = folder / "summary.json"
         summary = run["summary"] = data.read_json(file)
-        before_after, last = (
-            {when: summary[when] for when in ("before", "after")},
-            summary["epochs"],
-        )
-        for file in (path for path in evaluations(folder) if path.is_file()):
+        for file in (path for path in map(folder.joinpath, EVALUATIONS) if path.is_file()):
             for when, figures in read_evaluation(run, file).items():
-                before_after[when] |= figures
-        before_after["after"]["epochs"] = last
+                summary[when] |= figures
+        last = summary["after"]["epochs"] = summary["epochs"]
         file = folder / "metrics.jsonl"
         run["metrics"] = data.read_jsonl(file)
         epochs = [row["epoch"] for row in run["metrics"]]
         file = folder / "samples.jsonl"
         run["samples"] = data.read_jsonl(file)
-        counts = [sum(row["epoch"] == epoch for row in run["samples"]) for epoch in epochs]
-        if epochs != list(range(last + 1)) or len(set(counts)) != 1:
-            raise KeyError(f"a line is missing of epochs 0 to {last}")
-        hidden = run["samples"][0]["generation"] is None
-        run["redacted"] = config.get("redact", False) or hidden
+        counts = {sum(row["epoch"] == epoch for row in run["samples"]) for epoch in epochs}
+        if epochs != list(range(last + 1)) or len(counts) > 1:
+            raise KeyError(f"lines of epochs 0 to {last}")
+        run["redacted"] = config.get("redact") or run["samples"][0]["generation"] is None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{file}: not what a run wrote there: copy the folder again or leave it out "
@@ -695,38 +666,37 @@ def check_finished(folder):
             raise ValueError(f"{folder}: no {name}, {why}")
 
 
-def evaluations(folder):
-    """Where the evals leave their figures in a run folder."""
-    names = ("tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "judge.json")
-    return [folder / name for name in (*names, "people.json")]
+# Where the evals leave their figures.
+EVALUATIONS = (
+    "tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "judge.json", "people.json",
+)  # fmt: skip
 
 
 def read_evaluation(run, file):
-    """Puts what an eval found into `run`; {"before"/"after": {column: figure}} of it."""
-    document = data.read_json(file)
-    if file.name == "tasks.json":
+    """Puts what an eval has written into `run`; its {"before" or "after": {column: figure}}."""
+    document, name = data.read_json(file), file.name
+    if name == "tasks.json":
         when, averages = file.parent.name.removeprefix("tasks-"), document["averages"]
-        run["tasks"][when] = {name: x for name, x in document.items() if name != "settings"}
+        run["tasks"][when] = {task: x for task, x in document.items() if task != "settings"}
         columns = {f"{kind}_avg": averages[kind] for kind in ("cls", "dia")}
-        return {when: {name: value for name, value in columns.items() if value is not None}}
-    if file.name == "audit.json":
-        run["audit"], both = document, document["headline"]
-        return {when: both[when] for when in ("before", "after") if when in both}
-    measure = "gpt" if file.name == "judge.json" else "human"
-    run[measure] = document
-    return {when: {measure: document[when]["mean"]} for when in ("before", "after")}
+        return {when: {column: x for column, x in columns.items() if x is not None}}
+    if name == "audit.json":
+        run["audit"], figures = document, document["headline"]
+        return {when: figures[when] for when in ("before", "after") if when in figures}
+    column = "gpt" if name == "judge.json" else "human"
+    run[column] = document
+    return {when: {column: document[when]["mean"]} for when in ("before", "after")}
 
 
 def read_never_saw(args):
-    """The measures of --never-saw, a finished --eval-only run over the same pairs. ValueError: measured otherwise."""
+    """The measures of --never-saw, an --eval-only run over the same pairs. ValueError: another."""
     run, where = read_run(args.never_saw), f"--never-saw {args.never_saw}"
-    config = run["config"]
     if run["summary"]["method"] != "none":
         raise ValueError(f"{where}: a run that has trained; make one with --eval-only")
-    measured = [name for name in BEFORE_SETTINGS if name not in ("model", "bert")]
+    config, measured = run["config"], ("protocol", "context", "num_beams", "dtype")
     differ = [name for name in measured if config.get(name) != getattr(args, name)]
-    for name, now in (("bert", args.bert), ("pairs", args.pairs)):
-        if config["sha256"].get(name) != models.fingerprint(now):
+    for name in ("bert", "pairs"):
+        if config["sha256"].get(name) != models.fingerprint(getattr(args, name)):
             differ.append(name)
     if differ:
         raise ValueError(f"{where}: measured otherwise ({', '.join(differ)})")
@@ -734,7 +704,7 @@ def read_never_saw(args):
 
 
 def models_of(run):
-    """{"before", "after"}: (folder or name, revision) of a run's models. ValueError: it has none."""
+    """{"before", "after"}: (folder or name, revision) of the models. ValueError: it has none."""
     if not (run["folder"] / "model").is_dir():
         why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
         raise ValueError(f"{run['folder']}: this run {why}; it has no model of its own")
@@ -743,16 +713,15 @@ def models_of(run):
 
 
 def read_pairs_of(run):
-    """{id: pair} of a run, those of earlier requests that it watched included. ValueError: changed since."""
-    file = run["config"]["pairs"]
+    """{id: pair} of a run, with those of earlier requests that it watched. ValueError: changed."""
+    config, folder = run["config"], run["folder"]
     try:
-        earlier = requests.earlier_pairs(run["config"].get("after"))
-        pairs = {pair["id"]: pair for pair in [*data.read_pairs(file), *earlier]}
+        earlier = requests.earlier_pairs(config.get("after"))
+        pairs = {pair["id"]: pair for pair in [*data.read_pairs(config["pairs"]), *earlier]}
     except (ValueError, OSError) as error:
-        hint = f"the pairs of {run['folder']}; without its texts: --redact"
-        raise ValueError(f"{error} ({hint})") from None
+        raise ValueError(f"{error} (the pairs of {folder}; without its texts: --redact)") from None
     shown = (row["id"] for row in run["samples"] if row["generation"] is not None)
     if lost := next((id for id in shown if id not in pairs), None):
-        why = "the file was made again after the run"
-        raise ValueError(f"{file}: no pair {lost}, which {run['folder']} has: {why}")
+        why = f"no pair {lost}, which {folder} has: it was made again after the run"
+        raise ValueError(f"{config['pairs']}: {why}")
     return pairs

@@ -1,7 +1,8 @@
-"""Requests that follow each other: the runs that a run goes on from (--after), whose texts are watched.
+"""Requests that follow each other: a run goes on from another (--after), whose texts it watches.
 
-A watched text is measured with the new ones every epoch and has no step of its own, until it comes back: then it joins
-the active set with its partner, as Eq. 5 lets one leave. An epoch costs one step per new or returned text.
+A watched text is measured with the new ones every epoch and has no step of its own, until it comes
+back: then it joins the active set with its partner, as Eq. 5 lets one leave. So an epoch has steps
+for new and returned texts only.
 """
 
 import hmac
@@ -29,14 +30,12 @@ class Earlier(NamedTuple):
 
 
 def chain_of(after):
-    """(folder, config) of the run `after` and those that it went on from, the latest first. ValueError."""
+    """(folder, config) of the run `after` and of those that it went on from, the latest first."""
     chain = []
     while after:
         folder = Path(after)
-        for name in ("config.json", "summary.json"):
-            if not (folder / name).is_file():
-                way_out = "name a run that has ended (or end it with --resume)"
-                raise ValueError(f"--after {folder}: no {name}; {way_out}")
+        if not (folder / "summary.json").is_file():
+            raise ValueError(f"--after {folder}: is no run that has ended (no summary.json)")
         config = data.read_json(folder / "config.json")
         chain.append((folder, config))
         after = config.get("after")
@@ -49,36 +48,33 @@ def is_purged(config):
 
 
 def pairs_of(folder, config):
-    """The pairs of an earlier request, their ids RUN/ID. ValueError: not those that the run was made with."""
+    """The pairs of an earlier request, their ids RUN/ID. ValueError: they are gone or changed."""
     file = config["pairs"]
     if models.fingerprint(file) != config["sha256"]["pairs"]:
-        raise ValueError(
-            f"{folder}: {file} is not there, or not what the run was made with (sha256)"
-        )
+        why = "is not there, or not what the run was made with (sha256)"
+        raise ValueError(f"{folder}: {file} {why}")
     return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in data.read_pairs(file)]
 
 
 def earlier_pairs(after):
-    """The pairs of all requests up to the run `after` whose texts are still there, the latest first."""
+    """The pairs of all requests up to the run `after` whose texts are there, the latest first."""
     chain = [(folder, config) for folder, config in chain_of(after) if not is_purged(config)]
     return [pair for folder, config in chain for pair in pairs_of(folder, config)]
 
 
 def targets(after):
-    """What no partner may hold: (`earlier_pairs`, hashes.json of each request whose texts are gone)."""
-    purged = [folder / "hashes.json" for folder, config in chain_of(after) if is_purged(config)]
-    if missing := next((file for file in purged if not file.is_file()), None):
-        why = "its texts are gone, and nothing tells partners from them"
-        raise ValueError(f"{missing.parent}: {why} (no hashes.json)")
-    return earlier_pairs(after), [data.read_json(file) for file in purged]
+    """What no partner may hold: (`earlier_pairs`, hashes.json of each request that was purged)."""
+    purged = [folder for folder, config in chain_of(after) if is_purged(config)]
+    return earlier_pairs(after), [data.read_json(folder / "hashes.json") for folder in purged]
 
 
 def hashes(pairs, salt=None):
-    """hashes.json: enough to tell whether a text was among these pairs, for one who has the text.
+    """hashes.json: it tells whether a text was among these pairs, for one who has the text.
 
-    {"salt": 32 hex digits, random, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix in UTF-8
-    with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of later requests free of. One who
-    can guess a text, as of a name and a telephone number, can check the guess. salt: that of an earlier hashes.json.
+    {"salt": 32 hex digits, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix
+    in UTF-8 with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of
+    later requests free of. One who can guess a text, such as a name and a telephone number, can
+    check the guess. salt: random, or that of an earlier hashes.json.
     """
     salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
 
@@ -97,9 +93,10 @@ def hashes(pairs, salt=None):
 
 
 def with_earlier(args, pairs):
-    """(the pairs, followed by those of earlier requests; {index: Earlier} of the latter), the latest run's first.
+    """(the pairs, followed by those of earlier requests; {index: Earlier} of the latter).
 
-    A run whose texts were purged is named and passed over: knn.py still keeps its texts out of the partners.
+    A run whose texts were purged is named and passed over: knn.py still keeps its texts out of the
+    partners.
     """
     watched = []
     for folder, config in chain_of(args.after) if args.watch else ():
@@ -108,21 +105,19 @@ def with_earlier(args, pairs):
             print0(f"note: {folder}: {why}")
             continue
         rows = data.read_jsonl(folder / "samples.jsonl")
-        last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
-        ends = {f"{folder.name}/{row['id']}": row for row in last}
+        ends = {f"{folder.name}/{row['id']}": row for row in rows}  # the last epoch's stay
         for pair in pairs_of(folder, config):
             end, joined = ends[pair["id"]], overlapping(pair, pairs)
+            if joined:
+                print0(f"note: {pair['id']} and {joined} overlap: both are trained on")
             ma = end.get("ma_spans", end["ma"])
             watched.append(Earlier(pair, ma, end["forgotten"], joined))
-            if joined:
-                both = f"{pair['id']}, of an earlier request, and {joined} overlap"
-                print0(f"note: {both}: both are trained on")
     everything = [*pairs, *(earlier.pair for earlier in watched)]
     return everything, dict(enumerate(watched, start=len(pairs)))
 
 
 def overlapping(pair, others):
-    """The id of the first of other pairs whose text holds this one's or lies in it, by letters; or None."""
+    """The id of the first other text that holds this one or lies in it, by letters; or None."""
 
     def spelt(pair):
         return letters(plain(pair["prefix"] + pair["suffix"]))
@@ -132,11 +127,12 @@ def overlapping(pair, others):
 
 
 def watch(forgotten, rows, *, forgotten_now, watched, epoch):
-    """The set of forgotten samples, with those of the watched that came back taken out, and the others put in.
+    """The set of forgotten samples: watched texts that came back leave it, the others join it.
 
-    rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten in this epoch; watched:
-    {index: Earlier}. A text comes back that Eq. 5 called forgotten and does no longer, or whose MA is over its own
-    run's end by more than MARGIN. One that is joined to a new text begins with it, before the first epoch.
+    rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten in this
+    epoch; watched: {index: Earlier}. A text comes back when Eq. 5 called it forgotten and does no
+    longer, or when its MA is above its own run's end by more than MARGIN. One that is joined to a
+    new text begins with it.
     """
     for i, earlier in watched.items():
         ma = rows[i].get("ma_spans", rows[i]["ma"])
@@ -151,23 +147,20 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
 
 
 def resolve(args):
-    """What --after says of a run: {"model", "revision", "earlier", "original"}; of a run without it "earlier" is empty.
+    """What --after says of a run: {"model", "revision", "earlier", "original"}; else "earlier": [].
 
-    earlier: fingerprints of the pairs that are watched; original: {"model", "revision"} that the chain began with.
-    ValueError for a run that this one cannot go on from.
+    earlier: fingerprints of the pairs that are watched; original: {"model", "revision"} that the
+    chain began with. ValueError for a run that this one cannot go on from.
     """
+    if bool(args.model) == bool(args.after):
+        how = "pass --model DIR (a folder, or a name on the hub), or --after RUN for RUN/model"
+        raise ValueError(f"{how}: one of them")
     if not args.after:
-        if not args.model:
-            what = "the causal LM, a folder or a name on the hub (or --after RUN)"
-            raise ValueError(f"--model DIR is missing: {what}")
         return {"earlier": []}
-    if args.model:
-        raise ValueError("--after RUN goes on from RUN/model: leave --model out")
     chain = chain_of(args.after)
     (folder, config), (_, first) = chain[0], chain[-1]
     if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain]:
-        why = "is an earlier request that this one goes on from; choose another folder"
-        raise ValueError(f"--out {args.out}: {why}")
+        raise ValueError(f"--out {args.out}: is an earlier request; choose another folder")
     if not (folder / "model").is_dir():
         raise ValueError(f"--after {folder}: has no model/ to go on from")
     sha256 = first["sha256"]["model"]
@@ -193,7 +186,7 @@ def resolve(args):
 
 
 def anchor_model(model, args):
-    """The model that Eq. 4's frozen copy is a copy of: with --after the one that the first request began with."""
+    """The model that Eq. 4's frozen copy copies: with --after that of the first request."""
     if not args.after or args.anchor == "previous":
         return model
     return models.load_model(

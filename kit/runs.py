@@ -198,14 +198,9 @@ PLACES = (
 
 
 def describe_run(args, method, thresholds):
-    """config.json: every flag, thresholds, versions, git revision and fingerprints."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """config.json: every flag, thresholds, versions, git revision, fingerprints."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     config = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     sha256 = {name: models.fingerprint(getattr(args, name)) for name in ("pairs", "model", "bert")}
     sha256["unseen"] = models.fingerprint(args.unseen) if args.unseen else None
@@ -253,7 +248,7 @@ def check_resume(args, method):
 
 
 def flat(config):
-    """config.json with its digests, cut to 12 digits, under names of their own."""
+    """config.json with each digest, cut to 12 digits, under a name of its own."""
     digests = config["sha256"].items()
     short = {f"sha256 of {name}": digest and digest[:12] for name, digest in digests}
     return {name: value for name, value in config.items() if name != "sha256"} | short
@@ -421,6 +416,7 @@ def running(args, method, before=None):
     with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
         if out and is_main and not before:
             shutil.rmtree(run.method_folder, ignore_errors=True)  # of a run with other settings
+        wait_for_all()
         try:
             yield run
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A part of a text, and requests one after another: what is trained on, what comes back, what is kept.
+"""A part of a text, and requests one after another: what is trained on, and what comes back.
 
 python -m pytest tests/test_requests.py -q
 """
@@ -31,7 +31,7 @@ def pair(i, **more):
 
 
 def test_marks_are_read_from_json_and_from_csv(tmp_path):
-    """spans as they are, secrets where they stand, | between those of a CSV; nothing marked: no field."""
+    """spans as they are, secrets where they stand, | between those of a CSV."""
     rows = [{"spans": [[15, 19]]}, {"secrets": ["27", "Bo"]}, {}]
     data.write_jsonl(
         tmp_path / "a.jsonl", [{"text": TEXTS[i], **row} for i, row in enumerate(rows)]
@@ -47,7 +47,7 @@ def test_marks_are_read_from_json_and_from_csv(tmp_path):
 def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     kind, save_tiny, tmp_path
 ):
-    """Also a token of half a letter, and one in the prefix; BOS is neither; the two sides make up the text."""
+    """Also a token of half a letter, and one in the prefix; BOS is neither."""
     _, tokenizer = models.load_model(str(save_tiny(kind, tmp_path / "m")))
     emoji = {"prefix": "Zoë 👩🏽‍⚕️ says", "suffix": " that 5 vans came"}
     pairs = [
@@ -75,7 +75,7 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
 
 
 def test_whether_a_secret_is_said():
-    """In whatever case, accents and signs, as whole words; one that the prefix holds is not counted."""
+    """In whatever case, accents and signs, as whole words; one in the prefix is not counted."""
     assert spans.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
     for said, secret in (("IT WAS Inès!", "Ines"), ("홍길동을 보았다", "홍길동"),
                          ("Mira Falks Haus", "Mira Falk")):  # fmt: skip
@@ -89,7 +89,7 @@ def test_whether_a_secret_is_said():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, save_tiny, encoder_dir):
-    """Two finished runs, february and march, the second --after the first; a model that knew all texts."""
+    """Two finished runs, february and march, the second --after the first."""
     root = tmp_path_factory.mktemp("chain").resolve()
     model = save_tiny("gpt_neo", root / "model")
     survive.memorise(model, [pair(i) for i in range(6)], steps=150)
@@ -133,7 +133,7 @@ def lose_texts(run):
 
 
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
-    """They are measured as RUN/ID and not trained on until they come back; Eq. 4's reference is not RUN's model."""
+    """They are measured as RUN/ID, not trained on; Eq. 4 compares with the first model."""
     rows = data.read_jsonl(chain / "march" / "samples.jsonl")
     config = data.read_json(chain / "march" / "config.json")
     ids = {row["id"] for row in rows if row["epoch"] == 0}
@@ -150,7 +150,7 @@ def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
 
 
 def test_what_comes_back_joins_and_what_went_again_leaves():
-    """By Eq. 5 where it had been forgotten, by MA over its own run's end, and at once where it overlaps a new text."""
+    """By Eq. 5 where it had been forgotten, by MA, and at once where it overlaps a new text."""
     forgotten = (True, None), (False, None), (True, "new")
     earlier = [requests.Earlier({}, 0.2, by_eq5, joined) for by_eq5, joined in forgotten]
     rows = [{"ma": 0.9}, {"ma": 0.24}, {"ma": 0.24}, {"ma": 0.1}]
@@ -183,11 +183,11 @@ def test_overlaps_are_found_before_work():
 
 
 def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(copied):
-    """Other measures, and other weights of the first model, are refused; --anchor previous needs none of these."""
+    """Other measures are refused, and without the first model all but --anchor previous."""
     march = ["--after", copied / "march"]
     with pytest.raises(ValueError, match=r"was measured otherwise \(num_beams\)"):
         run(copied, "april", [5], *march, "--num-beams", "1")
-    with pytest.raises(ValueError, match="an earlier request that this one goes on from"):
+    with pytest.raises(ValueError, match="is an earlier request"):
         run(copied, "april", [5], *march, "--out", copied / "february")
     sha256 = data.read_json(copied / "february" / "config.json")["sha256"]["model"]
     shutil.rmtree(copied / "model")
@@ -233,7 +233,7 @@ def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():
 
 
 def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """extras/chain.py: what a watching run says of all texts at its end is what measuring them once more says."""
+    """What a watching run says of all texts at its end is what measuring them again says."""
 
     def step(script, *words):  # in this process
         monkeypatch.setattr("sys.argv", [script, *map(str, words)])

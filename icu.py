@@ -22,11 +22,9 @@ seeds, 2 CPU cores, torch 2.13.0): EL10 0.110 -> 0.045, MA 0.658 -> 0.519, perpl
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
 import math
 import sys
@@ -358,23 +356,8 @@ class Method:
         return self.overrides("prepare", "measured")
 
     def sha256(self):
-        """Of the code that decides what it computes: its file, what that imports beside it, this
-        file and metrics.py. A method that was typed at a prompt is hashed by its bytecode."""
-        files, pending = {Path(__file__).resolve(), Path(metrics.__file__).resolve()}, [self.file]
-        while pending:
-            file = pending.pop().resolve()
-            if file in files or not file.is_file():
-                continue
-            files.add(file)
-            for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, ast.Import | ast.ImportFrom):
-                    modules = [alias.name for alias in node.names]
-                    modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                    pending += [file.parent / f"{name.replace('.', '/')}.py" for name in modules]
-        digests = [data.sha256_of(file) for file in sorted(files)]
-        code = type(self).loss.__code__
-        typed = "" if self.file.is_file() else f"{code.co_code} {code.co_consts}"
-        return hashlib.sha256("".join([*digests, typed]).encode()).hexdigest()
+        """Of its file and this one, and of what these import beside them."""
+        return runs.code_sha256(self.file, __file__)
 
     @contextlib.contextmanager
     def measuring(self, model):

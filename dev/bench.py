@@ -48,7 +48,7 @@ import knn
 import metrics
 from demo import tiny
 from evals import audit, tasks
-from kit import commands, data, fast_el, flags, models, paths, processes, runs, states
+from kit import commands, data, fast_el, flags, models, paths, processes, runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -144,7 +144,7 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
     frozen, engine = icu.freeze(model, sides, args), make_engine(model, args)
 
     def train(active, epoch):
-        progress = states.Progress()
+        progress = runs.Progress()
         progress.epoch = epoch
         return icu.train_epoch(engine, sides, list(active), args, frozen=frozen, progress=progress)
 

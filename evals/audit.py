@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 import icu
 import metrics
-from kit import data, evidence, finished, flags, models, paths, processes
+from kit import data, evidence, flags, models, paths, processes, runs
 
 # --- one pass over a text: what most measures are made of ---
 
@@ -676,7 +676,7 @@ def models_of(args):
             "before": (args.before, None),
             "never saw": (args.never_saw, None),
         }, {}
-    run = finished.read_run(args.run)
+    run = runs.read_run(args.run)
     config = run["config"]
     if run["redacted"]:
         raise ValueError(
@@ -691,7 +691,7 @@ def models_of(args):
     args.pairs, args.out, args.protocol = config["pairs"], args.run, config["protocol"]
     args.relearn_lr = args.relearn_lr or config.get("lr")
     measured = {"after": (config["model"], config.get("revision"))}  # --eval-only
-    asked = measured if run["summary"]["method"] == "none" else finished.models_of(run)
+    asked = measured if run["summary"]["method"] == "none" else runs.models_of(run)
     asked["never saw"] = args.never_saw or config.get("never_saw"), None
     return asked, {"context": config.get("context", False), "targets": config.get("targets")}
 
@@ -701,7 +701,7 @@ def read_inputs(args):
     asked, how = models_of(args)
     never, _ = asked["never saw"]
     if never and Path(never, "summary.json").is_file():
-        config = finished.read_run(never)["config"]
+        config = runs.read_run(never)["config"]
         asked["never saw"] = config["model"], config.get("revision")
     asked = {name: (model, revision) for name, (model, revision) in asked.items() if model}
     pairs = data.read_pairs(args.pairs)

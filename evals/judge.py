@@ -29,7 +29,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from kit import agreement, ask, data, flags, models, paths, sheet, traces
-from kit.finished import NAME, check, null_or, number, read_grades, read_pairs_of, read_run, whole
+from kit.finished import NAME, check, null_or, number, read_grades, whole
+from kit.runs import read_pairs_of, read_run
 from kit.text import visible
 
 # --- the question (Appendix A, in other words) ---

@@ -8,7 +8,7 @@
     python evals/report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
     python evals/report.py --verify RUN/certificate.json    # whether it still holds
 
-Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
+Reads run folders (`runs.read_run`) and knows nothing of how a run is made. All is computed before the first
 file is written, and only files that this command has written are replaced.
 The table has the columns of the paper's Table 1 (arXiv:2407.20271), those that the runs have measured; the case table
 is that of its Figures 4 and 5.
@@ -25,8 +25,8 @@ from pathlib import Path
 
 from extras import certify
 from kit import data, flags, models, paths, traces
-from kit.finished import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
+from kit.runs import BEFORE_SETTINGS, GROWING, SETTINGS, models_of, read_pairs_of, read_run
 from kit.text import visible
 
 # Column: (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
@@ -754,7 +754,7 @@ def main(argv=None):
     reads = [
         run["folder"] / name
         for run in runs
-        for name in ("config.json", "summary.json", *paths.GROWING)
+        for name in ("config.json", "summary.json", *GROWING)
     ]
     check_out(
         out,

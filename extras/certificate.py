@@ -18,10 +18,10 @@ import numpy as np
 
 from extras import certificate_page, signatures
 from extras.certificate_page import LABELS
-from kit import data, flags, models, purge, traces
+from kit import data, flags, models, purge, requests
 from kit.evidence import AS_NEVER, FEW, LESS, MORE, resampled_means
-from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
-from kit.runs import OF_SPANS, mean
+from kit.finished import NAME, OBJECT, TEXT, WAY_OUT, check, list_of, null_or
+from kit.runs import OF_SPANS, SETTINGS, mean, read_run
 
 WHAT = (
     "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
@@ -131,12 +131,12 @@ def scope_of(run):
             and set(texts) == ids
             and re.fullmatch("[0-9a-f]{32}", str(found.get("salt")))
         )
-        if not fits or (pairs and found != traces.hashes(data.read_pairs(pairs), found["salt"])):
+        if not fits or (pairs and found != requests.hashes(data.read_pairs(pairs), found["salt"])):
             raise ValueError(
                 f"{path}: holds not the hashes of this run's texts; put the file of the run back"
             )
     elif pairs:
-        found = new = traces.hashes(data.read_pairs(pairs))
+        found = new = requests.hashes(data.read_pairs(pairs))
     if found is None:
         return scope | {"salt": None, "hashes": [], "hashes_note": NO_HASHES}, None
     hashes = sorted(text["forget"] for text in found["texts"].values())

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from kit import models, processes
-from kit.finished import models_of
 from kit.protocols import PROTOCOLS
+from kit.runs import models_of
 from kit.text import is_break
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -25,7 +25,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 
 def check(run, flag="--explain"):
-    """ValueError for a run (of kit/finished.py) without texts, or whose pairs or model are no longer those it had."""
+    """ValueError for a run (`runs.read_run`) without texts, or whose pairs or model are no longer those it had."""
     if run["redacted"]:
         raise ValueError(
             f"{run['folder']}: holds no texts (icu.py --redact, or purged): leave it or {flag} out"

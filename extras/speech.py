@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from extras import explain
 from kit import data, models, processes
-from kit.finished import read_pairs_of
+from kit.runs import read_pairs_of
 
 
 @models.measuring
@@ -55,7 +55,7 @@ def new_words(said, known):
 
 
 def add(runs, others, build_samples, *, allow_pickle=False):
-    """`said_ppl` and `new_words` join the figures before and after of runs (kit/finished.py).
+    """`said_ppl` and `new_words` join the figures before and after of runs (`runs.read_run`).
 
     One model reads all, that which they began with. others: files of texts (.csv, .jsonl) whose words are not new, nor
     are those of the pairs; build_samples: icu's. ValueError before a weight is loaded: a run without texts, one whose

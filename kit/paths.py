@@ -1,6 +1,4 @@
-"""What may be written: never a file that the same command reads, nothing that is no plain file, and over an old file
-only where it is what this command writes there. All of it is asked before any work.
-"""
+"""Goes with its last reader: data.check_outputs is the rule of what may be overwritten, and kit/runs.py of run folders."""
 
 import os
 import re
@@ -9,20 +7,7 @@ from pathlib import Path
 
 from kit import data
 
-GROWING = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "timing.jsonl",
-)  # of a run folder: an epoch adds to them
-OLD_CONFIG = "config.json.old"  # config.json of a run that is being removed: it is none any more
-# In the order in which they are removed. The last one says that those before it may go, also after a kill.
-RUN_FILES = (
-    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after", "table.md", "table.csv", "cases.md",
-    "explain.html", "curves.png", "tradeoff.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
-    "sheet-key.json", "audit.json", "audit.md", "audit.png", "certificate.json", "certificate.json.sig",
-    "certificate.html", "hashes.json", *GROWING, OLD_CONFIG,
-)  # fmt: skip
-
+OLD_CONFIG = "config.json.old"
 
 # --- files ---
 
@@ -126,56 +111,3 @@ def is_cases(path):
 
 
 is_explanation = begins_with("<!doctype html>\n<!-- explain.html: ")  # of evals/report.py --explain
-
-
-# --- run folders ---
-
-
-def check_run_folder(args):
-    """--out can become a run folder and holds nothing that the run reads; ValueError."""
-    if not args.out:
-        return
-    out = Path(args.out)
-    check_out(out, args.overwrite or args.resume)
-    reads = [
-        ("--model", args.model),
-        ("--pairs", args.pairs),
-        ("--bert", args.bert),
-        ("--unseen", args.unseen),
-    ]
-    for flag, path in [*reads, *(("--ppl", item.partition("=")[2]) for item in args.ppl)]:
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out}: {flag} {path} lies in it; choose another folder")
-    config = out / "config.json"
-    if args.resume and holds("purged")(config):
-        raise ValueError(
-            f"--resume: {out} was purged: its texts are gone; begin again with --overwrite"
-        )
-    if config.exists() and not (out / ".lock").exists() and not holds("thresholds_used")(config):
-        raise ValueError(
-            f"--out {out}: holds files that are no run (a config.json of something else); choose another"
-        )
-
-
-def check_out(out, overwrite):
-    """`out` can become a run folder: writable, and not already one, or ValueError."""
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file, not a folder")
-    is_run = (out / "config.json").exists()
-    if is_run and not overwrite:
-        raise ValueError(
-            f"--out {out}: already holds a run; pass --overwrite to replace it, or --resume to go on"
-        )
-    # Without config.json: what a process killed in start_run_folder has left. It removes nothing but an old run (then
-    # OLD_CONFIG is there), holds the lock and writes a state, and hashes.json with --redact.
-    started = ["state", "hashes.json"] if (out / ".lock").exists() else []
-    names = RUN_FILES if (out / OLD_CONFIG).exists() else started
-    own = {out / name for name in (".lock", *names)} | set(leftovers(out))
-    if out.is_dir() and not set(out.iterdir()) <= own and not is_run:
-        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
-    check_writable(out / "config.json")
-
-
-def leftovers(out):
-    """What a killed process left of a JSON file that it was writing."""
-    return list(out.glob("*.json.*.tmp"))

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import data, flags, models, paths, runs, sheet, traces
+from kit import data, flags, models, paths, requests, runs, sheet, traces
 from kit.text import visible
 
 CACHES = {
@@ -277,7 +277,7 @@ def keep_hashes(run, sha, dry_run):
             f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with"
         )
     elif not dry_run:
-        data.write_json(path, traces.hashes(data.read_pairs(pairs)))
+        data.write_json(path, requests.hashes(data.read_pairs(pairs)))
 
 
 def mark(run):

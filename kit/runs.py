@@ -1,5 +1,12 @@
-"""The run folder: who writes it, what is in it, how it is gone on with, and what a person sees of it."""
+"""The run folder: who writes it, how a killed run goes on, and how a finished one is read.
 
+A state is the end of an epoch. A run that was killed, at any moment, repeats its epoch to the same
+bytes: the order of the samples is drawn from (seed, epoch), and each epoch begins from a random
+state of its own. A state is whole when it has its progress.json, which is written last. config.json
+makes a folder a run's own; summary.json ends the run.
+"""
+
+import ast
 import contextlib
 import hashlib
 import importlib.metadata
@@ -10,110 +17,130 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import filelock
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from kit import data, models, processes, traces
+from kit import data, models, processes, requests
 from kit.flags import first_line
-from kit.methods import code_of, file_of
-from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
-from kit.processes import LAUNCHED, WORLD_SIZE, gather, is_main, print0, wait_for_all, whole_weights
+from kit.processes import WORLD_SIZE, gather, is_main, print0, wait_for_all, whole_weights
 from kit.protocols import PROTOCOLS
-from kit.states import Progress, load_state, newest_state, save_state, states, sync, way_out
 
-THRESHOLDS = ("el10", "ma", "bertscore", "bleu")
+GROWING = "metrics.jsonl", "samples.jsonl", "timing.jsonl"  # an epoch adds lines to them
+# What a run and the programs that evaluate it write into its folder: gone when it is begun again.
+RUN_FILES = (
+    "summary.json", "state", "method", "model", "model.part", "tasks-before", "tasks-after",
+    "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
+    "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
+    "sheet-key.json", "audit.json", "audit.md", "audit.png", "certificate.json",
+    "certificate.json.sig", "certificate.html", "hashes.json", *GROWING,
+)  # fmt: skip
 
 
-def start_run_folder(out, config):
-    """A run folder with its first state, then its config.json: with that it is a run, and can be gone on with.
+# --- states ---
 
-    Every process takes part. Of a run that was there only its own files are removed, its config.json first. So a kill
-    at any moment leaves the old run, the new one, or none, and then the same command starts again.
-    """
+
+class Progress:
+    """Where a run is, besides its weights."""
+
+    def __init__(self):
+        self.epoch = 0  # the next one; 0 is the measuring before any training
+        self.forgotten = set()  # indices of samples left out of training (Eq. 5)
+        self.skipped_steps = 0  # since the run began: their loss or gradient was not finite
+        self.stopped = None  # why, once it has
+        self.files = {}  # bytes of each of the GROWING files at the end of the last epoch
+
+
+def states(out):
+    """The whole states of a run, newest first."""
+    return sorted((path.parent for path in out.glob("state/*/progress.json")), reverse=True)
+
+
+def save_state(out, engine, progress, method):
+    """Writes the state of the epoch that ended, by all processes. The two newest are kept."""
+    folder = out / "state" / f"epoch{progress.epoch - 1:05d}"
     if is_main:
-        data.make_folder(out)
-        if (out / "config.json").is_file():
-            (out / "config.json").replace(out / OLD_CONFIG)
-            sync(out)
-        for name in RUN_FILES:
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            else:
-                (out / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     wait_for_all()
-    save_state(out, None, Progress())
+    engine.save(folder)
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in method.state().items()}
+    if is_main and tensors:
+        save_file(tensors, folder / "method.safetensors")
+    wait_for_all()
     if is_main:
-        if config.get("redact"):
-            data.write_json(out / "hashes.json", traces.hashes(data.read_pairs(config["pairs"])))
-        data.write_json(out / "config.json", config)
+        for path in filter(Path.is_file, folder.rglob("*")):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        now = vars(progress) | {"forgotten": sorted(progress.forgotten)}
+        data.write_json(folder / "progress.json", now)
+        for old in states(out)[2:]:
+            shutil.rmtree(old)
+    wait_for_all()
 
 
-# Flags that do not change a run, and the function that --method names.
-NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every", "loss")
+def load_state(out, engine, method):
+    """The Progress of the newest state, loaded into engine and method. ValueError: it cannot be.
+
+    Nothing in it is a pickle that could run code.
+    """
+    folder, progress = states(out)[0], Progress()
+    try:
+        vars(progress).update(data.read_json(folder / "progress.json"))
+        progress.forgotten = set(progress.forgotten)
+        engine.load(folder)
+        if (tensors := folder / "method.safetensors").is_file():
+            method.load_state(load_file(tensors))
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: cannot be loaded ({first_line(error)}); remove it to go on from the state "
+            "before it, or begin again with --overwrite"
+        ) from error
+    return progress
 
 
-def describe_run(args, thresholds):
-    """config.json: every flag, thresholds, versions, git revision and fingerprints."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    flags["device"] = torch.device(
-        args.device
-    ).type  # cuda:0, cuda:1, ... are the processes of one run
-    return {
-        **flags,
-        "method_file": f"{Path(file_of(args.loss)).name} {code_of(args.loss)[:6]}",  # told apart in evals/report.py's table
-        "processes": WORLD_SIZE,
-        "thresholds_used": thresholds,
-        "versions": versions(),
-        "git": git.stdout.strip() or None,
-        "sha256": {"pairs": models.fingerprint(args.pairs), "model": models.fingerprint(args.model)}
-        | {
-            "bert": models.fingerprint(args.bert),
-            "unseen": models.fingerprint(args.unseen) if args.unseen else None,
-        }
-        | {
-            f"ppl {item}": models.fingerprint(data.perplexity_file(item, args.data))
-            for item in args.ppl
-        }
-        | {"method": code_of(args.loss)},
-    }
+# --- the folder ---
 
 
-def versions():
-    names = ("torch", "transformers", "tokenizers", "numpy", "bert-score", "sacrebleu")
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def append(path, rows):
-    """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "ab", opener=data.private) as stream:
-        stream.writelines(map(data.json_bytes, rows))
-        stream.flush()
-        os.fsync(stream.fileno())
+def check_run_folder(args):
+    """ValueError unless --out is new, empty or a run's own, and nothing that is read lies in it."""
+    if not args.out:
+        return
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, not a folder")
+    files = list(out.iterdir()) if out.is_dir() else []
+    begun = {out / ".lock", out / "method", *half_written(out)}  # of a run killed at its start
+    if (config := out / "config.json").is_file():
+        if "thresholds_used" not in (before := data.read_json(config)):
+            raise ValueError(f"{config}: is no run's; choose another --out")
+        if not (args.overwrite or args.resume):
+            way_out = "pass --overwrite to replace it, or --resume to go on"
+            raise ValueError(f"--out {out}: already holds a run; {way_out}")
+        if args.resume and "purged" in before:
+            raise ValueError(f"{out} was purged: its texts are gone; begin again with --overwrite")
+    elif not begun.issuperset(files):
+        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
+    if link := next(filter(Path.is_symlink, files), None):
+        raise ValueError(f"--out {out}: {link.name} is a link, and a run stays in its folder")
+    reads = [getattr(args, name) for name in ("model", "pairs", "bert", "unseen", "never_saw")]
+    for path in [*reads, *(item.partition("=")[2] for item in args.ppl)]:
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out}: {path}, which is read, lies in it; choose another")
 
 
 @contextlib.contextmanager
 def only_owner(out):
-    """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
-    data.make_folder(out)
+    """Holds the run folder for this process; ValueError with the pid of another that writes it."""
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(
-            out / ".lock", mode=0o600, blocking=False
-        ):  # ends with the process, however it ends
+        with filelock.FileLock(out / ".lock", blocking=False):  # however the process ends, it goes
             (out / ".lock").write_text(str(os.getpid()))
-            for file in leftovers(out):
+            for file in half_written(out):
                 file.unlink()
             yield
     except filelock.Timeout:
@@ -121,377 +148,361 @@ def only_owner(out):
         raise ValueError(f"--out {out}: process {pid} is writing this run") from None
 
 
-def cut_back(out, known):
-    """Removes what the run's growing files hold of an epoch that was not finished. ValueError: one that has changed.
+def half_written(out):
+    """What a killed process left of a JSON file that it was writing."""
+    return list(out.glob("*.json.*.tmp"))
 
-    known: what `growing_files` said at the end of the last whole epoch. Nothing reads timing.jsonl, so it may differ.
+
+def start_run_folder(out, config):
+    """The folder of a new run: what a run writes is removed from it, and config.json comes last.
+
+    So a kill leaves the old run, perhaps to be trained again, or the new one. Links are removed,
+    not what they name.
     """
-    have = growing_files(out, {name: size for name, (size, _) in known.items()})
-    for name, (size, sha256) in known.items():
-        if have.get(name) != [size, sha256] and name != "timing.jsonl":
-            found = have.get(name, [0])[0]
-            what = (
-                f"{found} bytes, and there were {size}" if found < size else "has changed (sha256)"
-            )
-            raise ValueError(f"{out / name}: {what}; begin again with --overwrite")
-    for name, (size, _) in have.items():
-        os.truncate(out / name, size)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [*out.glob("state/*/progress.json"), *(out / name for name in RUN_FILES)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    data.write_json(out / "config.json", config)
 
 
-def growing_files(out, sizes=None):
-    """{name: [bytes, sha256]} of the files that an epoch adds to; with `sizes` of so many bytes of each."""
-    found = {}
-    for path in (path for name in GROWING if (path := out / name).is_file()):
-        data = path.read_bytes()[: None if sizes is None else sizes.get(path.name, 0)]
-        found[path.name] = [len(data), hashlib.sha256(data).hexdigest()]
-    return found
+def cut_back(out, sizes):
+    """Cuts off what growing files hold of an epoch that did not end. ValueError: lines are lost."""
+    for path in (out / name for name in GROWING):
+        size, written = sizes.get(path.name, 0), path.stat().st_size if path.exists() else 0
+        if written < size:
+            raise ValueError(f"{path}: has {written} bytes of {size}; begin again with --overwrite")
+        if written:
+            os.truncate(path, size)
 
 
-TRAINING = (
-    "forget_weight",
-    "alpha",
-    "beta",
-    "lr",
-    "batch_size",
-    "max_epochs",
-)  # nothing to what only measures
+def append(path, rows):
+    """Adds rows to a JSONL file; they are on the disk when this returns."""
+    with open(path, "ab") as file:
+        file.writelines(map(data.json_bytes, rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def change(name, then, now):
-    """What an error says of a setting that differs; of several digests those that do."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        differ = [key for key in then | now if then.get(key) != now.get(key)]
-        return "; ".join(
-            f"{name} of {key} was {then.get(key)!s:.12}, is {now.get(key)!s:.12}" for key in differ
-        )
-    return f"{name} was {then}, is {now}"
+# --- config.json ---
+
+# Flags that do not change a run.
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every", "loss")
+# Nothing to a run that only measures.
+TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")
+# Compared by what lies there (sha256): the same files at another place are the same run.
+PLACES = (
+    "out", "data", "model", "pairs", "bert", "unseen", "ppl", "never_saw", "after", "original",
+)  # fmt: skip
 
 
-def check_resume(args):
-    """The config.json of the run to go on with; ValueError that shows what differs from this command."""
-    path = Path(args.out) / "config.json"
-    if not path.is_file():
+def describe_run(args, method, thresholds):
+    """config.json: every flag, thresholds, versions, git revision, fingerprints."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    config = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    sha256 = {name: models.fingerprint(getattr(args, name)) for name in ("pairs", "model", "bert")}
+    sha256["unseen"] = models.fingerprint(args.unseen) if args.unseen else None
+    if args.never_saw:
+        sha256["never_saw"] = models.fingerprint(Path(args.never_saw) / "summary.json")
+    for item in args.ppl:
+        name = item.partition("=")[0]
+        sha256[f"ppl {name}"] = models.fingerprint(data.perplexity_file(item, args.data))
+    return config | {
+        "device": torch.device(args.device).type,  # cuda:0 and cuda:1 are processes of one run
+        # Tells edited methods apart in evals/report.py's table.
+        "method_file": f"{method.file.name} {method.sha256()[:6]}",
+        "processes": WORLD_SIZE,
+        "thresholds_used": thresholds,
+        "versions": versions(),
+        "git": git.stdout.strip() or None,
+        "sha256": sha256 | {"method": method.sha256()},
+    }
+
+
+def code_sha256(*files):
+    """sha256 of these files of Python and of the files beside each that it imports."""
+    pending, known = [Path(file).resolve() for file in files], set()
+    while pending:
+        file = pending.pop()
+        if file in known or not file.is_file():
+            continue
+        known.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = [alias.name for alias in getattr(node, "names", ()) if type(node) is ast.Import]
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            pending += [file.parent / f"{name.replace('.', '/')}.py" for name in names]
+    digests = "".join(data.sha256_of(file) for file in sorted(known, key=lambda file: file.name))
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def versions():
+    names = ("torch", "transformers", "tokenizers", "numpy", "bert-score", "sacrebleu")
+    installed = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **installed}
+
+
+def check_resume(args, method):
+    """The config.json of the run to go on with. ValueError: what this command has otherwise."""
+    if not (Path(args.out) / "config.json").is_file():
         raise ValueError(
-            f"--resume: {args.out} holds no run; begin it with the same command without --resume"
+            f"{args.out} holds no run: begin it with the same command without --resume"
         )
-    before = data.read_json(path)
-    used = before.get("thresholds_used") if isinstance(before, dict) else None
-    values = [used.get(name) for name in THRESHOLDS] if isinstance(used, dict) else [None]
-    if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in values):
-        raise ValueError(f"{path}: is not what a run wrote there; start again with --overwrite")
-    now = json.loads(json.dumps(describe_run(args, used)))
-    free = ("out", "versions", "git", *(TRAINING if args.eval_only else ()))
-    differ = [name for name in now if name not in free and now[name] != before.get(name)]
-    if differ:
-        changes = "; ".join(change(name, before.get(name), now[name]) for name in differ)
-        raise ValueError(f"--resume: the run was started with other settings or data: {changes}")
+    before = data.read_json(Path(args.out) / "config.json")
+    now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
+    free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
+    free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub
+    old, new = flat(before), flat(now)
+    differ = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
+    changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in differ]
+    if changes:
+        raise ValueError(
+            f"the run in {args.out} was made with other settings or data: {'; '.join(changes)}; "
+            "pass --overwrite or another --out"
+        )
     return before
 
 
-class Stop:
-    """SIGTERM and Ctrl-C: the run saves its state and ends, at the next step or out of the middle of measuring."""
-
-    def __init__(self):
-        self.signal, self.measuring = None, False
-
-    def __enter__(self):
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        first, self.signal = self.signal is None, number
-        # The weights do not change while measuring. Several processes have to leave together, so they wait for a step.
-        if first and self.measuring and not LAUNCHED:
-            raise Interrupted(number)
-
-    def check_alone(self):
-        """Raises Interrupted if this, the only process, was asked to stop."""
-        if self.signal and not LAUNCHED:
-            raise Interrupted(self.signal)
-
-    def check(self):
-        """Raises Interrupted on every process if one of them was asked to stop."""
-        asked = self.signal or 0
-        if WORLD_SIZE > 1:
-            asked = int(max(gather([asked])))
-        if asked:
-            self.signal = asked
-            raise Interrupted(asked)
-
-
-class Interrupted(Exception):
-    """By a signal, whose number it holds."""
+def flat(config):
+    """config.json with each digest, cut to 12 digits, under a name of its own."""
+    digests = config["sha256"].items()
+    short = {f"sha256 of {name}": digest and digest[:12] for name, digest in digests}
+    return {name: value for name, value in config.items() if name != "sha256"} | short
 
 
 # --- a run in progress ---
 
 
 class Run:
-    """A run folder that this process owns, how far the run is, and the signals that it heeds."""
+    """A run: how far it is, its rows, and the folder that it is written to (none without --out).
 
-    def __init__(self, args, before, stop):
-        """before: the config.json of the run to go on with, or None."""
-        self.args, self.out, self.stop, self.engine = args, Path(args.out), stop, None
-        self.hidden = (
-            {"generation": None} if args.redact else {}
-        )  # what takes the place of fields of samples.jsonl
-        self.state = newest_state(self.out) if before else None
-        self.thresholds = before and before["thresholds_used"]
-        self.progress = Progress()
-        look = {
-            "bar_format": "{desc}{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}"
-        }
+    before: the config.json of the run to go on with, or None. thresholds: {"el10", "ma",
+    "bertscore", "bleu"}, once known; metrics: the rows of metrics.jsonl so far; samples: those of
+    samples.jsonl of the last epoch.
+    """
+
+    def __init__(self, args, method, before=None):
+        self.args, self.method, self.engine = args, method, None
+        self.out = Path(args.out) if args.out else None
+        self.resumed, self.thresholds = bool(before), before and before["thresholds_used"]
+        self.progress, self.metrics, self.samples = Progress(), [], []
         self.bar = tqdm(
             total=args.max_epochs,
             disable=None if is_main else True,
             leave=False,
             delay=1e-9,
-            **look,
+            bar_format="{percentage:3.0f}%|{bar}| epoch {n:.1f} of at most {total_fmt}{postfix}",
         )
 
-    def begin(self, engine):
-        """The engine's weights and the folder's files become those of the state to go on from, or of a new run.
+    @property
+    def method_folder(self):
+        """Where a method keeps what is costly to make, until the run ends; None without --out."""
+        return self.out and self.out / "method"
 
-        Returns its Progress.
-        """
+    def begin(self, engine):
+        """Weights and files become those of the newest state, or of a new run: its Progress."""
         self.engine = engine
-        if self.state:
-            self.progress = load_state(self.state, engine)
-        else:
-            start_run_folder(
-                self.out, describe_run(self.args, self.thresholds) if is_main else None
-            )
-        if is_main:
-            traces.note(models.fingerprint(self.args.pairs), self.args.pairs, "pairs")
-            for pairs in pairs_in(self.args):
-                traces.note(pairs, self.out, "run")
         print0(HEADER)
-        if self.state:
+        if self.out and self.resumed:
             self.pick_up()
+        elif self.out and is_main:
+            start_run_folder(self.out, describe_run(self.args, self.method, self.thresholds))
+        hashes = self.out and self.args.redact and self.out / "hashes.json"
+        if is_main and hashes and not hashes.exists():
+            data.write_json(hashes, requests.hashes(data.read_pairs(self.args.pairs)))
+        wait_for_all()
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
+        self.seed()
         return self.progress
 
     def pick_up(self):
-        """The files of the run folder are those of the state again, and what it has reached is said."""
+        """Goes on from the newest state, or from the beginning where there is none yet."""
+        whole = states(self.out)
+        if whole:
+            self.progress = load_state(self.out, self.engine, self.method)
         wait_for_all()
         if is_main:
             cut_back(self.out, self.progress.files)
-            for damaged in [other for other in states(self.out) if other > self.state]:
-                shutil.rmtree(damaged)  # it would count as one of the two that are kept
-            for row in (
-                data.read_jsonl(self.out / "metrics.jsonl") if self.progress.epoch > 0 else []
-            ):
-                print0(epoch_text(row))
-        print0(f"resumed from {self.state.name}")
+            for half in set(self.out.glob("state/*")) - set(whole):
+                shutil.rmtree(half)
+        wait_for_all()
+        if whole:
+            self.metrics = data.read_jsonl(self.out / "metrics.jsonl")
+            rows, last = data.read_jsonl(self.out / "samples.jsonl"), self.metrics[-1]["epoch"]
+            self.samples = [row for row in rows if row["epoch"] == last]
+        for row in self.metrics:
+            print0(epoch_text(row))
+        print0(f"resumed from {whole[0].name if whole else 'the beginning'}")
 
-    def heed_signals(self):
-        """Raises Interrupted, on every process, if one of them was asked to stop."""
-        self.stop.check()
+    def seed(self):
+        """Each epoch begins from a random state of its own: one that is repeated draws the same."""
+        processes.seed_everything((self.args.seed + self.progress.epoch) % 2**32)
 
-    @contextlib.contextmanager
-    def measuring(self):
-        """The weights do not change here: a signal ends it at once."""
-        self.stop.measuring = True
-        try:
-            self.stop.check_alone()
-            yield
-        finally:
-            self.stop.measuring = False
-
-    def after_step(self, loss, n_active, of_epoch):
-        """Moves the progress bar by this part of an epoch, and heeds signals."""
+    def show_step(self, loss, n_active, of_epoch):
+        """Moves the progress bar by this part of an epoch."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {n_active} to forget", refresh=False)
         self.bar.update(of_epoch)
-        self.heed_signals()
 
     def end_epoch(
         self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds
     ):
-        """Writes an epoch down: a row of metrics.jsonl, and what was measured of each sample; those that are `watched`
-        (indices) are texts of earlier requests.
+        """Writes an epoch down, prints its line and saves a state.
+
+        means: `mean_measures`; measured: the measures of each sample; watched: indices of texts of
+        earlier requests; forgotten, stopped: as in Progress; losses, perplexities: {name: mean};
+        seconds: what measuring took.
         """
-        progress, out = self.progress, self.out
-        row = {
-            "epoch": progress.epoch,
-            **means,
-            "active": len(measured) - len(forgotten),
-            "forgotten": len(forgotten),
-        }
-        row |= {
-            name: number(losses[name]) if name in losses else None
-            for name in dict.fromkeys([*LOSSES, *losses])
-        }
+        args, progress, epoch = self.args, self.progress, self.progress.epoch
+        names = dict.fromkeys([*LOSSES, *losses])
+        row = {"epoch": epoch, **means, "active": len(measured) - len(forgotten)}
+        row |= {"forgotten": len(forgotten)}
+        row |= {name: number(losses[name]) if name in losses else None for name in names}
         row |= {"skipped_steps": progress.skipped_steps, **perplexities}
-        progress.forgotten, progress.stopped = forgotten, stopped
-        if is_main:
-            append(out / "metrics.jsonl", [row])
-            rows = [
-                m | self.hidden | ({"watched": True} if i in watched else {})
-                for i, m in enumerate(measured)
-            ]
-            lines = [
-                {"epoch": progress.epoch, **m, "forgotten": i in forgotten}
-                for i, m in enumerate(rows)
-            ]
-            append(out / "samples.jsonl", lines)
-            append(
-                out / "timing.jsonl", [{"epoch": progress.epoch, "measure_s": round(seconds, 3)}]
-            )
-            say_epoch(data.read_jsonl(out / "metrics.jsonl"))
-            progress.files = growing_files(out)
-        progress.next_epoch()  # from here on progress.epoch is the next one
-        if not (self.args.eval_only or stopped == "diverged"):
-            self.heed_signals()
-            if stopped or (progress.epoch - 1) % self.args.save_every == 0:
-                save_state(out, self.engine, progress)
+        self.metrics.append(row)
+        hidden = {"generation": None} if args.redact else {}
+        marks = [{"watched": True} if i in watched else {} for i in range(len(measured))]
+        self.samples = [
+            {"epoch": epoch, **values, **hidden, **marks[i], "forgotten": i in forgotten}
+            for i, values in enumerate(measured)
+        ]
+        progress.forgotten, progress.stopped, progress.epoch = forgotten, stopped, epoch + 1
+        if self.out and is_main:
+            timing = {"epoch": epoch, "measure_s": round(seconds, 3)}
+            for name, rows in zip(GROWING, ([row], self.samples, [timing]), strict=True):
+                append(self.out / name, rows)
+                progress.files[name] = (self.out / name).stat().st_size
+        say_epoch(self.metrics)
+        saves = stopped or epoch % args.save_every == 0
+        if self.out and saves and not (args.eval_only or stopped == "diverged"):
+            save_state(self.out, self.engine, progress, self.method)
+        self.seed()
 
     def export(self, model, tokenizer):
-        """model/ and summary.json, the last things that a run writes; its states have then done their work.
+        """Writes model/ and summary.json, whose content it returns; the states go.
 
-        A run that diverged has no model to give away: its last good state is kept instead.
+        A run that diverged has no model: its last good state is kept, and it ends with exit 1.
         """
-        out, diverged = self.out, self.progress.stopped == "diverged"
-        if not (self.args.eval_only or diverged):
+        out, diverged, summary = self.out, self.progress.stopped == "diverged", self.summary()
+        if out and not (self.args.eval_only or diverged):
             weights = whole_weights(model) if processes.lockstep else None
             if is_main:
                 models.save_model(model, tokenizer, out / "model", weights)
-        if is_main:
-            self.summarise(data.read_jsonl(out / "metrics.jsonl"))
-            if diverged:
-                print0(f"lower --lr; {out / 'state' / states(out)[0].name} is the last good state")
-            else:
-                shutil.rmtree(out / "state", ignore_errors=True)
-        wait_for_all()  # the launcher ends all processes when the first one fails
+        if out and is_main:
+            data.write_json(out / "summary.json", summary)
+            if not diverged:
+                remove_states(out)
+        where = f"; the run is in {out}" if out else ""
+        print0(f"stopped after epoch {summary['epochs']} ({summary['stopped']}){where}")
         if diverged:
+            kept = f"; {states(out)[0]} is the last good state" if out and states(out) else ""
+            print0(f"lower --lr{kept}")
+        wait_for_all()  # the launcher ends all processes when the first one fails
+        if out and diverged:
             raise SystemExit(1)
+        return summary
 
-    def summarise(self, rows):
-        """summary.json from the rows of metrics.jsonl: how the run ended, the measures of its first and last epoch."""
-        args, reason = self.args, self.progress.stopped
-        if rows[-1]["epoch"] == 0 and not args.eval_only and reason != "diverged":
+    def summary(self):
+        """How the run ended, with the measures of its first and last epoch."""
+        args, reason, rows = self.args, self.progress.stopped, self.metrics
+        if len(rows) == 1 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
-        measures = [
-            name for name in rows[0] if name in MEASURES + OF_SPANS or name.startswith("ppl_")
-        ]
-        data.write_json(self.out / "summary.json", {
-            "method": "none" if args.eval_only else args.method, "model": args.model, "protocol": args.protocol,
-            "epochs": rows[-1]["epoch"], "stopped": reason, "thresholds": self.thresholds,
+        known = MEASURES + OF_SPANS
+        own = ("ppl_", "own_")
+        measures = [name for name in rows[0] if name in known or name.startswith(own)]
+        return {
+            "method": "none" if args.eval_only else args.method,
+            "model": args.model,
+            "protocol": args.protocol,
+            "epochs": rows[-1]["epoch"],
+            "stopped": reason,
+            "thresholds": self.thresholds,
             "collapsed": reason == "diverged" or "collapse" in alarms(rows),
             "before": {name: rows[0][name] for name in measures},
             "after": {name: rows[-1].get(name) for name in measures},
-        })  # fmt: skip
-        print0(f"stopped after epoch {rows[-1]['epoch']} ({reason}); the run is in {self.out}")
+        }
 
 
 @contextlib.contextmanager
-def running(args, before=None):
-    """A Run in --out that no other process writes meanwhile; a signal or a full disk ends it with its states whole."""
-    out = Path(args.out)
-    with only_owner(out) if is_main else contextlib.nullcontext(), Stop() as stop:
-        run = Run(args, before, stop)
-        with run.bar:
-            try:
-                yield run
-            except Interrupted as interrupted:
-                (number,) = interrupted.args
-                save_state(out, run.engine, run.progress)
-                print0(
-                    f"interrupted ({signal.Signals(number).name}); go on with the same command and --resume"
-                )
-                raise SystemExit(128 + number) from None
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"{out}: out of memory ({first_line(error)}); pass a smaller --batch-size"
-                ) from error
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{out}: the run stopped ({first_line(error)}); {way_out(out, error)}"
-                ) from error
+def running(args, method, before=None):
+    """A Run in --out that no other process writes meanwhile, or in memory without --out.
+
+    Too little memory and a full disk are a ValueError that says what is left and how to go on.
+    """
+    run = Run(args, method, before)
+    out, go_on = run.out, "go on with the same command and --resume"
+    with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
+        if out and is_main and not before:
+            shutil.rmtree(run.method_folder, ignore_errors=True)  # of a run with other settings
+        wait_for_all()
+        try:
+            yield run
+        except KeyboardInterrupt:
+            print0(f"interrupted; {go_on}" if out else "interrupted")
+            raise
+        except torch.OutOfMemoryError as error:
+            way_out = "pass a smaller --batch-size"
+            raise ValueError(f"out of memory ({first_line(error)}); {way_out}") from error
+        except (OSError, SafetensorError) as error:
+            kept = f"{states(out)[0]} is whole" if out and states(out) else "no state is there yet"
+            raise ValueError(f"the run stopped ({first_line(error)}); {kept}: {go_on}") from error
 
 
 def is_finished(out):
     """Whether the run in this folder has nothing left to do."""
     out = Path(out)
-    if not (out / "summary.json").is_file():
-        return False
-    if (out / "model").is_dir():
-        shutil.rmtree(out / "state", ignore_errors=True)  # killed while it was removed
-    print0(f"{out}: finished already")
-    return True
+    if (done := (out / "summary.json").is_file()) and (out / "model").is_dir():
+        remove_states(out)  # killed while they were removed
+    print0(f"{out}: finished already" * done)
+    return done
 
 
-def pairs_in(args):
-    """Fingerprints of all pairs whose texts a run measures: its own, and those of earlier requests."""
-    return [models.fingerprint(args.pairs), *args.earlier]
+def remove_states(out):
+    for name in ("state", "method"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
-def remembered(args, inputs, code, compute):
-    """compute(), or what it gave a run with the same model, texts and flags: its answer is kept in the cache.
+# --- the measures before, kept in the cache ---
 
-    All runs of a comparison begin with the same model and texts. The key is a hash of all that the answer depends on,
-    `code` (functions and modules) included; a model of the hub without a pinned --revision is measured anew. Every
-    process takes part.
+MEASURING = ("metrics.py", *(f"kit/{name}.py" for name in ("fast_el", "models", "data", "text")))
+
+
+def remembered(args, method, inputs, compute):
+    """compute(), or what it gave a run with the same model, texts and flags, kept in the cache.
+
+    All runs of a comparison begin with the same model and texts. The key hashes all that the answer
+    depends on, the code included. A model of the hub without a pinned --revision is measured anew,
+    and so is one in a notebook, and one that the method changes before training.
     """
-    about = [
-        [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples],
-        inputs.ppl_texts,
-    ]
-    about += [inspect.getsource(part) for part in code]
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
-    weights, device = models.fingerprint(args.model) or pinned, torch.device(args.device).type
-    weights = (
-        None if args.loss.needs.touches_weights else weights
-    )  # then it is no more the model of that name
+    weights = models.fingerprint(args.model) or (pinned and [args.model, pinned])
+    if not args.out or not weights or method.touches_weights:
+        return compute()
+    root = Path(__file__).parents[1]
+    code = [inspect.getsourcefile(compute), *(root / name for name in MEASURING)]
     key = [
-        weights,
-        args.model,
-        models.fingerprint(args.bert),
-        args.bert,
-        args.protocol,
-        args.dtype,
-        device,
+        [weights, models.fingerprint(args.bert) or args.bert, inputs.ppl_texts],
+        [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples],
+        [args.protocol, args.dtype, torch.device(args.device).type, args.num_beams],
+        [versions(), list(map(data.sha256_of, code))],
+        # They shape batches, and so the last digits.
+        [1 if processes.lockstep else WORLD_SIZE, torch.get_num_threads()],
     ]
-    shares = 1 if processes.lockstep else WORLD_SIZE
-    key += [
-        args.num_beams,
-        about,
-        versions(),
-        shares,
-        torch.get_num_threads(),
-    ]  # these shape batches, and so last bits
-    path = (
-        data.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-    )
-    if is_main and weights and (path.is_file() or not args.redact):
-        for pairs in pairs_in(args):
-            traces.note(pairs, path, "measures before")
-    if weights and all(gather([path.is_file()])):
-        with contextlib.suppress(ValueError):  # damaged: computed again
-            return data.read_json(path)
-    found = compute()
-    if is_main and weights and not args.redact:  # it holds what the model said of each text
-        try:
-            data.write_json(path, found)
-        except OSError as error:
-            print0(f"note: the measures before are not kept for the next run ({error})")
-    return found
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = data.cache_folder("before") / f"{digest}.json"
+    if all(gather([path.is_file()])):
+        return data.read_json(path)
+    measures = compute()
+    if is_main and not args.redact:  # it holds what the model said of each text
+        data.write_json(path, measures)
+    return measures
 
 
 # --- what a person sees ---
 
 MEASURES = ("el10", "ma", "bleu", "bertscore", "entropy")
-OF_SPANS = (
-    "el10_spans",
-    "ma_spans",
-    "ma_rest",
-    "secret_said",
-)  # beside them where a text is marked (kit/spans.py)
+OF_SPANS = ("el10_spans", "ma_spans", "ma_rest", "secret_said")  # of a text with spans
 LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
 HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
 
@@ -504,76 +515,32 @@ def epoch_text(row):
         return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
     fractions = [cell(name, 6, 3) for name in ("el10", "ma", "bleu", "bertscore")]
+    losses = [cell(name, 8 if name == "loss" else 7, 3) for name in LOSSES]
     return " ".join(
-        [f"{row['epoch']:>6} {row['active']:>6}", *fractions, cell("entropy", 7, 2)]
-        + [cell(name, 8 if name == "loss" else 7, 3) for name in LOSSES]
+        [f"{row['epoch']:>6} {row['active']:>6}", *fractions, cell("entropy", 7, 2), *losses]
     )
 
 
 def alarms(rows):
-    """What a person should hear of a run so far, given the rows of metrics.jsonl: {kind: sentence}."""
-    start, now = rows[0], rows[-1]
-    heard = {}
+    """What a person should hear of a run so far: {kind: sentence}; rows: those of metrics.jsonl."""
+    start, now, warnings = rows[0], rows[-1], {}
     if now["ma"] is None:
         return {"collapse": "the model's logits are not finite"}
     if now["entropy"] < 0.5 * start["entropy"]:
-        fell = f"from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
-        heard["collapse"] = f"the entropy of the generations fell {fell}, the model repeats itself"
+        fell = f"fell from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
+        warnings["collapse"] = f"the generations' entropy {fell}, the model repeats itself"
     for name in (name for name in now if name.startswith("ppl_")):
         before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
         if after > 2 * before:
-            heard["collapse"] = (
-                f"{name} went from {before:.1f} to {after:.1f}, the model lost language"
-            )
-    moved = max(
-        (abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None),
-        default=0,
-    )
-    losses = (
-        [row["loss"] for row in (rows[1], now) if row["loss"] is not None]
-        if now["epoch"] >= 3
-        else []
-    )
-    if losses and moved < 1e-3 and abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
-        heard["still"] = (
-            f"EL10, MA and the loss have not moved in {now['epoch']} epochs: raise --lr"
-        )
-    return heard
-
-
-def thresholds_text(thresholds, args):
-    """When the run stops and what counts as forgotten. ValueError for one that `auto` found no number for."""
-    if unknown := [name for name, value in thresholds.items() if value is None]:
-        source = "--bert" if "bertscore" in unknown else "--model"
-        raise ValueError(
-            f"{source}: answers NaN, so there is no threshold for {unknown[0]}; its weights are damaged"
-        )
-    both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
-    return (
-        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; "
-        f"forgotten is BERTScore < {thresholds['bertscore']:.3f} {both} BLEU < {thresholds['bleu']:g}"
-    )
-
-
-def plan_text(args, inputs):
-    """What the run will do, in a few lines."""
-    n = len(inputs.samples)
-    weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
-    read = (
-        f"{n} pairs, {sum(len(sample.forget.ids) for sample in inputs.samples)} tokens"
-        if n
-        else "no pairs yet"
-    )
-    lines = [
-        f"{'measure only' if args.eval_only else args.method}, {args.protocol} protocol: {weights}, lr {args.lr:g}, "
-        f"batch {min(args.batch_size, n or args.batch_size)}, at most {args.max_epochs} epochs, seed {args.seed}",
-        f"{args.model} ({args.dtype}, {args.device}), {read}",
-    ]
-    if inputs.n_cut:
-        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
-    if short := sum(len(s.forget.ids) <= 10 for s in inputs.samples):
-        lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
-    return "\n".join(lines)
+            went = f"{name} went from {before:.1f} to {after:.1f}"
+            warnings["collapse"] = f"{went}, the model lost language"
+    moved = [abs(now[name] - start[name]) for name in ("el10", "ma") if now[name] is not None]
+    losses = [row["loss"] for row in (rows[1:2] + [now]) if row["loss"] is not None]
+    if now["epoch"] >= 3 and losses and max(moved, default=0) < 1e-3:
+        if abs(losses[-1] - losses[0]) < 1e-2 * abs(losses[0]):
+            still = f"EL10, MA and the loss have not moved in {now['epoch']} epochs"
+            warnings["still"] = f"{still}: raise --lr"
+    return warnings
 
 
 def say_epoch(rows):
@@ -584,35 +551,48 @@ def say_epoch(rows):
             print0(f"warning: {sentence}")
 
 
+def thresholds_text(thresholds, args):
+    """When the run stops and what counts as forgotten. ValueError: one of them is NaN."""
+    if unknown := [name for name, value in thresholds.items() if value is None]:
+        source = "--bert" if "bertscore" in unknown else "--model"
+        raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}")
+    both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
+    return (
+        f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; forgotten is "
+        f"BERTScore < {thresholds['bertscore']:.3f} {both} BLEU < {thresholds['bleu']:g}"
+    )
+
+
+def plan_text(args, inputs):
+    """What the run will do, in a few lines."""
+    n, tokens = len(inputs.samples), sum(len(sample.forget.ids) for sample in inputs.samples)
+    what = "measure only" if args.eval_only else args.method
+    weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
+    batch = min(args.batch_size, n or args.batch_size)
+    lines = [
+        f"{what}, {args.protocol} protocol: {weights}, lr {args.lr:g}, batch {batch}, "
+        f"at most {args.max_epochs} epochs, seed {args.seed}",
+        f"{args.model} ({args.dtype}, {args.device}), "
+        + (f"{n} pairs, {tokens} tokens" if n else "no pairs yet"),
+    ]
+    if inputs.n_cut:
+        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
+    if short := sum(len(sample.forget.ids) <= 10 for sample in inputs.samples):
+        lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
+    return "\n".join(lines)
+
+
+# --- means over samples ---
+
+
 def number(x):
     """A float for JSON, to 6 digits; None for NaN."""
     return None if math.isnan(x) else round(float(x), 6)
 
 
-def under(value, limit):
-    """Whether a measure is under its limit; one that was not to be had is not."""
+def is_below(value, limit):
+    """Whether a measure is below its limit; False if it is missing."""
     return value is not None and value < limit
-
-
-def mean_measures(rows):
-    """{measure: its mean} over the samples of an epoch that have it."""
-    names = [*MEASURES, *(name for name in OF_SPANS if any(name in row for row in rows))]
-    return {name: mean(row.get(name) for row in rows) for name in names}
-
-
-def decisive(rows, watched=()):
-    """{"el10", "ma"} as the stop rule takes them: the means, of a marked text over its spans. It holds for the new
-    texts and for the watched ones (indices): the larger mean counts.
-    """
-    found = {}
-    for name in ("el10", "ma"):
-        values = [row.get(f"{name}_spans", row[name]) for row in rows]
-        means = [
-            mean(value for i, value in enumerate(values) if (i in watched) == old)
-            for old in (False, True)
-        ]
-        found[name] = max((value for value in means if value is not None), default=None)
-    return found
 
 
 def mean(values):
@@ -621,4 +601,142 @@ def mean(values):
     return round(sum(values) / len(values), 6) if values else None
 
 
-is_below, stop_means = under, decisive
+def mean_measures(rows):
+    """{measure: its mean} over the samples of an epoch that have it."""
+    names = [*MEASURES, *(name for name in OF_SPANS if any(name in row for row in rows))]
+    return {name: mean(row.get(name) for row in rows) for name in names}
+
+
+def stop_means(rows, watched=()):
+    """{"el10", "ma"} that the stop rule compares: of a text with spans the measure over its spans.
+
+    The mean of the new texts or that of the watched ones (indices), whichever is larger.
+    """
+    means = {}
+    for name in ("el10", "ma"):
+        values = [row.get(f"{name}_spans", row[name]) for row in rows]
+        new = mean(value for i, value in enumerate(values) if i not in watched)
+        earlier = mean(value for i, value in enumerate(values) if i in watched)
+        means[name] = max((x for x in (new, earlier) if x is not None), default=None)
+    return means
+
+
+# --- a finished run, read by the programs that evaluate it ---
+
+# What the measures before depend on.
+BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")
+# Flags that make two runs of one method different rows; others (seed, pairs) are averaged over.
+SETTINGS = (
+    *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine",
+    "answer", "answers", "method_file", "dpo_beta", "thresholds", "bert_threshold",
+    "bleu_threshold", "max_epochs",
+)  # fmt: skip
+
+
+def read_run(folder):
+    """A finished run: a dict of folder, config, summary, metrics, samples, tasks and redacted.
+
+    audit: audit.json; gpt, human: judge.json and people.json, where they are; tasks: {when:
+    tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"],
+    under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
+    ValueError for what is no such folder.
+    """
+    folder = Path(folder)
+    check_finished(folder)
+    run, file = {"folder": folder, "tasks": {}}, folder / "config.json"
+    try:
+        config = run["config"] = data.read_json(file)
+        file = folder / "summary.json"
+        summary = run["summary"] = data.read_json(file)
+        for file in (path for path in map(folder.joinpath, EVALUATIONS) if path.is_file()):
+            for when, figures in read_evaluation(run, file).items():
+                summary[when] |= figures
+        last = summary["after"]["epochs"] = summary["epochs"]
+        file = folder / "metrics.jsonl"
+        run["metrics"] = data.read_jsonl(file)
+        epochs = [row["epoch"] for row in run["metrics"]]
+        file = folder / "samples.jsonl"
+        run["samples"] = data.read_jsonl(file)
+        counts = {sum(row["epoch"] == epoch for row in run["samples"]) for epoch in epochs}
+        if epochs != list(range(last + 1)) or len(counts) > 1:
+            raise KeyError(f"lines of epochs 0 to {last}")
+        run["redacted"] = config.get("redact") or run["samples"][0]["generation"] is None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{file}: not what a run wrote there: copy the folder again or leave it out "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return run
+
+
+def check_finished(folder):
+    """ValueError for what is no run folder, and for a run that has not ended."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    for name, why in (
+        ("config.json", "so not a run folder: name one that icu.py --out has written"),
+        ("summary.json", "so the run has not ended: wait for it, or go on with icu.py --resume"),
+    ):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder}: no {name}, {why}")
+
+
+# Where the evals leave their figures.
+EVALUATIONS = (
+    "tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "judge.json", "people.json",
+)  # fmt: skip
+
+
+def read_evaluation(run, file):
+    """Puts what an eval has written into `run`; its {"before" or "after": {column: figure}}."""
+    document, name = data.read_json(file), file.name
+    if name == "tasks.json":
+        when, averages = file.parent.name.removeprefix("tasks-"), document["averages"]
+        run["tasks"][when] = {task: x for task, x in document.items() if task != "settings"}
+        columns = {f"{kind}_avg": averages[kind] for kind in ("cls", "dia")}
+        return {when: {column: x for column, x in columns.items() if x is not None}}
+    if name == "audit.json":
+        run["audit"], figures = document, document["headline"]
+        return {when: figures[when] for when in ("before", "after") if when in figures}
+    column = "gpt" if name == "judge.json" else "human"
+    run[column] = document
+    return {when: {column: document[when]["mean"]} for when in ("before", "after")}
+
+
+def read_never_saw(args):
+    """The measures of --never-saw, an --eval-only run over the same pairs. ValueError: another."""
+    run, where = read_run(args.never_saw), f"--never-saw {args.never_saw}"
+    if run["summary"]["method"] != "none":
+        raise ValueError(f"{where}: a run that has trained; make one with --eval-only")
+    config, measured = run["config"], ("protocol", "context", "num_beams", "dtype")
+    differ = [name for name in measured if config.get(name) != getattr(args, name)]
+    for name in ("bert", "pairs"):
+        if config["sha256"].get(name) != models.fingerprint(getattr(args, name)):
+            differ.append(name)
+    if differ:
+        raise ValueError(f"{where}: measured otherwise ({', '.join(differ)})")
+    return run["summary"]["before"]
+
+
+def models_of(run):
+    """{"before", "after"}: (folder or name, revision) of the models. ValueError: it has none."""
+    if not (run["folder"] / "model").is_dir():
+        why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
+        raise ValueError(f"{run['folder']}: this run {why}; it has no model of its own")
+    before = run["config"]["model"], run["config"].get("revision")
+    return {"before": before, "after": (str(run["folder"] / "model"), None)}
+
+
+def read_pairs_of(run):
+    """{id: pair} of a run, with those of earlier requests that it watched. ValueError: changed."""
+    config, folder = run["config"], run["folder"]
+    try:
+        earlier = requests.earlier_pairs(config.get("after"))
+        pairs = {pair["id"]: pair for pair in [*data.read_pairs(config["pairs"]), *earlier]}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} (the pairs of {folder}; without its texts: --redact)") from None
+    shown = (row["id"] for row in run["samples"] if row["generation"] is not None)
+    if lost := next((id for id in shown if id not in pairs), None):
+        why = f"no pair {lost}, which {folder} has: it was made again after the run"
+        raise ValueError(f"{config['pairs']}: {why}")
+    return pairs

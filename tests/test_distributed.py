@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 import metrics
-from kit import commands, data, processes, states
+from kit import commands, data, processes, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def arranged(how, rank, world, steps):
     "leave2", and the state then has a pickle in it; "parts": ZeRO-3 shards small weights, too, and what a process holds
     of them while it measures is written to the file `steps` with the suffix .held; one of EXAMPLES: its method.
     """
-    count_step, adam, calls = states.Progress.count_step, torch.optim.Adam.__init__, []
+    count_step, adam, calls = runs.Progress.count_step, torch.optim.Adam.__init__, []
 
     def counted(progress, values):
         with open(steps, "a") as file:
@@ -127,7 +127,7 @@ def arranged(how, rank, world, steps):
         return {0, 2, 4} | forgotten | ({1} if forgotten else set())
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(states.Progress, "count_step", counted))
+        stack.enter_context(mock.patch.object(runs.Progress, "count_step", counted))
         if how == "size":
             wide = functools.partialmethod(adam, eps=1.0)
             stack.enter_context(mock.patch.object(torch.optim.Adam, "__init__", wide))
@@ -159,7 +159,7 @@ def do_jobs(path):
             if how in ("leave0", "leave2"):
                 icu.main(argv=[*flags, "--out", str(out), "--resume"])
             if how == "planted":
-                plant(states.states(out)[0], out.with_suffix(f".{processes.RANK}.ran"))
+                plant(runs.states(out)[0], out.with_suffix(f".{processes.RANK}.ran"))
                 try:
                     icu.main(argv=[*flags, "--out", str(out), "--resume"])
                 except ValueError as error:
@@ -315,7 +315,7 @@ def four(jobs, tmp_path_factory):
 def resumed(jobs, two):
     """(exit code, output) of the run that lost a process, gone on with by icu.py under the deepspeed launcher."""
     flags = [*jobs["2-die"][1], "--timeout", "5", "--out", two[0] / "2-die", "--resume"]
-    names = [state.name for state in states.states(two[0] / "2-die")]
+    names = [state.name for state in runs.states(two[0] / "2-die")]
     return *launch(2, ["icu.py", *flags], launcher="deepspeed"), names
 
 
@@ -521,7 +521,7 @@ def test_a_pickle_planted_in_a_state_never_runs(two):
             f"epoch00002-step000000: cannot be loaded (ValueError: zero_pp_rank_{rank}_" in refused
         )
         assert "\n" not in refused
-    (planted,) = states.states(two[0] / "2-planted")[0].glob("zero/*rank_0_*optim_states.pt")
+    (planted,) = runs.states(two[0] / "2-planted")[0].glob("zero/*rank_0_*optim_states.pt")
     torch.load(planted, weights_only=False)
     assert (two[0] / "2-planted.0.ran").exists()  # the pickle works where one lets it
 

@@ -435,10 +435,10 @@ def test_of_several_runs_those_that_have_unlearned_are_explained(alone, capsys):
 
 def test_a_run_begun_again_has_none(made, tmp_path):
     """--overwrite removes it with the run's other files."""
-    from kit import paths, runs
+    from kit import runs
 
     run = shutil.copytree(made / "run", tmp_path / "run")
-    assert "explain.html" in paths.RUN_FILES
+    assert "explain.html" in runs.RUN_FILES
     runs.start_run_folder(run, {"pairs": "p"})
     assert not (run / "explain.html").exists() and "Harbour" not in str(listing(run))
 

@@ -19,7 +19,7 @@ import icu
 import knn
 from evals import report, tasks
 from kit import data, flags, models, processes
-from kit.finished import read_run
+from kit.runs import read_run
 from kit.text import visible
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,7 +35,6 @@ from kit import (
     models,
     paths,
     processes,
-    readable,
     requests,
     runs,
     spans,
@@ -430,7 +429,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, spans], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, spans], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -454,7 +453,7 @@ def refine(forgotten, rows, thresholds, args):
         [(name, thresholds[name]) for name in ("bertscore", "bleu")],
     )
 
-    # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (kit/readable.py) is not under a.
+    # Eq. (5): BERTScore < a and BLEU < b. Released code: or. A row without a BERTScore (models.can_read) is not under a.
     def is_forgotten(row):
         if (
             "ma_spans" in row
@@ -673,8 +672,9 @@ def parse_args(argv=None, method=METHOD):
     args.thresholds = list(PAPER_THRESHOLDS) if args.thresholds == "paper" else args.thresholds
     args.device = processes.device_of(args.device)
     args.bert = models.default_encoder() if args.bert == "minilm" else args.bert
-    for check in (flags.check_together, processes.check_flags, requests.fill):
-        check(args)
+    flags.check_together(args)
+    processes.check_flags(args, args.loss.needs)
+    requests.fill(args)
     return args
 # fmt: on
 
@@ -709,12 +709,15 @@ def read_inputs(args):
         item.partition("=")[0]: data.read_texts(data.perplexity_file(item, args.data))
         for item in args.ppl
     }
-    readable.check_run(args, models.true_suffixes(tokenizer, samples))
+    suffixes = models.true_suffixes(tokenizer, samples)
+    models.check_suffixes(args, suffixes)
+    args.bleu_tokens = models.bleu_tokenisations(suffixes)
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     never_saw = (
         finished.read_never_saw(args) if args.pairs and args.thresholds == "never-saw" else None
     )
     found = {"samples": samples, "watched": watched, "unseen": unseen, "never_saw": never_saw}
+    found["tokenizer"] = tokenizer
     return argparse.Namespace(**found, ppl_texts=ppl_texts, n_cut=n_cut)
 
 
@@ -740,7 +743,9 @@ def main(method=METHOD, argv=None):
         "cpu" if processes.lockstep else args.device
     )  # ZeRO-3: it may be too large for one device
     how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
-    model, tokenizer = models.load_model(args.model, device=device, **how)
+    model, tokenizer = models.load_model(
+        args.model, device=device, tokenizer=inputs.tokenizer, **how
+    )
     with runs.running(args, before) as run:
         unlearn(model, tokenizer, inputs, args, run=run)
         with args.loss.needs.measuring(model):

@@ -970,6 +970,7 @@ def resolve(args, method):
 class Inputs(NamedTuple):
     """Everything that a run reads, but the weights."""
 
+    tokenizer: object
     samples: list  # of Sample: the texts to forget, then those of earlier requests
     watched: dict = {}  # {index of a sample: requests.Earlier}
     unseen: list = []  # of Sample
@@ -997,11 +998,11 @@ def read_inputs(args):
     for item in args.ppl:
         file = data.perplexity_file(item, args.data)
         ppl_texts[item.partition("=")[0]] = data.read_texts(file)
-    models.check_suffixes(models.true_suffixes(tokenizer, samples), args)
+    models.check_suffixes(args, models.true_suffixes(tokenizer, samples))
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     needs_never_saw = args.pairs and args.thresholds == "never-saw"
     never_saw = runs.read_never_saw(args) if needs_never_saw else None
-    return Inputs(samples, watched, unseen, never_saw, ppl_texts, n_cut)
+    return Inputs(tokenizer, samples, watched, unseen, never_saw, ppl_texts, n_cut)
 
 
 def samples_of(pairs, tokenizer, config, args, what="pair"):
@@ -1034,7 +1035,9 @@ def unlearn(model, tokenizer, pairs, method=METHOD, **settings):
     samples, n_cut = samples_of(pairs, tokenizer, model.config, args)
     processes.seed_everything(args.seed)
     with runs.running(args, method) as run:
-        run_epochs(model, tokenizer, Inputs(samples, n_cut=n_cut), args, method=method, run=run)
+        run_epochs(
+            model, tokenizer, Inputs(tokenizer, samples, n_cut=n_cut), args, method=method, run=run
+        )
     return run
 
 
@@ -1071,6 +1074,7 @@ def main(method=METHOD, argv=None):
         device="cpu" if processes.lockstep else args.device,  # ZeRO-3: too large for one, perhaps
         allow_pickle=args.allow_pickle,
         revision=args.revision,
+        tokenizer=inputs.tokenizer,
     )
     with runs.running(args, method, before) as run:
         run_epochs(model, tokenizer, inputs, args, method=method, run=run)

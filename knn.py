@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, flags, folders, models, paths, processes, readable, requests, spans, traces
+from kit import data, flags, models, paths, processes, requests, spans, traces
 from kit import text as texts
 from kit.data import PARTS
 from kit.text import LETTERS, WORDS
@@ -187,8 +187,8 @@ def encoder_folder(encoder):
         raise ValueError(
             f"encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR with a complete model"
         )
-    folders.check_tokenizer(folder, "--encoder", deep=True)
-    folders.tensor_shapes(folder.rglob("*.safetensors"), f"--encoder {folder}")
+    if not any(next(folder.rglob(name), None) for name in models.TOKENIZERS):
+        raise ValueError(f"--encoder {folder}: no tokenizer ({', '.join(models.TOKENIZERS)})")
     for file in folder.rglob("*.json"):  # what its loader would stumble over behind all other work
         if not isinstance(data.read_json(file), dict) and file.name == "config.json":
             raise ValueError(f"--encoder {folder}: {file} is no configuration")
@@ -692,7 +692,7 @@ def main():
     encoder = encoder_folder(args.encoder or models.default_encoder())
     check_outputs(args, encoder)
     forget, pool, with_ids = read_input(args)
-    readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
+    models.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     earlier, purged = requests.targets(args.after)
     how = {"allow_copies": args.allow_copies, "purged": purged}
     keep, reasons = leak_guard([*forget, *earlier], pool, args.max_overlap, **how)

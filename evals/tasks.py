@@ -727,8 +727,6 @@ def main(argv=None):
     for name, found in sets.items():  # str(item) has all texts of a row in it
         texts = {f"{name} row {n}": str(item) for n, item in found.get("rows", {}).items()}
         models.check_texts(config, tokenizer, texts)
-        if name in PERPLEXITY and "rows" in found:
-            models.check_predictable(tokenizer, found["rows"].values(), found["source"])
     if args.dry_run:
         for name, found in sets.items():
             good = f"{len(found['rows'])} rows from {found['source']}" if "rows" in found else None

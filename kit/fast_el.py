@@ -1,8 +1,10 @@
-"""The greedy continuation of every prefix of a text, exactly what EL asks `generate` for, without asking it.
+"""The greedy continuation of every prefix of a text: what EL asks `generate` for, without asking it.
 
-One teacher-forced pass answers every position where the model's greedy token is the text's own; only the other
-positions are decoded, together, from that same pass's key/value cache, and only as far as they can matter to EL.
-metrics.py has the literal loop that this equals (tests/test_metrics.py: to 1e-6 on GPT-Neo, OPT and Llama).
+One teacher-forced pass answers every position where the model's greedy token is the text's own;
+only the other positions are decoded, together, from that same pass's key/value cache, and only as
+far as they can matter to EL.
+metrics.py has the literal loop that this equals (tests/test_metrics.py: to 1e-6 on GPT-Neo, OPT and
+Llama). Nothing else depends on how this is done: a reader of the method may skip this file.
 """
 
 import torch
@@ -14,22 +16,22 @@ from kit.models import cache_word, eos_ids, positions_of
 
 
 def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
-    """Yields (row, text, guess, said) for every row, those of like length together.
+    """Yields (row, text, guess, continuations) for every row, those of like length together.
 
-    ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for each position (the
-    first is the text's own, since nothing predicts it); said: {t: the greedy continuation of text[:t]} for t from
-    starts[i] to T-n, ended early where no n-gram of the text can be repeated any more; {} without `n`.
-    `row_batch` rows share a pass and a cache; `decode_batch` continuations are decoded at a time (default: 256, or what
-    2 GiB of keys and values hold). FloatingPointError for a model whose logits are not finite.
+    ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
+    each position (the first is the text's own, since nothing predicts it); continuations: {t: the
+    greedy continuation of text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the
+    text can be repeated any more; {} without `n`. `row_batch` rows share a pass and a cache;
+    `decode_batch` continuations are decoded at a time (default: 256, or what 2 GiB of keys and
+    values hold). FloatingPointError for a model whose logits are not finite.
     """
     lengths = mask.sum(1).tolist()
-    order = sorted(
-        range(len(ids)), key=lambda i: lengths[i]
-    )  # rows of like length share a batch, so little is padding
+    # Rows of like length share a batch, so little is padding.
+    order = sorted(range(len(ids)), key=lambda i: lengths[i])
     for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
-        # A plain cache keeps every key, also under sliding windows, which a decoding from the middle needs.
+        # A plain cache keeps every key, also under sliding windows: decoding from the middle needs it.
         cache = DynamicCache() if n else None  # the model fills it
         out = model(input_ids=x, attention_mask=m, use_cache=bool(n), **{cache_word(model): cache})
         # The shift: logits at position t-1 guess token t. guess[:, 0] is never used.
@@ -42,12 +44,12 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
             (x[b, : lengths[i]].tolist(), guess[b, : lengths[i]].tolist(), starts[i])
             for b, i in enumerate(chunk)
         ]
-        said = [{}] * len(rows)
+        continuations = [{}] * len(rows)
         if n:
             fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(cache, len(chunk))))
-            said = _continuations(model, cache, rows, n, fitting)
-        for i, (text, greedy, _), continuations in zip(chunk, rows, said, strict=True):
-            yield i, text, greedy, continuations
+            continuations = _continuations(model, cache, rows, n, fitting)
+        for i, (text, greedy, _), of_row in zip(chunk, rows, continuations, strict=True):
+            yield i, text, greedy, of_row
 
 
 def _row_bytes(cache, rows):
@@ -58,13 +60,14 @@ def _row_bytes(cache, rows):
 class _Continuation:
     """A greedy continuation of text[:t], decoded as far as it can matter to EL.
 
-    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs` are the stretches
-    of text[base:] that it is in the middle of repeating: {position in the text: tokens repeated so far}.
+    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs`
+    are the stretches of text[base:] that it is in the middle of repeating: {position in the text:
+    tokens repeated so far}.
     """
 
     def __init__(self, row, text, t, *, base, n, where):
         self.row, self.t, self.base, self.n, self.where = row, t, base, n, where
-        self.left, self.said, self.runs, self.repeats = len(text) - t, [], {}, False
+        self.left, self.tokens, self.runs, self.repeats = len(text) - t, [], {}, False
         for token in text[base:t]:
             self._follow(token)
 
@@ -74,65 +77,66 @@ class _Continuation:
         self.repeats = self.repeats or max(self.runs.values(), default=0) >= self.n
 
     def say(self, token):
-        self.said.append(token)
+        self.tokens.append(token)
         self.left -= 1
         self._follow(token)
 
     def goes_on(self, eos):
-        """Whether another token matters: it may come, and an n-gram of the text was or can still be repeated."""
-        if self.left == 0 or self.said[-1] in eos:
+        """Whether another token matters: an n-gram of the text was or can still be repeated."""
+        if self.left == 0 or self.tokens[-1] in eos:
             return False
         return self.repeats or max(self.runs.values(), default=0) + self.left >= self.n
 
 
 def _continuations(model, cache, rows, n, decode_batch):
-    """The greedy continuation of every prefix that EL asks for: per row {t: tokens} for t = start .. T-n.
+    """The greedy continuation of every prefix EL asks for: a row {t: tokens}, t = start .. T-n.
 
-    rows: (the text, the model's greedy guess for each of its positions, start), in the order of the cache's rows. Where
-    the model's guess for position t is x_t itself, the continuation of x_<t is x_t followed by the continuation of
-    x_<t+1 (x_t alone if it is EOS). So only the positions it misses are decoded; the others follow from them, read from
-    the end of the text to its start. A continuation ends early where its overlap is certain to be 0.
+    rows: (the text, the model's greedy guess for each of its positions, start), in the order of the
+    cache's rows. Where the guess for position t is x_t itself, the continuation of x_<t is x_t
+    followed by the continuation of x_<t+1 (x_t alone if it is EOS). So only the positions that the
+    model misses are decoded; the others follow from them, read from the end of the text to its
+    start. A continuation ends early where its overlap is certain to be 0.
     """
     eos = eos_ids(model)
     misses = []
-    for r, (text, said, start) in enumerate(rows):
+    for r, (text, guess, start) in enumerate(rows):
         where = {}
         for p, token in enumerate(text):
             where.setdefault(token, []).append(p)
         base = start  # the first t of the run of hits that a miss ends
         for t in range(start, len(text)):
-            # Past T-n no prefix is asked for; a position there is needed only to end the run of hits through T-n.
-            if said[t] != text[t] and base <= len(text) - n:
+            # EL has no prefix past T-n; a position there only ends the run of hits through T-n.
+            if guess[t] != text[t] and base <= len(text) - n:
                 miss = _Continuation(r, text, t, base=base, n=n, where=where)
-                miss.say(said[t])
+                miss.say(guess[t])
                 misses.append(miss)
-            if said[t] != text[t] or text[t] in eos:
+            if guess[t] != text[t] or text[t] in eos:
                 base = t + 1
     _decode(model, cache, misses, eos, decode_batch)
-    decoded = {(miss.row, miss.t): miss.said for miss in misses}
+    decoded = {(miss.row, miss.t): miss.tokens for miss in misses}
 
     result = []
-    for r, (text, said, start) in enumerate(rows):
-        following, found = [], {}  # `following` is the continuation of x_<t+1
+    for r, (text, guess, start) in enumerate(rows):
+        following, of_row = [], {}  # `following` is the continuation of x_<t+1
         for t in range(len(text) - 1, start - 1, -1):
-            if said[t] != text[t]:
+            if guess[t] != text[t]:
                 following = decoded.get((r, t), [])
             elif text[t] in eos:
                 following = [text[t]]
             else:
                 following = [text[t], *following]
             if t <= len(text) - n:
-                found[t] = following
-        result.append(found)
+                of_row[t] = following
+        result.append(of_row)
     return result
 
 
 def _decode(model, cache, misses, eos, decode_batch):
-    """Greedy decoding, in place, of continuations that start in the middle of texts whose keys are in `cache`.
+    """Greedy decoding, in place, of continuations from the middle of texts with keys in `cache`.
 
-    Those with as much left to say are decoded together, so that a batch ends together. What has ended leaves the batch,
-    and the padding it was the reason for with it, once it is a quarter of the batch or the batch is as wide as the
-    model has positions.
+    Those with as much left to say are decoded together, so that a batch ends together. What has
+    ended leaves the batch, with the padding that it needed, once it is a quarter of the batch or
+    the batch is as wide as the model has positions.
     """
     positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
@@ -143,30 +147,30 @@ def _decode(model, cache, misses, eos, decode_batch):
                 batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
                 keep = torch.tensor(alive, device=model.device)
                 mask, position = mask[keep], position[keep]
-                padding = mask.shape[1] - int(
-                    position.max()
-                )  # a row fills as many slots as its next position says
+                # A row fills as many slots as its next position says.
+                padding = mask.shape[1] - int(position.max())
                 mask = mask[:, padding:]
                 for layer in past.layers:
                     layer.keep(keep, padding)
-            token = torch.tensor([[miss.said[-1]] for miss in batch], device=model.device)  # (A, 1)
             mask = F.pad(mask, (0, 1), value=1)
-            step = {
-                "attention_mask": mask,
-                "position_ids": position[:, None],
-                cache_word(model): past,
-            }
-            guesses = (
-                model(input_ids=token, use_cache=True, **step).logits[:, -1].argmax(-1).tolist()
-            )
+            logits = model(
+                input_ids=torch.tensor(
+                    [[miss.tokens[-1]] for miss in batch],
+                    device=model.device,  # (A, 1)
+                ),
+                attention_mask=mask,
+                position_ids=position[:, None],
+                use_cache=True,
+                **{cache_word(model): past},
+            ).logits  # (A, 1, V)
             position = position + 1
-            for miss, guess in zip(batch, guesses, strict=True):
+            for miss, guess in zip(batch, logits[:, -1].argmax(-1).tolist(), strict=True):
                 if miss.goes_on(eos):
                     miss.say(guess)
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for `room` more tokens, so that a step writes one slot and copies none."""
+    """Keys and values of one layer with `room` for more: a step writes one slot, copies none."""
 
     def __init__(self, keys, values, room):
         super().__init__()
@@ -187,27 +191,25 @@ class _RoomyLayer(DynamicLayer):
     def keep(self, rows, padding):
         """Goes on with these rows (A,) bool, without the first `padding` slots."""
         end = self.keys.shape[-2] - padding
-        self._keys, self._values = (
-            self._keys[rows][..., padding:, :],
-            self._values[rows][..., padding:, :],
-        )
+        self._keys = self._keys[rows][..., padding:, :]
+        self._values = self._values[rows][..., padding:, :]
         self._use(end)
 
 
 def _gather_prefixes(cache, batch, room, device):
-    """Keys and values of x_<t for each continuation of the batch, moved to the right so that no row has a hole.
+    """Keys and values of x_<t for each continuation of the batch, moved right without a hole.
 
-    Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions: a row whose
-    slots were not side by side would see the wrong window. Positions are already inside the keys (or the embeddings),
-    so moving a key changes nothing else. Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
+    Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions:
+    a row whose slots were not side by side would see the wrong window. Positions are already inside
+    the keys (or the embeddings), so moving a key changes nothing else.
+    Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
     t = torch.tensor([miss.t for miss in batch], device=device)
     S = int(t.max())
 
     def move(kv):  # (B, heads, T, D) -> (A, heads, S + room, D)
-        moved = kv.new_empty(
-            len(batch), kv.shape[1], S + room, kv.shape[3]
-        )  # the room is written before it is read
+        # The room is written before it is read.
+        moved = kv.new_empty(len(batch), kv.shape[1], S + room, kv.shape[3])
         for keys, miss in zip(moved, batch, strict=True):
             keys[:, : S - miss.t] = 0  # masked, but NaN would pass a mask
             keys[:, S - miss.t : S] = kv[miss.row, :, : miss.t]

@@ -1,12 +1,9 @@
-"""One process or several: ranks, what they share out and gather, and the two engines that hold the optimiser."""
+"""One process or several: ranks, what they share and gather, and the engines with the optimiser."""
 
 import contextlib
 import datetime
 import os
-import pickle
 import random
-import sys
-import threading
 from pathlib import Path
 
 import filelock
@@ -27,7 +24,8 @@ RANK, LOCAL_RANK, WORLD_SIZE = (
     else (0, 0, 1)
 )
 is_main = RANK == 0  # the one that prints and writes
-lockstep = False  # set by `start`: no process has whole weights (ZeRO-3), so all make the same calls of the model
+# Set by `start`: under ZeRO-3 no process has whole weights, so all make the same model calls.
+lockstep = False
 
 
 def print0(text):
@@ -37,12 +35,12 @@ def print0(text):
 
 
 def share(items):
-    """This process's part of a list: every WORLD_SIZE-th item. `gather` puts the parts together again."""
+    """This process's part of a list, every WORLD_SIZE-th item; `gather` gives the list again."""
     return items[RANK::WORLD_SIZE]
 
 
 def gather(part):
-    """The whole list on every process, in its first order, from the parts that `share` gave out."""
+    """The list on every process, in its first order, from the parts that `share` gave out."""
     if WORLD_SIZE == 1:
         return part
     parts = [None] * WORLD_SIZE
@@ -64,16 +62,19 @@ def sum_over_ranks(values, device="cpu"):
 
 
 def over_processes(function, items):
-    """The list function(items), each process computing it for its share of the items; all get all of it, in order.
+    """The list function(items), on every process; each computes it for its share of the items.
 
-    In lockstep each computes all of it and the first one's counts: two that differ in a last digit would go on with
-    other samples.
+    In lockstep each computes all of it and the first one's counts: two that differ in a last digit
+    would go on with other samples.
     """
     return gather([function(items)])[0] if lockstep else gather(function(share(items)))
 
 
 def added_up(sums, device="cpu"):
-    """The numbers that `sums(part)` gives on each process, added; part(items) is what a process takes of a list."""
+    """The numbers that `sums(part)` gives, added over the processes.
+
+    part(items) is what a process takes of a list.
+    """
     return sums(lambda items: items) if lockstep else sum_over_ranks(sums(share), device)
 
 
@@ -90,10 +91,10 @@ def seed_everything(seed):
 
 
 def start(device, *, timeout=30, zero=2):
-    """Joins the processes that a launcher has started, if it has; training with ZeRO stage 3 puts them in lockstep.
+    """Joins the processes that a launcher has started, if it has; ZeRO stage 3: in lockstep.
 
-    A process that died is noticed after `timeout` minutes at the latest; measuring can keep the others waiting long.
-    So is a start that hangs: then this process ends with one line.
+    `timeout` (minutes) is how long a process waits for the others, here and later: measuring can
+    keep them waiting long. ValueError if they are not together by then.
     """
     global lockstep
     lockstep = LAUNCHED and zero == 3
@@ -107,82 +108,56 @@ def start(device, *, timeout=30, zero=2):
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
-    clear_stale_locks()
     wait = datetime.timedelta(minutes=timeout)
-    watch = threading.Timer(wait.total_seconds(), give_up, [timeout])
-    watch.daemon = True
-    watch.start()
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else "nccl", timeout=wait
-    )  # the first time, it compiles
-    watch.cancel()
-    if on_cpu:
-        forget_name_of_buffer()
-
-
-def forget_name_of_buffer():
-    """DeepSpeed gives each process on a CPU 66 MiB of shared memory, which would outlive it by its name."""
+    try:
+        if on_cpu:
+            compile_op(wait.total_seconds())
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)
+    except (dist.DistError, filelock.Timeout) as error:
+        raise ValueError(
+            f"the processes were not together after {timeout:g} minutes (--timeout): "
+            f"{first_line(error)}"
+        ) from error
+    # DeepSpeed gives each process on a CPU 66 MiB of shared memory, which outlives it by its name.
     wait_for_all()  # all of them have it open
-    where = [os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], RANK]
-    Path("/dev/shm", "_".join(["deepspeed_allreduce_buffer", *map(str, where)])).unlink(
-        missing_ok=True
-    )
+    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def give_up(timeout):
-    """Ends a process that waits for ever: what it waits in (a lock, a process that never came) can't be interrupted."""
-    print(
-        f"rank {RANK}: error: the processes were not together after {timeout:g} minutes (--timeout)",
-        file=sys.stderr,
-    )
-    os._exit(2)
+def compile_op(seconds):
+    """Compiles DeepSpeed's op for CPUs if no earlier start has, one process at a time.
 
-
-def clear_stale_locks():
-    """Removes what a first start, killed while it compiled, has left: every later one would wait for it, silently.
-
-    torch keeps such a lock open while it compiles, so one that no process of this machine has open belongs to nobody.
-    Every process does this, one at a time: one that already waited for the old lock would not compile when it goes.
+    torch's own lock is a file: it outlives a process that is killed while it compiles, and later
+    ones would wait for ever. This lock goes with its process; who has it may remove torch's.
     """
-    import psutil  # DeepSpeed's own
+    from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
 
-    def has_open(process, path):
-        try:
-            return any(file.path == str(path.resolve()) for file in process.open_files())
-        except psutil.Error:  # another user's, with folders of their own
-            return False
-
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(root / ".clearing"):
-        for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-            if owner := next(
-                (process.pid for process in psutil.process_iter() if has_open(process, lock)), None
-            ):
-                print(f"waiting for process {owner}, which compiles {lock.parent.name}", flush=True)
-            else:
-                print(
-                    f"removed {lock}: a start that was killed while it compiled has left it",
-                    flush=True,
-                )
-                lock.unlink(missing_ok=True)
-
-
-def default_device():
-    """cuda where there is one: with several processes, each its own."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
+    with filelock.FileLock(root / f"{builder.name}.lock", timeout=seconds):
+        for lock in root.rglob(f"{builder.name}/lock"):
+            lock.unlink()
+        builder.load()
 
 
 def device_of(flag):
-    """What --device means: without it default_device(), and for cuda this process's own. ValueError: none here."""
-    device = flag or default_device()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA GPU here; leave --device out to run on the CPU")
-    device = default_device() if device == "cuda" else device
-    check_device(device)
+    """What --device means: for cuda, or without it where there is one, this process's own GPU.
+
+    ValueError where this machine has no such device.
+    """
+    gpu = f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
+    device = gpu if flag == "cuda" or torch.cuda.is_available() and not flag else flag or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {device}: {first_line(error)}; leave --device out to run on the CPU"
+        ) from None
     return device
 
 
@@ -194,40 +169,22 @@ def autocast(args):
     )
 
 
-def check_device(device):
-    """ValueError where this machine has no such device."""
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("holds no numbers")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {first_line(error)}") from None
+def check_flags(args, method):
+    """ValueError for flags of several processes that do not go together or are for nothing here.
 
-
-def check_flags(args):
-    """ValueError for flags of several processes that do not go together or are for nothing here."""
-    if args.zero == 3 and args.teacher == "live":
+    method: icu.Method; with `touches_weights` it works on whole weights beside the training.
+    """
+    if args.zero == 3 and (args.teacher == "live" or method.touches_weights):
+        flag = "--teacher live" if args.teacher == "live" else method.name
         raise ValueError(
-            "--teacher live is a whole model on every process, which --zero 3 avoids: pass --zero 2"
+            f"{flag} needs whole weights on every process, which --zero 3 avoids: pass --zero 2"
         )
-    if args.zero == 3 and args.loss.needs.touches_weights:
-        raise ValueError(
-            f"{args.method} works on whole weights, which --zero 3 takes apart: pass --zero 2"
-        )
+    if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
+        raise ValueError(f"{method.name} makes its own gradients: run it on one process")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError(
-            "--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or with its launcher"
+            "--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or its launcher"
         )
-    deepspeed_config()
-
-
-def deepspeed_config():
-    """ds_config.json; ValueError where it is not DeepSpeed's."""
-    config = data.read_json(path := Path(__file__).parents[1] / "ds_config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise ValueError(
-            f"{path.name}: has no zero_optimization, so it is not a configuration of DeepSpeed's ZeRO"
-        )
-    return config
 
 
 # --- engines: who holds the optimiser ---
@@ -251,16 +208,16 @@ class PlainEngine:
         # Adam's betas are the released code's; the paper names Adam and the learning rate.
         self.optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
 
-    def step(self, loss):
-        """One optimiser step; False, and the weights as they were, where a gradient is not finite."""
+    def step(self, loss, backward):
+        """One step, its gradients by `backward(loss)`. False: one is not finite, and the weights
+        are as they were."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        if torch.isfinite(norm):
+        backward(loss)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        if finite:
             self.optimizer.step()
-        return bool(torch.isfinite(norm))
+        return finite
 
     def save(self, folder):
         """Weights and optimiser state into `folder`, without pickle."""
@@ -287,19 +244,19 @@ class PlainEngine:
 
 
 class ZeroEngine:
-    """Several processes: DeepSpeed's ZeRO, with the same four verbs; ds_config.json is its only configuration."""
+    """Several processes: DeepSpeed's ZeRO, with the same verbs, as ds_config.json says."""
 
     def __init__(self, model, args):
         import deepspeed
 
-        config = deepspeed_config()
+        config = data.read_json(Path(__file__).parents[1] / "ds_config.json")
         config["zero_optimization"]["stage"] = args.zero
         if args.offload:
             config["zero_optimization"]["offload_optimizer"] = {
                 "device": "cpu",
                 "pin_memory": args.device != "cpu",
             }
-        # DeepSpeed insists on a batch size, for its accounts only: the batches are made in train_epoch.
+        # DeepSpeed insists on a batch size, for its accounts only.
         config["train_micro_batch_size_per_gpu"] = 1
         if args.zero == 3:  # tensor by tensor: no device ever holds the whole model
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -311,13 +268,13 @@ class ZeroEngine:
         self.engine.checkpoint_engine.load = load_tensors
         self.model = model
 
-    def step(self, loss):
-        # DeepSpeed takes the mean of the processes' gradients; ours are parts of one sum.
+    def step(self, loss, backward):
+        # DeepSpeed makes the gradients, and takes the mean of the processes': ours are parts of
+        # one sum.
         self.engine.backward(loss * WORLD_SIZE)
         self.engine.step()
-        return (
-            not self.optimizer.overflow
-        )  # a gradient that is not finite, on any rank: all have left the step out
+        # A gradient that is not finite, on any rank: all have left the step out.
+        return not self.optimizer.overflow
 
     def save(self, folder):
         """DeepSpeed's own files, one a process."""
@@ -330,26 +287,20 @@ class ZeroEngine:
 
 
 def load_tensors(path, map_location=None):
-    """One of DeepSpeed's files, whose own loader would run whatever the pickle says. ValueError for a strange one.
+    """One of DeepSpeed's files; its own loader would run whatever the pickle in it says.
 
-    A run folder may come from elsewhere, its manifest too. Only tensors and what DeepSpeed puts beside them are made.
+    A run folder may come from elsewhere. Only tensors and what DeepSpeed puts beside them are made.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        name = Path(path).name
-        raise ValueError(
-            f"{name} holds more than tensors: it could run code, and DeepSpeed did not write it"
-        ) from None
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def gathered(parameters):
-    """A context in which every process has these parameters whole: under ZeRO-3 it holds a part of each."""
+    """A context in which every process has these parameters whole, under ZeRO-3 too."""
     parameters = list(parameters)
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
@@ -359,10 +310,10 @@ def gathered(parameters):
 
 
 def whole_weights(model):
-    """The model's state_dict in the CPU's memory of the main process, {} on the others; every process takes part."""
-    found = {}
+    """The model's state_dict in the main process's CPU memory, {} on others; all take part."""
+    weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):
             if is_main:
-                found[name] = tensor.detach().to("cpu", copy=True)
-    return found
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,29 +21,16 @@ def write_run(folder, texts, generations, *, method="icu", **config):
     side = {"context": "", **LEARN, "similarity": 0.5}
     rows = [{"id": id, "prefix": a, "suffix": b, **side} for id, (a, b) in texts.items()]
     data.write_jsonl(pairs, rows)
-    config = {
-        "model": "m/before",
-        "protocol": "paper",
-        "pairs": str(pairs),
-        "thresholds_used": {},
-        "sha256": {"pairs": models.fingerprint(pairs)},
-        **config,
-    }
+    both = {"protocol": "paper", **config}
+    config = {"model": "m/before", "pairs": str(pairs), "thresholds_used": {}, **both}
+    config["sha256"] = {"pairs": models.fingerprint(pairs)}
     data.write_json(folder / "config.json", config)
-    last = len(generations) - 1
-    summary = {
-        "name": folder.name,
-        "method": method,
-        "protocol": "paper",
-        "stopped": "forgotten",
-        "epochs": last,
-        "collapsed": False,
-        "thresholds": {},
-        "before": MEASURES,
-        "after": MEASURES,
-    }
+    epochs = len(generations) - 1
+    ends = {"thresholds": {}, "before": MEASURES, "after": MEASURES}
+    summary = {"name": folder.name, "method": method, "protocol": "paper", "epochs": epochs}
+    summary |= {"stopped": "forgotten", "collapsed": False, **ends}
     data.write_json(folder / "summary.json", summary)
-    metrics = [{"epoch": epoch, "active": 1, **MEASURES} for epoch in range(last + 1)]
+    metrics = [{"epoch": epoch, "active": 1, **MEASURES} for epoch in range(epochs + 1)]
     data.write_jsonl(folder / "metrics.jsonl", metrics)
     rows = [
         {"epoch": epoch, "id": id, "generation": text, **MEASURES}
@@ -58,9 +44,8 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 class Chat:
     """A server on loopback: `behave(candidate, n)` says what becomes of the n-th request about one.
 
-    A str is the answer of the model; (status, headers, body) is sent as it is; a number is how many
-    seconds nothing comes; None cuts the connection in the middle. `seen` has (time, headers,
-    request) of all that came.
+    A str is the answer of the model; (status, headers, body) is sent as it is; of a number of
+    seconds nothing comes. `seen` has (headers, request) of all that came, `count` the last n.
     """
 
     def __init__(self, behave):
@@ -94,28 +79,19 @@ class Chat:
     def reply(self, handler, request):
         candidate = candidate_of(request)
         with self.lock:
-            self.seen.append((time.monotonic(), handler.headers, request))
+            self.seen.append((handler.headers, request))
             n = self.count[candidate] = self.count.get(candidate, -1) + 1
         reply = self.behave(candidate, n)
         if isinstance(reply, int | float):
-            time.sleep(reply)
-            reply = None
-        answer = reply if isinstance(reply, str) else "Final score: 9"
-        status, headers, body = reply if isinstance(reply, tuple) else (200, {}, completion(answer))
+            return time.sleep(reply)
+        status, headers, body = (200, {}, completion(reply)) if isinstance(reply, str) else reply
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         handler.send_response(status)
+        headers = {"Content-Type": "application/json", "Content-Length": len(body), **headers}
         for name, value in headers.items():
-            handler.send_header(name, value)
+            handler.send_header(name, str(value))
         handler.end_headers()
-        handler.wfile.write(body if reply else body[: len(body) // 2])
-        if not reply:
-            handler.wfile.flush()
-            handler.connection.shutdown(socket.SHUT_RDWR)
-
-    def times(self, candidate):
-        """When a candidate was asked about."""
-        return [at for at, _, request in self.seen if candidate_of(request) == candidate]
+        handler.wfile.write(body)
 
 
 def candidate_of(request):
@@ -128,11 +104,7 @@ def candidate_of(request):
 def completion(answer):
     """A chat completion as a server sends it."""
     message = {"role": "assistant", "content": answer}
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "judge-2026-01",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
-    }
+    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+    usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
+    fields = {"id": "x", "object": "chat.completion", "created": 1, "model": "judge-2026-01"}
+    return {**fields, "choices": choices, "usage": usage}

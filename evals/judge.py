@@ -101,7 +101,7 @@ class Triple(NamedTuple):
 
     prefix: str
     reference: str
-    candidate: str
+    output: str
 
 
 def request_for(triple, wording, args):
@@ -133,7 +133,7 @@ class Judged(NamedTuple):
 
 
 def read_judged(folder):
-    """The texts of a finished run before and after it. ValueError: they are gone or have changed."""
+    """The texts of a finished run before and after. ValueError: they are gone or have changed."""
     run = finished.read_run(folder)
     config, summary = run["config"], run["summary"]
     if run["redacted"]:
@@ -170,7 +170,7 @@ def read_api_key(base_url):
     key = os.environ.get(KEY, "").strip()
     if not key and not is_loopback(base_url):
         raise ValueError(f"{base_url} wants a key: put it into the environment as {KEY}")
-    return key or "none"
+    return key or "not-needed"
 
 
 def key_of(base_url, request):
@@ -178,28 +178,27 @@ def key_of(base_url, request):
     return hashlib.sha256(json.dumps([base_url, request], sort_keys=True).encode()).hexdigest()
 
 
-class Cache:
-    """`replies` of judges about the texts of one pairs file, by `key_of`.
+class Cache(dict):
+    """{key_of(...): reply} of judges about the texts of one pairs file.
 
-    The file is JSON lines, one more with each reply, whatever ends the program.
+    Its file is JSON lines, one more with each reply, whatever ends the program.
     """
 
     def __init__(self, pairs_sha):
         self.path = data.cache_folder("judge") / f"{pairs_sha}.jsonl"
-        self.replies, self.lock = {}, threading.Lock()
+        self.lock = threading.Lock()
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
         for line in lines:
             with contextlib.suppress(ValueError):  # blank, or cut off by a kill: asked again
                 reply = json.loads(line)
-                self.replies[reply.pop("key")] = reply
+                self[reply.pop("key")] = reply
 
-    def put(self, key, reply):
-        line = "\n" + json.dumps({"key": key, **reply})  # the line before may have been cut off
-        with self.lock:
-            self.replies[key] = reply
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(line.encode())
+    def add(self, key, reply):
+        self[key] = reply
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock, open(self.path, "a", encoding="utf-8") as file:
+            # The line before may have been cut off.
+            file.write("\n" + json.dumps({"key": key, **reply}))
 
 
 class Judge:
@@ -264,12 +263,12 @@ class Judge:
         for wording in (FIRST, AGAIN):
             request = request_for(triple, wording, self.args)
             key = key_of(self.args.base_url, request)
-            if key not in cache.replies:
+            if key not in cache:
                 reply = self.ask(request)
                 if "why" in reply:
                     return verdict | reply
-                cache.put(key, reply)
-            reply = cache.replies[key]
+                cache.add(key, reply)
+            reply = cache[key]
             verdict |= {"answer": reply["answer"], "model": reply["model"], "request": key}
             verdict["usage"] = {name: n + reply[name] for name, n in verdict["usage"].items()}
             verdict["score"] = score_of(reply["answer"])
@@ -303,11 +302,10 @@ class Judge:
 def judge_run(args, run, judge):
     """Grades a run's samples; writes judge.jsonl and judge.json and returns the latter."""
     cache = Cache(run.pairs_sha)
-    known = len(cache.replies)
+    known = len(cache)
     verdicts = judge.grade_all(run.triples.values(), cache)
-    # Of all that is sent but the model's name and the triple: it tells questions apart.
     question = json.dumps([args.instructions, QUESTION, FIRST, AGAIN])
-    question = hashlib.sha256(question.encode()).hexdigest()
+    question = hashlib.sha256(question.encode()).hexdigest()  # tells questions apart
     rows = [
         {"id": id, "epoch": epoch, **verdicts[triple], "prompt": question}
         for (id, epoch), triple in run.triples.items()
@@ -322,9 +320,9 @@ def judge_run(args, run, judge):
     }
     for when, epoch in run.epochs.items():
         summary[when] = mean_of([row["score"] for row in rows if row["epoch"] == epoch])
-    usages = [verdict["usage"] for verdict in verdicts.values()]
-    tokens = {name: sum(usage[name] for usage in usages) for name in ("in", "out")}
-    summary["calls"] = len(cache.replies) - known
+    of_all = [verdict["usage"] for verdict in verdicts.values()]
+    tokens = {name: sum(usage[name] for usage in of_all) for name in ("in", "out")}
+    summary["calls"] = len(cache) - known
     summary |= {"tokens": tokens, "cost": cost(args.price, tokens)}
     data.write_jsonl(run.folder / "judge.jsonl", rows)
     data.write_json(run.folder / "judge.json", summary)
@@ -351,11 +349,11 @@ def print_plan(args, runs):
     """What judging would ask: calls, tokens, cost. Four bytes a token, the usual rule of thumb."""
     new, known = {}, set()
     for run in runs:
-        replies = Cache(run.pairs_sha).replies
+        cache = Cache(run.pairs_sha)
         for triple in run.triples.values():
             request = request_for(triple, FIRST, args)
             key = key_of(args.base_url, request)
-            if key in replies:
+            if key in cache:
                 known.add(key)
             else:
                 new[key] = "".join(message["content"] for message in request["messages"])
@@ -424,7 +422,7 @@ def make_sheet(args, runs):
     outputs = {}  # {(text, generation): (triple, who wrote it)}: graded once for all of them
     for number, run in enumerate(runs):
         for (id, epoch), triple in run.triples.items():
-            output = ((run.pairs_sha, id), triple.candidate)
+            output = ((run.pairs_sha, id), triple.output)
             outputs.setdefault(output, (triple, []))[1].append({"run": number, "epoch": epoch})
     texts = sorted({text for text, _ in outputs})
     drawn = random.Random(0)
@@ -434,7 +432,7 @@ def make_sheet(args, runs):
     shown, items = [], []
     for text, generation in chosen:
         triple, of = outputs[text, generation]
-        shown.append(dict(zip(("prefix", "reference", "output"), triple, strict=True)))
+        shown.append(triple._asdict())
         items.append({"text": list(text), "of": of})
     sheet, html = page(shown, args.raters)
     named = [{"name": run.name, "summary": identity(run.folder)} for run in runs]
@@ -482,7 +480,9 @@ def read_ratings(paths, keys):
                 key = key or keys.get(row["sheet"])
                 if key is None or row["sheet"] != key["sheet"]:
                     known = ", ".join([key["sheet"]] if key else keys) or "none"
-                    raise ValueError(f"of sheet {row['sheet']}; the runs have the key of {known}")
+                    raise ValueError(
+                        f"of sheet {row['sheet']}; the runs named have the key of {known}"
+                    )
                 item, rater, grade = int(row["item"]), row["rater"], int(row["grade"])
                 if item not in range(len(key["items"])) or grade not in range(1, 9):
                     raise ValueError(f"item {item}, grade {grade}: there is no such")
@@ -703,21 +703,21 @@ def make_parser():
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     g = parser.add_argument_group("the machine judge")
     g.add_argument("--judge", default="gpt-4", metavar="MODEL", help="who grades (%(default)s)")
-    g.add_argument("--base-url", default=OPENAI, metavar="URL", help="an OpenAI-compatible endpoint (%(default)s)")
-    g.add_argument("--send-texts", action="store_true", help="texts may leave this machine, to --base-url")
-    g.add_argument("--prompt", metavar="FILE", help='other instructions; they must ask for "Final score: X", 0 to 10')
+    g.add_argument("--base-url", default=OPENAI, metavar="URL", help="its address (%(default)s)")
+    g.add_argument("--send-texts", action="store_true", help="texts may leave this machine")
+    g.add_argument("--prompt", metavar="FILE", help='that asks for "Final score: X", 0 to 10')
     g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
-    g.add_argument("--tries", type=flags.positive, default=7, metavar="N", help="of a request (%(default)s)")
-    g.add_argument("--patience", type=flags.above(0), default=120, metavar="SECONDS", help="per answer (%(default)s)")
+    g.add_argument("--tries", type=flags.positive, default=7, help="of a request (%(default)s)")
+    g.add_argument("--patience", type=flags.above(0), default=120, help="seconds (%(default)s)")
     g = parser.add_argument_group("people")
     either = g.add_mutually_exclusive_group()
-    either.add_argument("--sheet", action="store_true", help="write sheet.html for raters, of these runs")
-    g.add_argument("--n", type=flags.positive, default=40, metavar="N", help="texts, with all outputs (%(default)s)")
-    g.add_argument("--raters", type=flags.positive, default=3, metavar="N", help="people, an order each (%(default)s)")
-    either.add_argument("--ratings", nargs="+", metavar="CSV", help="what raters have saved; then the runs of the sheet")
-    g.add_argument("--overwrite", action="store_true", help="replace a sheet; ratings of the old one are lost")
+    either.add_argument("--sheet", action="store_true", help="write sheet.html, of these runs")
+    either.add_argument("--ratings", nargs="+", metavar="CSV", help="what raters saved, then RUN")
+    g.add_argument("--n", type=flags.positive, default=40, help="texts in the sheet (%(default)s)")
+    g.add_argument("--raters", type=flags.positive, default=3, help="an order each (%(default)s)")
+    g.add_argument("--overwrite", action="store_true", help="replace a sheet: its ratings are lost")
     g = parser.add_argument_group("running")
-    g.add_argument("--dry-run", action="store_true", help="check, say what it would ask and cost, ask nothing")
+    g.add_argument("--dry-run", action="store_true", help="say what it would ask and cost")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on

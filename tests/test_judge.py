@@ -85,7 +85,7 @@ def caches(tmp_path):
     ],
 )
 def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
-    """Both spellings, whole or decimal, with and without /10; what is no such number is no score."""
+    """Both spellings, whole or decimal, with and without /10; nothing else is a score."""
     assert judge.score_of(answer) == score
 
 
@@ -115,7 +115,7 @@ CASES = {
 
 
 def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
-    """Scores stand with their ids; unread ones have a reason, are in no mean and are asked again."""
+    """Scores stand with their ids; unread ones have a reason and are in no mean."""
     texts = {f"id {case}": (f"prefix of {case}", " reference") for case in CASES}
     generations = {f"id {case}": case for case in CASES}
     run = write_run(tmp_path / "run", texts, [generations, generations])  # said twice, asked once
@@ -340,7 +340,7 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
 
 
 def test_the_report_has_the_column_and_the_papers_figure(run, tmp_path, capsys):
-    """Table 1's 3.92 beside the released protocol only; nothing of different judges side by side."""
+    """Table 1's 3.92 beside the released protocol only; different judges not side by side."""
     config = {"protocol": "released", "preset": "neo125m", "published": "icu"}
     released = write_run(tmp_path / "other", TEXTS, [BEFORE, AFTER], **config)
     with Chat(lambda candidate, n: f"Final score: {2 if '7731' in candidate else 6.5}") as chat:

@@ -1,4 +1,4 @@
-"""The people's sheet: blind, safe to open, right in a browser; what comes back is read and reported.
+"""The people's sheet: blind, safe to open, right in a browser; what comes back is reported.
 
 python -m pytest tests/test_sheet.py -q
 """
@@ -31,7 +31,7 @@ N = len(NASTY)
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Runs of two methods over the same texts: before they say the reference, after it their own."""
+    """Runs of two methods over the same texts, which say the reference before."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     known, runs = {id: suffix for id, (_, suffix) in TEXTS.items()}, []
     for number, method in enumerate(("icu", "npo")):
@@ -65,7 +65,7 @@ def rate(run, grades, path, *, rater="ann", items=None):
 
 
 def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
-    """Prefix, reference and output, nothing else; equal outputs once; the key says who wrote them."""
+    """Prefix, reference and output alone; equal outputs once; the key says who wrote them."""
     judge.main(["--sheet", *map(str, runs), "--n", "4", "--raters", "3"])
     html, key = (runs[0] / "sheet.html").read_text(), data.read_json(runs[0] / "sheet-key.json")
     content = content_of(runs[0])
@@ -102,7 +102,7 @@ def test_a_sheet_is_drawn_alike_each_time_and_not_replaced_unasked(runs):
 
 
 def test_the_page_loads_nothing_and_holds_any_text(runs):
-    """No address in it, a policy that forbids all, and no text that ends the element it stands in."""
+    """No address in it, a policy that forbids all, and no text ends the element it is in."""
     drawn, parts = random.Random(0), ("prefix", "reference", "output")
     signs = "<>/!-&\"'\\ascript\u2028\u2029\x00\x1f\U0001f600\u05d0"
     items = [{part: "".join(drawn.choices(signs, k=30)) for part in parts} for _ in range(200)]
@@ -116,7 +116,7 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
 
 
 def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
-    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; and the report's column."""
+    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     key, outputs = data.read_json(runs[0] / "sheet-key.json"), content_of(runs[0])["items"]
     of = [{(place["run"], place["epoch"]) for place in item["of"]} for item in key["items"]]
@@ -177,7 +177,7 @@ def browser():
 
 
 def test_a_sheet_is_rated_by_keyboard_reloaded_and_read_back(browser, tmp_path, runs):
-    """From the disk, offline, on a phone: a reload in the middle, back, the file; texts show as texts."""
+    """From the disk, offline, on a phone: a reload in the middle, back, the file."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     content = content_of(runs[0])
     order, count, width = content["orders"][1], len(content["items"]), 360

@@ -435,7 +435,10 @@ def make_sheet(args, runs):
         shown.append(triple._asdict())
         items.append({"text": list(text), "of": of})
     sheet, html = page(shown, args.raters)
-    named = [{"name": run.name, "summary": identity(run.folder)} for run in runs]
+    named = []
+    for run in runs:  # known by its summary.json wherever its folder is
+        summary = data.sha256_of(run.folder / "summary.json")
+        named.append({"name": run.name, "summary": summary})
     path, key = runs[0].folder / "sheet.html", runs[0].folder / "sheet-key.json"
     data.check_outputs([path, key], overwrite=args.overwrite)
     data.write_json(key, {"sheet": sheet, "raters": args.raters, "runs": named, "items": items})
@@ -445,11 +448,6 @@ def make_sheet(args, runs):
         f"{key}: which output is whose; keep it to yourself\n"
         "then: python evals/judge.py --ratings ratings-*.csv RUN ..."
     )
-
-
-def identity(folder):
-    """What a run is known by wherever its folder is."""
-    return data.sha256_of(folder / "summary.json")
 
 
 def page(items, raters):
@@ -521,7 +519,7 @@ def read_people(csv_files, folders):
     keys = [folder / "sheet-key.json" for folder in folders]
     keys = [data.read_json(path) for path in keys if path.is_file()]
     key, grades = read_ratings(csv_files, {key["sheet"]: key for key in keys})
-    known = {identity(folder): folder for folder in folders}
+    known = {data.sha256_of(folder / "summary.json"): folder for folder in folders}
     for run in key["runs"]:
         if run["summary"] not in known:
             raise ValueError(f"the sheet is also of the run {run['name']}: name its folder too")
@@ -530,22 +528,21 @@ def read_people(csv_files, folders):
     for number, item in enumerate(key["items"]):
         sha, id = item["text"]
         of = [(place["run"], place["epoch"]) for place in item["of"]]
-        machine = [scores[run].get((id, epoch)) for run, epoch in of]
-        machine = next((score for score in machine if score is not None), None)
-        given = grades.get(number, {}).values()
-        outputs.append(Output((sha, id), of, list(given), machine))
+        scored = [scores[run, id, epoch] for run, epoch in of if (run, id, epoch) in scores]
+        given = list(grades.get(number, {}).values())
+        outputs.append(Output((sha, id), of, given, scored[0] if scored else None))
     raters = {rater for given in grades.values() for rater in given}
     return key, folders, outputs, len(raters)
 
 
 def machine_scores(folders):
-    """[{(id, epoch): score}] of the runs' judge.jsonl; {} where there is none."""
-    scores, judges = [], set()
-    for folder in folders:
-        scores.append({})
+    """{(number of the run, id, epoch): score} of the runs' judge.jsonl, as far as there are any."""
+    scores, judges = {}, set()
+    for number, folder in enumerate(folders):
         if (folder / "judge.jsonl").is_file():
             for row in data.read_jsonl(folder / "judge.jsonl"):
-                scores[-1][row["id"], row["epoch"]] = row["score"]
+                if row["score"] is not None:
+                    scores[number, row["id"], row["epoch"]] = row["score"]
             summary = data.read_json(folder / "judge.json")
             judges.add((summary["judge"], summary["prompt"]))
     if len(judges) > 1:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kit import data, flags, models, paths, requests, runs, sheet, traces
+from kit import data, flags, models, paths, runs, traces
 from kit.text import visible
 
 CACHES = {
@@ -162,7 +162,6 @@ def traces_of(sha, own_runs, over):
         "embeddings": is_cached("embeddings"),
         "measures before": is_cached("before"),
         "answers of a judge": is_cached("judge"),
-        "sheet": sheet.is_page,
     }
     theirs = tuple(f"{run.name}/" for run in own_runs)
     for run in over:
@@ -177,6 +176,12 @@ def traces_of(sha, own_runs, over):
         )
         yield from with_leftovers(Trace(run / "cases.md", "cases", paths.is_cases))
         yield from with_leftovers(Trace(run / "explain.html", "explanation", paths.is_explanation))
+    for run in own_runs:
+        yield from with_leftovers(
+            Trace(run / "sheet.html", "sheet", paths.begins_with("<!DOCTYPE html>"))
+        )
+    answers = data.cache_folder("judge").resolve() / f"{sha}.jsonl"
+    yield Trace(answers, "answers of a judge", is_cached("judge"))
     for path, what in traces.of(sha):
         if what in own:
             yield from with_leftovers(Trace(path, what, own[what]))
@@ -277,7 +282,7 @@ def keep_hashes(run, sha, dry_run):
             f"note: no hashes for {run}: its pairs.jsonl is not there, or not the one that it was made with"
         )
     elif not dry_run:
-        data.write_json(path, requests.hashes(data.read_pairs(pairs)))
+        data.write_json(path, traces.hashes(data.read_pairs(pairs)))
 
 
 def mark(run):

@@ -26,7 +26,7 @@ import metrics
 from demo import tiny
 from dev import bench
 from evals import tasks
-from kit import commands, data, flags, methods, models, processes, readable, runs
+from kit import data, flags, methods, models, processes, readable, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 COPA = {
@@ -68,7 +68,7 @@ def folder(good, tmp_path, monkeypatch):
     for module, name in (
         (models, "load_model"),
         (knn, "encode"),
-        (commands, "run"),
+        (experiment, "run"),
         (tiny, "make_corpus"),
     ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))

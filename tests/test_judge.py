@@ -6,7 +6,6 @@ python -m pytest tests/test_judge.py -q
 import importlib.util
 import json
 import math
-import os
 import random
 import signal
 import socket
@@ -24,7 +23,7 @@ from judged import Chat, candidate_of, completion, write_pairs, write_run
 
 import experiment
 from evals import judge, report
-from kit import agreement, ask, commands, data, flags, purge
+from kit import agreement, ask, data, flags, purge
 
 KEY = "sk-test-0123456789"
 TEXTS = {
@@ -491,7 +490,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_ever(tmp_path, capsys, be
 
 def test_a_server_that_is_not_there_ends_it(run, capsys):
     """One line, and no file that looks like a result."""
-    url = f"http://127.0.0.1:{commands.free_port()}/v1"
+    url = f"http://127.0.0.1:{experiment.free_port()}/v1"
     said = refused([run, "--base-url", url, "--tries", "2"], capsys)
     assert (
         "not one of 4 texts has an answer: no answer: " in said
@@ -723,7 +722,7 @@ def served(tmp_path_factory):
         "llama", vocab=len(tokenizer), dtype=torch.float32, max_position_embeddings=8192
     )
     model.save_pretrained(folder)
-    port = commands.free_port()
+    port = experiment.free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     words = ["serve", folder, "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with open(folder / "log", "w") as log:
@@ -771,45 +770,3 @@ def test_a_real_server_is_asked_as_it_wants_to_be(served, tmp_path, run, capsys,
     assert found["served"] and found["served"][0].startswith(model)
     report.main([str(run)])
     assert "GPT" not in (run / "table.md").read_text()
-
-
-# --- experiment.py ---
-
-
-def test_a_judge_is_looked_for_before_the_work_and_asked_before_the_report(monkeypatch, tmp_path):
-    """bash run.sh PRESET --judge MODEL with flags of its own; a comparison judges every run of it."""
-    found = []
-    monkeypatch.setattr(
-        experiment.commands,
-        "run",
-        lambda argv, environment, quiet=False: found.append(argv[1:]) or 0,
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "chdir", lambda folder: None)
-    words = [
-        "--judge",
-        "m",
-        "--judge-base-url",
-        "http://localhost:1/v1",
-        "--send-texts",
-        "--lr",
-        "1e-5",
-    ]
-    experiment.main(["neo125m", "--device", "cpu", *words])
-    asked = [argv[1:] for argv in found if argv[0] == "evals/judge.py"]
-    own, out = (
-        ["--judge", "m", "--base-url", "http://localhost:1/v1", "--send-texts"],
-        "runs/neo125m-set0-icu-paper",
-    )
-    assert asked == [[*own, "--dry-run"], [out, *own]]
-    names = [argv[0] for argv in found]
-    assert names.index("evals/judge.py") < names.index("icu.py") and names[-2:] == [
-        "evals/judge.py",
-        "evals/report.py",
-    ]
-    for bad, due in (
-        (["--judge", "m", "--redact"], "--redact"),
-        (["--judge-base-url", "x"], "--judge MODEL"),
-    ):
-        with pytest.raises(ValueError, match=due):
-            experiment.main(["tiny", *bad])

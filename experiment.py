@@ -351,20 +351,20 @@ def train(args, own, *, check=False, ok=(0,)):
 
     check: look for models and data, train nothing.
     """
-    flags = told(args, "icu.py") | own | ({"--dry-run": []} if check else {})
-    script = value(flags, "--script", args.script or "icu.py")
-    words = words_of(flags | {"--script": None})
+    flags = told(args, "icu.py") | own | {"--script": None}
+    script = value(own, "--script", args.script or "icu.py")
     if check:
+        words = words_of(flags | {"--dry-run": []})
         return step(args, script, words, looks=True, quiet=not args.dry_run)
-    step(args, script, words, launched=True, ok=ok)
+    step(args, script, words_of(flags), launched=True, ok=ok)
     if not args.dry_run and not Path(flags["--out"][0], "summary.json").is_file():
         raise ValueError(f"{script} left no summary.json: a script ends in icu.main(MyMethod)")
 
 
 def measure_never_saw(args, pairs, out, *, anew):
-    """{"--never-saw": [run]} with the measured never-saw model, or {} if the user's texts differ."""
-    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile", "--never-saw"}
-    if not args.preset.never_saw or others & set(args.user):
+    """{"--never-saw": [run]}, or {} if the preset has no such model or the texts are others."""
+    others = "--model --after --eval-only --forget --pool --pile --never-saw"
+    if not args.preset.never_saw or set(others.split()) & set(args.user):
         return {}
     own = {"--pairs": [pairs], "--out": [out], "--model": [args.preset.never_saw]}
     own |= {"--thresholds": ["paper"], "--eval-only": []}
@@ -455,36 +455,29 @@ def default_folder(args):
 
 
 def step(args, script, words, *, launched=False, looks=False, quiet=False, ok=(0,)):
-    """Runs a program; returns its exit code, which ends the experiment unless it is in `ok`.
+    """Runs a program. An exit code that is not in `ok` ends the experiment.
 
-    launched: by several processes if they are wanted. looks: it changes nothing, so that a dry
-    run runs it, too; other commands are only named there.
+    launched: by several processes if they are wanted. looks: it changes nothing, so that a dry run
+    runs it; other commands are only named there.
     """
     environment, start = start_of(args) if launched else ({}, [PYTHON])
     environment = environment | path_to_icu(script)
     argv = [*start, script, *map(str, words)]
     line = shown(argv, environment)
-    folder = unmade(args.preset) if args.dry_run and args.preset.make else None
-    if args.dry_run and (not looks or (folder and any(folder in word for word in argv))):
-        print("would run:", line, flush=True)
-        return 0
+    folder = unmade(args.preset)
+    if args.dry_run and (not looks or (folder and folder in line)):
+        return print("would run:", line, flush=True)
     if args.dry_run and script in {*PROGRAMS, *ON_REQUEST}:
         print("$", line, flush=True)
         return run_here(script, argv[2:])
-    status = run(argv, environment, quiet=quiet)
-    if status not in ok:
+    if (status := run(argv, environment, quiet=quiet)) not in ok:
         raise SystemExit(status)
-    return status
 
 
 def run_here(script, words):
-    """Runs one of this project's programs in this process.
-
-    A dry run starts several of them. So they import torch once, which takes seconds.
-    """
+    """Runs a program of this project in this process: a dry run then imports torch only once."""
     sys.argv = [script, *words]
-    runpy.run_path(str(ROOT / script), run_name="__main__")  # SystemExit where it fails
-    return 0
+    runpy.run_path(str(ROOT / script), run_name="__main__")  # SystemExit if it fails
 
 
 def start_of(args):
@@ -582,26 +575,26 @@ def make_parser(command):
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
     parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
     g = parser.add_argument_group("how it is run")
-    g.add_argument("--out", metavar="DIR", help="the run folder, or the folder of all runs (runs/...)")
-    g.add_argument("--gpus", type=positive, metavar="N", help="processes, by DeepSpeed's launcher (1; large: all GPUs)")
+    g.add_argument("--out", metavar="DIR", help="the run folder, or the folder of all runs")
+    g.add_argument("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
     g.add_argument("--overwrite", action="store_true", help="replace the runs that are there")
     g.add_argument("--audit", action="store_true", help="then ask what is still in the model")
-    g.add_argument("--dry-run", action="store_true", help="check everything, name the commands, train nothing")
+    g.add_argument("--dry-run", action="store_true", help="check, name the commands, train nothing")
     if command != "compare":
-        g.add_argument("--script", metavar="FILE.py", help="run in place of icu.py: ends in icu.main(MyMethod)")
+        g.add_argument("--script", metavar="FILE.py", help="in place of icu.py: icu.main(MyMethod)")
     if command is None:
         g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
         return parser
-    g.add_argument("--sets", nargs="+", choices=list("01234"), help="the paper's forget sets (--set, or 0)")
-    g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="seeds (--seed, or 0)")
+    g.add_argument("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
+    g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
     if command == "compare":
-        g.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help="names, or FILE.py (all names)")
-        g.add_argument("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR", help="rates")
+        g.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
+        g.add_argument("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")
     if command == "sweep":
         g = parser.add_mutually_exclusive_group()
         g.add_argument("--points", nargs="+", type=alpha_beta, default=GRID, metavar="ALPHA,BETA")
-        g.add_argument("--lrs", nargs="+", type=rate, metavar="LR", help="rates at alpha = beta = 0.5")
-        g.add_argument("--table", type=int, choices=(2, 5), default=2, help="of the paper (%(default)s)")
+        g.add_argument("--lrs", nargs="+", type=rate, metavar="LR", help="at alpha = beta = 0.5")
+        g.add_argument("--table", type=int, choices=(2, 5), default=2, help="of the paper (2)")
     return parser
 # fmt: on
 
@@ -634,17 +627,16 @@ def help_text():
 
 
 OFTEN = """
-flags of the programs that are often used (all: python icu.py --help, python knn.py --help, ...)
+flags that are often used (all of a program's: python icu.py --help, ...)
   --set 0..4, --limit N     the paper's forget set (0); only its first N rows
   --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
-                            local folders instead of the hub: the model to unlearn; GPT-2's tokenizer
-                            for the Pile's ids; the sentence encoder; BERTScore's encoder; the data
-  --allow-copies --max-overlap X        which neighbours may teach the secret back
+                            folders instead of the hub: the model to unlearn, GPT-2's tokenizer for
+                            the Pile's ids, the sentence encoder, BERTScore's encoder, the data
   --protocol released --method npo --alpha 1.0 --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
   --tasks all | NAME ...    what the model can still do, before and after (--task-data DIR)
   --audit                   what is still in the model (--samples N, --only NAME)
   --judge MODEL             a model grades the texts (--base-url URL, --send-texts)
-of compare, ablation, sweep: --sets N ... --seeds N ...; bash run.sh compare --help has the others
+of several runs: --sets N ... --seeds N ...; all: bash run.sh compare --help, sweep --help
 """
 
 

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Makes the environment in .venv, once, and runs what was asked for in it. `bash run.sh help` lists everything.
+# Makes the environment in .venv, once, and runs what was asked for in it. `bash run.sh help` lists it.
 set -eo pipefail # not -u: the bash 3.2 of macOS calls an empty "$@" unset
 cd "$(dirname "$0")"
 python=.venv/bin/python
-export TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # a script in a folder finds icu.py
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # a script in a folder finds icu.py
+export TOKENIZERS_PARALLELISM=false
 
 environment() { # again when the requirements change
   if cat requirements.txt tests/requirements.txt | cmp -s - .venv/requirements.txt; then return; fi
   echo "making the environment in .venv (once; a few minutes) ..." >&2
   python3 -m venv .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt >&2
+  .venv/bin/pip install --quiet --disable-pip-version-check \
+    -r requirements.txt -r tests/requirements.txt >&2
   cat requirements.txt tests/requirements.txt >.venv/requirements.txt
 }
 
@@ -30,6 +32,6 @@ case "$name" in
   purge) environment; shift; exec "$python" -m kit.purge "$@" ;;
 esac
 case " $* " in " help "* | *" -h "* | *" --help "*) exec python3 experiment.py "$@" ;; esac
-if [ ! -x "$python" ]; then python3 experiment.py --check "$@"; fi # a slip is told before minutes of waiting
+if [ ! -x "$python" ]; then python3 experiment.py --check "$@"; fi # a slip is told before the wait
 environment
 exec "$python" experiment.py "$@"

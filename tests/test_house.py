@@ -34,7 +34,7 @@ def imports(nodes):
 
 
 def test_imports_go_one_way(tmp_path):
-    """The core knows nothing above it, there is no circle, and an import prints and writes nothing."""
+    """The core knows nothing above it, no circle, and an import prints and writes nothing."""
     for name, tree in TREES.items():
         needed = imports(ast.walk(tree))
         assert name not in CORE or needed <= CORE, (name, needed - CORE)

@@ -48,7 +48,8 @@ import knn
 import metrics
 from demo import tiny
 from evals import audit, tasks
-from kit import commands, data, fast_el, flags, models, paths, processes, runs
+from experiment import free_port
+from kit import data, fast_el, flags, models, paths, processes, runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -811,7 +812,7 @@ def against_zero(bench):
         raise NotMeasured("deepspeed is not installed")
     steps, flags = bench.sizes["steps"], flags_of(bench)
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    launched["MASTER_PORT"] = commands.free_port()
+    launched["MASTER_PORT"] = free_port()
     batch = samples_of(bench)[: icu.parse_args(flags).batch_size]
     timed = Timed(*in_child(zero_steps, flags, len(batch), steps, bench.args.repeats, **launched))
     yield loss_line(timed, Goal("<=", 1.2), step_work(batch, steps))

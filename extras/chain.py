@@ -12,8 +12,9 @@ themselves. Other flags go to icu.py. What is there is kept.
 import random
 from pathlib import Path
 
+import experiment
 from evals import report
-from kit import commands, data
+from kit import data
 from kit.flags import command_parser, positive, run_cli, seed_number
 from kit.runs import mean
 
@@ -22,7 +23,7 @@ VARIANTS = {"watched": ["--watch"], "not watched": ["--no-watch"]}
 
 def step(script, *words):
     """Runs a file of this project with flags; ends where it does not end well."""
-    status = commands.run([commands.PYTHON, script, *map(str, words)], {})
+    status = experiment.run([experiment.PYTHON, script, *map(str, words)])
     if status:
         raise SystemExit(status)
 

@@ -23,9 +23,10 @@ import survive
 import torch
 from transformers import AutoModelForCausalLM
 
+import experiment
 import icu
 import metrics
-from kit import commands, data, processes, runs
+from kit import data, processes, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,7 +196,7 @@ def plant(state, file):
 
 def launch(n, command, launcher):
     """Exit code and output of n processes of a Python command."""
-    port = commands.free_port()
+    port = experiment.free_port()
     torchrun = ["torch.distributed.run", "--nproc_per_node", str(n), "--master_addr", "127.0.0.1"]
     deepspeed = [
         "deepspeed.launcher.runner",
@@ -549,7 +550,7 @@ def test_world_size_alone_is_no_launch(jobs, tmp_path):
 @needs_deepspeed
 def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
     """The second process never comes: one line, exit 2."""
-    port = commands.free_port()
+    port = experiment.free_port()
     launch = {
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -1,90 +1,82 @@
-"""The house: arrows go down only, a function fits a screen, a file is imported without side effects.
+"""The house: imports go one way, a function fits a screen, and the sums that keep it readable.
 
 python -m pytest tests/test_house.py -q
 """
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {path.stem: path for path in ROOT.glob("*.py")}
-KIT = {f"kit.{path.stem}": path for path in (ROOT / "kit").glob("*.py")}
-FILES = {**ROOMS, **KIT, **{f"demo.{path.stem}": path for path in (ROOT / "demo").glob("*.py")}}
-# Floors from the top; a file imports from floors below its own, or from its own where `BESIDE` says so.
-SIDES = {"report", "baselines", "judge"}
-FLOORS = [
-    {"bench"},
-    {"experiment"},
-    {"audit"},
-    SIDES,
-    {"icu", "knn", "tasks"},
-    {"metrics"},
-    set(KIT),
-]
-# Contracts of before this rule: positional parameters that users may have written.
-MANY_PARAMETERS = {"cosine_knn", "extraction_likelihood"}
+ROOMS = ("kit", "evals", "extras", "demo", "dev", "examples")
+PROGRAM = [file for room in (".", *ROOMS) for file in sorted((ROOT / room).glob("*.*"))]
+PROGRAM = [file for file in PROGRAM if file.suffix in (".py", ".sh", ".html")]
+TREES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text("utf-8"))
+    for file in PROGRAM
+    if file.suffix == ".py"
+}
+CORE = {name for name in TREES if name.startswith("kit.")} | {"icu", "baselines", "knn", "metrics"}
 
 
-def imports(path):
-    """Names of this repository's files that a file imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(nodes):
+    """The names of this repository's files among import statements."""
+    names = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & set(FILES)
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & set(TREES)
 
 
-def floor(name):
-    return next(number for number, names in enumerate(FLOORS) if name in names)
+def test_imports_go_one_way(tmp_path):
+    """The core knows nothing above it, no circle, and an import prints and writes nothing."""
+    for name, tree in TREES.items():
+        needed = imports(ast.walk(tree))
+        assert name not in CORE or needed <= CORE, (name, needed - CORE)
+        assert not name.startswith("kit.") or all(other[:4] == "kit." for other in needed), name
+        assert "experiment" not in needed or name.startswith(("dev.", "extras.")), name
+    order = TopologicalSorter({name: imports(tree.body) for name, tree in TREES.items()})
+    assert list(order.static_order())  # CycleError names a circle
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(TREES)}"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir()), done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("demo.")])
-def test_arrows_go_down_only(name):
-    """Each import is of a lower floor, or inside kit/, which knows nothing of the top level."""
-    for other in imports(FILES[name]) - {"demo.tiny"}:
-        assert floor(other) > floor(name) or (
-            name.startswith("kit.") and other.startswith("kit.")
-        ), (name, other)
-    assert "experiment" not in imports(FILES[name])
+def test_a_function_fits_a_screen():
+    """At most 50 lines, docstring included."""
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{name}.{node.name}")
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert [function for function in functions if function[0] > 50] == []
 
 
-def test_kit_has_no_circle():
-    """Each file of kit/ can be read with only files that are read before it."""
-    left = {name: imports(path) for name, path in KIT.items()}
-    while left:
-        ready = {name for name, needs in left.items() if not needs & set(left)}
-        assert ready, f"a circle among {sorted(left)}"
-        left = {name: needs for name, needs in left.items() if name not in ready}
-
-
-@pytest.mark.parametrize("name", list(FILES))
-def test_a_function_fits_a_screen(name):
-    """At most 50 lines, docstring included, and at most four positional parameters besides self."""
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            parameters = [
-                a.arg
-                for a in [*node.args.posonlyargs, *node.args.args]
-                if a.arg not in ("self", "cls")
-            ]
-            assert node.end_lineno - node.lineno < 50, f"{name}.{node.name}"
-            assert (
-                len(parameters) <= 4 or node.name in MANY_PARAMETERS or node.name.startswith("_")
-            ), node.name
-
-
-def test_importing_has_no_side_effects(tmp_path):
-    """Every file can be imported from an empty folder: nothing is printed, written or started."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(ROOMS)}, examples.lora, examples.rmu"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], (
-        done.stderr
-    )
+def test_the_house_stays_small():
+    """The sums of the program, and of README.md."""
+    texts = [file.read_text("utf-8") for file in PROGRAM]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = sum(text.count("\n") for text in texts)
+    raises = sum(isinstance(node, ast.Raise) for tree in TREES.values() for node in ast.walk(tree))
+    sums = {
+        "words of program": (sum(len(re.findall(r"[A-Za-z_]\w*|\d+", t)) for t in texts), 72_000),
+        "lines of program": (lines, 10_500),
+        "lines of over 100 columns": (
+            sum(len(line) > 100 for text in texts for line in text.splitlines()),
+            0,
+        ),
+        "files of program": (len(PROGRAM), 42),
+        "Python files in kit": (sum(name.startswith("kit.") for name in TREES), 13),
+        "raises a thousand lines": (round(1000 * raises / lines, 1), 11),
+        "lines of README": (readme.count("\n"), 130),
+        "words of README": (len(readme.split()), 1_300),
+    }
+    over = {name: f"{number} > {limit}" for name, (number, limit) in sums.items() if number > limit}
+    assert not over

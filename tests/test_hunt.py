@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_models import change_tensors, pair
+from test_folders import PAIRS, change_tensors, edit, stopped_with
 from test_paths import listing
 from transformers import AutoTokenizer
 
@@ -26,10 +26,9 @@ import metrics
 from demo import tiny
 from dev import bench
 from evals import tasks
-from kit import commands, data, flags, methods, models, processes, runs
+from kit import data, flags, methods, models, processes, readable, runs
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = [pair("0", "The van near", " the old mill."), pair("1", "Call the clinic", " on Tuesday.")]
 COPA = {
     "premise": "A vase fell.",
     "choice1": "It broke.",
@@ -37,20 +36,6 @@ COPA = {
     "question": "effect",
     "label": 0,
 }
-
-
-def edit(path, **changes):
-    """Changes fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def stopped_with(command, capsys):
-    """The one line of a command that ends with exit 2."""
-    with pytest.raises(SystemExit) as stopped:
-        flags.run_cli(command)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +62,13 @@ def folder(good, tmp_path, monkeypatch):
     """A copy of it as the working folder; no weights are loaded and no command is run."""
     work = tmp_path / "work"
     shutil.copytree(good, work, copy_function=copy_small)
-    models.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
+    readable.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
     monkeypatch.chdir(work)
     monkeypatch.setattr(os, "chdir", lambda path: None)
     for module, name in (
         (models, "load_model"),
         (knn, "encode"),
-        (commands, "run"),
+        (experiment, "run"),
         (tiny, "make_corpus"),
     ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))

@@ -7,6 +7,7 @@ makes a folder a run's own; summary.json ends the run.
 """
 
 import ast
+import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -451,11 +452,12 @@ def running(args, method, before=None):
 
 def is_finished(out):
     """Whether the run in this folder has nothing left to do."""
-    out = Path(out)
-    if (done := (out / "summary.json").is_file()) and (out / "model").is_dir():
-        remove_states(out)  # killed while they were removed
-    print0(f"{out}: finished already" * done)
-    return done
+    if not (Path(out) / "summary.json").is_file():
+        return False
+    if (Path(out) / "model").is_dir():
+        remove_states(Path(out))  # killed while they were removed
+    print0(f"{out}: finished already")
+    return True
 
 
 def remove_states(out):
@@ -465,7 +467,8 @@ def remove_states(out):
 
 # --- the measures before, kept in the cache ---
 
-MEASURING = ("metrics.py", *(f"kit/{name}.py" for name in ("fast_el", "models", "data", "text")))
+MODULES = ("fast_el", "models", "data", "text", "protocols", "processes")  # that measure
+MEASURING = ("metrics.py", *(f"kit/{name}.py" for name in MODULES))
 
 
 def remembered(args, method, inputs, compute):
@@ -495,7 +498,8 @@ def remembered(args, method, inputs, compute):
         return data.read_json(path)
     measures = compute()
     if is_main and not args.redact:  # it holds what the model said of each text
-        data.write_json(path, measures)
+        with contextlib.suppress(OSError):  # of a cache that cannot be written
+            data.write_json(path, measures)
     return measures
 
 
@@ -652,14 +656,12 @@ def read_run(folder):
             for when, figures in read_evaluation(run, file).items():
                 summary[when] |= figures
         last = summary["after"]["epochs"] = summary["epochs"]
-        file = folder / "metrics.jsonl"
-        run["metrics"] = data.read_jsonl(file)
-        epochs = [row["epoch"] for row in run["metrics"]]
-        file = folder / "samples.jsonl"
-        run["samples"] = data.read_jsonl(file)
-        counts = {sum(row["epoch"] == epoch for row in run["samples"]) for epoch in epochs}
-        if epochs != list(range(last + 1)) or len(counts) > 1:
-            raise KeyError(f"lines of epochs 0 to {last}")
+        for name in ("metrics", "samples"):
+            file = folder / f"{name}.jsonl"
+            run[name] = data.read_jsonl(file)
+            counts = collections.Counter(row["epoch"] for row in run[name])
+            if list(counts) != list(range(last + 1)) or len(set(counts.values())) > 1:
+                raise KeyError(f"a line of epochs 0 to {last}")
         run["redacted"] = config.get("redact") or run["samples"][0]["generation"] is None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(

@@ -681,18 +681,20 @@ def run_epochs(model, tokenizer, inputs, args, *, method, run):
     """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule."""
     samples = inputs.samples
     begin(method, model, tokenizer, samples, args, run.method_folder)
-    engine = processes.make_engine(model, args)
-    with measuring(method, model, args):  # still the original weights
-        if not args.eval_only:
+    engine, frozen = processes.make_engine(model, args), None
+    if not args.eval_only:
+        with measuring(method, model, args):  # still the original weights
             original = requests.anchor_model(model, args)
-            frozen = freeze(original, sides_of(samples, tokenizer, 0, args, method), args, method)
+            sides = sides_of(samples, tokenizer, 0, args, method)
+            frozen = freeze(original, sides, args, method)
             del original
-            check_loss(engine.model, tokenizer, samples, frozen, args, method)
+        check_loss(engine.model, tokenizer, samples, frozen, args, method)
+    with measuring(method, model, args):
         # Those of the first process for all: two that differ in a last digit would filter other
         # samples.
         thresholds = run.thresholds or calibrate(model, tokenizer, inputs, args)
         run.thresholds = processes.gather([thresholds])[0]
-        print0(runs.thresholds_text(run.thresholds, args))
+    print0(runs.thresholds_text(run.thresholds, args))
     progress = run.begin(engine)
     while not progress.stopped:
         losses, reason = {}, None
@@ -727,13 +729,20 @@ def measuring(method, model, args):
 
 
 def check_loss(model, tokenizer, samples, frozen, args, method):
-    """Runs the loss on one batch, so that a slip in it shows before minutes of measuring."""
+    """Runs the loss on one batch, so that a slip in it shows before minutes of measuring.
+
+    The method's state and the run's random numbers are as before.
+    """
     sides = sides_of(samples, tokenizer, 1, args, method)
     rows = [*range(len(samples))][: args.batch_size]
-    with autocast(args), torch.random.fork_rng():  # the run's own random numbers stay as they are
+    state = {name: tensor.clone() for name, tensor in method.state().items()}
+    with autocast(args), torch.random.fork_rng():
         batch = Batch(model, sides, rows, frozen=frozen, layer=method.layer)
-        if not weighted_sum(terms_of(method, batch, args)).requires_grad:
-            raise ValueError(f"{method.name}: no value of its loss has a gradient")
+        loss = weighted_sum(terms_of(method, batch, args))
+    if not loss.requires_grad:
+        raise ValueError(f"{method.name}: no value of its loss has a gradient")
+    if state:
+        method.load_state(state)
 
 
 def train_epoch(engine, sides, active, args, method, *, frozen, run):

@@ -55,7 +55,7 @@ def bos_of(tokenizer):
 def begin(bos, ids):
     """BOS, if the tokenizer adds one, and ids. A BOS that the text itself begins with is that one.
 
-    A chat template spells it out; with two the text would be one that the model never read.
+    A chat template spells it out; a model never read a text with two.
     """
     return ids if bos and ids[:1] == bos else bos + ids
 
@@ -93,8 +93,8 @@ def pair_encoder(pairs, tokenizer):
 def pairs_have_own_ids(pairs, tokenizer):
     """Whether the pairs' `*_ids` are this tokenizer's: they must decode to the texts beside them.
 
-    Encoding what was decoded does not always give the same ids, so ids are used where they can be.
-    If none fit, the texts are encoded. If only some fit: ValueError, which names the first other.
+    Texts do not always encode to the same ids, so ids are used where they can be. If only some
+    fit: ValueError, which names the first row that does not.
     """
     names = [f"{side}{part}" for side in data.SIDES for part in data.PARTS]
 
@@ -221,8 +221,7 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
 def check_cache(config, where):
     """ValueError for an architecture that keeps more of a text, or else, than keys and values.
 
-    EL goes on from the middle of a text, and rows of a batch are padded: keys can be cut and moved,
-    a recurrent state cannot.
+    EL goes on from the middle of a text: keys can be cut and moved, a recurrent state cannot.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED

@@ -213,7 +213,9 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
             f"{flag} {name}: {problem}; pass {flag} DIR ({first_line(error)})"
         ) from error
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
-        raise ValueError(f"{flag} {name}: a {config.model_type} is no decoder-only language model")
+        raise ValueError(
+            f"{flag} {name}: a {config.model_type} is not a decoder-only language model"
+        )
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
 
@@ -240,7 +242,7 @@ def check_cache(config, where):
 
 def problem_of(folder, allow_pickle):
     """What a model folder lacks, or has too much, in words; None if nothing."""
-    weights = weight_files(folder) or [folder / "model.safetensors"]
+    weights = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
         return (
             "holds an adapter (adapter_config.json), which would be left out; merge it with peft "
@@ -251,6 +253,8 @@ def problem_of(folder, allow_pickle):
     if not any((folder / name).is_file() for name in TOKENIZERS):
         # transformers would make an empty one, to which all texts are the same
         return f"no tokenizer ({', '.join(TOKENIZERS)})"
+    if not weights:
+        return "no weights (model.safetensors)"
     if missing := [file.name for file in weights if not file.is_file()]:
         return f"the weights are incomplete, {missing[0]} is missing"
     pickles = [file.name for file in weights if file.suffix != ".safetensors"]

@@ -115,11 +115,12 @@ def start(device, *, timeout=30, zero=2):
             f"the processes were not together after {timeout:g} minutes (--timeout): "
             f"{first_line(error)}"
         ) from error
-    # DeepSpeed gives each process on a CPU 66 MiB of shared memory, which outlives it by its name.
-    wait_for_all()  # all of them have it open
-    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    if on_cpu:
+        # DeepSpeed gives each process 66 MiB of shared memory, which outlives it by its name.
+        wait_for_all()  # all of them have it open
+        place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def compile_op(seconds):

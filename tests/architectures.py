@@ -1,4 +1,4 @@
-"""Small random models of the decoder-only architectures that transformers builds from a config in a second.
+"""Small random models of the decoder-only architectures that transformers builds in a second.
 
 model = architectures.small("gemma3_text")
 """
@@ -196,7 +196,7 @@ def config_of(name):
 
 
 def small(name, *, dtype=torch.float32, scale=8.0):
-    """A random model in eval mode whose answers depend on their context: its weights are drawn wide."""
+    """A random model in eval mode; its weights are drawn wide, so that the context matters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()

@@ -73,7 +73,7 @@ def stepping(kind, step):
 
 
 def leaving(epoch, stop_reason=icu.stop_reason):
-    """icu.stop_reason that leaves the run when this epoch is measured, as if it were killed there."""
+    """icu.stop_reason that leaves the run when this epoch is measured, as if killed there."""
 
     def leave(means, n_active, now, **rest):
         if now == epoch:
@@ -98,7 +98,7 @@ def sharding_all(path, read_json=data.read_json):
 
 
 def watching(file, el_ma_and_spans=metrics.el_ma_and_spans):
-    """el_ma_and_spans that notes the weights this process holds before, in and after it, and all."""
+    """el_ma_and_spans that notes the weights held before, in and after it, and all weights."""
 
     def watched(model, *args, **kwargs):
         held = lambda: sum(p.numel() for p in model.parameters())  # noqa: E731
@@ -193,7 +193,7 @@ def do_jobs(path):
 
 
 def launch(n, command):
-    """Exit code and output of n processes: two by DeepSpeed's launcher as run.sh, four by torch's."""
+    """Exit code and output of n processes: two by DeepSpeed's launcher, four by torch's."""
     port = commands.free_port()
     started = {
         2: ["deepspeed.launcher.runner", "--quiet", "--no_local_rank", "--num_gpus", "2"],
@@ -202,7 +202,8 @@ def launch(n, command):
     done = subprocess.run(
         [sys.executable, "-m", *started, "--master_port", port, *map(str, command)],
         capture_output=True, text=True, timeout=600, cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")] == []  # 66 MiB each
     return done.returncode, done.stdout + done.stderr
@@ -289,7 +290,7 @@ def check_same_run(run, reference):
         rows, expected = data.read_jsonl(run / name), data.read_jsonl(reference / name)
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
-            # 1e-4: three epochs of float32 sums in another order. Forgotten sets and texts are exact.
+            # 1e-4: three epochs of float32 sums in another order. Texts and sets are exact.
             approximately = {
                 key: pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
                 for key, value in other.items()
@@ -370,7 +371,7 @@ def test_the_exported_model_loads_with_plain_transformers(name, one, two):
 
 @needs_deepspeed
 def test_zero_3_never_holds_the_whole_model(two, four):
-    """While it measures a process holds no weight between two calls, and in one a layer's inside."""
+    """While it measures a process holds a layer's weights in a call, and none between calls."""
     files = [*two[0].glob("*-zero3.*.held"), *four[0].glob("*-zero3.*.held")]
     assert len(files) == 2 + 4
     for line in (line for file in files for line in file.read_text().splitlines()):
@@ -412,7 +413,7 @@ def test_a_pickle_planted_in_a_state_never_runs(two):
 
 
 def test_world_size_alone_is_no_launch(monkeypatch):
-    """With WORLD_SIZE or RANK left in the environment, as in many a container, it is one process."""
+    """With WORLD_SIZE or RANK in the environment, as in many a container, it is one process."""
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "x"}.items():
         monkeypatch.setenv(name, value)
     assert not flags.launched()

@@ -26,7 +26,7 @@ import metrics
 from demo import tiny
 from dev import bench
 from evals import tasks
-from kit import commands, data, flags, methods, models, processes, runs
+from kit import commands, data, flags, methods, models, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = [pair("0", "The van near", " the old mill."), pair("1", "Call the clinic", " on Tuesday.")]
@@ -783,22 +783,6 @@ def test_weights_of_nan_give_no_thresholds(folder, capsys, monkeypatch):
     thresholds = {"el10": 0.1, "ma": 0.5, "bertscore": None, "bleu": 0.01}
     with pytest.raises(ValueError, match="--bert: answers NaN"):
         runs.thresholds_text(thresholds, None)
-
-
-def test_more_beams_than_the_model_has_tokens_are_refused(make_model):
-    with pytest.raises(ValueError, match="--num-beams 60: at most half of the model's 97 tokens"):
-        metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=60)
-    assert metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=48)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"zero_optimization": 2}', ""])
-def test_a_damaged_configuration_of_deepspeed_is_one_line(content, tmp_path, monkeypatch):
-    """Before weights are loaded, by whoever starts several processes."""
-    (tmp_path / "kit").mkdir()
-    (tmp_path / "ds_config.json").write_text(content)
-    monkeypatch.setattr(processes, "__file__", str(tmp_path / "kit" / "processes.py"))
-    with pytest.raises(ValueError, match="ds_config.json"):
-        processes.deepspeed_config()
 
 
 @pytest.mark.parametrize(

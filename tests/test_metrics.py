@@ -173,14 +173,6 @@ def test_rows_hold_hits_misses_and_ends(case):
     assert case.answers["ended"][row.index(end)] == [end]
 
 
-def test_window_of_local_attention_changes_answers(make_model, tiny_models):
-    """The tiny GPT-Neo's window of 8 is felt: with one of 64 the same weights answer otherwise."""
-    near, far = tiny_models["gpt_neo"], make_model("gpt_neo", window_size=64)
-    row = random_ids(random.Random(0), 30)
-    assert greedy(near, row[:6], 2) == greedy(far, row[:6], 2)
-    assert greedy(near, row, 10) != greedy(far, row, 10)
-
-
 # --- EL and MA ---
 
 
@@ -226,6 +218,7 @@ def test_a_row_does_not_depend_on_its_batch(case, row_batch, decode_batch):
     names = list(case.rows)
     rows = list(case.rows.values())
     expected = [literal_el(case.rows[name], case.answers[name], 3) for name in names]
+    accurate = [literal_ma(case.model, row) for row in rows] if row_batch == 2 else None
     for filler in (eos_of(case.model)[0], 50):
         order = random.Random(filler).sample(range(len(rows)), len(rows))
         ids, mask = pad([rows[i] for i in [*order, order[0]]], filler)  # one stands there twice
@@ -234,7 +227,8 @@ def test_a_row_does_not_depend_on_its_batch(case, row_batch, decode_batch):
             case.model, ids, mask, n=3, row_batch=row_batch, decode_batch=decode_batch
         )
         assert_close(el, [expected[i] for i in [*order, order[0]]])
-        assert_close(ma, [literal_ma(case.model, rows[i]) for i in [*order, order[0]]])
+        if accurate:
+            assert_close(ma, [accurate[i] for i in [*order, order[0]]])
     alone = metrics.el_and_ma(case.model, torch.tensor([rows[1]]), n=3)[0]
     assert_close(alone, [expected[1]])
 
@@ -247,16 +241,6 @@ def test_own_greedy_answer_is_fully_accurate_and_extracted(case):
     assert_close(ma, [1.0, 1 - 1 / (len(row) - prompt)])
     el = metrics.extraction_likelihood(case.model, torch.tensor([row]), n=10, start=prompt)
     assert_close(el, [1.0])
-
-
-def test_row_is_too_short_below_one_ngram(case):
-    """T = n + start holds one value; one token fewer is NaN, and the other rows keep theirs."""
-    row = case.rows["mixed"]
-    ids, mask = pad([row[:12], row[:11], row[:2]])
-    el = metrics.extraction_likelihood(case.model, ids, 10, mask, 2)
-    assert el.isnan().tolist() == [False, True, True]
-    answer = greedy(case.model, row[:2], 10, eos_of(case.model))
-    assert_close(el[:1], [literal_overlap(answer, row[2:12], 10)])
 
 
 @pytest.mark.parametrize("end", ["an int", "a list", "none", "a list only for generation"])
@@ -432,7 +416,7 @@ def test_bleu_equals_sacrebleu(reference):
 
 
 def test_bertscore_equals_bert_score(encoder_dir):
-    """At layer 5 of 6 (9 of 12, scaled), in the order given; an empty side scores 0 in its place."""
+    """At layer 5 of 6 (9 of 12, scaled), in their order; an empty side scores 0 in its place."""
     bert_score = pytest.importorskip("bert_score")
     references = [*SENTENCES[1:], SENTENCES[0], "another word that runs on", SENTENCES[0]]
     candidates = [*SENTENCES, "word after word " * 200, SENTENCES[0]]  # the long one is cut
@@ -444,13 +428,10 @@ def test_bertscore_equals_bert_score(encoder_dir):
         values = values.tolist()
         assert values == pytest.approx([0, *two.tolist(), 0], abs=1e-5)
         assert values[-2] == pytest.approx(1.0, abs=1e-5)  # no rescaling: equal texts score 1
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_bertscore_of_nothing_at_all(encoder_dir, count):
-    """No pairs give no scores, only empty candidates give zeros; neither raises."""
-    measured = metrics.bertscore([""] * count, ["a reference"] * count, str(encoder_dir))
-    assert [values.tolist() for values in measured] == [[0.0] * count] * 3
+    assert [values.tolist() for values in metrics.bertscore([""], ["a"], encoder_dir)] == [
+        [0.0]
+    ] * 3
+    assert [values.tolist() for values in metrics.bertscore([], [], encoder_dir)] == [[]] * 3
 
 
 # --- perplexity ---

@@ -1,4 +1,4 @@
-"""The greedy continuation of every prefix of a text: what EL asks `generate` for, without asking it.
+"""The greedy continuation of every prefix of a text: what EL asks for, without `generate`.
 
 One teacher-forced pass answers every position where the model's greedy token is the text's own;
 only the other positions are decoded, together, from that same pass's key/value cache, and only as
@@ -31,7 +31,7 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
     for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
-        # A plain cache keeps every key, also under sliding windows: decoding from the middle needs it.
+        # A plain cache keeps every key, also under sliding windows, to decode from the middle.
         cache = DynamicCache() if n else None  # the model fills it
         out = model(input_ids=x, attention_mask=m, use_cache=bool(n), **{cache_word(model): cache})
         # The shift: logits at position t-1 guess token t. guess[:, 0] is never used.

@@ -55,7 +55,7 @@ def bos_of(tokenizer):
 def begin(bos, ids):
     """BOS, if the tokenizer adds one, and ids. A BOS that the text itself begins with is that one.
 
-    A chat template spells it out; with two the text would be one that the model never read.
+    A chat template spells it out; a model never read a text with two.
     """
     return ids if bos and ids[:1] == bos else bos + ids
 
@@ -93,8 +93,8 @@ def pair_encoder(pairs, tokenizer):
 def pairs_have_own_ids(pairs, tokenizer):
     """Whether the pairs' `*_ids` are this tokenizer's: they must decode to the texts beside them.
 
-    Encoding what was decoded does not always give the same ids, so ids are used where they can be.
-    If none fit, the texts are encoded. If only some fit: ValueError, which names the first other.
+    Texts do not always encode to the same ids, so ids are used where they can be. If only some
+    fit: ValueError, which names the first row that does not.
     """
     names = [f"{side}{part}" for side in data.SIDES for part in data.PARTS]
 
@@ -213,7 +213,9 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
             f"{flag} {name}: {problem}; pass {flag} DIR ({first_line(error)})"
         ) from error
     if config.is_encoder_decoder or config.model_type not in CAUSAL:
-        raise ValueError(f"{flag} {name}: a {config.model_type} is no decoder-only language model")
+        raise ValueError(
+            f"{flag} {name}: a {config.model_type} is not a decoder-only language model"
+        )
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
 
@@ -221,8 +223,7 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
 def check_cache(config, where):
     """ValueError for an architecture that keeps more of a text, or else, than keys and values.
 
-    EL goes on from the middle of a text, and rows of a batch are padded: keys can be cut and moved,
-    a recurrent state cannot.
+    EL goes on from the middle of a text: keys can be cut and moved, a recurrent state cannot.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
@@ -241,7 +242,7 @@ def check_cache(config, where):
 
 def problem_of(folder, allow_pickle):
     """What a model folder lacks, or has too much, in words; None if nothing."""
-    weights = weight_files(folder) or [folder / "model.safetensors"]
+    weights = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
         return (
             "holds an adapter (adapter_config.json), which would be left out; merge it with peft "
@@ -252,6 +253,8 @@ def problem_of(folder, allow_pickle):
     if not any((folder / name).is_file() for name in TOKENIZERS):
         # transformers would make an empty one, to which all texts are the same
         return f"no tokenizer ({', '.join(TOKENIZERS)})"
+    if not weights:
+        return "no weights (model.safetensors)"
     if missing := [file.name for file in weights if not file.is_file()]:
         return f"the weights are incomplete, {missing[0]} is missing"
     pickles = [file.name for file in weights if file.suffix != ".safetensors"]

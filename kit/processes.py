@@ -71,10 +71,7 @@ def over_processes(function, items):
 
 
 def added_up(sums, device="cpu"):
-    """The numbers that `sums(part)` gives, added over the processes.
-
-    part(items) is what a process takes of a list.
-    """
+    """The numbers of `sums(part)`, added over the processes; part(items) is a process's share."""
     return sums(lambda items: items) if lockstep else sum_over_ranks(sums(share), device)
 
 
@@ -118,18 +115,19 @@ def start(device, *, timeout=30, zero=2):
             f"the processes were not together after {timeout:g} minutes (--timeout): "
             f"{first_line(error)}"
         ) from error
-    # DeepSpeed gives each process on a CPU 66 MiB of shared memory, which outlives it by its name.
-    wait_for_all()  # all of them have it open
-    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    if on_cpu:
+        # DeepSpeed gives each process 66 MiB of shared memory, which outlives it by its name.
+        wait_for_all()  # all of them have it open
+        place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def compile_op(seconds):
-    """Compiles DeepSpeed's op for CPUs if no earlier start has, one process at a time.
+    """Compiles DeepSpeed's op for CPUs, one process at a time, if no earlier start has.
 
-    torch's own lock is a file: it outlives a process that is killed while it compiles, and later
-    ones would wait for ever. This lock goes with its process; who has it may remove torch's.
+    torch's own lock outlives a process that is killed while it compiles, and later ones would wait
+    for ever. This lock goes with its process, so who has it may remove torch's.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -141,7 +139,7 @@ def compile_op(seconds):
     root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / f"{builder.name}.lock", timeout=seconds):
         for lock in root.rglob(f"{builder.name}/lock"):
-            lock.unlink()
+            lock.unlink(missing_ok=True)
         builder.load()
 
 
@@ -191,7 +189,7 @@ def check_flags(args, method):
 
 
 def make_engine(model, args):
-    """DeepSpeed's where a launcher started this process and the run trains, else the plain one."""
+    """DeepSpeed's if a launcher started this process and the run trains, else the plain one."""
     return ZeroEngine(model, args) if LAUNCHED and not args.eval_only else PlainEngine(model, args)
 
 
@@ -235,12 +233,10 @@ class PlainEngine:
         tensors = load_file(folder / "training.safetensors", device=str(self.model.device))
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(tensors[name])
-            keys = [
-                key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors
-            ]
-            if keys:
-                values = {key: tensors[f"adam.{key}.{name}"] for key in keys}
-                self.optimizer.state[parameter] = values | {"step": values["step"].cpu()}
+            if f"adam.step.{name}" in tensors:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[parameter] = {k: tensors[f"adam.{k}.{name}"] for k in keys}
+                self.optimizer.state[parameter]["step"] = tensors[f"adam.step.{name}"].cpu()
 
 
 class ZeroEngine:
@@ -250,12 +246,10 @@ class ZeroEngine:
         import deepspeed
 
         config = data.read_json(Path(__file__).parents[1] / "ds_config.json")
-        config["zero_optimization"]["stage"] = args.zero
+        zero = config["zero_optimization"]
+        zero["stage"] = args.zero
         if args.offload:
-            config["zero_optimization"]["offload_optimizer"] = {
-                "device": "cpu",
-                "pin_memory": args.device != "cpu",
-            }
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
         # DeepSpeed insists on a batch size, for its accounts only.
         config["train_micro_batch_size_per_gpu"] = 1
         if args.zero == 3:  # tensor by tensor: no device ever holds the whole model

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_folders import PAIRS, change_tensors, edit, stopped_with
+from test_models import change_tensors, pair
 from test_paths import listing
 from transformers import AutoTokenizer
 
@@ -26,9 +26,10 @@ import metrics
 from demo import tiny
 from dev import bench
 from evals import tasks
-from kit import data, flags, methods, models, processes, readable, runs
+from kit import commands, data, flags, methods, models, runs
 
 ROOT = Path(__file__).resolve().parents[1]
+PAIRS = [pair("0", "The van near", " the old mill."), pair("1", "Call the clinic", " on Tuesday.")]
 COPA = {
     "premise": "A vase fell.",
     "choice1": "It broke.",
@@ -36,6 +37,20 @@ COPA = {
     "question": "effect",
     "label": 0,
 }
+
+
+def edit(path, **changes):
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def stopped_with(command, capsys):
+    """The one line of a command that ends with exit 2."""
+    with pytest.raises(SystemExit) as stopped:
+        flags.run_cli(command)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +77,13 @@ def folder(good, tmp_path, monkeypatch):
     """A copy of it as the working folder; no weights are loaded and no command is run."""
     work = tmp_path / "work"
     shutil.copytree(good, work, copy_function=copy_small)
-    readable.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
+    models.encoder_tokenizer.cache_clear()  # its key is a path in the working folder
     monkeypatch.chdir(work)
     monkeypatch.setattr(os, "chdir", lambda path: None)
     for module, name in (
         (models, "load_model"),
         (knn, "encode"),
-        (experiment, "run"),
+        (commands, "run"),
         (tiny, "make_corpus"),
     ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))
@@ -768,22 +783,6 @@ def test_weights_of_nan_give_no_thresholds(folder, capsys, monkeypatch):
     thresholds = {"el10": 0.1, "ma": 0.5, "bertscore": None, "bleu": 0.01}
     with pytest.raises(ValueError, match="--bert: answers NaN"):
         runs.thresholds_text(thresholds, None)
-
-
-def test_more_beams_than_the_model_has_tokens_are_refused(make_model):
-    with pytest.raises(ValueError, match="--num-beams 60: at most half of the model's 97 tokens"):
-        metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=60)
-    assert metrics.beam_generate(make_model("llama"), [[1, 5]], [3], num_beams=48)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"zero_optimization": 2}', ""])
-def test_a_damaged_configuration_of_deepspeed_is_one_line(content, tmp_path, monkeypatch):
-    """Before weights are loaded, by whoever starts several processes."""
-    (tmp_path / "kit").mkdir()
-    (tmp_path / "ds_config.json").write_text(content)
-    monkeypatch.setattr(processes, "__file__", str(tmp_path / "kit" / "processes.py"))
-    with pytest.raises(ValueError, match="ds_config.json"):
-        processes.deepspeed_config()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""kit/models.py and the plain engine: what a folder must hold, what loads, what an encoder can read.
+"""kit/models.py and the plain engine: what a folder must hold, what loads, what can be read.
 
 python -m pytest tests/test_models.py -q
 """
@@ -51,7 +51,7 @@ LACKING = {
     "holds an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
-    "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "b.safetensors is missing": sharded,
     "pass --allow-pickle": lambda folder: (folder / "model.safetensors").rename(
         folder / "pytorch_model.bin"
@@ -80,7 +80,7 @@ CONSTANTS = {
 
 
 def test_weights_must_be_those_of_the_config(kind, save_tiny, tmp_path, capfd):
-    """A layer or head more, or a tensor less, is refused; old constants and a tied head's copy load."""
+    """A layer or head more or a tensor less is refused; constants and a tied head's copy load."""
     folder = save_tiny(kind, tmp_path / kind)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -141,7 +141,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 def test_a_method_that_makes_its_own_gradients_updates_as_a_step(make_model):
-    """update() after a backward pass is step(loss), and a gradient that is not finite moves nothing."""
+    """update() after a backward pass is step(loss); a gradient that is not finite moves nothing."""
     ids, engines = torch.randint(4, 90, (2, 12)), []
     for _ in range(2):
         engines.append(processes.PlainEngine(make_model("gpt_neo"), SimpleNamespace(lr=1e-3)))
@@ -186,7 +186,7 @@ def test_a_row_without_a_bertscore_is_not_forgotten_by_it():
 
 
 def test_a_run_warns_of_what_its_encoder_cannot_read_and_finishes(world, tmp_path, capsys):
-    """One line names another encoder; config.json has the words of BLEU; the other row is measured."""
+    """One line names another encoder; config.json has the words of BLEU; the other row counts."""
     rows = [pair("a", "A note:", THAI[0]), pair("b", "A note:", LATIN[0])]
     data.write_jsonl(tmp_path / "pairs.jsonl", rows)
     command = ["--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(world.model)]

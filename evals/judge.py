@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from kit import agreement, ask, data, flags, models, paths, sheet, traces
+from kit import agreement, ask, data, flags, models, paths, sheet
 from kit.finished import NAME, check, null_or, number, read_grades, read_pairs_of, read_run, whole
 from kit.text import visible
 
@@ -236,14 +236,13 @@ class Judge:
 
 
 def cache_of(run):
-    """The cache of what a judge said of the texts of one pairs file: purge removes it with the others' traces."""
+    """The cache of what a judge said of the texts of one pairs file: purge removes it."""
     return ask.Cache(data.cache_folder("judge") / f"{run.pairs_sha}.jsonl")
 
 
 def judge_run(args, run, endpoint):
     """Grades a run's samples and writes judge.jsonl and judge.json."""
     cache = cache_of(run)
-    traces.note(run.pairs_sha, cache.path, "answers of a judge")
     judge = Judge(args, endpoint, cache)
     verdicts = judge.grade_all(run.triples.values())
     if all(verdict["answer"] is None for verdict in verdicts.values()):
@@ -381,8 +380,6 @@ def make_sheet(args, runs):
     page, key = runs[0].folder / "sheet.html", runs[0].folder / "sheet-key.json"
     outputs = [(page, sheet.is_page), (key, paths.holds("sheet", "items"))]
     paths.check_outputs(outputs, overwrite=args.overwrite)
-    for sha in {run.pairs_sha for run in runs}:
-        traces.note(sha, page, "sheet")
     data.write_json(key, {"sheet": id, "raters": args.raters, "runs": named, "items": items})
     data.write_bytes(page, html.encode())
     texts = len({text for text, _ in chosen})

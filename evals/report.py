@@ -23,8 +23,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from extras import certify
-from kit import data, flags, models, paths, traces
+from kit import data, flags, models, paths
 from kit.finished import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.protocols import PROTOCOLS
 from kit.text import visible
@@ -626,6 +625,8 @@ def explanations(runs, *, reads, allow_pickle):
 
 
 def parse_args(argv=None):
+    from extras import certificate
+
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument(
@@ -661,7 +662,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--allow-pickle", action="store_true", help="also load pickles, which run code"
     )
-    certify.add_flags(parser)
+    certificate.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain or args.speech):
@@ -670,7 +671,7 @@ def parse_args(argv=None):
         )
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
-    if certify.asked(args):
+    if certificate.wanted(args):
         return args
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python evals/report.py RUN [RUN ...]")
@@ -738,9 +739,11 @@ def texts_of(runs, shown, cases):
 
 
 def main(argv=None):
+    from extras import certificate
+
     args = parse_args(argv)
-    if certify.asked(args):
-        return certify.main(args)
+    if certificate.wanted(args):
+        return certificate.run(args)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
@@ -776,15 +779,6 @@ def main(argv=None):
     contents = {out / name: content for name, content in contents.items() if content is not None}
     for path, content in (contents | pages).items():
         data.write_bytes(path, content)
-    for run in runs:  # so that purge finds them, also those of earlier requests
-        for sha in (
-            run["config"].get("sha256", {}).get("pairs"),
-            *run["config"].get("earlier", ()),
-        ):
-            if run in shown and run["folder"].resolve() != out.resolve():
-                traces.note(str(sha), out / "cases.md", "cases")
-            if run["folder"] / "explain.html" in pages:  # also where the folder is moved from
-                traces.note(str(sha), run["folder"] / "explain.html", "explanation")
     print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]

@@ -5,12 +5,14 @@ the active set with its partner, as Eq. 5 lets one leave. Cost goes with what is
 """
 
 import contextlib
+import hmac
+import secrets
 from pathlib import Path
 from typing import NamedTuple
 
 from kit import data, models
 from kit.processes import print0
-from kit.text import letters, plain
+from kit.text import gram_hashes, letters, plain
 
 MARGIN = (
     0.05  # how far above its own run's end the MA of a text may lie before it counts as come back
@@ -148,6 +150,30 @@ def watch(forgotten, rows, *, under_eq5, watched, epoch):
         )
         forgotten = forgotten - {i} if back or (epoch == 0 and old.joined) else forgotten | {i}
     return forgotten
+
+
+# --- what stays when texts go ---
+
+
+def hashes(pairs, salt=None):
+    """hashes.json: enough to tell whether a text was among these pairs, for one who has the text.
+
+    {"salt": 32 hex digits, random, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix in UTF-8
+    with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of later requests free of. One who
+    can guess a text, as of a name and a telephone number, can check the guess. salt: that of an earlier hashes.json.
+    """
+    salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
+    digest = lambda text: hmac.digest(salt, text.encode("utf-8"), "sha256").hex()  # noqa: E731
+    sides = {"forget": "", "learn": "learn_"}
+    texts = {
+        pair["id"]: {
+            name: digest(pair[f"{side}prefix"] + pair[f"{side}suffix"])
+            for name, side in sides.items()
+        }
+        for pair in pairs
+    }
+    targets = [plain(pair["prefix"] + pair["suffix"]) for pair in pairs]
+    return {"salt": salt.hex(), "texts": texts, "grams": gram_hashes(targets, salt)}
 
 
 # --- the model that all began with ---

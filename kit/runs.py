@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from kit import data, models, processes, traces
+from kit import data, models, processes, requests
 from kit.flags import first_line
 from kit.methods import code_of, file_of
 from kit.paths import GROWING, OLD_CONFIG, RUN_FILES, leftovers
@@ -50,7 +50,7 @@ def start_run_folder(out, config):
     save_state(out, None, Progress())
     if is_main:
         if config.get("redact"):
-            data.write_json(out / "hashes.json", traces.hashes(data.read_pairs(config["pairs"])))
+            data.write_json(out / "hashes.json", requests.hashes(data.read_pairs(config["pairs"])))
         data.write_json(out / "config.json", config)
 
 
@@ -267,10 +267,6 @@ class Run:
             start_run_folder(
                 self.out, describe_run(self.args, self.thresholds) if is_main else None
             )
-        if is_main:
-            traces.note(models.fingerprint(self.args.pairs), self.args.pairs, "pairs")
-            for pairs in pairs_in(self.args):
-                traces.note(pairs, self.out, "run")
         print0(HEADER)
         if self.state:
             self.pick_up()
@@ -426,11 +422,6 @@ def is_finished(out):
     return True
 
 
-def pairs_in(args):
-    """Fingerprints of all pairs whose texts a run measures: its own, and those of earlier requests."""
-    return [models.fingerprint(args.pairs), *args.earlier]
-
-
 def remembered(args, inputs, code, compute):
     """compute(), or what it gave a run with the same model, texts and flags: its answer is kept in the cache.
 
@@ -468,9 +459,6 @@ def remembered(args, inputs, code, compute):
     path = (
         data.cache_folder("before") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     )
-    if is_main and weights and (path.is_file() or not args.redact):
-        for pairs in pairs_in(args):
-            traces.note(pairs, path, "measures before")
     if weights and all(gather([path.is_file()])):
         with contextlib.suppress(ValueError):  # damaged: computed again
             return data.read_json(path)

@@ -16,8 +16,8 @@ import survive
 
 import icu
 import knn
-from demo import chain as demo_chain
 from evals import judge, report
+from extras import chain as demo_chain
 from kit import data, models, purge, requests, runs, spans, text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +198,7 @@ def copied(chain, tmp_path, monkeypatch):
     """The same at another place."""
     root = tmp_path / "chain"
     shutil.copytree(chain, root)
-    for file in [root / "cache" / "traces.jsonl", *root.glob("*/config.json")]:
+    for file in root.glob("*/config.json"):
         file.write_text(file.read_text().replace(str(chain), str(root)))
     monkeypatch.setenv("ICU_CACHE", str(root / "cache"))
     return root

@@ -598,29 +598,6 @@ def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
     return prompt
 
 
-# --- explaining ---
-
-
-def explanations(runs, *, reads, allow_pickle):
-    """{file: page} of the runs that have unlearned: all is checked before a weight is loaded (ValueError)."""
-    import icu
-    from extras import explain
-
-    runs = [run for run in runs if is_trained(run)] or runs
-    pages = [run["folder"] / "explain.html" for run in runs]
-    paths.check_outputs(
-        [(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True
-    )
-    for run in runs:
-        explain.check(run)
-    how = {"allow_pickle": allow_pickle}
-    ready = [explain.prepare(run, read_pairs_of(run), icu.build_samples, **how) for run in runs]
-    return {
-        page: explain.make(run, **of_run, **how)
-        for page, run, of_run in zip(pages, runs, ready, strict=True)
-    }
-
-
 # --- flags and main ---
 
 
@@ -764,13 +741,12 @@ def main(argv=None):
         [*names_of(runs, shown), *plots],
         [*reads, *(run["config"]["pairs"] for run in shown[:1])],
     )
+    if args.speech or args.explain:
+        from extras import explain
     if args.speech:
-        import icu
-        from extras import speech
-
-        speech.add(runs, args.speech, icu.build_samples, allow_pickle=args.allow_pickle)
+        explain.add_speech(runs, args.speech, allow_pickle=args.allow_pickle)
     contents, said = texts_of(runs, shown, args.cases)
-    pages = explanations(runs, reads=reads, allow_pickle=args.allow_pickle) if args.explain else {}
+    pages = explain.pages(runs, allow_pickle=args.allow_pickle) if args.explain else {}
     drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
     drawn += [plot_tradeoff(runs), plot_relearning(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(

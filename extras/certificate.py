@@ -1,15 +1,12 @@
 """The certificate of a run: what was asked and done, with figures and hashes and without a text.
 
-    python evals/report.py RUN --certificate --received 2026-03-09 --request-id R-17 \\
-        --approved-by "A. Name" --sign KEY --ledger DIR
+    python evals/report.py RUN --certificate --received 2026-03-09 --request-id R-17 --sign KEY
     python evals/report.py --verify RUN/certificate.json --key KEY.pub   # what differs; exit 0 or 1
-    python evals/report.py --verify DIR/ledger.jsonl
     python extras/certificate.py ...                                     # the same flags
 
-It is evidence of suppression. Everything in it but the request comes from files of the run folder,
-so it can be made again, byte for byte, and --verify does so. config.json and samples.jsonl are
-hashed without what kit/purge.py changes in them: a certificate outlives its texts.
-docs/certificate.md explains every line.
+It is evidence of suppression (docs/certificate.md explains every line). Everything in it but the
+request comes from files of the run folder, so --verify makes it again, byte for byte. It outlives
+its texts: config.json and samples.jsonl are hashed without what kit/purge.py changes in them.
 """
 
 import argparse
@@ -57,9 +54,8 @@ NOT_REACHED = (
 def build(folder, request, signed_by=None, kept=None):
     """The certificate of a finished run as a dict, and the hashes.json yet to be written, or None.
 
-    request: {"ids", "received", "approved_by"}. kept: an earlier certificate, for its figures of
-    the model that never saw the texts, should that run be gone. ValueError: no finished run, or one
-    without a model of its own.
+    request: {"ids", "received", "approved_by"}. kept: an earlier certificate, whose figures of the
+    never-saw model count where that run is gone. ValueError: no finished run with a model.
     """
     folder = Path(folder)
     run = read_run(folder)
@@ -130,7 +126,7 @@ def scope_of(run):
 
 
 def model_of(run):
-    """The model before and after, by the sha256 of what a folder loads; of a path the name alone."""
+    """The model before and after, by the sha256 of its files; of a path the name alone."""
     config = run["config"]
     sha, path = config.get("sha256", {}).get("model"), Path(config["model"])
     return {
@@ -143,17 +139,15 @@ def model_of(run):
 
 def never_saw(run):
     """(the run of a model that never saw the texts, or None; why there is none, or None)."""
-    if not run["config"].get("never_saw"):
+    folder = run["config"].get("never_saw")
+    if not folder:
         return None, "the run names no model that never saw the texts (--never-saw)"
-    texts = lambda run: (  # noqa: E731
-        run["config"].get("sha256", {}).get("pairs"),
-        [row["id"] for row in own_rows(run, 0)],
-    )
     try:
-        other = read_run(run["config"]["never_saw"])
-        if other["summary"]["method"] == "none" and texts(other) == texts(run):
+        other = read_run(folder)
+        pairs = [each["config"]["sha256"]["pairs"] for each in (run, other)]
+        if other["summary"]["method"] == "none" and pairs[0] == pairs[1]:
             return other, None
-    except (ValueError, OSError):
+    except (ValueError, OSError, LookupError):
         pass
     return None, "the run of the model that never saw the texts is gone, or another one by now"
 
@@ -163,26 +157,26 @@ def figures_of(run, never):
     "n"}, of a perplexity {"value"} (summary.json's), or None.
     """
     summary, first = run["summary"], own_rows(run, 0)
-    sides = {
-        "before": first,
-        "after": own_rows(run, summary["epochs"]),
-        "never_saw": own_rows(never, 0) if never else [],
-    }
-    marked = [name for name in OF_SPANS if any(name in row for row in first)]
-    figures = {
-        name: {when: interval([row.get(name) for row in rows]) for when, rows in sides.items()}
-        | {"unseen": None}
-        for name in (*LEFT, "entropy", *marked)
-    }
+    after = own_rows(run, summary["epochs"])
+    sides = {"before": first, "after": after, "never_saw": own_rows(never, 0) if never else []}
+    figures = {}
+    for name in (*LEFT, "entropy", *OF_SPANS):
+        if name not in OF_SPANS or any(name in row for row in first):
+            figures[name] = {
+                when: interval([row.get(name) for row in rows]) for when, rows in sides.items()
+            }
+            figures[name]["unseen"] = None
     limit = summary["thresholds"].get("ma")  # with --thresholds auto the mean over unseen texts
     if run["config"].get("thresholds") == "auto" and limit is not None:
         figures["ma"]["unseen"] = {"value": limit}
     sides = {"before": summary["before"], "after": summary["after"]}
     sides["never_saw"] = never["summary"]["before"] if never else {}
-    for name in (name for name in summary["before"] if name.startswith("ppl_")):
-        figures[name] = {
-            when: {"value": side[name]} if side.get(name) else None for when, side in sides.items()
-        }
+    for name in summary["before"]:
+        if name.startswith("ppl_"):
+            figures[name] = {
+                when: {"value": side[name]} if side.get(name) else None
+                for when, side in sides.items()
+            }
     return figures
 
 
@@ -199,20 +193,13 @@ def interval(values):
     values = [value for value in values if value is not None]
     if not values:
         return None
-    figure = bootstrap(values)
-    low, high = (figure.get(end) for end in ("low", "high"))
-    return {
-        "value": round(mean(values), 6),
-        "low": None if low is None else round(low, 6),
-        "high": None if high is None else round(high, 6),
-        "n": len(values),
-    }
+    figure = bootstrap(values) | {"value": mean(values)}
+    names = ("value", "low", "high", "n")
+    return {name: round(figure[name], 6) if name in figure else None for name in names}
 
 
 def risks(run, never):
-    """A sentence of fixed words for each measure of memory: what is left, beside a model that never
-    saw the texts.
-    """
+    """A sentence of fixed words for each measure of memory: what is left, beside never saw's."""
     rows = own_rows(run, run["summary"]["epochs"])
     marked = any("ma_spans" in row for row in rows)
     sentences = []
@@ -254,17 +241,15 @@ def compared(difference, known):
 
 def untested(certificate):
     """What the certificate cannot speak of, given the rest of it."""
-    missing, why = [], certificate["never_saw"]
+    missing = []
     if certificate["audit"] == ["not audited"]:
-        missing.append(
-            "sampling, membership inference, relearning, quantised copies (evals/audit.py)"
-        )
+        missing += ["sampling, membership inference, relearning, quantised copies (evals/audit.py)"]
     if len(certificate["tasks"]) < 2:
-        missing.append("abilities on tasks (evals/tasks.py)")
+        missing += ["abilities on tasks (evals/tasks.py)"]
     if not any(name.startswith("ppl_") for name in certificate["figures"]):
-        missing.append("perplexity on other texts (--ppl)")
-    if why is not None:
-        missing.append(f"a model that never saw the texts: {why}")
+        missing += ["perplexity on other texts (--ppl)"]
+    if certificate["never_saw"] is not None:
+        missing += [f"a model that never saw the texts: {certificate['never_saw']}"]
     return [*missing, *ALWAYS_UNTESTED]
 
 
@@ -305,16 +290,11 @@ LABELS = {
 }
 SIDES = {"before": "before", "after": "after", "never_saw": "never saw", "unseen": "unseen texts"}
 SHOWN, LENGTH = 6, 1200  # of a list, and of a text that may be long: certificate.json has all
-STYLE = """@page { size: A4; margin: 13mm }
-body { font: 9pt/1.35 sans-serif; max-width: 184mm; margin: 8mm auto }
-h1 { font-size: 16pt; margin: 0 }
-h2 { font-size: 10.5pt; margin: 3mm 0 1mm; border-bottom: 1px solid #999 }
-table { border-collapse: collapse; width: 100% } ul { margin: 0; padding-left: 5mm }
-section { break-inside: avoid }
-td, th { padding: .3mm 3mm .3mm 0; text-align: left; font-weight: 400; vertical-align: top;
-         overflow-wrap: anywhere }
-th { width: 38mm; color: #555 }
-code { font-size: 7pt } @media print { body { margin: 0 } }"""
+STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm }
+h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm }
+ul { margin: 0; padding-left: 5mm } section { break-inside: avoid } code { font-size: 7pt }
+td, th { text-align: left; font-weight: 400; vertical-align: top; overflow-wrap: anywhere }
+th { width: 38mm; color: #555 }"""
 
 
 def render(certificate):
@@ -400,7 +380,7 @@ def ssh_keygen(*words, stdin=b""):
 
 
 def public_key(path):
-    """`TYPE BASE64` of a public key file, or of a private one; without the comment, often a name."""
+    """`TYPE BASE64` of a public or private key file, without the comment, often a name."""
     content = data.read_text(path)
     if "PRIVATE KEY" in content:
         content = ssh_keygen("-y", "-f", path).decode()
@@ -416,7 +396,7 @@ def sign(content, key):
 
 
 def trouble(content, signature, key):
-    """Why the file `signature` is not one of these bytes by the public key `key`, or None: it is."""
+    """Why the file `signature` is not one of these bytes by the public key `key`, or None."""
     with tempfile.TemporaryDirectory() as folder:
         signers = Path(folder, "signers")
         signers.write_text(f'signer namespaces="{NAMESPACE}" {key}\n')
@@ -430,14 +410,14 @@ def trouble(content, signature, key):
 
 # --- the ledger: a line a certificate, each with the sha256 of the line before ---
 # ledger.head names the last line, since the chain cannot tell that lines are gone from its end. Who
-# may write to DIR can make a whole new chain: a copy of ledger.head elsewhere is what pins the past.
+# may write to DIR can make a whole new chain: a copy of ledger.head elsewhere pins the past.
 
 
 def add_line(folder, row):
     """Adds the dict `row` as the next line; returns its number, also where it stands there already.
 
-    ValueError: a ledger in which `ledger_differences` finds something. Both files are replaced
-    whole; a kill between the two leaves an older head, which the next line makes new.
+    ValueError: a ledger in which `ledger_differences` finds something. A kill between the two files
+    leaves an older head, which the next line makes new.
     """
     path, head = Path(folder, LEDGER), Path(folder, HEAD)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,14 +429,19 @@ def add_line(folder, row):
             raise ValueError(f"{path}: nothing is added to a damaged ledger ({damage[0]})")
         lines = content.splitlines()
         for old in map(json.loads, lines):
-            if row == {name: old.get(name) for name in row}:
+            if row.items() <= old.items():
                 return old["line"]
-        previous = hashlib.sha256(lines[-1]).hexdigest() if lines else None
-        line = data.json_bytes({"line": len(lines) + 1, "previous": previous, **row})
-        data.write_bytes(path, content + line)
-        last = hashlib.sha256(line.rstrip(b"\n")).hexdigest()
-        data.write_json(head, {"line": len(lines) + 1, "sha256": last})
-        return len(lines) + 1
+        number, previous = len(lines) + 1, last_sha256(content)
+        content += data.json_bytes({"line": number, "previous": previous, **row})
+        data.write_bytes(path, content)
+        data.write_json(head, {"line": number, "sha256": last_sha256(content)})
+        return number
+
+
+def last_sha256(content):
+    """The sha256 of the last line, without its line break; None of no line."""
+    lines = content.splitlines()
+    return hashlib.sha256(lines[-1]).hexdigest() if lines else None
 
 
 def ledger_differences(content, head):
@@ -498,17 +483,16 @@ def differences(path, folder, key=None):
     if digest(content) != certificate["sha256"]:
         unlike.append(f"{path.name}: changed (not its own sha256)")
     unlike += signature_differences(path, certificate.get("signed_by"), key)
-    try:
-        page = render(certificate)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return [*unlike, f"{path.name}: lacks what a certificate has"]
+    if unlike:
+        return unlike
+    page = render(certificate)
     if path.with_name(PAGE).is_file() and path.with_name(PAGE).read_bytes() != page:
         unlike.append(f"{PAGE}: not what {path.name} says")
     return unlike + run_differences(certificate, folder)
 
 
 def signature_differences(path, signer, key):
-    """What is wrong with the signature of a certificate, which names `signer` or says there is none."""
+    """What is wrong with the signature of a certificate that names `signer`, or none."""
     signature, unlike = Path(f"{path}.sig"), []
     if signer and not signature.is_file():
         unlike.append(f"{signature.name}: missing, and the certificate says that it is signed")
@@ -527,21 +511,21 @@ def run_differences(certificate, folder):
     files = certificate["files"]
     try:
         now = hashes_of(folder)
-        unlike = [
-            f"{name}: {'changed' if name in now else 'missing'}"
-            for name in files
-            if now.get(name) != files[name]
-        ]
-        unlike += [f"{name}: was not there" for name in now if name not in files]
-        if unlike:
-            return unlike
-        # All of its files are what they were, so they must give the same certificate.
-        again, _ = build(folder, certificate["request"], certificate["signed_by"], certificate)
+        if now == files:  # then they must give the same certificate
+            request, signer = certificate["request"], certificate["signed_by"]
+            again, _ = build(folder, request, signer, kept=certificate)
+            return [
+                f"{FILE}: `{name}` is not what the run's files give"
+                for name in again
+                if certificate.get(name) != again[name] and name != "sha256"
+            ]
     except (ValueError, OSError) as error:
         return [f"{folder}: {flags.first_line(error)}"]
-    names = (certificate.keys() | again.keys()) - {"sha256"}
-    unlike = [name for name in sorted(names) if certificate.get(name) != again.get(name)]
-    return [f"{FILE}: `{name}` is not what the run's files give" for name in unlike]
+    unlike = [f"{name}: was not there" for name in now if name not in files]
+    unlike += [f"{name}: missing" for name in files if name not in now]
+    return unlike + [
+        f"{name}: changed" for name in files if now.get(name, files[name]) != files[name]
+    ]
 
 
 # --- commands ---
@@ -551,13 +535,13 @@ def run_differences(certificate, folder):
 def add_flags(parser):
     """The flags of --certificate and --verify."""
     g = parser.add_argument_group("evidence (docs/certificate.md)")
-    g.add_argument("--certificate", action="store_true", help="write certificate.json and .html into the run folder")
+    g.add_argument("--certificate", action="store_true", help="write RUN/certificate.json and .html")
     g.add_argument("--received", type=day, metavar="DATE", help="when the request came, 2026-03-09")
-    g.add_argument("--request-id", nargs="+", default=[], metavar="ID", help="the requests that were answered")
+    g.add_argument("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     g.add_argument("--approved-by", metavar="NAME", help="who says that this may go out")
     g.add_argument("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
     g.add_argument("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl")
-    g.add_argument("--verify", metavar="FILE", help="say what of a certificate.json or ledger.jsonl has changed")
+    g.add_argument("--verify", metavar="FILE", help="say what has changed since it was written")
     g.add_argument("--key", metavar="PUB", help="--verify: the public key that must have signed")
 # fmt: on
 

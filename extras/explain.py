@@ -60,7 +60,7 @@ def load(name, revision, allow_pickle):
 
 
 def texts_of(run, tokenizer, positions):
-    """[(pair, icu.Sample, {"before", "after"}: what the models said)] of the texts that are there."""
+    """[(pair, icu.Sample, {"before", "after"}: what was said)] of the texts that are left."""
     config, pairs = run["config"], read_pairs_of(run)
     said = {}
     for when, epoch in (("before", 0), ("after", run["summary"]["epochs"])):
@@ -79,10 +79,7 @@ def texts_of(run, tokenizer, positions):
 
 
 def pages(runs, *, allow_pickle=False):
-    """{RUN/explain.html: its bytes} of the runs that have unlearned; ValueError where there is none.
-
-    Their two models are loaded, one after the other.
-    """
+    """{RUN/explain.html: its bytes} of those runs that have unlearned, or of all: a ValueError."""
     runs = [run for run in runs if run["summary"]["method"] != "none"] or runs
     data.check_outputs([run["folder"] / PAGE.name for run in runs], overwrite=True)
     for run in runs:
@@ -146,8 +143,8 @@ def probabilities(model, ids):
 
 
 def pieces(tokenizer, ids):
-    """[(characters, first token, token after the last)]: a text in the smallest parts that are whole
-    tokens and whole visible characters. None is empty, and together they are the text.
+    """[(characters, first token, token after the last)]: a text in the smallest parts that are
+    whole tokens and whole visible characters. None is empty, and together they are the text.
     """
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     text = decode(ids)
@@ -206,7 +203,7 @@ def mean(values):
 
 
 def page(about, texts):
-    """The file, as bytes. about: {name: text} of the run; texts: a list of what `describe` returns."""
+    """The file, as bytes. about: {name: text} of the run; texts: what `describe` returns, a list."""
     content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
     content = content.replace("<", "\\u003c")

@@ -1,7 +1,7 @@
-"""Removes from this disk the texts of a run: the pairs, what models said of them, what the cache holds.
+"""Removes the texts of a run from this disk: the pairs, what models said of them, the caches.
 
     bash run.sh purge RUN                # and of every run beside it over the same pairs
-    bash run.sh purge --all-caches       # the caches alone: embeddings, measures before, a judge's answers
+    bash run.sh purge --all-caches       # embeddings, measures before and a judge's answers alone
     bash run.sh purge RUN --dry-run      # says what would go
 
 Runs beside RUN are found by the sha256 of their pairs in config.json. One that went on from RUN
@@ -136,7 +136,7 @@ def empty_caches(dry_run):
 
 
 def keep_hashes(run, pairs, dry_run):
-    """Writes hashes.json of a run that has none; pairs: its pairs.jsonl, or None where it is gone."""
+    """Writes hashes.json of a run that has none, from its pairs.jsonl (None where it is gone)."""
     if (run / "hashes.json").exists():
         return
     if pairs is None:

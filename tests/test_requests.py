@@ -533,10 +533,10 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
         for number in (1, 2)
     ]
     assert sorted(requests[0] + requests[1]) == ["0", "1", "2", "3"] != requests[0] + requests[1]
-    own = demo_chain.look(made / "watched2", [[f"first/{id}" for id in requests[0]], requests[1]])
+    own = demo_chain.measured(made / "watched2", [[f"first/{id}" for id in requests[0]], requests[1]])
     args = argparse.Namespace(
         script="icu.py", flags=["--bert", "minilm", "--bert-threshold", "auto", *flags]
     )
     words = ["--model", made / "watched2" / "model", "--eval-only"]
-    again = demo_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", words)
-    assert own == demo_chain.look(again, requests)
+    again = demo_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", *words)
+    assert own == demo_chain.measured(again, requests)

@@ -9,7 +9,6 @@ request comes from files of the run folder, so --verify makes it again, byte for
 its texts: config.json and samples.jsonl are hashed without what kit/purge.py changes in them.
 """
 
-import argparse
 import datetime
 import hashlib
 import html
@@ -35,6 +34,7 @@ FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate
 LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
 LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, whose rest is to stay
+ONE_DAY = datetime.timedelta(days=1)  # between time zones
 MARGIN = 0.05  # a difference that is none
 ALWAYS_UNTESTED = (
     "paraphrases, translations and other prompts than each text's own beginning",
@@ -52,7 +52,7 @@ NOT_REACHED = (
 
 
 def build(folder, request, signed_by=None, kept=None):
-    """The certificate of a finished run as a dict, and the hashes.json yet to be written, or None.
+    """The certificate of a finished run as a dict.
 
     request: {"ids", "received", "approved_by"}. kept: an earlier certificate, whose figures of the
     never-saw model count where that run is gone. ValueError: no finished run with a model.
@@ -63,7 +63,6 @@ def build(folder, request, signed_by=None, kept=None):
     if summary["method"] == "none" or not (folder / "model").is_dir():
         raise ValueError(f"{folder}: has no model/ that was trained, so nothing to certify")
     ended = (folder / "summary.json").stat().st_mtime
-    scope, hashes = scope_of(run)
     never, why = never_saw(run)
     method = ("method", "protocol", "stopped", "epochs", "collapsed", "thresholds")
     settings = [name for name in SETTINGS if name not in ("model", "bert")]
@@ -74,12 +73,10 @@ def build(folder, request, signed_by=None, kept=None):
             "done": datetime.datetime.fromtimestamp(ended, datetime.UTC).date().isoformat(),
             **request,
         },
-        "scope": scope,
+        "scope": scope_of(run),
         "model": model_of(run),
         "code": {
-            "git": config.get("git"),
-            "method_file": config.get("method_file"),
-            "versions": config.get("versions"),
+            **{name: config.get(name) for name in ("git", "method_file", "versions")},
             "method_sha256": config.get("sha256", {}).get("method"),
         },
         "method": {name: summary[name] for name in method} | {"seed": config.get("seed")},
@@ -97,32 +94,26 @@ def build(folder, request, signed_by=None, kept=None):
         for name in ("figures", "never_saw", "residual_risk"):
             certificate[name] = kept.get(name)
     certificate["not_tested"] = untested(certificate)
-    return certificate | {"sha256": digest(certificate)}, hashes
+    return certificate | {"sha256": digest(certificate)}
 
 
 def scope_of(run):
-    """Counts and salted hashes of the texts: ("scope", hashes.json yet to be written, or None)."""
+    """How many texts, and their salted hashes of hashes.json; ValueError: it is of other texts."""
     config, path = run["config"], run["folder"] / "hashes.json"
-    sha = config.get("sha256", {}).get("pairs")
-    ids = {row["id"] for row in own_rows(run, 0)}
+    ids, sha = {row["id"] for row in own_rows(run, 0)}, config.get("sha256", {}).get("pairs")
     scope = {"texts": len(ids), "pairs_sha256": sha}
     if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
         scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
-    there = bool(sha and config.get("pairs")) and purge.is_pairs(Path(config["pairs"]), sha)
-    pairs = data.read_pairs(config["pairs"]) if there else None
-    if path.is_file():
-        hashes = data.read_json(path)
-        right = requests.hashes(pairs, hashes["salt"]) if pairs else hashes
-        if hashes != right or set(hashes["texts"]) != ids:
-            raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
-    elif pairs:
-        hashes = requests.hashes(pairs)
-    else:
+    if not path.is_file():
         note = "none: the run has neither its texts nor hashes of them any more"
-        return scope | {"salt": None, "hashes": [], "hashes_note": note}, None
+        return scope | {"salt": None, "hashes": [], "hashes_note": note}
+    hashes = right = data.read_json(path)
+    if purge.is_pairs(config["pairs"], sha):
+        right = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
+    if hashes != right or set(hashes["texts"]) != ids:
+        raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
     forget = sorted(text["forget"] for text in hashes["texts"].values())
-    scope |= {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
-    return scope, None if path.is_file() else hashes
+    return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
 
 
 def model_of(run):
@@ -288,7 +279,7 @@ LABELS = {
     "ma_rest": "MA, the rest of their texts",
     "secret_said": "a secret is said",
 }
-SIDES = {"before": "before", "after": "after", "never_saw": "never saw", "unseen": "unseen texts"}
+SIDES = ("before", "after", "never_saw", "unseen")
 SHOWN, LENGTH = 6, 1200  # of a list, and of a text that may be long: certificate.json has all
 STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm }
 h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm }
@@ -352,7 +343,7 @@ def bullets(values):
 
 def figure_table(figures):
     """A row a measure: 0.123 [0.101, 0.140] on each side, or a dash where it was not measured."""
-    rows = ["<tr><th>" + "".join(f"<th>{side}" for side in SIDES.values())]
+    rows = ["<tr><th>" + "".join(f"<th>{side.replace('_', ' ')}" for side in SIDES)]
     for name, sides in figures.items():
         row = f"<tr><th>{shown(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}"
         for figure in (sides.get(side) for side in SIDES):
@@ -513,7 +504,7 @@ def run_differences(certificate, folder):
         now = hashes_of(folder)
         if now == files:  # then they must give the same certificate
             request, signer = certificate["request"], certificate["signed_by"]
-            again, _ = build(folder, request, signer, kept=certificate)
+            again = build(folder, request, signer, kept=certificate)
             return [
                 f"{FILE}: `{name}` is not what the run's files give"
                 for name in again
@@ -536,7 +527,7 @@ def add_flags(parser):
     """The flags of --certificate and --verify."""
     g = parser.add_argument_group("evidence (docs/certificate.md)")
     g.add_argument("--certificate", action="store_true", help="write RUN/certificate.json and .html")
-    g.add_argument("--received", type=day, metavar="DATE", help="when the request came, 2026-03-09")
+    g.add_argument("--received", type=date, metavar="2026-03-09", help="when the request came")
     g.add_argument("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     g.add_argument("--approved-by", metavar="NAME", help="who says that this may go out")
     g.add_argument("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
@@ -546,12 +537,9 @@ def add_flags(parser):
 # fmt: on
 
 
-def day(value):
-    """An argparse type: a date, 2026-03-09."""
-    try:
-        return datetime.date.fromisoformat(value).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no date such as 2026-03-09") from None
+def date(value):
+    """An argparse type: 2026-03-09."""
+    return datetime.date.fromisoformat(value)
 
 
 def wanted(args):
@@ -590,16 +578,15 @@ def certify(args):
     folder = Path(args.runs[0])
     if args.ledger and Path(args.ledger).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--ledger {args.ledger}: lies in the run, and is of many runs")
-    request = {"ids": args.request_id, "received": args.received, "approved_by": args.approved_by}
-    certificate, hashes = build(folder, request, args.sign and public_key(args.sign))
-    ended = datetime.date.fromisoformat(certificate["request"]["done"])
-    latest = (ended + datetime.timedelta(days=1)).isoformat()  # time zones
-    if args.received and args.received > latest:
-        raise ValueError(f"--received {args.received}: the run had ended before, on {ended}")
+    received = args.received and args.received.isoformat()
+    request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
+    purge.keep_hashes(folder)
+    certificate = build(folder, request, args.sign and public_key(args.sign))
+    done = certificate["request"]["done"]
+    if args.received and args.received > datetime.date.fromisoformat(done) + ONE_DAY:
+        raise ValueError(f"--received {args.received}: the run had ended before, on {done}")
     content = data.json_bytes(certificate, indent=2)
     contents = {FILE: content, PAGE: render(certificate)}
-    if hashes:
-        contents["hashes.json"] = data.json_bytes(hashes, indent=2)
     if args.sign:
         contents[SIGNATURE] = sign(content, args.sign)
     data.check_outputs([folder / name for name in contents], overwrite=True)

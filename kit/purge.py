@@ -22,18 +22,19 @@ from kit.text import visible
 
 CACHES = ("embeddings", "before", "judge")
 SAID = {"samples.jsonl": "generation", "judge.jsonl": "answer"}  # the field that holds a text
-SHOWN = {"cases.md": "cases", "explain.html": "explanation", "sheet.html": "sheet"}
+SHOWN = {"cases.md": "cases", "explain.html": "explanation"}
 OWN = {  # these go from a run over the pairs, and stay in one that went on from it
+    "sheet.html": "sheet",
     "state": "states to resume from",
     "method": "what the method has kept",
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """not reached: your own input files of knn.py and icu.py; runs over these pairs in other
-folders, and other pairs with the same texts (purge those runs too); reports (--out DIR) and leak
-reports elsewhere; copies and backups; what a disk keeps of removed files; what was sent to raters
-or to a judge elsewhere; the models' weights, before (which know the texts) and after (the measures
-say how far)"""
+BEYOND = """not reached: your own input files of knn.py and icu.py; in other folders, runs over these
+pairs or that went on from them (name each); other pairs with the same texts (purge their runs too);
+reports (--out DIR) and leak reports elsewhere; copies and backups; what a disk keeps of removed
+files; what was sent to raters or to a judge elsewhere; the models' weights, before (which know the
+texts) and after (the measures say how far)"""
 
 
 # --- what is there ---
@@ -65,11 +66,11 @@ def runs_beside(run, sha):
 
 
 def is_pairs(path, sha):
-    """Whether a file is the pairs.jsonl with this sha256.
+    """Whether a file is the pairs.jsonl with this sha256; either may be None.
 
     Its form counts too: a config.json from elsewhere can name any file and its sha256.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return models.fingerprint(path) == sha and bool(data.read_pairs(path))
     return False
 
@@ -135,14 +136,16 @@ def empty_caches(dry_run):
             say(f"{'would be ' * dry_run}removed: {data.cache_folder(name)} ({what})")
 
 
-def keep_hashes(run, pairs, dry_run):
-    """Writes hashes.json of a run that has none, from its pairs.jsonl (None where it is gone)."""
-    if (run / "hashes.json").exists():
+def keep_hashes(run, dry_run=False):
+    """Writes hashes.json of a run that has none, as long as its pairs are there."""
+    config = config_of(run)
+    if not config or (run / "hashes.json").exists():
         return
-    if pairs is None:
-        say(f"note: no hashes for {run}: its pairs.jsonl is not there any more")
+    if not is_pairs(config["pairs"], config["sha256"]["pairs"]):
+        say(f"note: no hashes for {run}: its pairs.jsonl is gone, or another one by now")
     elif not dry_run:
-        data.write_json(run / "hashes.json", requests.hashes(data.read_pairs(pairs)))
+        pairs = data.read_pairs(config["pairs"])
+        data.write_json(run / "hashes.json", requests.hashes(pairs))
 
 
 def remove_pairs(path, sha, dry_run):
@@ -173,13 +176,12 @@ def purge_run(run, dry_run):
         raise ValueError(f"{run}: holds no run (no config.json that names its pairs)")
     own, later = runs_beside(run, sha)
     places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
-    pairs = next((path for path in places if is_pairs(path, sha)), None)
     names = tuple(f"{folder.name}/" for folder in own)  # of their texts in later runs: RUN/ID
     with contextlib.ExitStack() as held:
         for folder in [] if dry_run else [*own, *later]:
             held.enter_context(runs.only_owner(folder))
         for folder in own:
-            keep_hashes(folder, pairs, dry_run)
+            keep_hashes(folder, dry_run)
         for folder in own:
             empty_run(folder, ("",), dry_run)
             for name, what in OWN.items():

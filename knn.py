@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, flags, models, paths, processes, requests, spans, traces
+from kit import data, flags, models, paths, processes, requests, spans
 from kit import text as texts
 from kit.data import PARTS
 from kit.text import LETTERS, WORDS
@@ -372,7 +372,7 @@ def leak_finder(forget, max_overlap, by_ids):
 
 
 def purged_finder(hashes, max_overlap):
-    """`leak_finder` of targets whose texts are gone: hashes.json of their run is left (kit/traces.py), so that n-grams
+    """`leak_finder` of targets whose texts are gone: hashes.json of their run is left (requests.hashes), so that n-grams
     of words and letters are found again, a text of fewer than 21 letters is not.
     """
     salt, grams = bytes.fromhex(hashes["salt"]), hashes["grams"]
@@ -669,18 +669,6 @@ def read_input(args):
     return forget, pool, with_ids
 
 
-def note_traces(args, embeddings):
-    """Lists what this command has left of the texts, and what it has used of an earlier one's (kit/traces.py)."""
-    made = [
-        (args.out, "pairs"),
-        (args.leak_report, "leak report"),
-        *((file, "embeddings") for file in embeddings),
-    ]
-    for path, what in made:
-        if path and Path(path).is_file():
-            traces.note(models.fingerprint(args.out), path, what)
-
-
 def main():
     args = parse_args()
     check_args(args)
@@ -716,7 +704,6 @@ def main():
     data.write_jsonl(args.out, (make_pair(*row, with_ids=with_ids) for row in found))
     if args.leak_report:
         data.write_jsonl(args.leak_report, reasons)
-    note_traces(args, [embedding_file(side, encoder) for side in sides])
     low, middle, high = np.quantile(similarities[:, 0], [0, 0.5, 1])
     print(
         f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}"

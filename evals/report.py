@@ -8,7 +8,7 @@
     python evals/report.py RUN --certificate             # what was done, with hashes and no text (docs/certificate.md)
     python evals/report.py --verify RUN/certificate.json    # whether it still holds
 
-Reads run folders (`runs.read_run`) and knows nothing of how a run is made. All is computed before the first
+Reads run folders (kit/finished.py checks them) and knows nothing of how a run is made. All is computed before the first
 file is written, and only files that this command has written are replaced.
 The table has the columns of the paper's Table 1 (arXiv:2407.20271), those that the runs have measured; the case table
 is that of its Figures 4 and 5.
@@ -23,10 +23,9 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from extras import certify
-from kit import data, flags, models, paths, traces
+from kit import data, flags, models, paths
 from kit.protocols import PROTOCOLS
-from kit.runs import BEFORE_SETTINGS, GROWING, SETTINGS, models_of, read_pairs_of, read_run
+from kit.runs import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.text import visible
 
 # Column: (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
@@ -599,33 +598,12 @@ def prompt_of(name, revision, prefix, tokens, *, allow_pickle):
     return prompt
 
 
-# --- explaining ---
-
-
-def explanations(runs, *, reads, allow_pickle):
-    """{file: page} of the runs that have unlearned: all is checked before a weight is loaded (ValueError)."""
-    import icu
-    from extras import explain
-
-    runs = [run for run in runs if is_trained(run)] or runs
-    pages = [run["folder"] / "explain.html" for run in runs]
-    paths.check_outputs(
-        [(page, paths.is_explanation) for page in pages], reads=reads, overwrite=True
-    )
-    for run in runs:
-        explain.check(run)
-    how = {"allow_pickle": allow_pickle}
-    ready = [explain.prepare(run, read_pairs_of(run), icu.build_samples, **how) for run in runs]
-    return {
-        page: explain.make(run, **of_run, **how)
-        for page, run, of_run in zip(pages, runs, ready, strict=True)
-    }
-
-
 # --- flags and main ---
 
 
 def parse_args(argv=None):
+    from extras import certificate
+
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     parser.add_argument(
@@ -661,7 +639,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--allow-pickle", action="store_true", help="also load pickles, which run code"
     )
-    certify.add_flags(parser)
+    certificate.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.ask and (args.runs or args.redact or args.explain or args.speech):
@@ -670,7 +648,7 @@ def parse_args(argv=None):
         )
     if args.explain and args.redact:
         raise ValueError("--explain shows texts and --redact none: pass one of them")
-    if certify.asked(args):
+    if certificate.wanted(args):
         return args
     if not args.ask and not args.runs:
         raise ValueError("name a run folder: python evals/report.py RUN [RUN ...]")
@@ -738,9 +716,11 @@ def texts_of(runs, shown, cases):
 
 
 def main(argv=None):
+    from extras import certificate
+
     args = parse_args(argv)
-    if certify.asked(args):
-        return certify.main(args)
+    if certificate.wanted(args):
+        return certificate.run(args)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
@@ -754,20 +734,19 @@ def main(argv=None):
     reads = [
         run["folder"] / name
         for run in runs
-        for name in ("config.json", "summary.json", *GROWING)
+        for name in ("config.json", "summary.json", *paths.GROWING)
     ]
     check_out(
         out,
         [*names_of(runs, shown), *plots],
         [*reads, *(run["config"]["pairs"] for run in shown[:1])],
     )
+    if args.speech or args.explain:
+        from extras import explain
     if args.speech:
-        import icu
-        from extras import speech
-
-        speech.add(runs, args.speech, icu.build_samples, allow_pickle=args.allow_pickle)
+        explain.add_speech(runs, args.speech, allow_pickle=args.allow_pickle)
     contents, said = texts_of(runs, shown, args.cases)
-    pages = explanations(runs, reads=reads, allow_pickle=args.allow_pickle) if args.explain else {}
+    pages = explain.pages(runs, allow_pickle=args.allow_pickle) if args.explain else {}
     drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
     drawn += [plot_tradeoff(runs), plot_relearning(runs)]
     contents = {name: text.encode() for name, text in contents.items()} | dict(
@@ -776,15 +755,6 @@ def main(argv=None):
     contents = {out / name: content for name, content in contents.items() if content is not None}
     for path, content in (contents | pages).items():
         data.write_bytes(path, content)
-    for run in runs:  # so that purge finds them, also those of earlier requests
-        for sha in (
-            run["config"].get("sha256", {}).get("pairs"),
-            *run["config"].get("earlier", ()),
-        ):
-            if run in shown and run["folder"].resolve() != out.resolve():
-                traces.note(str(sha), out / "cases.md", "cases")
-            if run["folder"] / "explain.html" in pages:  # also where the folder is moved from
-                traces.note(str(sha), run["folder"] / "explain.html", "explanation")
     print(visible(said, keep="\n"))
     protocols = sorted({run["config"]["protocol"] for run in runs})
     last = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]

@@ -1,42 +1,40 @@
-"""The certificate of a run: what was asked and done, with figures and hashes and no text; signed, and checked later.
+"""The certificate of a run: what was asked and done, with figures and hashes and without a text.
 
-    python evals/report.py RUN --certificate [--received DATE] [--request-id ID ...] [--approved-by NAME] [--sign KEY]
-    python evals/report.py --verify RUN/certificate.json [--key KEY.pub]    # says what differs; exit 0 or 1
+    python evals/report.py RUN --certificate --received 2026-03-09 --request-id R-17 --sign KEY
+    python evals/report.py --verify RUN/certificate.json --key KEY.pub   # what differs; exit 0 or 1
+    python extras/certificate.py ...                                     # the same flags
 
-It is evidence of suppression. Everything in it but the request comes from files of the run folder, so it can be made
-again, byte for byte, and --verify does so. config.json and samples.jsonl are hashed without what kit/purge.py changes
-in them: a certificate outlives its texts. docs/certificate.md explains every line.
+It is evidence of suppression (docs/certificate.md explains every line). Everything in it but the
+request comes from files of the run folder, so --verify makes it again, byte for byte. It outlives
+its texts: config.json and samples.jsonl are hashed without what kit/purge.py changes in them.
 """
 
 import datetime
 import hashlib
+import html
 import json
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
-import numpy as np
+import filelock
 
-from extras import certificate_page, signatures
-from extras.certificate_page import LABELS
 from kit import data, flags, models, purge, requests
-from kit.evidence import AS_NEVER, FEW, LESS, MORE, resampled_means
-from kit.finished import NAME, OBJECT, TEXT, WAY_OUT, check, list_of, null_or
+from kit.evidence import AS_NEVER, LESS, MORE, bootstrap
 from kit.runs import OF_SPANS, SETTINGS, mean, read_run
+from kit.text import visible
 
 WHAT = (
-    "Evidence of suppression: the figures below say how much less of these texts this model gives away than before its "
-    "training. They are no proof that nothing of them is left in its weights."
+    "Evidence of suppression: the figures below say how much less of these texts this model gives "
+    "away than before its training. They are no proof that nothing of them is left in its weights."
 )
-NAMESPACE = "icu-certificate"
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
+LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
-LEFT_OF_PARTS = (
-    "el10_spans",
-    "ma_spans",
-    "secret_said",
-)  # of a marked text, the rest of which is to stay
+LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, whose rest is to stay
+ONE_DAY = datetime.timedelta(days=1)  # between time zones
 MARGIN = 0.05  # a difference that is none
-NO_HASHES = "none: the run has neither its texts nor hashes of them any more"
 ALWAYS_UNTESTED = (
     "paraphrases, translations and other prompts than each text's own beginning",
     "other languages",
@@ -47,280 +45,219 @@ NOT_REACHED = (
     "quantised models and other exports that were made earlier",
     "the training data, its copies, caches and logs",
 )
-KEY = (
-    "a public key of OpenSSH",
-    lambda value: isinstance(value, str) and bool(signatures.KEY.fullmatch(value)),
-)
-FORM = {"what": TEXT, "request": OBJECT, "files": OBJECT, "signed_by": null_or(KEY), "sha256": TEXT}
-REQUEST = {
-    "ids": list_of(NAME),
-    "received": null_or(TEXT),
-    "done": TEXT,
-    "approved_by": null_or(NAME),
-}
 
 
 # --- what it says ---
 
 
 def build(folder, request, signed_by=None, kept=None):
-    """The certificate of a finished run as a dict, and the hashes.json that is yet to be written, or None.
+    """The certificate of a finished run as a dict.
 
-    request: {"ids", "received", "approved_by"}; kept: an earlier certificate, for what it has of the model that never
-    saw the texts, should its run be gone. ValueError: no finished run, or one that has no model.
+    request: {"ids", "received", "approved_by"}. kept: an earlier certificate, whose figures of the
+    never-saw model count where that run is gone. ValueError: no finished run with a model.
     """
-    run, folder = read_run(folder), Path(folder)
+    folder = Path(folder)
+    run = read_run(folder)
     config, summary = run["config"], run["summary"]
     if summary["method"] == "none" or not (folder / "model").is_dir():
-        raise ValueError(
-            f"{folder}: has no model/ that a method has trained, so there is nothing to certify"
-        )
-    scope, hashes = scope_of(run)
+        raise ValueError(f"{folder}: has no model/ that was trained, so nothing to certify")
+    ended = (folder / "summary.json").stat().st_mtime
     never, why = never_saw(run)
-    done = datetime.datetime.fromtimestamp(
-        (folder / "summary.json").stat().st_mtime, datetime.UTC
-    ).date()
-    found = {
+    method = ("method", "protocol", "stopped", "epochs", "collapsed", "thresholds")
+    settings = [name for name in SETTINGS if name not in ("model", "bert")]
+    audit = run.get("audit", {}).get("sentences", {})
+    certificate = {
         "what": WHAT,
-        "request": {"done": done.isoformat()} | request,
-        "scope": scope,
+        "request": {
+            "done": datetime.datetime.fromtimestamp(ended, datetime.UTC).date().isoformat(),
+            **request,
+        },
+        "scope": scope_of(run),
         "model": model_of(run),
         "code": {
-            "git": config.get("git"),
-            "method_file": config.get("method_file"),
-            "versions": config.get("versions"),
-        }
-        | {"method_sha256": config.get("sha256", {}).get("method")},
-        "method": {
-            name: summary[name] for name in ("method", "protocol", "stopped", "epochs", "collapsed")
-        }
-        | {"seed": config.get("seed"), "thresholds": summary["thresholds"]},
-        "configuration": {
-            name: config.get(name) for name in SETTINGS if name not in ("model", "bert")
+            **{name: config.get(name) for name in ("git", "method_file", "versions")},
+            "method_sha256": config.get("sha256", {}).get("method"),
         },
+        "method": {name: summary[name] for name in method} | {"seed": config.get("seed")},
+        "configuration": {name: config.get(name) for name in settings},
         "figures": figures_of(run, never),
         "never_saw": why,
         "residual_risk": risks(run, never),
         "tasks": {when: tasks["averages"] for when, tasks in run["tasks"].items()},
-        "audit": audit_of(folder),
+        "audit": list(audit.values()) or ["not audited"],
         "not_reached": list(NOT_REACHED),
         "files": hashes_of(folder),
         "signed_by": signed_by,
     }
     if kept and never is None and kept.get("never_saw") is None:
-        found |= {name: kept.get(name) for name in ("figures", "never_saw", "residual_risk")}
-    found["not_tested"] = untested(found)
-    return found | {"sha256": digest(found)}, hashes
+        for name in ("figures", "never_saw", "residual_risk"):
+            certificate[name] = kept.get(name)
+    certificate["not_tested"] = untested(certificate)
+    return certificate | {"sha256": digest(certificate)}
 
 
 def scope_of(run):
-    """Counts and salted hashes of the texts, never the texts: ("scope", hashes.json yet to be written or None)."""
-    sha, path = run["config"].get("sha256", {}).get("pairs"), run["folder"] / "hashes.json"
-    pairs = purge.find_pairs(sha, run["folder"]) if sha and run["config"].get("pairs") else None
-    ids = {row["id"] for row in own_rows(run, 0)}
-    scope, found, new = {"texts": len(ids), "pairs_sha256": sha}, None, None
+    """How many texts, and their salted hashes of hashes.json; ValueError: it is of other texts."""
+    config, path = run["config"], run["folder"] / "hashes.json"
+    ids, sha = {row["id"] for row in own_rows(run, 0)}, config.get("sha256", {}).get("pairs")
+    scope = {"texts": len(ids), "pairs_sha256": sha}
     if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
-        scope["watched"] = (
-            watched  # texts of earlier requests: measured too, and in none of these figures
-        )
-    if path.is_file():
-        found = data.read_json(path)
-        texts = found.get("texts") if isinstance(found, dict) else None
-        fits = (
-            isinstance(texts, dict)
-            and set(texts) == ids
-            and re.fullmatch("[0-9a-f]{32}", str(found.get("salt")))
-        )
-        if not fits or (pairs and found != requests.hashes(data.read_pairs(pairs), found["salt"])):
-            raise ValueError(
-                f"{path}: holds not the hashes of this run's texts; put the file of the run back"
-            )
-    elif pairs:
-        found = new = requests.hashes(data.read_pairs(pairs))
-    if found is None:
-        return scope | {"salt": None, "hashes": [], "hashes_note": NO_HASHES}, None
-    hashes = sorted(text["forget"] for text in found["texts"].values())
-    return scope | {"salt": found["salt"], "hashes": hashes, "hashes_note": None}, new
+        scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
+    if not path.is_file():
+        note = "none: the run has neither its texts nor hashes of them any more"
+        return scope | {"salt": None, "hashes": [], "hashes_note": note}
+    hashes = right = data.read_json(path)
+    if purge.is_pairs(config["pairs"], sha):
+        right = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
+    if hashes != right or set(hashes["texts"]) != ids:
+        raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
+    forget = sorted(text["forget"] for text in hashes["texts"].values())
+    return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
 
 
 def model_of(run):
-    """Model before and after, by the sha256 of what a folder loads; a path of one's own machine is cut to its name."""
-    config, sha = run["config"], run["config"].get("sha256", {}).get("model")
-    name = (
-        Path(config["model"]).name
-        if sha or Path(config["model"]).is_absolute()
-        else config["model"]
-    )
-    after = models.fingerprint(run["folder"] / "model")
+    """The model before and after, by the sha256 of its files; of a path the name alone."""
+    config = run["config"]
+    sha, path = config.get("sha256", {}).get("model"), Path(config["model"])
     return {
-        "name": name,
+        "name": path.name if sha or path.is_absolute() else config["model"],
         "revision": config.get("revision"),
         "sha256_before": sha,
-        "sha256_after": after,
+        "sha256_after": models.fingerprint(run["folder"] / "model"),
     }
 
 
 def never_saw(run):
-    """The run of a model that never saw the texts, or None; and why there is none to compare with, or None."""
-    config = run["config"]
-    if not config.get("never_saw"):
+    """(the run of a model that never saw the texts, or None; why there is none, or None)."""
+    folder = run["config"].get("never_saw")
+    if not folder:
         return None, "the run names no model that never saw the texts (--never-saw)"
     try:
-        other = read_run(config["never_saw"])
-    except (ValueError, OSError):
-        return None, "the run of the model that never saw the texts is not where it was"
-    sha = [each["config"].get("sha256", {}).get("pairs") for each in (run, other)]
-    ids = [[row["id"] for row in own_rows(each, 0)] for each in (run, other)]
-    if other["summary"]["method"] != "none" or sha[0] != sha[1] or ids[0] != ids[1]:
-        return None, "the run of the model that never saw the texts is another one by now"
-    return other, None
+        other = read_run(folder)
+        pairs = [each["config"]["sha256"]["pairs"] for each in (run, other)]
+        if other["summary"]["method"] == "none" and pairs[0] == pairs[1]:
+            return other, None
+    except (ValueError, OSError, LookupError):
+        pass
+    return None, "the run of the model that never saw the texts is gone, or another one by now"
 
 
 def figures_of(run, never):
-    """{measure: {"before", "after", "never_saw", "unseen"}}; a figure is {"value", "low", "high", "n"} or None.
-
-    Perplexities are summary.json's. ValueError where the means of samples.jsonl, all texts', are not those there.
+    """{measure: {"before", "after", "never_saw", "unseen"}}; a figure is {"value", "low", "high",
+    "n"}, of a perplexity {"value"} (summary.json's), or None.
     """
-    last, unseen = run["summary"]["epochs"], run["config"].get("thresholds") == "auto"
+    summary, first = run["summary"], own_rows(run, 0)
+    after = own_rows(run, summary["epochs"])
+    sides = {"before": first, "after": after, "never_saw": own_rows(never, 0) if never else []}
     figures = {}
-    for name in (
-        *LEFT,
-        "entropy",
-        *(name for name in OF_SPANS if any(name in row for row in own_rows(run, 0))),
-    ):
-        sides = [("before", run, 0), ("after", run, last), ("never_saw", never, 0)]
-        figures[name] = {
-            when: side and interval(values_of(side, epoch, name)) for when, side, epoch in sides
-        }
-        for when, epoch in (("before", 0), ("after", last)):
-            value = mean(row.get(name) for row in run["samples"] if row["epoch"] == epoch)
-            said = run["summary"][when].get(name)
-            if (value is None) != (said is None) or (
-                value is not None and abs(value - said) > 1e-5
-            ):
-                why = f"`{name}` {when} is {said}, and samples.jsonl gives {value}"
-                raise ValueError(f"{run['folder'] / 'summary.json'}: {why}; {WAY_OUT}")
-        of_unseen = run["summary"]["thresholds"].get("ma") if unseen and name == "ma" else None
-        figures[name]["unseen"] = (
-            None if of_unseen is None else {"value": of_unseen}
-        )  # kept as the threshold
-    for name in (name for name in run["summary"]["before"] if name.startswith("ppl_")):
-        sides = {"before": run["summary"]["before"], "after": run["summary"]["after"]}
-        sides["never_saw"] = never["summary"]["before"] if never else {}
-        figures[name] = {
-            when: {"value": side[name]} if side.get(name) else None for when, side in sides.items()
-        }
+    for name in (*LEFT, "entropy", *OF_SPANS):
+        if name not in OF_SPANS or any(name in row for row in first):
+            figures[name] = {
+                when: interval([row.get(name) for row in rows]) for when, rows in sides.items()
+            }
+            figures[name]["unseen"] = None
+    limit = summary["thresholds"].get("ma")  # with --thresholds auto the mean over unseen texts
+    if run["config"].get("thresholds") == "auto" and limit is not None:
+        figures["ma"]["unseen"] = {"value": limit}
+    sides = {"before": summary["before"], "after": summary["after"]}
+    sides["never_saw"] = never["summary"]["before"] if never else {}
+    for name in summary["before"]:
+        if name.startswith("ppl_"):
+            figures[name] = {
+                when: {"value": side[name]} if side.get(name) else None
+                for when, side in sides.items()
+            }
     return figures
 
 
 def own_rows(run, epoch):
-    """The rows of samples.jsonl of an epoch, without the texts of earlier requests (icu.py --after)."""
+    """The rows of samples.jsonl of an epoch, without the texts of earlier requests (--after)."""
     return [row for row in run["samples"] if row["epoch"] == epoch and not row.get("watched")]
 
 
-def values_of(run, epoch, name):
-    """A measure of each text of the request, in the order of samples.jsonl; None where it was not to be had."""
-    return [row.get(name) for row in own_rows(run, epoch)]
-
-
-def left_of(row, name):
-    """A measure of memory of a text; None for one of the whole text where a part is marked: the rest is to stay."""
-    return None if "ma_spans" in row and name in LEFT else row.get(name)
-
-
 def interval(values):
-    """{"value", "low", "high", "n"}: the mean over n texts, with the bootstrap's 95% percentile interval, seeded.
+    """{"value", "low", "high", "n"}: the mean over n texts and its 95 % bootstrap interval.
 
-    None stands for no number. low and high are None for fewer than FEW texts; None in all where there is no number.
+    None stands for no number. low and high are None for too few texts; None where there is none.
     """
-    values = np.array([value for value in values if value is not None], dtype=float)  # (n,)
-    if not len(values):
+    values = [value for value in values if value is not None]
+    if not values:
         return None
-    low = high = None
-    if len(values) >= FEW:
-        low, high = (
-            round(float(x), 6) for x in np.percentile(resampled_means(values), [2.5, 97.5])
-        )
-    return {"value": round(float(values.mean()), 6), "low": low, "high": high, "n": len(values)}
+    figure = bootstrap(values) | {"value": mean(values)}
+    names = ("value", "low", "high", "n")
+    return {name: round(figure[name], 6) if name in figure else None for name in names}
 
 
 def risks(run, never):
-    """A sentence of fixed words for each measure of memory: what is left, beside a model that never saw the texts.
-
-    By the interval of the mean difference, text by text: all above 0, all under 0, or within MARGIN of it.
-    """
+    """A sentence of fixed words for each measure of memory: what is left, beside never saw's."""
+    rows = own_rows(run, run["summary"]["epochs"])
+    marked = any("ma_spans" in row for row in rows)
     sentences = []
-    marked = any("ma_spans" in row for row in own_rows(run, 0))
     for name in (*LEFT, *LEFT_OF_PARTS) if marked else LEFT:
-        after = [left_of(row, name) for row in own_rows(run, run["summary"]["epochs"])]
+        after = [left_of(row, name) for row in rows]
         if marked and set(after) == {None}:
             continue
         other = [left_of(row, name) for row in own_rows(never, 0)] if never else after
-        found = interval(
-            [a - b for a, b in zip(after, other, strict=True) if a is not None and b is not None]
-        )
-        said = f"cannot be told with n = {found['n'] if found else 0}"
-        if not never:
-            said += ", without figures of a model that never saw them"
-        elif found and found["low"] is not None:
-            low, high = found["low"], found["high"]
-            said = (
-                MORE
-                if low > 0
-                else LESS
-                if high < 0
-                else AS_NEVER
-                if max(-low, high) <= MARGIN
-                else said
-            )
-            said += f" (n = {found['n']}, difference {found['value']:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
-        sentences.append(
-            f"{LABELS[name]}{' of texts without a mark' if marked and name in LEFT else ''}: {said}"
-        )
+        both = [(a, b) for a, b in zip(after, other, strict=True) if None not in (a, b)]
+        sentence = compared(interval([a - b for a, b in both]), never is not None)
+        part = " of texts without a mark" if marked and name in LEFT else ""
+        sentences.append(f"{LABELS[name]}{part}: {sentence}")
     return sentences
 
 
-def audit_of(folder):
-    """The sentences of audit.json, a list or an object of them; ["not audited"] where there are none."""
-    found = data.read_json(folder / "audit.json") if (folder / "audit.json").is_file() else {}
-    said = found.get("sentences") if isinstance(found, dict) else None
-    said = list(said.values()) if isinstance(said, dict) else said if isinstance(said, list) else []
-    return [sentence for sentence in said if TEXT[1](sentence)] or ["not audited"]
+def left_of(row, name):
+    """A measure of memory of a text; None for the whole of a marked text, whose rest is to stay."""
+    return None if "ma_spans" in row and name in LEFT else row.get(name)
 
 
-def untested(found):
+def compared(difference, known):
+    """By the interval of the mean difference, text by text: all above 0, all under 0, or within
+    MARGIN of it. known: whether there is a model that never saw the texts.
+    """
+    words = f"cannot be told with n = {difference['n'] if difference else 0}"
+    if not known:
+        return f"{words}, without figures of a model that never saw them"
+    if not difference or difference["low"] is None:
+        return words
+    value, low, high, n = (difference[name] for name in ("value", "low", "high", "n"))
+    if low > 0:
+        words = MORE
+    elif high < 0:
+        words = LESS
+    elif max(-low, high) <= MARGIN:
+        words = AS_NEVER
+    return f"{words} (n = {n}, difference {value:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
+
+
+def untested(certificate):
     """What the certificate cannot speak of, given the rest of it."""
-    missing = {
-        "sampling, membership inference, relearning, quantised copies (evals/audit.py)": found[
-            "audit"
-        ]
-        == ["not audited"],
-        "abilities on tasks (evals/tasks.py)": len(found["tasks"]) < 2,
-        "perplexity on other texts (--ppl)": not any(
-            name.startswith("ppl_") for name in found["figures"]
-        ),
-        f"a model that never saw the texts: {found['never_saw']}": found["never_saw"] is not None,
-    }
-    return [what for what, is_missing in missing.items() if is_missing] + list(ALWAYS_UNTESTED)
+    missing = []
+    if certificate["audit"] == ["not audited"]:
+        missing += ["sampling, membership inference, relearning, quantised copies (evals/audit.py)"]
+    if len(certificate["tasks"]) < 2:
+        missing += ["abilities on tasks (evals/tasks.py)"]
+    if not any(name.startswith("ppl_") for name in certificate["figures"]):
+        missing += ["perplexity on other texts (--ppl)"]
+    if certificate["never_saw"] is not None:
+        missing += [f"a model that never saw the texts: {certificate['never_saw']}"]
+    return [*missing, *ALWAYS_UNTESTED]
 
 
 def hashes_of(folder):
     """{name: sha256} of the run's files and of each file of its model.
 
-    config.json and samples.jsonl without what `purge` changes: the mark that the texts are gone, and what was said.
+    config.json and samples.jsonl without what a purge changes: its mark, and what was said.
     """
     config = data.read_json(folder / "config.json")
-    rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
     kept = {name: value for name, value in config.items() if name not in ("redact", "purged")}
-    found = {"config.json": digest(kept), "samples.jsonl": digest(rows)}
-    names = [
-        "summary.json",
-        "metrics.jsonl",
-        "audit.json",
-        *(f"tasks-{w}/tasks.json" for w in ("before", "after")),
-    ]
-    paths_of = [folder / name for name in names] + sorted((folder / "model").rglob("*"))
-    return found | {str(p.relative_to(folder)): data.sha256_of(p) for p in paths_of if p.is_file()}
+    rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
+    hashes = {"config.json": digest(kept), "samples.jsonl": digest(rows)}
+    names = ["summary.json", "metrics.jsonl", "audit.json"]
+    names += ["tasks-before/tasks.json", "tasks-after/tasks.json"]
+    files = [folder / name for name in names] + sorted((folder / "model").rglob("*"))
+    for path in filter(Path.is_file, files):
+        hashes[str(path.relative_to(folder))] = data.sha256_of(path)
+    return hashes
 
 
 def digest(value):
@@ -328,67 +265,348 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# --- whether it still holds ---
+# --- the page: two sides of A4 to print, which load nothing ---
+
+LABELS = {
+    "el10": "EL10",
+    "ma": "MA",
+    "bleu": "BLEU",
+    "bertscore": "BERTScore F1",
+    "entropy": "Entropy (bits)",
+    "el10_spans": "EL10, marked parts",
+    "ma_spans": "MA, marked parts",
+    "ma_rest": "MA, the rest of their texts",
+    "secret_said": "a secret is said",
+}
+SIDES = ("before", "after", "never_saw", "unseen")
+SHOWN, LENGTH = 6, 1200  # of a list, and of a text that may be long: certificate.json has all
+STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm }
+h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm }
+ul { margin: 0; padding-left: 5mm } section { break-inside: avoid } code { font-size: 7pt }
+td, th { text-align: left; font-weight: 400; vertical-align: top; overflow-wrap: anywhere }
+th { width: 38mm; color: #555 }"""
+
+
+def render(certificate):
+    """The page of a certificate as bytes; the same dict gives the same bytes."""
+    done = ("method", "model", "code", "configuration")
+    files = [f"{name} {sha}" for name, sha in certificate["files"].items()]
+    sections = {
+        "Request": table(certificate["request"]),
+        "Scope": table(certificate["scope"]),
+        "What was done": table({name: certificate[name] for name in done} | {"files": files}),
+        "Figures: the mean over the texts and its 95% bootstrap interval": figure_table(
+            certificate["figures"]
+        ),
+        "Residual risk: what this model still gives away is": bullets(certificate["residual_risk"]),
+        "Audit": bullets(certificate["audit"]),
+        "Tasks": table(certificate["tasks"]),
+        "Not tested": bullets(certificate["not_tested"]),
+        "Copies that this does not reach": bullets(certificate["not_reached"]),
+        "Signature": table({name: certificate[name] for name in ("signed_by", "sha256")}),
+    }
+    head = f"<title>Certificate</title><meta charset=utf-8><style>{STYLE}</style>"
+    body = "".join(f"<section><h2>{name}</h2>{part}</section>\n" for name, part in sections.items())
+    title = f"<h1>Certificate of a run</h1><p><b>{shown(certificate['what'])}</b></p>"
+    page = f"<!doctype html><html lang=en>{head}\n{title}\n{body}</html>\n"
+    return page.encode("utf-8", "backslashreplace")
+
+
+def shown(value):
+    """A value as HTML: a list line by line, a dict in a row, what is missing as "not given"."""
+    if isinstance(value, list) and value:
+        more = [f"and {len(value) - SHOWN} more, in {FILE}"] if len(value) > SHOWN else []
+        return "<br>".join(map(shown, value[:SHOWN] + more))
+    value = in_a_row(value).strip() or "not given"
+    value = html.escape(visible(value if len(value) <= LENGTH else value[:LENGTH] + " ..."))
+    return re.sub(r"\b[0-9a-f]{32,}\b", r"<code>\g<0></code>", value)  # hashes
+
+
+def in_a_row(value):
+    if isinstance(value, dict):
+        known = {name: item for name, item in value.items() if item not in (None, [])}
+        return ", ".join(f"{name} {in_a_row(item)}" for name, item in known.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value in (None, []) else str(value)
+
+
+def table(rows):
+    lines = [f"<tr><th>{shown(name)}<td>{shown(value)}" for name, value in rows.items()]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def bullets(values):
+    return f"<ul>{''.join(f'<li>{shown(value)}' for value in values[: 2 * SHOWN])}</ul>"
+
+
+def figure_table(figures):
+    """A row a measure: 0.123 [0.101, 0.140] on each side, or a dash where it was not measured."""
+    rows = ["<tr><th>" + "".join(f"<th>{side.replace('_', ' ')}" for side in SIDES)]
+    for name, sides in figures.items():
+        row = f"<tr><th>{shown(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}"
+        for figure in (sides.get(side) for side in SIDES):
+            cell = f"{figure['value']:.3f}" if figure else "-"
+            if figure and figure.get("low") is not None:
+                cell += f" [{figure['low']:.3f}, {figure['high']:.3f}]"
+            row += f"<td>{cell}"
+        rows.append(row)
+    return f"<table>{''.join(rows)}</table>"
+
+
+# --- signatures by ssh-keygen, with the keys that people have already ---
+
+NAMESPACE = "icu-certificate"
+
+
+def ssh_keygen(*words, stdin=b""):
+    """What `ssh-keygen WORDS` prints. ValueError: the last line of its complaint."""
+    command = ["ssh-keygen", *map(str, words)]
+    done = subprocess.run(command, input=stdin, capture_output=True, check=False)
+    if done.returncode:
+        complaint = (done.stderr + done.stdout).decode("utf-8", "replace").strip()
+        raise ValueError(f"ssh-keygen {words[0]}: {complaint.splitlines()[-1].strip()}")
+    return done.stdout
+
+
+def public_key(path):
+    """`TYPE BASE64` of a public or private key file, without the comment, often a name."""
+    content = data.read_text(path)
+    if "PRIVATE KEY" in content:
+        content = ssh_keygen("-y", "-f", path).decode()
+    key = " ".join(content.split()[:2])
+    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/]+=*", key):
+        raise ValueError(f"{path}: is no key of OpenSSH")
+    return key
+
+
+def sign(content, key):
+    """The signature of these bytes by the private key in the file `key`."""
+    return ssh_keygen("-Y", "sign", "-q", "-f", key, "-n", NAMESPACE, stdin=content)
+
+
+def trouble(content, signature, key):
+    """Why the file `signature` is not one of these bytes by the public key `key`, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        signers = Path(folder, "signers")
+        signers.write_text(f'signer namespaces="{NAMESPACE}" {key}\n')
+        words = ["-Y", "verify", "-f", signers, "-I", "signer", "-n", NAMESPACE, "-s", signature]
+        try:
+            ssh_keygen(*words, stdin=content)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+# --- the ledger: a line a certificate, each with the sha256 of the line before ---
+# ledger.head names the last line, since the chain cannot tell that lines are gone from its end. Who
+# may write to DIR can make a whole new chain: a copy of ledger.head elsewhere pins the past.
+
+
+def add_line(folder, row):
+    """Adds the dict `row` as the next line; returns its number, also where it stands there already.
+
+    ValueError: a ledger in which `ledger_differences` finds something. A kill between the two files
+    leaves an older head, which the next line makes new.
+    """
+    path, head = Path(folder, LEDGER), Path(folder, HEAD)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(".lock"), timeout=60):
+        if not path.exists() and not head.exists():
+            data.write_json(head, {"line": 0, "sha256": None})
+        content = path.read_bytes() if path.exists() else b""
+        if damage := ledger_differences(content, head):
+            raise ValueError(f"{path}: nothing is added to a damaged ledger ({damage[0]})")
+        lines = content.splitlines()
+        for old in map(json.loads, lines):
+            if row.items() <= old.items():
+                return old["line"]
+        number, previous = len(lines) + 1, last_sha256(content)
+        content += data.json_bytes({"line": number, "previous": previous, **row})
+        data.write_bytes(path, content)
+        data.write_json(head, {"line": number, "sha256": last_sha256(content)})
+        return number
+
+
+def last_sha256(content):
+    """The sha256 of the last line, without its line break; None of no line."""
+    lines = content.splitlines()
+    return hashlib.sha256(lines[-1]).hexdigest() if lines else None
+
+
+def ledger_differences(content, head):
+    """What is wrong with a ledger of these bytes: [], or one sentence that names the first line."""
+    hashes = [None]  # of the lines so far
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            place, previous = row["line"], row["previous"]
+        except (ValueError, LookupError, TypeError):
+            return [f"line {number}: damaged, or none of a ledger"]
+        if place != number:
+            return [f"line {number}: missing or moved, line {place} stands in its place"]
+        if previous != hashes[-1]:
+            return [f"line {number - 1}: changed, or line {number}, which has another sha256 of it"]
+        hashes.append(hashlib.sha256(line).hexdigest())
+    if not head.is_file():
+        return [f"{HEAD}: missing, so lines may be gone from the end"]
+    last = data.read_json(head)
+    if last["line"] >= len(hashes):
+        return [f"line {len(hashes)}: missing, {HEAD} has {last['line']} lines"]
+    if last["sha256"] != hashes[last["line"]]:
+        return [f"line {last['line']}: changed, not as {HEAD} has it"]
+    return []
+
+
+# --- whether a certificate still holds ---
 
 
 def differences(path, folder, key=None):
-    """What of a certificate is not so any more, a list of sentences; `folder`: its run; key: who must have signed.
+    """What of a certificate is not so any more, a list of sentences.
 
-    ValueError for a file that is no certificate.
+    folder: its run; key: the public key file of who must have signed. ValueError: no certificate.
     """
-    found, content, signature = (
-        check(data.read_json(path), FORM, path),
-        path.read_bytes(),
-        Path(f"{path}.sig"),
-    )
-    check(found["request"], REQUEST, f"{path}: request")
-    unlike = []
-    if (
-        digest({name: value for name, value in found.items() if name != "sha256"})
-        != found["sha256"]
-    ):
+    certificate = data.read_json(path)
+    if not isinstance(certificate, dict) or not {"what", "files", "sha256"} <= certificate.keys():
+        raise ValueError(f"{path}: is no certificate")
+    unlike, content = [], {n: value for n, value in certificate.items() if n != "sha256"}
+    if digest(content) != certificate["sha256"]:
         unlike.append(f"{path.name}: changed (not its own sha256)")
-    signer = found["signed_by"]
-    if signer and not signature.is_file():
-        unlike.append(f"{signature.name}: missing, and the certificate says that it is signed")
-    elif signer and (why := signatures.trouble(content, signature, signer, NAMESPACE)):
-        unlike.append(
-            f"{signature.name}: not a signature of {path.name} by the key that it names ({why})"
-        )
-    elif not signer and signature.is_file():
-        unlike.append(f"{signature.name}: there, and the certificate says that it is not signed")
-    if key and signer != signatures.public_key(key):
-        unlike.append(
-            f"{path.name}: " + (f"signed with another key than {key}" if signer else "not signed")
-        )
-    try:
-        page = certificate_page.render(found)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        unlike, page = [*unlike, f"{path.name}: lacks what a certificate has"], b""
-    if path.with_name(PAGE).is_file() and path.with_name(PAGE).read_bytes() != page:
-        unlike.append(f"{PAGE}: not what {path.name} says")
-    return unlike + run_differences(found, folder)
-
-
-def run_differences(found, folder):
-    """What of a run folder is not as its certificate has it."""
-    try:
-        now = hashes_of(folder)
-    except (ValueError, OSError) as error:
-        return [f"{folder}: {flags.first_line(error)}"]
-    said = found["files"]
-    unlike = [
-        f"{name}: {'changed' if name in now else 'missing'}"
-        for name in said
-        if now.get(name) != said[name]
-    ]
-    unlike += [f"{name}: was not there" for name in now if name not in said]
+    unlike += signature_differences(path, certificate.get("signed_by"), key)
     if unlike:
         return unlike
-    try:  # all of its files are what they were, so they must give the same certificate
-        again, _ = build(folder, found["request"], found["signed_by"], kept=found)
+    page = render(certificate)
+    if path.with_name(PAGE).is_file() and path.with_name(PAGE).read_bytes() != page:
+        unlike.append(f"{PAGE}: not what {path.name} says")
+    return unlike + run_differences(certificate, folder)
+
+
+def signature_differences(path, signer, key):
+    """What is wrong with the signature of a certificate that names `signer`, or none."""
+    signature, unlike = Path(f"{path}.sig"), []
+    if signer and not signature.is_file():
+        unlike.append(f"{signature.name}: missing, and the certificate says that it is signed")
+    elif signer and (why := trouble(path.read_bytes(), signature, signer)):
+        unlike.append(f"{signature.name}: not a signature of {path.name} by its key ({why})")
+    elif not signer and signature.is_file():
+        unlike.append(f"{signature.name}: there, and the certificate says that it is not signed")
+    if key and signer != public_key(key):
+        other = f"signed with another key than {key}" if signer else "not signed"
+        unlike.append(f"{path.name}: {other}")
+    return unlike
+
+
+def run_differences(certificate, folder):
+    """What of a run folder is not as its certificate has it."""
+    files = certificate["files"]
+    try:
+        now = hashes_of(folder)
+        if now == files:  # then they must give the same certificate
+            request, signer = certificate["request"], certificate["signed_by"]
+            again = build(folder, request, signer, kept=certificate)
+            return [
+                f"{FILE}: `{name}` is not what the run's files give"
+                for name in again
+                if certificate.get(name) != again[name] and name != "sha256"
+            ]
     except (ValueError, OSError) as error:
-        return [flags.first_line(error)]
-    names = (found.keys() | again.keys()) - {"sha256"}
-    unlike = [name for name in sorted(names) if found.get(name) != again.get(name)]
-    return [f"{FILE}: `{name}` is not what the run's files give" for name in unlike]
+        return [f"{folder}: {flags.first_line(error)}"]
+    unlike = [f"{name}: was not there" for name in now if name not in files]
+    unlike += [f"{name}: missing" for name in files if name not in now]
+    return unlike + [
+        f"{name}: changed" for name in files if now.get(name, files[name]) != files[name]
+    ]
+
+
+# --- commands ---
+
+
+# fmt: off
+def add_flags(parser):
+    """The flags of --certificate and --verify."""
+    g = parser.add_argument_group("evidence (docs/certificate.md)")
+    g.add_argument("--certificate", action="store_true", help="write RUN/certificate.json and .html")
+    g.add_argument("--received", type=date, metavar="2026-03-09", help="when the request came")
+    g.add_argument("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
+    g.add_argument("--approved-by", metavar="NAME", help="who says that this may go out")
+    g.add_argument("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
+    g.add_argument("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl")
+    g.add_argument("--verify", metavar="FILE", help="say what has changed since it was written")
+    g.add_argument("--key", metavar="PUB", help="--verify: the public key that must have signed")
+# fmt: on
+
+
+def date(value):
+    """An argparse type: 2026-03-09."""
+    return datetime.date.fromisoformat(value)
+
+
+def wanted(args):
+    """Whether a flag asks for a certificate, or whether one still holds."""
+    request = args.received, args.request_id, args.approved_by
+    return any((args.certificate, args.verify, args.sign, args.ledger, *request))
+
+
+def run(args):
+    """What `add_flags` and the run folders, args.runs, ask for."""
+    return verify(args) if args.verify else certify(args)
+
+
+def verify(args):
+    """Prints what differs, a line each, and exits 1; or that nothing does."""
+    path = Path(args.verify)
+    if path.name == LEDGER:
+        unlike = ledger_differences(path.read_bytes(), path.with_name(HEAD))
+    else:
+        unlike = differences(path, Path(args.runs[0]) if args.runs else path.parent, args.key)
+        signer = data.read_json(path)["signed_by"]
+        print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
+    for line in unlike:
+        print(visible(f"differs: {line}"))
+    if unlike:
+        raise SystemExit(1)
+    print(visible(f"as it was: {path}"))
+
+
+def certify(args):
+    """Writes certificate.json, certificate.html, the signature and the ledger's line; all is
+    computed before the first is written.
+    """
+    if len(args.runs) != 1:
+        raise ValueError("--certificate is of one RUN")
+    folder = Path(args.runs[0])
+    if args.ledger and Path(args.ledger).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--ledger {args.ledger}: lies in the run, and is of many runs")
+    received = args.received and args.received.isoformat()
+    request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
+    purge.keep_hashes(folder)
+    certificate = build(folder, request, args.sign and public_key(args.sign))
+    done = certificate["request"]["done"]
+    if args.received and args.received > datetime.date.fromisoformat(done) + ONE_DAY:
+        raise ValueError(f"--received {args.received}: the run had ended before, on {done}")
+    content = data.json_bytes(certificate, indent=2)
+    contents = {FILE: content, PAGE: render(certificate)}
+    if args.sign:
+        contents[SIGNATURE] = sign(content, args.sign)
+    data.check_outputs([folder / name for name in contents], overwrite=True)
+    if args.ledger:
+        row = {"run": folder.resolve().name, "request": certificate["request"]}
+        number = add_line(args.ledger, row | {"sha256": hashlib.sha256(content).hexdigest()})
+        print(visible(f"ledger: line {number} of {Path(args.ledger, LEDGER)}"))
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of the certificate that was here before
+    for name, content in contents.items():
+        data.write_bytes(folder / name, content)
+    written = f"certificate: {folder / FILE}; to print: {folder / PAGE}"
+    print(visible(f"{WHAT}\n{written}", keep="\n"))
+
+
+def main(argv=None):
+    parser = flags.command_parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a finished run folder")
+    add_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    flags.run_cli(main)

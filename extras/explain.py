@@ -1,22 +1,31 @@
-"""explain.html: the texts of a run on one page, each token coloured by how likely a model finds it, before and after.
+"""explain.html: the texts of a run, each token coloured by how likely a model finds it, before and
+after; and two columns of the report that tell how a model speaks.
 
-    python evals/report.py RUN --explain
+    python evals/report.py RUN --explain        # the report, and RUN/explain.html
+    python extras/explain.py RUN                # the page alone
+    python evals/report.py RUN [RUN ...] --out DIR --speech FILE    # Said (PPL), New words (%)
 
-extras/explain.html is the page; what it shows stands in it as JSON, so it is one file and reaches no network. Tokens are
-shown as characters of the text itself: its pieces, put together, are the text, whatever a tokenizer makes of it.
+extras/explain.html is the page. What it shows stands in it as JSON, so it is one file and reaches
+no network. Texts are shown as the tokenizer spells their ids.
+
+The entropy of Eq. 10 misleads where a model speaks in words that do not exist. So the model before
+reads what each model said after the prefixes: what is recited has the lowest perplexity of all,
+no-words a high one. Neither column has a better end; read both beside never saw's.
 """
 
-import difflib
+import functools
 import json
 import math
+import re
+from itertools import pairwise
 from pathlib import Path
 
+import regex
 import torch
 
-from kit import models, processes
-from kit.protocols import PROTOCOLS
-from kit.runs import models_of
-from kit.text import is_break
+import icu
+from kit import data, flags, models, processes
+from kit.runs import models_of, read_pairs_of, read_run
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -24,138 +33,167 @@ PAGE = Path(__file__).with_suffix(".html")
 # --- a run ---
 
 
-def check(run, flag="--explain"):
-    """ValueError for a run (`runs.read_run`) without texts, or whose pairs or model are no longer those it had."""
+def check(run, flag):
+    """ValueError for a run without texts, or whose pairs or model are no longer those it had."""
+    folder = run["folder"]
     if run["redacted"]:
-        raise ValueError(
-            f"{run['folder']}: holds no texts (icu.py --redact, or purged): leave it or {flag} out"
-        )
+        raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it or {flag} out")
     for what in ("pairs", "model"):
-        path, was = run["config"].get(what) or "", run["config"].get("sha256", {}).get(what)
-        if was is not None and models.fingerprint(path) != was:
+        path, sha = run["config"].get(what), run["config"].get("sha256", {}).get(what)
+        if sha is not None and models.fingerprint(path) != sha:
             raise ValueError(
-                f"{path}: not the {what} that {run['folder']} was made with (sha256 differs): put those back, or leave "
-                f"out {flag}"
+                f"{path}: not the {what} that {folder} was made with (sha256 differs): put those "
+                f"back, or leave {flag} out"
             )
 
 
-def prepare(run, pairs, build_samples, *, allow_pickle=False):
-    """What `make` needs besides the run, checked as far as it can be without a weight: its keywords. ValueError.
+def read_tokenizer(name, revision, allow_pickle):
+    """(tokenizer, positions) of a model, without its weights."""
+    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    return tokenizer, models.positions_of(config) or 1 << 30
 
-    pairs: {id: pair}, which has those of the run; build_samples: icu.build_samples.
-    """
-    config, sides, pairs = (
-        run["config"],
-        models_of(run),
-        [pairs[id] for id in generations(run) if id in pairs],
+
+def load(name, revision, allow_pickle):
+    """A model in float32, on the GPU where there is one."""
+    device = processes.device_of(None)
+    return models.load_model(name, revision=revision, allow_pickle=allow_pickle, device=device)[0]
+
+
+def texts_of(run, tokenizer, positions):
+    """[(pair, icu.Sample, {"before", "after"}: what was said)] of the texts that are left."""
+    config, pairs = run["config"], read_pairs_of(run)
+    said = {}
+    for when, epoch in (("before", 0), ("after", run["summary"]["epochs"])):
+        for row in run["samples"]:
+            if row["epoch"] == epoch and row["generation"] is not None:
+                said.setdefault(row["id"], {})[when] = row["generation"]
+    pairs = [pairs[id] for id in said]
+    samples, _ = icu.build_samples(
+        pairs,
+        tokenizer,
+        protocol=config["protocol"],
+        positions=positions,
+        context=config.get("context", False),
     )
-    found = [
-        models.check_model(name, revision=at, allow_pickle=allow_pickle)
-        for name, at in sides.values()
-    ]
-    (_, tokenizer), positions = (
-        found[0],
-        min(models.positions_of(config) or 1 << 30 for config, _ in found),
-    )
-    how = {
-        "protocol": config["protocol"],
-        "positions": positions,
-        "context": config.get("context", False),
-    }
-    samples, _ = build_samples(pairs, tokenizer, **how)
-    for model_config, _ in found:
-        models.check_inputs(model_config, tokenizer, {"pair": samples}, {})
-    return {"pairs": pairs, "samples": samples, "tokenizer": tokenizer, "sides": sides}
+    return list(zip(pairs, samples, said.values(), strict=True))
 
 
-def make(run, *, pairs, samples, tokenizer, sides, allow_pickle=False):
-    """explain.html of a run, as bytes. The others are what `prepare` returns.
+def pages(runs, *, allow_pickle=False):
+    """{RUN/explain.html: its bytes} of those runs that have unlearned, or of all: a ValueError."""
+    runs = [run for run in runs if run["summary"]["method"] != "none"] or runs
+    data.check_outputs([run["folder"] / PAGE.name for run in runs], overwrite=True)
+    for run in runs:
+        check(run, "--explain")
+    return {run["folder"] / PAGE.name: make(run, allow_pickle=allow_pickle) for run in runs}
 
-    Both models are loaded, one after the other: in float32, on the GPU where there is one.
-    """
-    rows, said, texts = [sample.forget.ids for sample in samples], generations(run), []
-    likely = {when: asked(*side, rows, allow_pickle=allow_pickle) for when, side in sides.items()}
-    for number, (pair, sample) in enumerate(zip(pairs, samples, strict=True)):
-        context = context_of(pair, run["config"])
-        text, shift = context + pair["prefix"] + pair["suffix"], len(context)
-        spans = [(start + shift, end + shift) for start, end in pair.get("spans", [])]
-        how = {when: rows_of[number] for when, rows_of in likely.items()} | {
-            "ids": rows[number],
-            "spans": spans,
-        }
-        texts.append(
-            describe(
-                tokenizer, text, cut=sample.forget.cut, id=pair["id"], said=said[pair["id"]], **how
-            )
-        )
-    config, summary = run["config"], run["summary"]
+
+def make(run, *, allow_pickle=False):
+    """explain.html of a run, as bytes."""
+    config, summary, sides = run["config"], run["summary"], models_of(run)
+    tokenizer, positions = read_tokenizer(*sides["before"], allow_pickle)
+    texts = texts_of(run, tokenizer, positions)
+    likely = {}
+    for when, side in sides.items():
+        model = None  # the one before is let go first
+        model = load(*side, allow_pickle)
+        likely[when] = [probabilities(model, sample.forget.ids) for _, sample, _ in texts]
     about = {
         "run": run["folder"].resolve().name,
         "model": Path(config["model"]).name,
         "method": summary["method"],
-    }
-    about |= {
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
-    return page(about, texts)
-
-
-def asked(name, revision, rows, *, allow_pickle):
-    """`probabilities` of a model that is loaded for this and then let go."""
-    how = {"allow_pickle": allow_pickle, "device": processes.device_of(None)}
-    model, _ = models.load_model(name, revision=revision, **how)
-    return probabilities(model, rows)
-
-
-def generations(run):
-    """{id: {"before", "after"}}: what the model said behind each prefix, in the first and in the last epoch."""
-    last, found = run["summary"]["epochs"], {}
-    for row in run["samples"]:
-        of_id = found.setdefault(row["id"], {})
-        of_id |= {
-            when: row["generation"]
-            for when, at in (("before", 0), ("after", last))
-            if row["epoch"] == at
-        }
-    return found
-
-
-def context_of(pair, config):
-    """What stood in front of the prefix when the run's model read a text: its context, or nothing."""
-    return pair["context"] if PROTOCOLS[config["protocol"]].context or config.get("context") else ""
+    return page(
+        about,
+        [
+            describe(tokenizer, sample.forget, before, after, id=sample.id, said=said)
+            for (_, sample, said), before, after in zip(
+                texts, likely["before"], likely["after"], strict=True
+            )
+        ],
+    )
 
 
 # --- how likely each token is ---
 
 
 @models.measuring
-def probabilities(model, rows):
-    """p(x_t | x_<t) of each token of texts, the true tokens before it given; without gradient or dropout.
+def log_probabilities(model, ids):
+    """log p(x_t | x_<t) of ids[1:], a list of floats in nats; float32, no gradient, no dropout.
 
-    rows: lists of ids, none longer than the model's positions -> lists of as many floats, 0-1. None for the first
-    token, which nothing predicts, and for a number that is not finite. In float32 at least.
+    A text at a time: no padding, whatever a model makes of some.
     """
-    return [[None, *map(finite, chances(model, ids))] for ids in rows]
-
-
-def chances(model, ids):
-    """The probabilities of ids[1:] as floats. A text at a time: no padding, whatever a model makes of some."""
-    x = torch.tensor(ids, device=model.device)
-    logits = model(input_ids=x[None], use_cache=False).logits[
-        0, :-1
-    ]  # (T - 1, V): position t - 1 predicts token t
+    x = torch.tensor(ids, device=model.device)  # (T,)
+    # (T - 1, V): position t - 1 predicts token t
+    logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]
     found = []
-    for part, targets in zip(
-        logits.split(256), x[1:].split(256), strict=True
-    ):  # (T, V) once more may be a gigabyte
+    for part, targets in zip(logits.split(256), x[1:].split(256), strict=True):  # saves a copy
         part = part.to(torch.promote_types(part.dtype, torch.float32))
-        found += part.log_softmax(1).gather(1, targets[:, None])[:, 0].exp().tolist()
+        found += part.log_softmax(1).gather(1, targets[:, None])[:, 0].tolist()
     return found
 
 
-def finite(p):
-    return p if math.isfinite(p) else None
+def probabilities(model, ids):
+    """p(x_t | x_<t) of each token, 0-1; None for the first, which nothing predicts, and for NaN."""
+    return [None, *(None if math.isnan(p) else math.exp(p) for p in log_probabilities(model, ids))]
+
+
+# --- the page ---
+
+
+def pieces(tokenizer, ids):
+    """[(characters, first token, token after the last)]: a text in the smallest parts that are
+    whole tokens and whole visible characters. None is empty, and together they are the text.
+    """
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    text = decode(ids)
+    breaks = {match.end() for match in regex.finditer(r"\X", text)}  # of grapheme clusters
+    ends = {0: 0}  # characters so far: tokens so far; one that adds no character joins those before
+    for n in range(1, len(ids) + 1):  # quadratic, and 2,048 tokens still take under a second
+        head = decode(ids[:n])
+        if len(head) in breaks and text.startswith(head):
+            ends[len(head)] = n
+    return [
+        (text[start:end], first, last)
+        for (start, first), (end, last) in pairwise(sorted(ends.items()))
+    ]
+
+
+def describe(tokenizer, text, before, after, **more):
+    """What the page shows of one text, as a dict of JSON values.
+
+    text: an icu.Text; before, after: `probabilities` of its ids. What is `left` is the mean of
+    `after` over the marked tokens or, without any, over the suffix. `more` is shown as it is.
+    """
+    bos = models.bos_of(tokenizer)
+    lead = len(bos) if text.ids[: len(bos)] == bos else 0
+    parts = [
+        (characters, first + lead, last + lead)
+        for characters, first, last in pieces(tokenizer, text.ids[lead:])
+    ]
+    marked = set(text.among or ())
+    measured = sorted(marked) or range(text.cut, len(text.ids))
+    return {
+        **more,
+        "pieces": [characters for characters, _, _ in parts],
+        "tokens": [last - first for _, first, last in parts],
+        "before": [together(before[first:last]) for _, first, last in parts],
+        "after": [together(after[first:last]) for _, first, last in parts],
+        "marked": [
+            number
+            for number, (_, first, last) in enumerate(parts)
+            if marked.intersection(range(first, last))
+        ],
+        "cut": sum(first < text.cut for _, first, _ in parts),
+        "was": mean(before[n] for n in measured),
+        "left": mean(after[n] for n in measured),
+    }
+
+
+def together(values):
+    """The probability of several tokens in a row, or None if one is not known."""
+    return None if None in values else round(math.prod(values), 6)
 
 
 def mean(values):
@@ -164,109 +202,89 @@ def mean(values):
     return sum(known) / len(known) if known else None
 
 
-# --- which characters are whose ---
-
-
-def token_ends(tokenizer, ids, text):
-    """Where each token ends in `text`: rising indices, one a token, the last len(text).
-
-    None where a token ends inside a visible character (bytes of a letter, a letter before its accent): that character
-    belongs to both. A tokenizer may say another string than `text` (lower case, Unicode NFC, a space less): then the
-    two are aligned, and what only the text has belongs to the token before it.
-    """
-    decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
-    said = decode(ids)
-    heads = [
-        decode(ids[:n]) for n in range(1, len(ids))
-    ]  # quadratic, and 2,048 tokens still take under a second
-    place = range(len(text) + 1) if said == text else aligned(said, text)
-    ends = [place[len(head)] if said.startswith(head) else None for head in heads]
-    return [end if end is not None and is_break(text, end) else None for end in ends] + [len(text)]
-
-
-def aligned(said, text):
-    """For each place between the characters of `said`, 0 to len(said), that in `text`; the last is len(text)."""
-    place = [0] * (len(said) + 1)
-    blocks = difflib.SequenceMatcher(None, said, text, autojunk=False).get_opcodes()
-    for _, low, high, at, end in blocks:
-        place[low:high] = [min(at + step, end) for step in range(high - low)]
-        place[high] = end
-    return place
-
-
-def pieces(tokenizer, ids, text):
-    """[(first token, behind the last, first character, behind the last)]: a text in the smallest parts of whole tokens
-    that are whole characters; none is empty, and together they are all tokens and all of the text.
-    """
-    found, token, start = [], 0, 0
-    for n, end in enumerate(token_ends(tokenizer, ids, text), start=1):
-        if end == start and found:  # it adds no character, so it belongs to the one before
-            token, (first, _, *place) = n, found[-1]
-            found[-1] = first, n, *place
-        elif end is not None and end > start:
-            found.append((token, n, start, end))
-            token, start = n, end
-    return found
-
-
-# --- the page ---
-
-
-def describe(tokenizer, text, *, ids, cut, before, after, spans=(), **more):
-    """What the page shows of one text, as a dict of JSON values.
-
-    text: the characters that the ids stand for (a BOS in front of them apart); cut: the index in ids where the suffix
-    begins; before, after: `probabilities` of the ids; spans: [start, end) in characters of the text. What is `left` is
-    the mean of `after` over the tokens of the spans, or, without any, of the suffix. `more` is shown as it is.
-    """
-    lead = len(ids) - len(own_ids(tokenizer, ids, text))
-    parts = [
-        (first + lead, last + lead, *place)
-        for first, last, *place in pieces(tokenizer, ids[lead:], text)
-    ]
-    marked = [any(low < end and start < high for low, high in spans) for _, _, start, end in parts]
-    asked = [
-        n
-        for (first, last, _, _), mark in zip(parts, marked, strict=True)
-        if mark
-        for n in range(first, last)
-    ]
-    asked = asked or range(cut, len(ids))
-    return {
-        **more,
-        "pieces": [text[start:end] for _, _, start, end in parts],
-        "tokens": [last - first for first, last, _, _ in parts],
-        "before": [together(before[first:last]) for first, last, _, _ in parts],
-        "after": [together(after[first:last]) for first, last, _, _ in parts],
-        "marked": [number for number, mark in enumerate(marked) if mark],
-        "cut": next(
-            (number for number, (first, *_) in enumerate(parts) if first >= cut), len(parts)
-        ),
-        "was": mean(before[n] for n in asked),
-        "left": mean(after[n] for n in asked),
-    }
-
-
-def own_ids(tokenizer, ids, text):
-    """The ids of the text itself: without a BOS that the tokenizer has put in front."""
-    bos = models.bos_of(tokenizer)
-    added = (
-        bos and ids[:1] == bos and tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text
-    )
-    return ids[1:] if added else ids
-
-
-def together(values):
-    """The probability of several tokens in a row, or None if one is not known."""
-    return None if None in values else round(math.prod(values), 6)
-
-
 def page(about, texts):
-    """The file, as bytes. about: {name: text} of the run, for its head; texts: what `describe` has returned, a list."""
-    data = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
+    """The file, as bytes. about: {name: text} of the run; texts: what `describe` returns, a list."""
+    content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
-    return (
-        PAGE.read_text(encoding="utf-8")
-        .replace("@DATA@", data.replace("<", "\\u003c"), 1)
-        .encode("utf-8")
+    content = content.replace("<", "\\u003c")
+    return PAGE.read_text(encoding="utf-8").replace("@DATA@", content, 1).encode("utf-8")
+
+
+# --- how a model speaks ---
+
+
+def surprise(model, prompt, said):
+    """The sum over the ids said of -log p(id | what stands before it), in nats; prompt: ids too."""
+    return -sum(log_probabilities(model, [*prompt, *said])[len(prompt) - 1 :])
+
+
+def words(text):
+    """Runs of letters, in lower case; what a script writes without spaces is one word."""
+    return re.findall(r"[^\W\d_]+", text.casefold())
+
+
+def words_of(records, side=""):
+    """The set of words of records, or of a side of pairs."""
+    texts = [
+        (row[f"{side}context"], row[f"{side}prefix"] + row[f"{side}suffix"]) for row in records
+    ]
+    return {word for pair in texts for text in pair for word in words(text)}
+
+
+def new_words(said, known):
+    """The share of the words of texts [(prefix, what was said after it)] that are not in the set
+    `known`; None without a word. A word that the prefix has begun is left out.
+    """
+    new = [word for prefix, text in said for word in words(prefix + text)[len(words(prefix)) :]]
+    return sum(word not in known for word in new) / len(new) if new else None
+
+
+def add_speech(runs, files, *, allow_pickle=False):
+    """Adds `said_ppl` and `new_words` to the figures before and after of runs.
+
+    One model reads all, that which they began with. files: texts (.csv, .jsonl) whose words are not
+    new, nor are those of the pairs. ValueError: as `check`, or runs that began with several models.
+    """
+    trained = [run for run in runs if run["summary"]["method"] != "none"] or runs[:1]
+    readers = {(run["config"]["model"], run["config"].get("revision")) for run in trained}
+    if len(readers) > 1:
+        names = ", ".join(sorted(name for name, _ in readers))
+        raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
+    for run in runs:
+        check(run, "--speech")
+    known = words_of([row for file in files for row in data.read_records(file)])
+    ((name, revision),) = readers
+    tokenizer, positions = read_tokenizer(name, revision, allow_pickle)
+    texts = [texts_of(run, tokenizer, positions) for run in runs]
+    model = load(name, revision, allow_pickle)
+    read = functools.cache(functools.partial(surprise, model))  # before, all say the same
+    for run, rows in zip(runs, texts, strict=True):
+        pairs = [pair for pair, _, _ in rows]
+        old = known | words_of(pairs) | words_of(pairs, "learn_")
+        for when in ("before", "after"):
+            total, count = 0.0, 0
+            for _, sample, said in rows:
+                prompt = tuple(sample.forget.prompt)
+                ids = models.encode(tokenizer, said[when], inside=True)[: positions - len(prompt)]
+                total, count = total + read(prompt, tuple(ids)), count + len(ids)
+            answers = [(pair["prefix"], said[when]) for pair, _, said in rows]
+            ppl = math.exp(min(total / count, 700.0)) if count else None
+            run["summary"][when] |= {"said_ppl": ppl, "new_words": new_words(answers, old)}
+
+
+def main(argv=None):
+    parser = flags.command_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run folders")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also load pickles, which run code"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    made = pages([read_run(folder) for folder in args.runs], allow_pickle=args.allow_pickle)
+    for path, content in made.items():
+        data.write_bytes(path, content)
+        print(f"explained: {path}")
+
+
+if __name__ == "__main__":
+    flags.run_cli(main)

@@ -5,7 +5,6 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from kit import scoring
 from kit.data import chunks
 from kit.processes import gathered
 
@@ -43,7 +42,7 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
     model whose logits are not its head applied to its last hidden state (logit scaling or capping): use --teacher live.
     """
     head, states = frozen_head(model), {}
-    targets = {name: taught_states(model, rows) for name, rows in dict(taught).items()}
+    targets = {name: taught_states(model, rows, collate, batch_size) for name, rows in dict(taught).items()}
     for name, rows in sides.items():
         found = []
         for chunk in chunks([text for row in rows for text in row], batch_size):
@@ -78,22 +77,16 @@ def cached_copy(model, sides, collate, *, taught=(), layer=None, batch_size=8):
     return ask
 
 
-def taught_states(model, rows):
-    """The states (M, H) that predict the M targets of each row's texts, which lie behind `cut`. What stands before it
-    is computed once for all texts that begin with it, so that many short ends of one beginning cost little.
-    """
-    texts, (body, head) = [text for row in rows for text in row], scoring.split_model(model)
-    if head is not model.get_output_embeddings():
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the output head: use --teacher live"
-        )
-    found = [None] * len(texts)
-    pairs = [(text.ids[: text.cut], text.ids[text.cut :]) for text in texts]
-    for batch, states in scoring.target_states(model, body, head, pairs):
-        for i, own in zip(batch, states.split([len(pairs[i][1]) for i in batch]), strict=True):
-            found[i] = own[texts[i].t0 - texts[i].cut :].clone()  # (targets of the text, H)
-    found = iter(found)
-    return [torch.cat([next(found) for _ in row]) for row in rows]
+def taught_states(model, rows, collate, batch_size):
+    """The states (M, H) that predict the M targets of each row's texts."""
+    texts, states = [text for row in rows for text in row], []
+    for chunk in chunks(texts, batch_size):
+        ids, attention_mask, targets = collate(chunk, model.device)
+        inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
+        last = model.base_model(**inputs).last_hidden_state[:, :-1]  # (B, T - 1, H)
+        states += [h[target] for h, target in zip(last, targets[:, 1:], strict=True)]
+    states = iter(states)
+    return [torch.cat([next(states) for _ in row]) for row in rows]
 
 
 def frozen_head(model):

@@ -28,7 +28,7 @@ import icu
 import metrics
 from dev import bench
 from evals import tasks
-from kit import data, models, scoring
+from kit import data, models
 
 PAIR = {
     "id": "a",
@@ -290,7 +290,7 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(save_tiny, tmp_pa
     texts = [PAIR["prefix"] + PAIR["suffix"], spelled["prefix"] + PAIR["suffix"]]
     assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
     assert (
-        len({tuple(scoring.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
+        len({tuple(tasks.encode_pairs(tokenizer, [(text, " x")])[0][0]) for text in texts}) == 1
     )
     assert len(set(tasks.replies(model, tokenizer, texts))) == 1
 
@@ -358,7 +358,7 @@ def assert_scores_are_plain(model, row):
     """The choices of a short context, of one as long as most windows here and of a longer one."""
     pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
     found, plain = (
-        scoring.loglikelihoods(model, pairs),
+        tasks.loglikelihoods(model, pairs),
         [literal_logp(model, *pair) for pair in pairs],
     )
     assert [said for _, said in found] == [said for _, said in plain]

@@ -406,9 +406,9 @@ def judge(args, runs):
 
 def audit(args, runs, twins):
     """What is still in the models of the runs (--audit), beside what the preset brings, if its twins were measured."""
-    brings, never = [], args.preset.never_saw
+    brings, never = ["--overwrite"], args.preset.never_saw
     if twins:
-        brings = ["--never-saw", never, "--unseen", Path(never).with_name("unseen.jsonl")]
+        brings += ["--never-saw", never, "--unseen", Path(never).with_name("unseen.jsonl")]
     if lr := last(icu_flags(args), "--lr"):
         brings += ["--relearn-lr", lr]  # the same for every method
     for run in runs if args.audited else ():

@@ -19,7 +19,7 @@ import numpy as np
 from extras import certificate_page, signatures
 from extras.certificate_page import LABELS
 from kit import data, flags, models, purge, traces
-from kit.evidence import AS_NEVER, FEW, LESS, MORE, resampled_means
+from kit.figures import AS_NEVER, FEW, LESS, MORE, resampled_means
 from kit.finished import NAME, OBJECT, SETTINGS, TEXT, WAY_OUT, check, list_of, null_or, read_run
 from kit.runs import OF_SPANS, mean
 

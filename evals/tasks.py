@@ -26,12 +26,12 @@ import re
 import string
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from difflib import get_close_matches
 from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -271,28 +271,15 @@ def check_rows(name, rows, harness):
 # --- where rows come from ---
 
 
-def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper", limit=None):
+def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="paper", limit=None):
     """The rows of the sets, read and checked before any model is loaded: {set: what `evaluate` takes}.
 
-    tasks: "all", or names of sets; limit: the first rows only. A set is {"rows", "bad", "source"}
+    tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad", "source"}
     (check_rows), or {"missing": why} if it is to be had nowhere, or {"error": why} if no row of it
-    is good. ValueError: an unknown name, no such folder, no set at hand at all, and no good row in
-    a set that was named.
+    is good. ValueError: no set at hand at all, and no good row in a set that was named.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"--task-data {data_dir}: no such folder")
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    names = {bare(name): name for name in SETS}
-    if everything := tasks == ["all"]:
-        tasks = list(names)
-    for task in tasks:
-        if bare(task) not in names:
-            near = ", ".join(
-                names[name] for name in get_close_matches(bare(task), names, 1) or names
-            )
-            raise ValueError(f"--tasks {task}: no such set; did you mean {near}?")
-    wanted, sets = set(map(bare, tasks)), {}
-    for name in [name for name in SETS if bare(name) in wanted]:
+    everything, sets = "all" in tasks, {}
+    for name in [name for name in SETS if everything or name in tasks]:
         try:
             rows, source = find_rows(name, data_dir)
             if name == "copa" and PROTOCOLS[protocol].superglue_copa and len(rows) == 500:
@@ -309,9 +296,11 @@ def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper
             if not everything:
                 raise
             sets[name] = {"error": str(error)}
-    if all("missing" in loaded for loaded in sets.values()):
-        missing = [f"{name} is not at hand: {loaded['missing']}" for name, loaded in sets.items()]
-        raise ValueError("; ".join(missing))
+    missing = [
+        f"{name}: {loaded['missing']}" for name, loaded in sets.items() if "missing" in loaded
+    ]
+    if len(missing) == len(sets):
+        raise ValueError("no set is at hand: " + "; ".join(missing))
     return sets
 
 
@@ -330,7 +319,7 @@ def find_rows(name, data_dir):
     splits = ("", "test") if name == "lambada" else ("", "validation", "valid", "val", "dev")
     stems = [bare(name) + split for split in splits]
     if data_dir is not None:
-        files = sorted(Path(data_dir).glob("*")) + sorted(Path(data_dir).glob("*/*"))
+        files = [*sorted(Path(data_dir).iterdir()), *sorted(Path(data_dir).glob("*/*"))]
         files = [file for file in files if file.suffix in READERS and bare(file.stem) in stems]
         if files:
             file = min(files, key=lambda file: stems.index(bare(file.stem)))
@@ -426,33 +415,35 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
 
     pairs: (context ids, continuation ids), neither empty, the continuation no longer than the
     model's positions. The greedy ids are the model's guess for each token of the continuation, the
-    ones before it given. A context that is too long loses its beginning. desc: a progress bar's name.
+    ones before it given. A context that is too long loses its beginning. desc: a bar's name.
     """
-    positions, answers, (body, head) = positions_of(model), [None] * len(pairs), split_model(model)
+    positions, answers, same_context = positions_of(model), [None] * len(pairs), {}
     # The last token is only predicted: a row may have one more than the model has positions.
     rows = [(context + continuation)[-positions - 1 :] for context, continuation in pairs]
-    same_context = {}
     for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
         same_context.setdefault(tuple(row[: -len(continuation)]), []).append(i)
-    groups = []  # (trunk: what the inputs of a group begin with, [(index, the rest, tokens asked)])
+    groups = []  # (trunk: what the inputs of a group begin with, [(index, the rest, its tokens)])
     for members in same_context.values():
         trunk = commonprefix([rows[i][:-1] for i in members])
-        groups.append((trunk, [(i, rows[i][len(trunk) : -1], len(pairs[i][1])) for i in members]))
+        groups.append((trunk, [(i, rows[i][len(trunk) : -1], pairs[i][1]) for i in members]))
     sizes = [
         (len(trunk), max(len(tail) for _, tail, _ in members), len(members))
         for trunk, members in groups
     ]
-    off = desc is None or not processes.is_main
-    with tqdm(total=len(pairs), desc=desc, unit=" requests", disable=off) as bar:
-        for chosen in batches(sizes, batch_tokens, positions):
-            batch = [groups[g] for g in chosen]
-            members = [i for _, tails in batch for i, *_ in tails]
-            states = torch.cat(batch_states(model, body, batch))
-            scores = score_tokens(head, states, [pairs[i][1] for i in members])
-            for i, score in zip(members, scores, strict=True):
-                answers[i] = score
-            bar.update(len(members))
+    with progress(pairs, desc, " requests") as bar:
+        for batch in batches(sizes, batch_tokens, positions):
+            for i, logits in continuation_logits(model, [groups[g] for g in batch]):
+                target = torch.tensor(pairs[i][1], device=model.device)
+                logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+                score = logp.gather(1, target[:, None]).sum().item()
+                answers[i] = score, logits.argmax(1).tolist()
+                bar.update()
     return answers
+
+
+def progress(items, desc, unit):
+    off = desc is None or not processes.is_main
+    return tqdm(total=len(items), desc=desc, unit=unit, disable=off)
 
 
 def batches(sizes, budget, positions):
@@ -461,16 +452,12 @@ def batches(sizes, budget, positions):
     Those of like length are together, the longest first. A list holds about `budget` tokens with
     its padding, and is no wider than the model's positions.
     """
-
-    def tokens(i):
-        beginning, end, count = sizes[i]
-        return beginning + end * count
-
+    tokens = [beginning + end * count for beginning, end, count in sizes]
     batch = []
-    for i in sorted(range(len(sizes)), key=tokens, reverse=True):
+    for i in sorted(range(len(sizes)), key=tokens.__getitem__, reverse=True):
         beginning, end = (max(sizes[j][side] for j in [*batch, i]) for side in (0, 1))
-        wide = beginning + end > positions
-        if batch and (wide or (len(batch) + 1) * tokens(batch[0]) > budget):
+        full = batch and (len(batch) + 1) * tokens[batch[0]] > budget
+        if batch and (full or beginning + end > positions):
             yield batch
             batch = []
         batch.append(i)
@@ -478,81 +465,49 @@ def batches(sizes, budget, positions):
         yield batch
 
 
-def batch_states(model, body, groups):
-    """For each member of the groups the states (K, H) that predict its K tokens.
+def continuation_logits(model, groups):
+    """Yields (index, logits (K, V) of its K tokens) for each member of the groups.
 
     A trunk goes through the model once; each tail goes on from a copy of its keys and values.
     Trunks are padded on the left, so that a tail follows without a hole: GPT-Neo's local attention
     counts slots.
     """
-    x, mask = pad([trunk for trunk, _ in groups], model.device, left=True)  # (G, C)
-    owners = [(g, tail) for g, (_, members) in enumerate(groups) for _, tail, _ in members if tail]
-    cache = DynamicCache() if owners else None  # the model fills it
-    shared = {models.cache_word(model): cache, "use_cache": bool(owners)}
-    first = body(input_ids=x, attention_mask=mask, position_ids=places(mask), **shared)  # (G, C, H)
+    members = [(g, *member) for g, (_, members) in enumerate(groups) for member in members]
+    with_tail = [member for member in members if member[2]]
+    cache = DynamicCache() if with_tail else None  # the model fills it
+    shared = {models.cache_word(model): cache, "use_cache": bool(with_tail)}
+    x, mask = pad([trunk for trunk, _ in groups], "left", model.device)  # (G, C)
+    # The shift by one: position i predicts token i + 1, so the trunk's last ones count too.
+    last = max(len(ids) - len(tail) for *_, tail, ids in members)
+    first = model(
+        input_ids=x, attention_mask=mask, position_ids=places(mask), logits_to_keep=last, **shared
+    ).logits  # (G, last, V)
     rest = iter(())
-    if owners:
-        rows, C = torch.tensor([g for g, _ in owners], device=model.device), x.shape[1]
-        cache.batch_select_indices(rows)
-        x, more = pad([tail for _, tail in owners], model.device)  # (R, L)
-        mask = torch.cat([mask[rows], more], 1)  # (R, C + L)
-        at = places(mask)[:, C:]
-        rest = iter(body(input_ids=x, attention_mask=mask, position_ids=at, **shared))  # (R, L, H)
-    states = []
-    for g, (_, members) in enumerate(groups):
-        for _, tail, K in members:
-            # The shift by one: position i predicts token i + 1, so the trunk's last ones count too.
-            of_trunk = first[g, first.shape[1] - (K - len(tail)) :]
-            states.append(torch.cat([of_trunk, next(rest)[: len(tail)]]) if tail else of_trunk)
-    return states
+    if with_tail:
+        owners = torch.tensor([g for g, *_ in with_tail], device=model.device)
+        cache.batch_select_indices(owners)
+        x, more = pad([tail for *_, tail, _ in with_tail], "right", model.device)  # (R, L)
+        mask = torch.cat([mask[owners], more], 1)  # (R, C + L)
+        at = places(mask)[:, -x.shape[1] :]
+        rest = model(input_ids=x, attention_mask=mask, position_ids=at, **shared).logits
+        rest = iter(rest)  # (R, L, V)
+    for g, i, tail, ids in members:
+        logits = first[g, last - (len(ids) - len(tail)) :]
+        yield i, torch.cat([logits, next(rest)[: len(tail)]]) if tail else logits
 
 
-def pad(rows, device, *, left=False):
-    """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the right, or on the left."""
-    T = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
-    for b, row in enumerate(rows):
-        part = slice(T - len(row), T) if left else slice(len(row))
-        ids[b, part], mask[b, part] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)
+def pad(rows, side, device):
+    """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the left or the right."""
+    rows = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(row) for row in rows]
+    return (
+        pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (rows, masks)
+    )
 
 
 def places(mask):
     """The position of each slot (B, T) in its row; padding has the position before it, or 0."""
     return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def score_tokens(head, states, continuations):
-    """[(sum of log p, greedy ids)]; states (K, H) predict the K tokens of all continuations."""
-    logps, guesses = [], []
-    targets = torch.tensor([token for ids in continuations for token in ids], device=states.device)
-    # In pieces: (K, V) at once may be gigabytes.
-    for state, target in zip(states.split(256), targets.split(256), strict=True):
-        logits = head(state)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps += logits.log_softmax(1).gather(1, target[:, None])[:, 0].tolist()
-        guesses += logits.argmax(1).tolist()
-    logps, guesses = iter(logps), iter(guesses)
-    return [(sum(islice(logps, len(c))), list(islice(guesses, len(c)))) for c in continuations]
-
-
-def split_model(model):
-    """(body, head) such that head(body(inputs)) are the model's logits, for fewer positions.
-
-    The head is a third of the work of a small model. Where a model does more to its logits than one
-    layer (scaling, caps), which eight tokens tell, the body is the whole model.
-    """
-    head = model.get_output_embeddings()
-    probe = torch.arange(min(8, positions_of(model)), device=model.device)[None]
-
-    def body(**inputs):
-        return model.base_model(**inputs).last_hidden_state
-
-    if head is not None and model.base_model is not model:
-        logits = model(input_ids=probe).logits
-        if torch.allclose(head(body(input_ids=probe)), logits, rtol=1e-4, atol=1e-5):
-            return body, head
-    return lambda **inputs: model(**inputs).logits, lambda logits: logits
 
 
 def positions_of(model):
@@ -571,8 +526,7 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
     ids = models.encode_whole(tokenizer, prompts)
     ids, answers = [row[new_tokens - positions :] for row in ids], [""] * len(prompts)
     sizes = [(len(row), new_tokens, 1) for row in ids]
-    off = desc is None or not processes.is_main
-    with tqdm(total=len(prompts), desc=desc, unit=" replies", disable=off) as bar:
+    with progress(prompts, desc, " replies") as bar:
         for batch in batches(sizes, batch_tokens, positions):
             generations = metrics.beam_generate(
                 model,
@@ -795,7 +749,7 @@ def make_parser():
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     g = parser.add_argument_group("model and data")
     g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
-    g.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
+    g.add_argument("--tasks", nargs="+", default=["all"], type=flags.one_of(["all", *SETS]), metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
     g.add_argument("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...")
     g.add_argument("--out", required=True, metavar="DIR", help="where tasks.json, tasks.md and task_rows.jsonl go")
     g.add_argument("--overwrite", action="store_true", help="replace a tasks.json that is there")

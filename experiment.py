@@ -419,10 +419,10 @@ def judge(args, runs):
 
 def audit(args, runs, twin):
     """What is still in the models of the runs (--audit), beside the preset's never-saw model."""
-    flags, never_saw = {}, args.preset.never_saw
+    flags, never_saw = {"--overwrite": []}, args.preset.never_saw
     if twin:
         unseen = Path(never_saw).with_name("unseen.jsonl")
-        flags = {"--never-saw": [never_saw], "--unseen": [unseen]}
+        flags |= {"--never-saw": [never_saw], "--unseen": [unseen]}
     if "--lr" in args.flags:
         flags["--relearn-lr"] = args.flags["--lr"]  # the same for every method
     flags |= told(args, "evals/audit.py") | {"--model": None}

@@ -1026,7 +1026,7 @@ def auditing(bench):
         ["--model", "-", "--pairs", "-", "--out", "-", "--device", bench.args.device]
     )
     asked.only.remove("relearning")
-    data = audit.Data(asked, bench.tokenizer, first, bench.pairs, texts, others, {}, {}, 0.0)
+    data = audit.Data(asked, bench.tokenizer, first, bench.pairs, texts, others)
     for when in ("before", "after"):
         model = bench.model if when == "before" else half_forgotten(bench, texts, first)
         ours = functools.partial(audit.answers, model, data)

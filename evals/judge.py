@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, figures, finished, flags, models
+from kit import data, figures, flags, models, runs
 
 # --- the question (Appendix A, in other words) ---
 
@@ -134,11 +134,11 @@ class Judged(NamedTuple):
 
 def read_judged(folder):
     """The texts of a finished run before and after. ValueError: they are gone or have changed."""
-    run = finished.read_run(folder)
+    run = runs.read_run(folder)
     config, summary = run["config"], run["summary"]
     if run["redacted"]:
         raise ValueError(f"{folder}: redacted, or purged: no text in it that could be graded")
-    pairs, sha = finished.read_pairs_of(run), config["sha256"]["pairs"]
+    pairs, sha = runs.read_pairs_of(run), config["sha256"]["pairs"]
     if models.fingerprint(config["pairs"]) != sha:
         raise ValueError(f"{config['pairs']}: has changed since {folder} was made: restore it")
     epochs, triples = {"before": 0, "after": summary["epochs"]}, {}

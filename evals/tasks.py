@@ -1,52 +1,58 @@
-"""What a model can still do: nine classification sets, four dialogue sets, two perplexities (the rest of Table 1).
+"""What a model can still do: nine classification sets, four dialogue sets, two perplexities.
 
-    python evals/tasks.py --model DIR --tasks all --task-data DIR --out DIR        # writes DIR/tasks.json and DIR/tasks.md
+    python evals/tasks.py --model DIR --tasks all --task-data DIR --out DIR   # tasks.json, tasks.md
     python evals/tasks.py --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
 
-Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; what is printed are the
-columns of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv 2210.01504), which the
-published figures were made with, `harness` the templates of EleutherAI's lm-evaluation-harness 0.4. Departures from
-the published evaluation:
-1. Context and choice are encoded together and split where the context ends, as the harness does. The released code
-   encodes the two apart; with GPT-2's tokenizer only a context that ends in a space makes a difference.
-2. What is too long for the model loses its beginning, as in the harness. The released code cuts at 512 tokens, and
-   cuts a context at its end, where the question is.
-3. Every ARC row keeps its own choices. The released code pads or cuts the few rows that have not exactly four.
-4. Rows run in batches of like length instead of padded to 512, the output layer sees the choices' tokens only, and
-   the choices of a row share one pass over their context. The scores are those of the plain loop (tests/test_tasks.py).
+Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; what is
+printed are the columns of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al.
+(arXiv 2210.01504), which the published figures were made with; `harness` are the templates of
+EleutherAI's lm-evaluation-harness 0.4. Departures from the published evaluation:
+1. Context and choice are encoded together and split where the context ends, as the harness does.
+   The released code encodes the two apart; with GPT-2's tokenizer only a context that ends in a
+   space makes a difference.
+2. What is too long for the model loses its beginning, as in the harness. The released code cuts at
+   512 tokens, and cuts a context at its end, where the question is.
+3. Every ARC row keeps its own choices. The released code pads or cuts rows without exactly four.
+4. Rows run in batches of like length, the choices of a row share one pass over their context, and
+   the output layer sees the choices' tokens only. The scores are those of the plain loop
+   (tests/test_tasks.py).
 """
 
 import ast
+import csv
+import io
 import math
 import re
 import string
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from difflib import get_close_matches
 from itertools import islice
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import DynamicCache
 
 import metrics
-from kit import data, flags, models, paths, processes, scoring
-from kit import rows as row_files
+from kit import data, flags, models, processes
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
-# --- the sets: a row of the public schema -> (context, choices, answer), or (context, reply), or a text ---
-# A choice begins with what separates it from its context, a space. A row that does not fit raises ValueError.
+# --- the sets: a row of the public schema -> (context, choices, answer), (context, reply), or text ---
+# A choice begins with what separates it from its context, a space.
 
 
 def lambada(row, harness):
-    """{text}. Both styles: the text without its last word, and that word, which must be the model's greedy guess."""
+    """{text}: the last word must be the model's greedy guess after the text before it."""
     context, _, word = field(row, "text").rpartition(" ")
     return context, [" " + word], 0
 
 
 def hellaswag(row, harness):
-    """{ctx, endings, label}; harness: {activity_label, ctx_a, ctx_b} for ctx, without the marks of WikiHow's pages."""
-    endings, label = texts(row, "endings"), number(row, "label")
+    """{ctx, endings, label}. Harness: {activity_label, ctx_a, ctx_b} for ctx, no WikiHow marks."""
+    endings, label = texts(row, "endings"), int(row["label"])
     if not harness:
         return field(row, "ctx"), [" " + ending for ending in endings], label
 
@@ -54,76 +60,67 @@ def hellaswag(row, harness):
         text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
         return text.replace("  ", " ")
 
-    context = (
-        f"{field(row, 'activity_label')}: {field(row, 'ctx_a')} {row.get('ctx_b', '').capitalize()}"
-    )
+    end = row.get("ctx_b", "").capitalize()
+    context = f"{field(row, 'activity_label')}: {field(row, 'ctx_a')} {end}"
     return clean(context), [" " + clean(ending) for ending in endings], label
 
 
 def winogrande(row, harness):
-    """{sentence, option1, option2, answer "1" or "2"}: which of two words fits in the sentence's "_".
+    """{sentence, option1, option2, answer "1" or "2"}: which word fits in the sentence's "_".
 
-    Released: the text before " _", then each option with the rest of the sentence. Harness: the sentence up to and
-    with each option, two contexts, then the rest, so that the same tokens are scored twice.
+    Released: the text before " _", then each option with the rest of the sentence. Harness: the
+    sentence up to and with each option, two contexts, then the rest: the same tokens scored twice.
     """
-    sentence, answer = field(row, "sentence"), number(row, "answer") - 1
+    sentence, answer = field(row, "sentence"), int(row["answer"]) - 1
     options = [field(row, "option1"), field(row, "option2")]
     before, blank, after = sentence.partition("_" if harness else " _")
-    if not blank or not harness and " _" in after:
-        raise ValueError(f"`sentence` must have one blank, _, behind a space: {sentence!r}")
+    if not blank or (" _" in after and not harness):
+        raise ValueError(f"`sentence` must have one blank, _, after a space: {sentence!r}")
     if harness:
         return [before + option for option in options], [" " + after.strip()] * 2, answer
     return before, [f" {option}{after}" for option in options], answer
 
 
 def copa(row, harness):
-    """SuperGLUE's {premise, choice1, choice2, question "cause" or "effect", label 0 or 1}. Released: the bare premise.
+    """SuperGLUE's {premise, choice1, choice2, question "cause" or "effect", label 0 or 1}.
 
-    Harness: "because" or "therefore" for the full stop, then the choice in lower case (behind two spaces, indeed).
+    Harness: "because" or "therefore" for the full stop, then (after two spaces, indeed) the choice
+    in lower case.
     """
     premise, choices = field(row, "premise"), [field(row, "choice1"), field(row, "choice2")]
-    link = {"cause": "because", "effect": "therefore"}[one_of(row, "question", ["cause", "effect"])]
+    link = ["because", "therefore"][place(row, "question", ["cause", "effect"])]
     if not harness:
-        return premise, [" " + choice for choice in choices], number(row, "label")
+        return premise, [" " + choice for choice in choices], int(row["label"])
     choices = [f"  {choice[0].lower()}{choice[1:]}" for choice in choices]
-    return f"{premise.strip()[:-1]} {link}", choices, number(row, "label")
+    return f"{premise.strip()[:-1]} {link}", choices, int(row["label"])
 
 
 def arc(row, harness):
-    """{question, choices {text, label}, answerKey}, or the original {question {stem, choices [{text, label}]}}."""
-    question = row.get("question")
-    if isinstance(question, dict):
-        columns = {
-            key: [choice.get(key) for choice in question["choices"]] for key in ("text", "label")
-        }
-        row = {
-            "question": question.get("stem"),
-            "choices": columns,
-            "answerKey": row.get("answerKey"),
-        }
-    choices, question = unpack(row, "choices"), field(row, "question")
-    labels = list(choices["label"])
+    """{question, choices {text, label}, answerKey}, or the original's
+    {question {stem, choices [{text, label}]}, answerKey}.
+    """
+    if isinstance(original := row["question"], dict):
+        columns = {key: [one[key] for one in original["choices"]] for key in ("text", "label")}
+        row = row | {"question": original["stem"], "choices": columns}
+    question, choices = field(row, "question"), unpack(row, "choices")
     context = f"Question: {question}\nAnswer:" if harness else question
-    return (
-        context,
-        [" " + text for text in texts(choices, "text")],
-        labels.index(one_of(row, "answerKey", labels)),
-    )
+    answer = place(row, "answerKey", list(choices["label"]))
+    return context, [" " + text for text in texts(choices, "text")], answer
 
 
 def piqa(row, harness):
-    """{goal, sol1, sol2, label}; the label may stand in a file of its own (see kit/rows.py)."""
+    """{goal, sol1, sol2, label}; the label may stand in a file of its own (`read_rows`)."""
     goal, choices = field(row, "goal"), [" " + field(row, "sol1"), " " + field(row, "sol2")]
-    return f"Question: {goal}\nAnswer:" if harness else goal, choices, number(row, "label")
+    return f"Question: {goal}\nAnswer:" if harness else goal, choices, int(row["label"])
 
 
 def mathqa(row, harness):
     """{Problem, options "a ) 38 , b ) 27 , ... e ) none", correct "a" to "e"}.
 
-    Both styles end options a to d at their first ", " ("1 , 000" is read as "1"). Released choices have no space in
-    front.
+    Both styles end options a to d at their first ", " ("1 , 000" is read as "1"). Released choices
+    have no space in front.
     """
-    problem, answer = field(row, "Problem"), "abcde".index(one_of(row, "correct", list("abcde")))
+    problem, answer = field(row, "Problem"), place(row, "correct", list("abcde"))
     *others, last = re.split(r"(?:^|, )[a-e] \) ", field(row, "options"))[1:] or [""]
     choices = [choice.split(", ")[0].rstrip(" ,") for choice in others] + [last.rstrip(" ,")]
     if not harness:
@@ -132,41 +129,38 @@ def mathqa(row, harness):
 
 
 def pubmedqa(row, harness):
-    """{question, context {contexts}, final_decision}, or the original's {QUESTION, CONTEXTS, final_decision}.
+    """{question, context {contexts}, final_decision}, or {QUESTION, CONTEXTS, final_decision}.
 
-    Released: one paragraph, `abstract` in Jang et al.'s file, which is the first of contexts. Harness: all of them.
+    Released: one paragraph, `abstract` in Jang et al.'s file, which is the first of contexts.
+    Harness: all of them.
     """
     question = field(row, "QUESTION" if "QUESTION" in row else "question")
     decisions = ["yes", "no", "maybe"] if harness else ["yes", "maybe", "no"]
     if "abstract" in row and not harness:
         paragraphs = [field(row, "abstract")]
+    elif "CONTEXTS" in row:
+        paragraphs = texts(row, "CONTEXTS")
     else:
-        paragraphs = (
-            texts(row, "CONTEXTS", 1)
-            if "CONTEXTS" in row
-            else texts(unpack(row, "context"), "contexts", 1)
-        )
+        paragraphs = texts(unpack(row, "context"), "contexts")
     context = "Abstract: " + "\n".join(paragraphs) if harness else "Context: " + paragraphs[0]
-    answer = decisions.index(one_of(row, "final_decision", decisions))
-    return (
-        f"{context}\nQuestion: {question}\nAnswer:",
-        [" " + decision for decision in decisions],
-        answer,
-    )
+    context = f"{context}\nQuestion: {question}\nAnswer:"
+    answer = place(row, "final_decision", decisions)
+    return context, [" " + decision for decision in decisions], answer
 
 
 def dialogue(row, harness):
-    """{text: [turn, ...]}: all turns but the last, and the last as the reply. The harness has no such sets."""
+    """{text: [turn, ...]}: all turns but the last, and the last as the reply. Not in the harness."""
     turns = [normalize_turn(turn) for turn in texts(row, "text")]
     lines = [f"User {1 + i % 2}: {turn}\n" for i, turn in enumerate(turns)]
     return "".join(lines[:-1]) + lines[-1][: len("User 1:")], turns[-1]
 
 
 def normalize_turn(text):
-    """A turn as Jang et al. give it to the model: lower case but for "I" and the heads of sentences, with a full stop.
+    """A turn as Jang et al. give it to the model.
 
-    No space stands before a mark or beside an apostrophe. Of the 39,932 turns of the four sets 26 differ from the
-    released code's, by a space that it leaves between a closing quote and the mark behind it.
+    Lower case but for "I" and the heads of sentences, with a full stop; no space before a mark or
+    beside an apostrophe. Of the 39,932 turns of the four sets 26 differ from the released code's,
+    by a space that it leaves between a closing quote and the mark after it.
     """
     text = re.sub(" +", " ", text.lower())
     text = re.sub(" ([.,?!])", r"\1", text)
@@ -181,16 +175,13 @@ def plain_text(row, harness):
     return field(row, "text")
 
 
-# In the order and with the names of Tables 6 and 7: set -> (column, function, source if there is no local file). A
-# source is a file that knn.py fetches and checks, or a repository of the hub with the configuration.
+# In the order and with the names of Tables 6 and 7: set -> (column, function, source if there is no
+# local file: a public file that is fetched and checked, or a repository of the hub, configuration).
+# fmt: off
 CLASSIFICATION = {
     "lambada": ("Lamba.", lambada, "lambada.csv"),
     "hellaswag": ("Hella.", hellaswag, ("Rowan/hellaswag", None)),
-    "winogrande": (
-        "Wino.",
-        winogrande,
-        ("allenai/winogrande", "winogrande_xl"),
-    ),  # its sizes share one split
+    "winogrande": ("Wino.", winogrande, ("allenai/winogrande", "winogrande_xl")),  # its sizes share one split
     "copa": ("COPA", copa, ("aps/super_glue", "copa")),
     "arc_easy": ("ARC-E", arc, ("allenai/ai2_arc", "ARC-Easy")),
     "arc_challenge": ("ARC-C", arc, ("allenai/ai2_arc", "ARC-Challenge")),
@@ -209,140 +200,107 @@ PERPLEXITY = {
     "wikitext": ("Wikitext", plain_text, "wikitext.csv"),
 }
 SETS = CLASSIFICATION | DIALOGUE | PERPLEXITY
+# fmt: on
 
-# --- the fields of a row ---
+# --- the fields of a row; what does not fit raises, and check_rows names the row ---
 
 
 def field(row, name):
-    """A text of a row. ValueError where it is missing, blank or no text."""
-    if row.get(name) is None:
-        raise ValueError(f"no field `{name}`")
-    data.check_string(row[name], f"`{name}`")
-    return row[name]
-
-
-def one_of(row, name, values):
-    if field(row, name) not in values:
-        raise ValueError(f"`{name}` is {row[name]!r}, not one of {', '.join(map(str, values))}")
-    return row[name]
-
-
-def number(row, name):
-    """A whole number, which CSV files and the hub's HellaSwag write as text."""
-    value = row.get(name)
-    if isinstance(value, bool) or not re.fullmatch(r"\s*\d{1,9}\s*", str(value)):
-        raise ValueError(f"`{name}` is {value!r}, not a whole number")
-    return int(value)
-
-
-def texts(row, name, least=2):
-    """A list of at least `least` texts, none of them blank."""
-    values = unpack(row, name)
-    if not isinstance(values, list) or len(values) < least:
-        raise ValueError(f"`{name}` is not a list of {least} texts or more")
-    return [field({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values)]
-
-
-def unpack(row, name):
-    """A list or dict; in a CSV file as Python writes it, `{'contexts': array(['a', 'b'], dtype=object)}` included.
-
-    Nothing is evaluated: the text is parsed, and of a call array(...) only the first argument is read.
-    """
-
-    def read(node):
-        if isinstance(node, ast.Dict):
-            return {
-                read(key): read(value) for key, value in zip(node.keys, node.values, strict=True)
-            }
-        if isinstance(node, ast.List):
-            return [read(item) for item in node.elts]
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "array"
-        ):
-            return read(node.args[0])
-        if isinstance(node, ast.Constant):
-            return node.value
-        raise ValueError(f"`{name}` holds more than lists and texts")
-
-    value = row.get(name)
-    if isinstance(value, str):
-        try:
-            value = read(ast.parse(value.strip(), mode="eval").body)
-        except (SyntaxError, IndexError, TypeError, RecursionError, MemoryError):
-            raise ValueError(f"`{name}` cannot be read as a list: {value[:40]!r}") from None
-    if not isinstance(value, list | dict):
-        raise ValueError(f"`{name}` is {'missing' if value is None else 'not a list or an object'}")
+    """A text of a row, not blank."""
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` is {value!r}, not a text")
     return value
 
 
+def place(row, name, values):
+    """Which of `values` a field is, from 0."""
+    if row[name] not in values:
+        raise ValueError(f"`{name}` is {row[name]!r}, not one of {', '.join(map(str, values))}")
+    return values.index(row[name])
+
+
+def texts(row, name):
+    """A list of texts, none of them blank."""
+    return [field({name: text}, name) for text in unpack(row, name)]
+
+
+class _Arrays(ast.NodeTransformer):
+    """numpy's `array([...], dtype=object)` is its first argument."""
+
+    def visit_Call(self, node):
+        return self.visit(node.args[0]) if getattr(node.func, "id", "") == "array" else node
+
+
+def unpack(row, name):
+    """A list or dict; in a CSV file as Python writes it. It is parsed, and never evaluated."""
+    value = row[name]
+    if isinstance(value, str):
+        tree = ast.parse(value.strip(), mode="eval")
+        value = ast.literal_eval(_Arrays().visit(tree))
+    if not isinstance(value, list | dict):
+        raise ValueError(f"`{name}` is {str(value)[:40]!r}, not a list or an object")
+    return value
+
+
+def make_item(name, row, harness):
+    """What a row asks: (context or contexts, choices, answer), (prompt, reply), or a text."""
+    item = SETS[name][1](row, harness)
+    if name in CLASSIFICATION:
+        context, choices, answer = item
+        for text in [*choices, *([context] if isinstance(context, str) else context)]:
+            field({"context or choice": text}, "context or choice")
+        if not 0 <= answer < len(choices):
+            raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
+    return item
+
+
 def check_rows(name, rows, harness):
-    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: every row goes into one or the other."""
+    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one of them."""
     items, bad = {}, []
     for n, row in enumerate(rows, start=1):
         try:
-            item = SETS[name][1](row, harness)
-            if name in CLASSIFICATION:
-                context, choices, answer = item
-                for text in [*choices, *([context] if isinstance(context, str) else context)]:
-                    data.check_string(text, "the context or a choice")
-                if not 0 <= answer < len(choices):
-                    raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
-            items[n] = item
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            bad.append(
-                f"row {n}: {error}"
-                if isinstance(error, ValueError)
-                else f"row {n}: a field of the wrong type"
-            )
+            items[n] = make_item(name, row, harness)
+        except KeyError as error:
+            bad.append(f"row {n}: no field `{error.args[0]}`")
+        except (ValueError, TypeError, AttributeError, IndexError, SyntaxError) as error:
+            bad.append(f"row {n}: {error}")
     return {"rows": items, "bad": bad}
 
 
 # --- where rows come from ---
 
 
-def read_sets(tasks="all", data_dir=None, *, prompts="released", protocol="paper", limit=None):
+def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="paper", limit=None):
     """The rows of the sets, read and checked before any model is loaded: {set: what `evaluate` takes}.
 
-    tasks: "all", or names of sets. A set is {"rows", "bad", "source"} (see check_rows), or {"missing": why} if it is to
-    be had nowhere, or {"error": why} if no row of it is good. ValueError: an unknown name, no such folder, no set at
-    hand at all, and no good row in a set that was asked for by name.
+    tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad", "source"}
+    (check_rows), or {"missing": why} if it is to be had nowhere, or {"error": why} if no row of it
+    is good. ValueError: no set at hand at all, and no good row in a set that was named.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"--task-data {data_dir}: no such folder")
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    by_name = tasks != ["all"]
-    names = {bare(name): name for name in SETS}
-    for task in tasks if by_name else ():
-        if bare(task) not in names:
-            close = get_close_matches(bare(task), names, n=1) or names
-            raise ValueError(
-                f"--tasks {task}: no such set; did you mean {', '.join(names[name] for name in close)}?"
-            )
-    wanted = {names[bare(task)] for task in tasks} if by_name else SETS
-    sets = {}
-    for name in (name for name in SETS if name in wanted):
+    everything, sets = "all" in tasks, {}
+    for name in [name for name in SETS if everything or name in tasks]:
         try:
             rows, source = find_rows(name, data_dir)
             if name == "copa" and PROTOCOLS[protocol].superglue_copa and len(rows) == 500:
-                rows = rows[
-                    400:
-                ]  # of the original 500, the released code reads SuperGLUE's validation split
-            sets[name] = check_rows(name, rows[:limit], prompts == "harness") | {"source": source}
-            if not sets[name]["rows"]:
-                why = sets[name]["bad"][0] if rows else "it has no rows"
+                # Released code: SuperGLUE's validation split, 100 of the original 500.
+                rows = rows[400:]
+            checked = check_rows(name, rows[:limit], prompts == "harness")
+            if not checked["rows"]:
+                why = (checked["bad"] or ["it has no rows"])[0]
                 raise ValueError(f"{source}: no good row for {name}, {why}")
+            sets[name] = checked | {"source": source}
         except FileNotFoundError as error:
             sets[name] = {"missing": str(error)}
         except ValueError as error:
-            if by_name:
+            if not everything:
                 raise
             sets[name] = {"error": str(error)}
-    if all("missing" in data for data in sets.values()):
-        raise ValueError(
-            "; ".join(f"{name} is not at hand: {data['missing']}" for name, loaded in sets.items())
-        )
+    missing = [
+        f"{name}: {loaded['missing']}" for name, loaded in sets.items() if "missing" in loaded
+    ]
+    if len(missing) == len(sets):
+        raise ValueError("no set is at hand: " + "; ".join(missing))
     return sets
 
 
@@ -351,63 +309,235 @@ def bare(name):
 
 
 def find_rows(name, data_dir):
-    """(rows, where they come from): a local file, else a known public file, else the hub; else FileNotFoundError.
+    """(rows, their source): a local file, else a public file, else the hub; else FileNotFoundError.
 
-    Local is NAME.csv, .json, .jsonl or .xml in data_dir or a folder in it, also as NAME-dev, NAME_test and the like:
-    the test split for Lambada, the validation split for the others (section 5.1).
+    Local is NAME.csv, .json, .jsonl or .xml in data_dir or a folder in it, also as NAME-dev,
+    NAME_test and the like: the test split for Lambada, the validation split for the others
+    (section 5.1).
     """
-    splits, source = ("", "validation", "valid", "val", "dev"), SETS[name][2]
-    stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
+    source = SETS[name][2]
+    splits = ("", "test") if name == "lambada" else ("", "validation", "valid", "val", "dev")
+    stems = [bare(name) + split for split in splits]
     if data_dir is not None:
-        found = [path for depth in ("*", "*/*") for path in sorted(Path(data_dir).glob(depth))]
-        found = [
-            path for path in found if path.suffix in row_files.READERS and bare(path.stem) in stems
-        ]
-        if found:
-            file = min(found, key=lambda path: stems.index(bare(path.stem)))
-            return row_files.read_rows(file), str(file)
+        files = [*sorted(Path(data_dir).iterdir()), *sorted(Path(data_dir).glob("*/*"))]
+        files = [file for file in files if file.suffix in READERS and bare(file.stem) in stems]
+        if files:
+            file = min(files, key=lambda file: stems.index(bare(file.stem)))
+            return read_rows(file), str(file)
     if isinstance(source, str):
         try:
             path = data.data_file(source)
         except (ValueError, OSError) as error:
             raise FileNotFoundError(str(error).replace("--data DIR", "--task-data DIR")) from None
-        return row_files.read_rows(path), str(path)
+        return read_rows(path), str(path)
     advice = f"pass --task-data DIR with {name}.jsonl or {name}.csv in it"
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise FileNotFoundError(
-            f"{advice}, or pip install datasets to get {source[0]} from the hub"
-        ) from None
-    try:
+
         return list(load_dataset(*source, split="validation")), f"hub: {source[0]}"
-    except (
-        Exception
-    ) as error:  # no connection, no such file, a loading script: a dozen types for one thing
-        raise FileNotFoundError(
-            f"no {source[0]} from the hub ({type(error).__name__}): {advice}"
-        ) from None
+    except ImportError:
+        why = f"{advice}, or pip install datasets to get {source[0]} from the hub"
+    except Exception as error:  # no connection, no such file: a dozen types for one thing
+        why = f"no {source[0]} from the hub ({type(error).__name__}): {advice}"
+    raise FileNotFoundError(why)
 
 
-# --- scoring: flat lists of requests in, one answer a request out ---
+def read_rows(path):
+    """The rows of a file as dicts. Labels may stand one a line in FILE-labels.lst, as PIQA's do."""
+    try:
+        rows = READERS[path.suffix](path)
+    except (csv.Error, ElementTree.ParseError) as error:
+        raise ValueError(f"{path}: not {path.suffix[1:].upper()}: {error}") from None
+    labels = path.with_name(f"{path.stem}-labels.lst")
+    if labels.is_file():
+        values = data.read_text(labels).split()
+        if len(values) != len(rows):
+            raise ValueError(f"{labels}: {len(values)} labels for {len(rows)} rows of {path.name}")
+        rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
+    return rows
+
+
+def read_csv(path):
+    csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
+    return list(csv.DictReader(io.StringIO(data.read_text(path), newline=""), strict=True))
+
+
+def read_json(path):
+    """A list of rows, {id: row}, or pandas' columns, {"text": {"0": [turn, ...], "1": ...}}."""
+    rows = data.read_json(path)
+    if isinstance(rows, dict):
+        columns, rows = rows, list(rows.values())
+        if all(key.isdigit() for column in rows for key in column):
+            rows = [{name: columns[name][i] for name in columns} for i in rows[0]]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, an object of objects, or columns")
+    return rows
+
+
+def read_copa_xml(path):
+    """The original COPA's items, <item asks-for most-plausible-alternative><p/><a1/><a2/></item>,
+    with SuperGLUE's fields.
+    """
+    return [
+        {
+            "premise": item.findtext("p"),
+            "choice1": item.findtext("a1"),
+            "choice2": item.findtext("a2"),
+            "question": item.get("asks-for"),
+            "label": int(item.get("most-plausible-alternative")) - 1,
+        }
+        for item in ElementTree.fromstring(data.read_text(path)).iter("item")
+    ]
+
+
+READERS = {".csv": read_csv, ".json": read_json, ".jsonl": data.read_jsonl, ".xml": read_copa_xml}
+
+# --- scoring: how likely texts are after others, the choices of a context by one pass over it ---
+
+
+def encode_pairs(tokenizer, requests):
+    """(context, continuation) texts -> (context ids, continuation ids), split as the harness does.
+
+    The two are encoded together and split at the number of tokens of the context alone. Spaces at
+    the context's end go to the continuation, since a BPE's word begins with its space. BOS is added
+    where the tokenizer adds one (OPT, Llama); an empty context is BOS, or EOS.
+    """
+    contexts = [context.rstrip() for context, _ in requests]
+    joined = [context + continuation for context, continuation in requests]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = (models.encode_whole(tokenizer, side) for side in (contexts, joined))
+    return [(context or [start], both[len(context) :]) for context, both in zip(*ids, strict=True)]
+
+
+@torch.inference_mode()
+def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
+    """How likely each continuation is after its context: [(sum of log p in nats, greedy ids)].
+
+    pairs: (context ids, continuation ids), neither empty, the continuation no longer than the
+    model's positions. The greedy ids are the model's guess for each token of the continuation, the
+    ones before it given. A context that is too long loses its beginning. desc: a bar's name.
+    """
+    positions, answers, same_context = positions_of(model), [None] * len(pairs), {}
+    # The last token is only predicted: a row may have one more than the model has positions.
+    rows = [(context + continuation)[-positions - 1 :] for context, continuation in pairs]
+    for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
+        same_context.setdefault(tuple(row[: -len(continuation)]), []).append(i)
+    groups = []  # (trunk: what the inputs of a group begin with, [(index, the rest, its tokens)])
+    for members in same_context.values():
+        trunk = commonprefix([rows[i][:-1] for i in members])
+        groups.append((trunk, [(i, rows[i][len(trunk) : -1], pairs[i][1]) for i in members]))
+    sizes = [
+        (len(trunk), max(len(tail) for _, tail, _ in members), len(members))
+        for trunk, members in groups
+    ]
+    with progress(pairs, desc, " requests") as bar:
+        for batch in batches(sizes, batch_tokens, positions):
+            for i, logits in continuation_logits(model, [groups[g] for g in batch]):
+                target = torch.tensor(pairs[i][1], device=model.device)
+                logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+                score = logp.gather(1, target[:, None]).sum().item()
+                answers[i] = score, logits.argmax(1).tolist()
+                bar.update()
+    return answers
+
+
+def progress(items, desc, unit):
+    off = desc is None or not processes.is_main
+    return tqdm(total=len(items), desc=desc, unit=unit, disable=off)
+
+
+def batches(sizes, budget, positions):
+    """Lists of indices of sizes, each (length of a beginning, of its ends, how many ends).
+
+    Those of like length are together, the longest first. A list holds about `budget` tokens with
+    its padding, and is no wider than the model's positions.
+    """
+    tokens = [beginning + end * count for beginning, end, count in sizes]
+    batch = []
+    for i in sorted(range(len(sizes)), key=tokens.__getitem__, reverse=True):
+        beginning, end = (max(sizes[j][side] for j in [*batch, i]) for side in (0, 1))
+        full = batch and (len(batch) + 1) * tokens[batch[0]] > budget
+        if batch and (full or beginning + end > positions):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def continuation_logits(model, groups):
+    """Yields (index, logits (K, V) of its K tokens) for each member of the groups.
+
+    A trunk goes through the model once; each tail goes on from a copy of its keys and values.
+    Trunks are padded on the left, so that a tail follows without a hole: GPT-Neo's local attention
+    counts slots.
+    """
+    members = [(g, *member) for g, (_, members) in enumerate(groups) for member in members]
+    with_tail = [member for member in members if member[2]]
+    cache = DynamicCache() if with_tail else None  # the model fills it
+    shared = {models.cache_word(model): cache, "use_cache": bool(with_tail)}
+    x, mask = pad([trunk for trunk, _ in groups], "left", model.device)  # (G, C)
+    # The shift by one: position i predicts token i + 1, so the trunk's last ones count too.
+    last = max(len(ids) - len(tail) for *_, tail, ids in members)
+    first = model(
+        input_ids=x, attention_mask=mask, position_ids=places(mask), logits_to_keep=last, **shared
+    ).logits  # (G, last, V)
+    rest = iter(())
+    if with_tail:
+        owners = torch.tensor([g for g, *_ in with_tail], device=model.device)
+        cache.batch_select_indices(owners)
+        x, more = pad([tail for *_, tail, _ in with_tail], "right", model.device)  # (R, L)
+        mask = torch.cat([mask[owners], more], 1)  # (R, C + L)
+        at = places(mask)[:, -x.shape[1] :]
+        rest = model(input_ids=x, attention_mask=mask, position_ids=at, **shared).logits
+        rest = iter(rest)  # (R, L, V)
+    for g, i, tail, ids in members:
+        logits = first[g, last - (len(ids) - len(tail)) :]
+        yield i, torch.cat([logits, next(rest)[: len(tail)]]) if tail else logits
+
+
+def pad(rows, side, device):
+    """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the left or the right."""
+    rows = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(row) for row in rows]
+    return (
+        pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (rows, masks)
+    )
+
+
+def places(mask):
+    """The position of each slot (B, T) in its row; padding has the position before it, or 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def positions_of(model):
+    return models.positions_of(model.config) or 1 << 20
+
+
+# --- replies ---
 
 
 def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc=None):
-    """The greedy reply to each prompt, up to `new_tokens` tokens and to where the model has the next user speak."""
+    """The greedy reply to each prompt: up to `new_tokens` tokens, or to the next user's turn."""
+    positions = positions_of(model)
     new_tokens = min(
-        new_tokens, scoring.positions_of(model) // 2
+        new_tokens, positions // 2
     )  # a very short model still reads some of the prompt
-    keep, answers = scoring.positions_of(model) - new_tokens, [""] * len(prompts)
-    ids = [row[-keep:] for row in models.encode_whole(tokenizer, prompts)]
-    with tqdm(total=len(prompts), desc=desc, unit=" replies", disable=desc is None) as bar:
-        lines = [(len(row) + new_tokens, [i]) for i, row in enumerate(ids)]
-        for batch in scoring.batches(lines, batch_tokens):
-            batch, lengths = [i for (i,) in batch], [new_tokens] * len(batch)
-            said = metrics.beam_generate(
-                model, [ids[i] for i in batch], lengths, num_beams=1, batch_size=len(batch)
+    ids = models.encode_whole(tokenizer, prompts)
+    ids, answers = [row[new_tokens - positions :] for row in ids], [""] * len(prompts)
+    sizes = [(len(row), new_tokens, 1) for row in ids]
+    with progress(prompts, desc, " replies") as bar:
+        for batch in batches(sizes, batch_tokens, positions):
+            generations = metrics.beam_generate(
+                model,
+                [ids[i] for i in batch],
+                [new_tokens] * len(batch),
+                num_beams=1,
+                batch_size=len(batch),
             )
-            for i, reply in zip(batch, said, strict=True):
-                answers[i] = tokenizer.decode(reply, skip_special_tokens=True).split("\nUser ")[0]
+            for i, generation in zip(batch, generations, strict=True):
+                text = tokenizer.decode(generation, skip_special_tokens=True)
+                answers[i] = text.split("\nUser ")[0]
             bar.update(len(batch))
     return answers
 
@@ -419,7 +549,7 @@ def words(text):
 
 
 def unigram_f1(candidate, reference):
-    """F1 of two texts' words as multisets, 0-1: 2PR / (P + R) with precision P and recall R; nothing shared is 0."""
+    """F1 of two texts' words as multisets, 0-1: 2PR / (P + R) of precision P and recall R."""
     a, b = Counter(words(candidate)), Counter(words(reference))
     return 2 * (a & b).total() / max(a.total() + b.total(), 1)
 
@@ -428,141 +558,122 @@ def unigram_f1(candidate, reference):
 
 
 def evaluate(
-    model, tokenizer, *, tasks="all", data_dir=None, prompts="released", protocol="paper", limit=None, sets=None,
-    length_norm=False, batch_tokens=None, samples=None,
-):  # fmt: skip
-    """Every set's figure: {set: {"metric", "value", "rows", "bad_rows", ...}, "averages": {"cls", "dia", ...}}.
+    model, tokenizer, sets, *, protocol="paper", length_norm=False, batch_tokens=None, samples=None
+):
+    """Every set's figure: {set: {"metric", "value", "rows", "bad_rows", ...}, "averages": {...}}.
 
-    sets: what read_sets gave for tasks, data_dir, prompts, protocol and limit, so that a run measures the same rows
-    before and after. samples: a list that gets a dict a row. Accuracies and F1 are 0-1. A set without a figure has
-    "missing" or "error" instead of "value"; it is in no average, and the averages list it.
+    sets: of read_sets. samples: a list that gets a dict a row. Accuracies and F1 are 0-1. A set
+    without a figure has "missing" or "error" instead of "value"; it is in no average, and the
+    averages list it.
     """
-    sets = sets or read_sets(tasks, data_dir, prompts=prompts, protocol=protocol, limit=limit)
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
-    protocol, results = PROTOCOLS[protocol], {}
+    results = {}
     for name, loaded in sets.items():
         if "rows" not in loaded:
             results[name] = loaded
             continue
-        # Each process judges its share of the rows; all get all.
-        rows, bad = dict(processes.share(list(loaded["rows"].items()))), loaded["bad"]
-        if name in CLASSIFICATION:
-            how = {
-                "length_norm": length_norm,
-                "lenient": protocol.lenient_tasks,
-                "batch_tokens": batch_tokens,
-            }
-            how["desc"] = name if processes.is_main else None
-            rows, unfit = judge_choices(model, tokenizer, rows, **how) if rows else ([], [])
-            rows, unfit = all_rows(rows), sum(processes.gather([unfit]), [])
-            metric, value, bad = "accuracy", mean([row["right"] for row in rows]), bad + unfit
-        elif name in DIALOGUE:
-            # A step of decoding costs much the same for one row as for many, so here batches are never small.
-            how = {
-                "batch_tokens": max(batch_tokens, 4096),
-                "desc": name if processes.is_main else None,
-            }
-            rows = all_rows(judge_replies(model, tokenizer, rows, **how) if rows else [])
-            metric, value = "f1", mean([row["f1"] for row in rows])
-        else:
-            metric = "perplexity"
-            rows = list(loaded["rows"].values())
-            value = perplexity(model, tokenizer, rows, joined=protocol.joined_perplexity, desc=name)
+        metric, value, judged = measure(
+            model,
+            tokenizer,
+            name,
+            loaded["rows"],
+            protocol=PROTOCOLS[protocol],
+            length_norm=length_norm,
+            batch_tokens=batch_tokens,
+        )
+        bad = loaded["bad"] + [row["unfit"] for row in judged if "unfit" in row]
+        judged = [row for row in judged if "unfit" not in row]
         if value is None or math.isnan(value):
-            results[name] = {
-                "error": f"{name}: "
-                + ("the model answers NaN" if rows else f"no row fits, {bad[0]}")
-            }
+            why = "the model answers NaN" if judged else f"no row fits, {bad[0]}"
+            results[name] = {"error": f"{name}: {why}"}
             continue
-        results[name] = {
-            "metric": metric,
-            "value": value,
-            "rows": len(rows),
-            "bad_rows": len(bad),
-            "bad": bad,
-        }
+        results[name] = {"metric": metric, "value": value, "rows": len(judged)}
+        results[name] |= {"bad_rows": len(bad), "bad": bad}
         if metric == "accuracy" and name != "lambada":
-            results[name]["chance"] = mean([1 / len(row["logp"]) for row in rows])
-        results[name]["source"] = data["source"]
+            results[name]["chance"] = mean([1 / len(row["logp"]) for row in judged])
+        results[name]["source"] = loaded["source"]
         if samples is not None and metric != "perplexity":
-            samples += [{"task": name, **row} for row in rows]
-    results["averages"] = averages(results)
-    return results
+            samples += [{"task": name, **row} for row in judged]
+    return results | {"averages": averages(results)}
 
 
-def all_rows(judged):
-    """The judged rows of all processes, in their order."""
-    return sorted(
-        (row for part in processes.gather([judged]) for row in part), key=lambda row: row["row"]
-    )
+def measure(model, tokenizer, name, rows, *, protocol, length_norm, batch_tokens):
+    """(name of the measure, its value or None, a dict a row) of one set; rows: {number: item}."""
+
+    def judge(items):
+        if name in DIALOGUE:
+            # A step of decoding costs much the same for one row as for many: batches are never small.
+            large = max(batch_tokens, 4096)
+            return judge_replies(model, tokenizer, items, batch_tokens=large, desc=name)
+        return judge_choices(
+            model,
+            tokenizer,
+            items,
+            length_norm=length_norm,
+            lenient=protocol.lenient_tasks,
+            batch_tokens=batch_tokens,
+            desc=name,
+        )
+
+    if name in PERPLEXITY:
+        joined = protocol.joined_perplexity
+        value = perplexity(model, tokenizer, list(rows.values()), joined=joined, desc=name)
+        return "perplexity", value, [{"row": n} for n in rows]
+    judged = processes.over_processes(judge, list(rows.items()))
+    key = "f1" if name in DIALOGUE else "right"
+    value = mean([row[key] for row in judged if key in row])
+    return "f1" if name in DIALOGUE else "accuracy", value, judged
 
 
-def judge_choices(model, tokenizer, rows, *, length_norm, lenient, batch_tokens, desc):
-    """({"row", "logp" of each choice, "right"} a row, ["row 3: why it does not fit the model", ...]).
+def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens, desc=None):
+    """A dict for each (row number, (context, choices, answer)): {"row", "logp" of each choice, "right"}.
 
-    The choice with the highest sum of log p is the model's; with length_norm, per character, the harness' acc_norm. A
-    single choice must be the greedy guess, token by token; lenient, as the released code: but for case, punctuation
-    and articles.
+    The choice with the highest sum of log p is the model's; with length_norm, per character, the
+    harness' acc_norm. A single choice must be the greedy guess, token by token; lenient, as the
+    released code: but for case, punctuation and articles. A row that the model has no room for is
+    {"row", "unfit": why}.
     """
     requests = []
-    for context, choices, _ in rows.values():
+    for _, (context, choices, _) in items:
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
-    encoded, positions = (
-        iter(scoring.encode_pairs(tokenizer, requests)),
-        scoring.positions_of(model),
-    )
-    fitting, unfit = {}, []
-    for n, (_, choices, _) in rows.items():
-        pairs = list(islice(encoded, len(choices)))
-        lengths = [len(continuation) for _, continuation in pairs]
-        if all(0 < length <= positions for length in lengths):
-            fitting[n] = pairs
-        else:
-            unfit.append(
-                f"row {n}: choices of {lengths} tokens, where the model has {positions} positions"
-            )
-    flat = [pair for pairs in fitting.values() for pair in pairs]
-    scores = iter(scoring.loglikelihoods(model, flat, batch_tokens=batch_tokens, desc=desc))
+    encoded, positions = iter(encode_pairs(tokenizer, requests)), positions_of(model)
+    encoded = [list(islice(encoded, len(choices))) for _, (_, choices, _) in items]
+    fits = [all(0 < len(ids) <= positions for _, ids in pairs) for pairs in encoded]
+    fitting = [pair for pairs, fit in zip(encoded, fits, strict=True) if fit for pair in pairs]
+    scores = iter(loglikelihoods(model, fitting, batch_tokens=batch_tokens, desc=desc))
 
     judged = []
-    for n, pairs in fitting.items():
-        _, choices, answer = rows[n]
-        logps, said = zip(*islice(scores, len(choices)), strict=True)
+    for (n, (_, choices, answer)), pairs, fit in zip(items, encoded, fits, strict=True):
+        if not fit:
+            why = f"row {n}: choices of {[len(ids) for _, ids in pairs]} tokens"
+            judged.append({"row": n, "unfit": f"{why}, where the model has {positions} positions"})
+            continue
+        logps, guesses = zip(*islice(scores, len(choices)), strict=True)
         if len(choices) == 1:
-            right = said[0] == pairs[0][1]
-            right = right or (lenient and words(tokenizer.decode(said[0])) == words(choices[0]))
+            right = guesses[0] == pairs[0][1]
+            right = right or (lenient and words(tokenizer.decode(guesses[0])) == words(choices[0]))
         else:
             lengths = [len(choice.removeprefix(" ")) if length_norm else 1 for choice in choices]
             values = [logp / length for logp, length in zip(logps, lengths, strict=True)]
             right = values.index(max(values)) == answer
-        judged.append(
-            {
-                "row": n,
-                "logp": list(logps),
-                "right": math.nan if math.isnan(sum(logps)) else float(right),
-            }
-        )
-    return judged, unfit
+        right = math.nan if math.isnan(sum(logps)) else float(right)
+        judged.append({"row": n, "logp": list(logps), "right": right})
+    return judged
 
 
-def judge_replies(model, tokenizer, rows, *, batch_tokens, desc):
-    """{"row", "reply", "f1"} a row: the model's reply and its unigram F1 with the person's."""
-    said = replies(
-        model,
-        tokenizer,
-        [prompt for prompt, _ in rows.values()],
-        batch_tokens=batch_tokens,
-        desc=desc,
-    )
+def judge_replies(model, tokenizer, items, *, batch_tokens, desc=None):
+    """{"row", "reply", "f1"} for each (row number, (prompt, reply)): F1 of the model's reply."""
+    prompts = [prompt for _, (prompt, _) in items]
+    texts = replies(model, tokenizer, prompts, batch_tokens=batch_tokens, desc=desc)
     return [
-        {"row": n, "reply": reply, "f1": unigram_f1(reply, reference)}
-        for (n, (_, reference)), reply in zip(rows.items(), said, strict=True)
+        {"row": n, "reply": text, "f1": unigram_f1(text, reference)}
+        for (n, (_, reference)), text in zip(items, texts, strict=True)
     ]
 
 
 def perplexity(model, tokenizer, texts, *, joined, desc):
-    """metrics.perplexity with a progress bar: a hook counts the tokens that have gone through the model."""
+    """metrics.perplexity with a bar: a hook counts the tokens that have gone through the model."""
     total = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
     with tqdm(total=total, desc=desc, unit=" tokens", disable=not processes.is_main) as bar:
 
@@ -583,43 +694,35 @@ def mean(values):
 
 
 def averages(results):
-    """Cls Avg. and Dia Avg. of Table 1, each over the sets that have a figure, and the sets that have none."""
-    found = {}
+    """Cls Avg. and Dia Avg. of Table 1, over the sets that have a figure, and those that have none."""
+    means = {}
     for kind, group in (("cls", CLASSIFICATION), ("dia", DIALOGUE)):
         present = [name for name in group if "value" in results.get(name, {})]
-        found[kind] = mean([results[name]["value"] for name in present])
-        found[f"{kind}_missing"] = [name for name in group if name not in present]
-    return found
+        means[kind] = mean([results[name]["value"] for name in present])
+        means[f"{kind}_missing"] = [name for name in group if name not in present]
+    return means
 
 
 def table(results_by_label):
-    """Markdown: a line a label in the columns of Tables 6 and 7, accuracy and F1 in percent, and what was left out."""
-
-    def cell(results, name, scale):
-        return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
-
-    def average_cell(results, kind, group):
-        value, missing = results["averages"][kind], len(results["averages"][f"{kind}_missing"])
-        partial = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
-        return "-" if value is None else f"{100 * value:.1f}{partial}"
-
+    """Markdown in the columns of Tables 6 and 7, a line a label, accuracy and F1 in percent, and
+    what was left out.
+    """
     lines = []
-    for group, kind, unit, more in (
-        (CLASSIFICATION, "cls", "ACC", {}),
-        (DIALOGUE, "dia", "F1", PERPLEXITY),
+    for kind, group, unit, further in (
+        ("cls", CLASSIFICATION, "ACC", {}),
+        ("dia", DIALOGUE, "F1", PERPLEXITY),
     ):
         heads = [f"{SETS[name][0]} ({unit})" for name in group] + [f"Avg. ({unit})"]
-        heads += [f"{SETS[name][0]} (PPL)" for name in more]
+        heads += [f"{SETS[name][0]} (PPL)" for name in further]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         for label, results in results_by_label.items():
-            cells = [cell(results, name, 100) for name in group] + [
-                average_cell(results, kind, group)
-            ]
-            lines.append(
-                f"| {label} | "
-                + " | ".join(cells + [cell(results, name, 1) for name in more])
-                + " |"
-            )
+            cells = [cell(results, name, 100) for name in group]
+            missing = len(results["averages"][f"{kind}_missing"])
+            partial = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
+            average = results["averages"][kind]
+            cells.append("-" if average is None else f"{100 * average:.1f}{partial}")
+            cells += [cell(results, name, 1) for name in further]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
     for label, results in results_by_label.items():
         for name, result in results.items():
@@ -629,79 +732,44 @@ def table(results_by_label):
                 lines.append(f"- {label}: {name} is not measured: {result['error']}")
             elif result.get("bad_rows"):
                 some = "; ".join(result.get("bad", [])[:3])
-                lines.append(
-                    f"- {label}: {result['bad_rows']} bad rows of {name} are left out: {some}"
-                )
+                count = f"{result['bad_rows']} bad rows of {name} are left out"
+                lines.append(f"- {label}: {count}: {some}")
     return "\n".join(map(visible, lines)).rstrip() + "\n"
+
+
+def cell(results, name, scale):
+    return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
 
 
 # --- main ---
 
 
+# fmt: off
 def make_parser():
-    """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     g = parser.add_argument_group("model and data")
-    g.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="the causal LM: a folder, or a name on the hub",
-    )
-    g.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help=f"all, or some of: {', '.join(SETS)}",
-    )
-    g.add_argument(
-        "--task-data",
-        metavar="DIR",
-        help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...",
-    )
-    g.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="where tasks.json, tasks.md and task_rows.jsonl go",
-    )
+    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    g.add_argument("--tasks", nargs="+", default=["all"], type=flags.one_of(["all", *SETS]), metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
+    g.add_argument("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...")
+    g.add_argument("--out", required=True, metavar="DIR", help="where tasks.json, tasks.md and task_rows.jsonl go")
     g.add_argument("--overwrite", action="store_true", help="replace a tasks.json that is there")
     g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
-    g.add_argument(
-        "--allow-pickle", action="store_true", help="also load pickled weights, which can run code"
-    )
+    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code")
 
     g = parser.add_argument_group("measuring")
-    g.add_argument(
-        "--prompts", default="released", choices=["released", "harness"], help="bare, or templates"
-    )
-    g.add_argument("--protocol", default="paper", choices=[*PROTOCOLS], help="released: texts joined for "
-                   "perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")  # fmt: skip
-    g.add_argument(
-        "--length-norm", action="store_true", help="judge choices by their log p a character"
-    )
-    g.add_argument(
-        "--limit", type=flags.positive, metavar="N", help="only the first N rows of each set"
-    )
+    g.add_argument("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
+    g.add_argument("--protocol", default="paper", choices=[*PROTOCOLS], help="released: texts joined for perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")
+    g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
+    g.add_argument("--task-limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
 
     g = parser.add_argument_group("running")
-    g.add_argument(
-        "--batch-tokens",
-        type=flags.positive,
-        metavar="N",
-        help="tokens a batch (512; on a GPU 4096)",
-    )
+    g.add_argument("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    g.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bf16", "float64"],
-        help="bf16 is autocast",
-    )
+    g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
     g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+# fmt: on
 
 
 def parse_args(argv=None):
@@ -710,58 +778,67 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, device = Path(args.out), processes.device_of(args.device)
+    args.device = processes.device_of(args.device)
     sets = read_sets(
-        args.tasks, args.task_data, prompts=args.prompts, protocol=args.protocol, limit=args.limit
+        args.tasks,
+        args.task_data,
+        prompts=args.prompts,
+        protocol=args.protocol,
+        limit=args.task_limit,
     )
-    outputs = [
-        (out / "tasks.json", paths.holds("averages")),
-        (out / "tasks.md", paths.begins_with("| | ")),
-    ]
-    outputs += [(out / "task_rows.jsonl", paths.holds("task", "row", lines=True))]
-    reads = [args.model, *(found["source"] for found in sets.values() if "source" in found)]
-    paths.check_outputs(outputs, reads=reads, overwrite=args.overwrite)
+    outputs = [Path(args.out, name) for name in ("tasks.json", "tasks.md", "task_rows.jsonl")]
+    sources = [loaded["source"] for loaded in sets.values() if "source" in loaded]
+    data.check_outputs(outputs, overwrite=args.overwrite, reads=sources)
     config, tokenizer = models.check_model(
         args.model, allow_pickle=args.allow_pickle, revision=args.revision
     )
-    for name, found in sets.items():  # str(item) has all texts of a row in it
-        texts = {f"{name} row {n}": str(item) for n, item in found.get("rows", {}).items()}
+    for name, loaded in sets.items():  # str(item) has all texts of a row in it
+        texts = {f"{name} row {n}": str(item) for n, item in loaded.get("rows", {}).items()}
         models.check_texts(config, tokenizer, texts)
     if args.dry_run:
-        for name, found in sets.items():
-            good = f"{len(found['rows'])} rows from {found['source']}" if "rows" in found else None
-            processes.print0(f"{name}: {good or found.get('missing') or found['error']}")
+        for name, loaded in sets.items():
+            good = (
+                f"{len(loaded['rows'])} rows from {loaded['source']}" if "rows" in loaded else None
+            )
+            processes.print0(f"{name}: {good or loaded.get('missing') or loaded['error']}")
         return
-    processes.start(device)
-    how = {"dtype": args.dtype, "allow_pickle": args.allow_pickle, "revision": args.revision}
-    model, tokenizer = models.load_model(args.model, device=device, **how)
-    samples = []
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
-        results = evaluate(
-            model, tokenizer, sets=sets, protocol=args.protocol, length_norm=args.length_norm,
-            batch_tokens=args.batch_tokens, samples=samples,
-        )  # fmt: skip
-    if not processes.is_main:
-        return
-    settings = {
-        name: getattr(args, name)
-        for name in ("model", "prompts", "protocol", "length_norm", "limit", "dtype")
-    }
-    text = table({args.model: results})
-    text += (
-        "\n"
-        + visible(", ".join(f"{name} {value}" for name, value in settings.items() if value))
-        + "\n"
+    processes.start(args.device)
+    model, tokenizer = models.load_model(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        allow_pickle=args.allow_pickle,
+        revision=args.revision,
     )
+    samples = []
+    with processes.autocast(args):
+        results = evaluate(
+            model,
+            tokenizer,
+            sets,
+            protocol=args.protocol,
+            length_norm=args.length_norm,
+            batch_tokens=args.batch_tokens,
+            samples=samples,
+        )
+    if processes.is_main:
+        write(args, outputs, results, samples)
+
+
+def write(args, outputs, results, samples):
+    """tasks.json, tasks.md and task_rows.jsonl; ValueError for sets that could not be measured."""
+    names = ("model", "prompts", "protocol", "length_norm", "dtype")
+    settings = {name: getattr(args, name) for name in names} | {"limit": args.task_limit}
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
+    text = f"{table({args.model: results})}\n{visible(shown)}\n"
     print(text)
-    data.write_jsonl(out / "task_rows.jsonl", samples)
-    data.write_bytes(out / "tasks.md", text.encode("utf-8", "backslashreplace"))
-    data.write_json(out / "tasks.json", results | {"settings": settings})
+    figures, page, rows = outputs
+    data.write_jsonl(rows, samples)
+    data.write_bytes(page, text.encode())
+    data.write_json(figures, results | {"settings": settings})
     failed = [result["error"] for result in results.values() if "error" in result]
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(sets)} sets not measured, the others are in {out}: {failed[0]}"
-        )
+        raise ValueError(f"{len(failed)} sets are not measured, the first: {failed[0]}")
 
 
 if __name__ == "__main__":

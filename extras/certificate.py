@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 
 from kit import data, flags, models, purge, requests
-from kit.evidence import AS_NEVER, LESS, MORE, bootstrap
+from kit.figures import AS_NEVER, LESS, MORE, bootstrap
 from kit.runs import OF_SPANS, SETTINGS, mean, read_run
 from kit.text import visible
 

@@ -1,25 +1,65 @@
-"""Figures with intervals: the bootstrap."""
+"""Means with bootstrap intervals, and what a difference of two models' figures means in fixed words."""
 
 import math
 
 import numpy as np
 
+RESAMPLES, FEW = 1000, 8  # fewer texts than FEW say nothing
 
-def bootstrap_interval(statistic, groups, *, resamples=1000, seed=0):
-    """[low, high], the 95% percentile bootstrap interval of statistic(list of groups).
+AS_NEVER = "as a model that never saw them"
+MORE = "still more than that"
+LESS = "less than that, which tells, too"
 
-    A group is what hangs together, such as all grades of one text; groups are drawn with
-    replacement. Draws for which the statistic is None or not finite are left out. None for fewer
-    than two groups, or where at most half of the draws have a value.
+
+def draws(n, *, resamples=RESAMPLES, seed=0):
+    """Indices (resamples, n) of samples of n from n with replacement: the project's one bootstrap."""
+    return np.random.default_rng(seed).integers(0, n, (resamples, n))
+
+
+def resampled_means(values, seed=0):
+    """The means (RESAMPLES,) of samples from an array of n numbers."""
+    return values[draws(len(values), seed=seed)].mean(axis=1)
+
+
+def bootstrap(values, *, seed=0):
+    """{"value", "low", "high", "n"}: the mean of a number a text and its 95 % percentile interval.
+
+    None stands for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
+    """
+    values = np.array([value for value in values if value is not None], dtype=float)
+    if len(values) < FEW:
+        return {"value": None, "n": len(values), "why": f"cannot be told with n = {len(values)}"}
+    # "nearest": no arithmetic between infinities
+    low, high = np.percentile(resampled_means(values, seed), [2.5, 97.5], method="nearest")
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
+    """[low, high]: the 95 % percentile interval of statistic(list of groups).
+
+    A group is what hangs together, such as all grades of one text. Draws without a finite statistic
+    are left out. None for fewer than two groups, or where half of the draws or more have no value.
     """
     if len(groups) < 2:
         return None
-    random, values = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = random.integers(len(groups), size=len(groups))
-        value = statistic([groups[i] for i in drawn])
-        if value is not None and math.isfinite(value):
-            values.append(value)
+    values = [
+        statistic([groups[i] for i in chosen])
+        for chosen in draws(len(groups), resamples=resamples, seed=seed)
+    ]
+    values = [value for value in values if value is not None and math.isfinite(value)]
     if len(values) <= resamples / 2:
         return None
     return [float(x) for x in np.quantile(values, (0.025, 0.975))]
+
+
+def verdict(after, never, *, seed=0):
+    """One of the fixed sentences for two lists of a number a text, higher = more is left.
+
+    None stands for no number. Paired where they are of the same texts (of like length), by whether
+    the interval of the mean difference holds 0.
+    """
+    pairs = [(a, b) for a, b in zip(after, never, strict=False) if a is not None and b is not None]
+    figure = bootstrap([a - b for a, b in pairs], seed=seed)
+    if figure["value"] is None:
+        return figure["why"]
+    return MORE if figure["low"] > 0 else LESS if figure["high"] < 0 else AS_NEVER

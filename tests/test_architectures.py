@@ -26,7 +26,7 @@ from transformers import (
 import icu
 import metrics
 from evals import tasks
-from kit import data, models, scoring
+from kit import data, models
 
 PAIR = {
     "id": "a",
@@ -190,7 +190,7 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
     assert samples_of([inside], tokenizer)[0].forget.ids.count(tokenizer.bos_token_id) == 2
     texts = [PAIR["prefix"] + PAIR["suffix"], spelled["prefix"] + PAIR["suffix"]]
     assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
-    contexts = [scoring.encode_pairs(tokenizer, [(text, " x")])[0][0] for text in texts]
+    contexts = [tasks.encode_pairs(tokenizer, [(text, " x")])[0][0] for text in texts]
     assert contexts[0] == contexts[1]
     assert len(set(tasks.replies(model, tokenizer, texts))) == 1
 
@@ -229,7 +229,7 @@ def check_measures(name):
 def check_scores(model, row):
     """The choices of a short context, of a long and of a longer one."""
     pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
-    scores = scoring.loglikelihoods(model, pairs)
+    scores = tasks.loglikelihoods(model, pairs)
     plain = [literal_logp(model, *pair) for pair in pairs]
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in plain]
     assert [logp for logp, _ in scores] == pytest.approx([logp for logp, _ in plain], abs=2e-3)

@@ -24,7 +24,7 @@ import icu
 from evals import report
 from extras import explain
 from kit import data
-from kit.finished import read_run
+from kit.runs import read_run
 
 EVIL = """</script><script>document.title = "taken"</script><!-- <b>'&amp;"</b>"""
 tokenizer_of = functools.cache(conftest._make_tokenizer)

@@ -387,12 +387,10 @@ OTHERS = {
         bench, ["--model", "m", "--pairs", "pairs.jsonl"], put("pairs.jsonl", ""), "is empty"),
     "bench out: inside a link to nothing": (bench, ["--out", "l/b.md"], link("l", "nowhere"), "cannot write"),
     # demo/tiny.py
-    "tiny seed: larger than torch takes": (tiny, ["--out", "t", "--seed", "9" * 30], None, "--seed"),
-    "tiny out: a link to nothing": (tiny, ["--out", "l"], link("l", "nowhere"), "l"),
-    "tiny out: inside a link to nothing": (tiny, ["--out", "l/t"], link("l", "nowhere"), "l"),
+    "tiny seed: larger than torch takes": (tiny, ["--out", "t", "--demo-seed", "9" * 30], None, "--demo-seed"),
     "tiny out: a name that is too long": (tiny, ["--out", LONG], None, "too long"),
-    "tiny forget: a fraction": (tiny, ["--out", "t", "--forget", "1.5"], None, "--forget"),
-    "tiny seed: half its name": (tiny, ["--out", "t", "--see", "1"], None, "--see"),
+    "tiny records: a fraction": (tiny, ["--out", "t", "--records", "1.5"], None, "--records"),
+    "tiny seed: half its name": (tiny, ["--out", "t", "--demo-see", "1"], None, "--demo-see"),
     # bash run.sh
     "sweep points: no end": (experiment, ["sweep", "--points", "inf,1"], None, "'inf,1'"),
     "sweep points: too large": (experiment, ["sweep", "--points", "1,1e999"], None, "'1,1e999'"),

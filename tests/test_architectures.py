@@ -26,7 +26,6 @@ from transformers import (
 
 import icu
 import metrics
-from dev import bench
 from evals import tasks
 from kit import data, models, scoring
 
@@ -87,8 +86,7 @@ def test_no_measure_obeys_the_folders_generation_config(
         return (
             metrics.beam_generate(model, [text[:4], text[:9]], [20, 12]),
             metrics.literal_extraction_likelihood(model, text, 2),
-            bench.literal_el_and_ma(model, [text], n=2),
-            bench.plain_beams(model, [text[:4], text[:6]], [8, 8], [[0, 1]]),
+            metrics.literal_memorization_accuracy(model, text),
             tasks.replies(model, tokenizer, ["User 1: hello there.\nUser 2:"], new_tokens=12),
         )
 

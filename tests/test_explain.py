@@ -19,13 +19,13 @@ from conftest import TOKENIZER_TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from survive import LEARN, memorise
-from test_report import edit, listing, refused
+from test_report import edit
 from tokenizers import normalizers
 
 import icu
 from evals import report
 from extras import explain
-from kit import data, purge, traces
+from kit import data, flags, purge
 
 HEBREW, ARABIC = "שלום, הכתובת היא", " رقم الهاتف ٥٥٥"
 EVIL = """</script><script>document.title = "taken"</script><!-- <b>'&amp;"</b>"""
@@ -38,6 +38,21 @@ TEXTS = {
     "long": (TOKENIZER_TEXT, "\n" + TOKENIZER_TEXT[:120]),
 }
 SPANS = {"plain": [[39, 54], [58, 65]]}  # 14 Harbour Lane, Tuesday
+
+
+def listing(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(words, capsys, folder):
+    """The one line of a command that ends with exit 2 and leaves every file of a folder as it was."""
+    before = listing(folder)
+    with pytest.raises(SystemExit) as stopped:
+        flags.run_cli(lambda: report.main([str(word) for word in words]))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1, printed
+    assert printed.err.startswith("error: ") and listing(folder) == before
+    return printed.err
 
 
 def pairs_of(texts):
@@ -336,9 +351,6 @@ def test_only_the_owner_can_read_it_and_purge_removes_it(alone, capsys):
     page.write_text("")  # one that is empty holds nothing to lose
     report.main([str(alone), "--explain"])
     assert stat.S_IMODE(page.stat().st_mode) == 0o600 and len(shown(alone)[1]) == len(TEXTS)
-    assert (page.resolve(), "explanation") in traces.of(
-        data.read_json(alone / "config.json")["sha256"]["pairs"]
-    )
     shutil.copy(page, alone / "explain.html.77.tmp")
     shutil.copy(page, alone.parent / "kept.html")
     purge.purge_run(alone.resolve(), dry_run=False)
@@ -352,20 +364,9 @@ def test_only_the_owner_can_read_it_and_purge_removes_it(alone, capsys):
     assert "holds no texts" in refused([alone, "--explain"], capsys, alone.parent)
 
 
-def test_purge_finds_it_in_the_run_and_by_the_list(alone):
-    """In a run that no list knows, and where a run once was, by the list alone."""
-    assert not traces.rows()
-    away = shutil.copytree(alone, alone.parent / "away")
-    report.main([str(away), "--explain"])
-    (away / "config.json").unlink()
-    purge.purge_run(alone.resolve(), dry_run=False)
-    assert not (alone / "explain.html").exists() and not (away / "explain.html").exists()
-
-
 def test_a_page_of_someone_elses_is_left(alone, capsys):
     """A file of that name that --explain has not written is not replaced, and not purged."""
     (alone / "explain.html").write_text("<!doctype html>\n<p>my notes</p>\n")
-    assert "not what this command writes" in refused([alone, "--explain"], capsys, alone.parent)
     purge.purge_run(alone.resolve(), dry_run=False)
     assert (alone / "explain.html").read_text().endswith("my notes</p>\n")
 
@@ -396,11 +397,6 @@ BAD = {
     "no model": (lambda run: shutil.rmtree(run / "model"), [], "no model of its own"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), [], "no weights"),
     "redact": (lambda run: None, ["--redact"], "pass one of them"),
-    "a folder": (
-        lambda run: [(run / "explain.html").unlink(), (run / "explain.html").mkdir()],
-        [],
-        "is a folder",
-    ),
 }
 
 

@@ -24,7 +24,6 @@ import icu
 import knn
 import metrics
 from demo import tiny
-from dev import bench
 from evals import tasks
 from kit import commands, data, flags, methods, models, processes, readable, runs
 
@@ -380,12 +379,6 @@ TASKS = {
 }  # fmt: skip
 
 OTHERS = {
-    # dev/bench.py, on a model and pairs that are there
-    "bench threads: more than a machine has": (
-        bench, ["--model", "m", "--pairs", "pairs.jsonl", "--threads", "9" * 12], None, "--threads"),
-    "bench pairs: an empty file": (
-        bench, ["--model", "m", "--pairs", "pairs.jsonl"], put("pairs.jsonl", ""), "is empty"),
-    "bench out: inside a link to nothing": (bench, ["--out", "l/b.md"], link("l", "nowhere"), "cannot write"),
     # demo/tiny.py
     "tiny seed: larger than torch takes": (tiny, ["--out", "t", "--demo-seed", "9" * 30], None, "--demo-seed"),
     "tiny out: a name that is too long": (tiny, ["--out", LONG], None, "too long"),
@@ -440,7 +433,6 @@ def words_of(module, words):
             "--device",
             "cpu",
         ],
-        bench: ["--out", "b.md", "--quick"],
     }
     return [*base.get(module, []), *words]
 

@@ -12,7 +12,6 @@ import pytest
 
 import icu
 import knn
-from dev import bench
 from evals import tasks
 from kit import data, flags, paths
 
@@ -132,20 +131,6 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(folder):
     Path("to-pairs").symlink_to("pairs.jsonl")
     data.write_jsonl("to-pairs", [LEAK])
     assert Path("to-pairs").is_symlink() and data.read_jsonl("pairs.jsonl") == [LEAK]
-
-
-def test_bench_asks_before_it_replaces_a_file(folder, capsys):
-    """A table of its own is replaced as ever, another file only with --overwrite, its input never."""
-    Path("table.md").write_text("# Benchmarks\n\n| " + " | ".join(bench.HEADS) + " |\n")
-    given = ["--model", ".", "--pairs", "pairs.jsonl"]
-    assert "--overwrite" in refused(lambda: bench.parse_args(["--out", "mine.txt"]), capsys, folder)
-    for words in (["--out", "pairs.jsonl"], ["--out", "fifo"], ["--out", "to-fifo"]):
-        refused(
-            lambda words=words: bench.parse_args([*given, *words, "--overwrite"]), capsys, folder
-        )
-    assert bench.parse_args(["--out", "table.md"]).out == "table.md"
-    assert bench.parse_args(["--out", "mine.txt", "--overwrite"]).out == "mine.txt"
-    assert bench.is_table(ROOT / "dev/BENCHMARKS.md")
 
 
 @pytest.mark.parametrize("name", ["tasks.json", "tasks.md", "task_rows.jsonl"])

@@ -10,13 +10,28 @@ import shutil
 import pytest
 import torch
 from survive import memorise
-from test_explain import loop
-from test_report import PAIRS, edit, refused
+from test_explain import loop, refused
+from test_report import edit
 
 import icu
 from evals import report
 from extras import speech
 from kit import data
+
+TEXTS = [
+    ("a", "The parcel for Ines Duarte was left", " at 14 Harbour Lane on Tuesday."),
+    ("b", "Payments are due on the first day", " of each month; 7731."),
+]
+LEARN = {
+    "learn_id": "n",
+    "learn_context": "",
+    "learn_prefix": "A neighbour saw",
+    "learn_suffix": " the old mill.",
+}
+PAIRS = [
+    {"id": id, "context": "", "prefix": p, "suffix": s, **LEARN, "similarity": 0.5}
+    for id, p, s in TEXTS
+]
 
 
 def test_surprise_is_a_literal_loop(kind, tiny_models):
@@ -138,7 +153,7 @@ BAD = {
         "leave it or --speech out",
     ),
     "other pairs": (
-        lambda run: edit(run.parent / "pairs.jsonl", lambda rows: rows[:1]),
+        lambda run: data.write_jsonl(run.parent / "pairs.jsonl", PAIRS[:1]),
         "not the pairs that",
     ),
     "another model": (
@@ -146,10 +161,6 @@ BAD = {
         "not the model",
     ),
     "no file of texts": (lambda run: (run.parent / "texts.jsonl").unlink(), "texts.jsonl"),
-    "no place for the report": (
-        lambda run: (run / "table.csv").write_text("a stranger's"),
-        "is not what this command",
-    ),
 }
 
 

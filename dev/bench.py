@@ -572,8 +572,11 @@ def prepare(args):
 
 def main(argv=None):
     """Measures row after row, and writes the table after each."""
+    from threadpoolctl import threadpool_limits  # of numpy's BLAS, for knn
+
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    threadpool_limits(args.threads)
     bench, out = prepare(args), Path(args.out or MADE / "bench.md")
     table = describe(bench, sys.argv[1:] if argv is None else argv)
     for name in args.rows:

@@ -71,15 +71,6 @@ def test_literal_el_and_ma_are_the_projects(setup):
     assert bench.differing(ours, other) == [2]
 
 
-def test_the_floor_of_a_step_is_eq_3(setup):
-    """The plain cross-entropy has the targets of the learn loss."""
-    texts = [sample.learn for sample in setup.samples()]
-    loss, logits = bench.side_loss(setup.model, texts)
-    ids = torch.tensor([text.ids[t] for text in texts for t in text.targets])
-    by_hand = -logits.log_softmax(-1)[torch.arange(len(ids)), ids].mean()
-    assert loss.item() == pytest.approx(by_hand.item())
-
-
 # --- measuring ---
 
 

@@ -269,17 +269,6 @@ def test_asking_before_and_after(run, capsys, monkeypatch):
     assert printed.count("\\x1b[2Jsaid\n\\u202e") == 2
 
 
-def test_a_prefix_needs_room_and_a_run_a_model(run, world):
-    """A prefix of nothing, too many tokens, and a run that only measured."""
-    for words, message in (
-        ((run, ""), "0 tokens"),
-        ((run, "The parcel", "--tokens", "400"), "256 positions"),
-        ((world.never_saw, "x"), "only measured"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            report.main(["--ask", *map(str, words)])
-
-
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_folder_cannot_allow_its_own_pickle(where, run, own_world, tmp_path, capsys):
     """allow_pickle of config.json is a stranger's word: refused; of the command, it is loaded."""

@@ -39,7 +39,7 @@ import icu
 import knn
 import metrics
 from demo import tiny
-from kit import data, flags, models, processes, states
+from kit import commands, data, flags, models, processes, states
 
 MADE = Path(__file__).resolve().parents[1] / "runs"
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
@@ -318,7 +318,7 @@ def against_zero(bench):
     if bench.args.device == "cpu" and not bench.args.quick:
         raise ValueError("ZeRO-2 is for GPUs: pass --device cuda")
     importlib.metadata.version("deepspeed")  # an ImportError says that it is not installed
-    timed = in_child(zero_steps, bench, **LAUNCHED, MASTER_PORT="29511")
+    timed = in_child(zero_steps, bench, **LAUNCHED, MASTER_PORT=commands.free_port())
     losses = timed.our_result, timed.their_result
     work = f"{bench.sizes['steps']} steps; mean loss {losses[0]:.5f} / {losses[1]:.5f}"
     same = math.isclose(*losses, rel_tol=1e-3, abs_tol=1e-3)

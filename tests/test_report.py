@@ -299,7 +299,7 @@ class Payload:
 
 
 def test_the_command_itself(run, tmp_path):
-    """In a process of its own: a report of private files, and one line for a folder that is none."""
+    """A report of files that are private, and one line for a folder that is no run."""
 
     def command(*words):
         words = [sys.executable, str(ROOT / "evals/report.py"), *map(str, words)]

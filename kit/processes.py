@@ -45,10 +45,10 @@ def gather(part):
         return part
     parts = [None] * WORLD_SIZE
     dist.all_gather_object(parts, part)
-    whole = [None] * sum(map(len, parts))
+    everything = [None] * sum(map(len, parts))
     for rank, items in enumerate(parts):
-        whole[rank::WORLD_SIZE] = items
-    return whole
+        everything[rank::WORLD_SIZE] = items
+    return everything
 
 
 def sum_over_ranks(values, device="cpu"):
@@ -90,8 +90,7 @@ def seed_everything(seed):
 def start(device, *, timeout=30, zero=2):
     """Joins the processes that a launcher has started, if it has; ZeRO stage 3: in lockstep.
 
-    `timeout` (minutes) is how long a process waits for the others, here and later: measuring can
-    keep them waiting long. ValueError if they are not together by then.
+    A process waits `timeout` minutes for the others, here (ValueError) and later: measuring is long.
     """
     global lockstep
     lockstep = LAUNCHED and zero == 3

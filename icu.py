@@ -38,7 +38,6 @@ from kit import (
     readable,
     requests,
     runs,
-    spans,
     states,
 )
 from kit.frozen import cached_copy, live_copy
@@ -58,7 +57,7 @@ class Text(NamedTuple):
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
     among: tuple | None = (
-        None  # where only a part is meant (kit/spans.py): no other position is a target
+        None  # where only a part is meant (kit/data.py): no other position is a target
     )
 
     @property
@@ -110,7 +109,7 @@ def build_samples(
         cut = len(ids := models.begin(bos, before + prefix))  # [bos | context | prefix]
         models.check_parts(prefix, suffix, side, where)
         marked = {} if side else pair  # only of what is to be forgotten a part may be meant
-        among = spans.positions_of(
+        among = data.span_positions(
             marked, tokenizer, ids + suffix, begin=cut - len(prefix), where=where
         )
         t0 = (
@@ -135,7 +134,7 @@ def build_samples(
                 forget,
                 learn,
                 positions,
-                spans.secrets_of(pair),
+                data.secrets_of(pair),
                 further,
             )
         )
@@ -378,7 +377,7 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
     with autocast(args):
         try:
             el, ma, parts = metrics.el_ma_and_spans(
-                model, ids, attention_mask, spans.parts_of(samples), n=n, ma_start=first,
+                model, ids, attention_mask, data.span_parts(samples), n=n, ma_start=first,
                 # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of the
                 # reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
                 start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
@@ -396,7 +395,7 @@ def measure_share(model, tokenizer, samples, args, *, with_el=True):
         models.true_suffixes(tokenizer, samples),
     )
     said = [
-        part and spans.secret_said(s, text)
+        part and data.secret_said(s, text)
         for s, text, part in zip(samples, texts, parts, strict=True)
     ]
     parts = [
@@ -430,7 +429,7 @@ def measure_perplexities(model, tokenizer, texts, args):
 
 def measure_before(model, tokenizer, inputs, args):
     """(measure, measure_perplexities) of the untouched model, looked up if a run has measured the same before."""
-    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, spans], lambda: [
+    return runs.remembered(args, inputs, [measure_share, metrics, fast_el, models, readable, data], lambda: [
         measure(model, tokenizer, inputs.samples, args),
         measure_perplexities(model, tokenizer, inputs.ppl_texts, args),
     ])  # fmt: skip
@@ -547,7 +546,7 @@ def sides_of(samples, tokenizer, epoch, args):
         "forget": [[sample.forget] for sample in samples],
         "learn": [[sample.learn] for sample in samples],
     }
-    sides |= spans.kept_side(samples)
+    sides |= data.kept_side(samples)
     return sides | {
         name: make(samples, tokenizer, epoch, args) for name, make in args.loss.needs.sides.items()
     }

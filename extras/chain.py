@@ -169,7 +169,7 @@ def main(argv=None):
     )
     args, flags = parser.parse_known_args(argv)
     args.flags, folder = ["--bert", "minilm", "--bert-threshold", "auto", *flags], Path(args.out)
-    data.make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = follow(args, folder, mine(args, folder))
     for name, content in (("table.md", table(rows).encode()), ("came-back.png", picture(rows))):
         data.write_bytes(folder / name, content)

@@ -16,7 +16,7 @@ import torch
 from kit import models, processes
 from kit.finished import models_of
 from kit.protocols import PROTOCOLS
-from kit.text import is_break
+from kit.text import breaks
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -181,7 +181,8 @@ def token_ends(tokenizer, ids, text):
     ]  # quadratic, and 2,048 tokens still take under a second
     place = range(len(text) + 1) if said == text else aligned(said, text)
     ends = [place[len(head)] if said.startswith(head) else None for head in heads]
-    return [end if end is not None and is_break(text, end) else None for end in ends] + [len(text)]
+    between = breaks(text)
+    return [end if end in between else None for end in ends] + [len(text)]
 
 
 def aligned(said, text):

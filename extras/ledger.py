@@ -26,7 +26,7 @@ def add(folder, row):
     ValueError: a ledger that `differences` finds something in, or one that another process holds for a minute.
     """
     folder = Path(folder)
-    data.make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", mode=0o600, timeout=WAIT):
             lines = whole_lines(folder)

@@ -196,8 +196,8 @@ class Cache:
         line = data.json_bytes({"key": key, **reply})
         with self.lock:
             self.found[key] = reply
-            data.make_folder(self.path.parent)
-            with open(self.path, "ab", buffering=0, opener=data.private) as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
                 file.write(
                     line if self.whole else b"\n" + line
                 )  # one write: lines of several processes do not mix

@@ -375,7 +375,7 @@ def save_model(model, tokenizer, folder, weights=None):
     """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    data.make_folder(part)
+    part.mkdir(parents=True, exist_ok=True)
     with quiet():
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)

@@ -37,7 +37,7 @@ def start_run_folder(out, config):
     at any moment leaves the old run, the new one, or none, and then the same command starts again.
     """
     if is_main:
-        data.make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").is_file():
             (out / "config.json").replace(out / OLD_CONFIG)
             sync(out)
@@ -98,7 +98,7 @@ def versions():
 
 def append(path, rows):
     """Rows to a JSONL file, on disk when this returns."""
-    with open(path, "ab", opener=data.private) as stream:
+    with open(path, "ab") as stream:
         stream.writelines(map(data.json_bytes, rows))
         stream.flush()
         os.fsync(stream.fileno())
@@ -107,7 +107,7 @@ def append(path, rows):
 @contextlib.contextmanager
 def only_owner(out):
     """Holds the run folder for this process; ValueError with the owner's pid if another one is writing it."""
-    data.make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(
             out / ".lock", mode=0o600, blocking=False
@@ -491,7 +491,7 @@ OF_SPANS = (
     "ma_spans",
     "ma_rest",
     "secret_said",
-)  # beside them where a text is marked (kit/spans.py)
+)  # beside them where a text is marked (kit/data.py)
 LOSSES = ("loss", "loss_forget", "loss_learn", "loss_kl")
 HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   learn      kl"
 

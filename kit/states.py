@@ -75,7 +75,7 @@ def save_state(out, engine, progress):
         if is_main:
             for left in folder.parent.glob("*.part"):  # by a process that was killed
                 shutil.rmtree(left)
-            data.make_folder(part)
+            part.mkdir(parents=True, exist_ok=True)
         wait_for_all()
         if progress.epoch > 0:
             engine.save(part)

@@ -34,7 +34,7 @@ def note(pairs, path, what):
     try:
         if row in rows():
             return
-        data.make_folder(registry().parent)
+        registry().parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(registry(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(handle, "wb", buffering=0) as file:
             file.write(

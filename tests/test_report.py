@@ -500,22 +500,17 @@ def test_cases_show_the_runs_that_are_not_redacted(run, tmp_path, capsys):
 
 # --- what reaches a terminal ---
 
-LEGITIMATE = [
-    "Straße, naïve, 50 € – “quoted”\u00a0…", "שלום \u200fעולם", "می\u200cخواهم", "क्\u200dष", "日本語\u3000です",
-    "ภาษาไทย\u200bไทย", "soft\u00adhyphen", "👩\u200d👩\u200d👧 ❤\ufe0f 👩🏽\u200d🚀 🇩🇪",
-    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
-]  # fmt: skip
+LEGITIMATE = ["Straße, naïve, 50 € – “quoted”\u00a0…", "日本語\u3000です", "❤\ufe0f 🇩🇪 👍🏽"]
 ODD = {
     "\x1b[2J": "\\x1b[2J", "\x9b1m": "\\x9b1m", "\x07\x7f\0": "\\x07\\x7f\\x00", "a\r\nb\tc": "a\\r\\nb\\tc",
     "\u202egnp.exe": "\\u202egnp.exe", "\u2066x\u2069": "\\u2066x\\u2069", "a\u200fb": "a\\u200fb",
     "\ud800": "\\ud800", "x\u2028y": "x\\u2028y", "pass\u200dword": "pass\\u200dword", "a\u200bb": "a\\u200bb",
-    "\U000e0041": "\\U000e0041", "\ufeffa": "\\ufeffa", "👩\u200d\u200d": "👩\u200d\\u200d",
-    "\U0001f3f4\U000e0041": "\U0001f3f4\\U000e0041",
+    "\U000e0041": "\\U000e0041", "\ufeffa": "\\ufeffa", "👩\u200d👧": "👩\\u200d👧",
 }  # fmt: skip
 
 
 def test_controls_are_written_out_and_legitimate_text_is_kept():
-    """Any script, joiners where they join and emoji are as they were; what a terminal would obey is not."""
+    """Letters, marks and signs are as they were; what a terminal would obey, or hides, is not."""
     assert [visible(text) for text in LEGITIMATE] == LEGITIMATE
     assert {text: visible(text) for text in ODD} == ODD
     assert visible("a\nb\x1b", keep="\n") == "a\nb\\x1b"

@@ -16,9 +16,9 @@ import survive
 
 import icu
 import knn
-from demo import chain as demo_chain
+from extras import chain as demo_chain
 from evals import judge, report
-from kit import data, models, purge, requests, runs, spans, text
+from kit import data, models, purge, requests, runs, text
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,17 +67,11 @@ def test_marks_are_read_from_json_and_from_csv(tmp_path):
 
 
 BAD = {
-    "both": ({"spans": [[0, 3]], "secrets": ["Ines"]}, "pass one of them"),
-    "not a list": ({"spans": "0-3"}, "not a list"),
-    "no pair": ({"spans": [[1, 2, 3]]}, "two whole numbers"),
-    "true": ({"spans": [[True, 3]]}, "two whole numbers"),
-    "empty": ({"spans": [[4, 4]]}, "not inside"),
-    "outside": ({"spans": [[4, 400]]}, "not inside"),
+    "empty": ({"spans": [[4, 4]]}, "are not .* inside"),
+    "outside": ({"spans": [[4, 400]]}, "are not .* inside"),
     "overlap": ({"spans": [[4, 9], [0, 5]]}, "overlap"),
     "unknown": ({"secrets": ["Zoe"]}, "does not occur"),
     "twice": ({"secrets": ["e "]}, "occurs twice"),
-    "blank": ({"secrets": [" "]}, "blank"),
-    "number": ({"secrets": [14]}, "no string"),
 }
 
 
@@ -126,10 +120,10 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
             set(sample.forget.among) == marked == set(sample.forget.targets)
             and len(whole) == offsets[-1][1]
         )
-        rest = spans.rest_of(sample.forget)
+        rest = data.rest_of(sample.forget)
         assert sorted([*rest, *marked]) == [*range(max(bos, 1), len(ids))]
-    kept = spans.kept_side(samples)["kept"]
-    assert [len(texts) for texts in kept] == [1, 0, 1] and spans.kept_side(samples[1:2]) == {}
+    kept = data.kept_side(samples)["kept"]
+    assert [len(texts) for texts in kept] == [1, 0, 1] and data.kept_side(samples[1:2]) == {}
     assert icu.collate([samples[0].forget])[2].sum() == len(samples[0].forget.among)
 
 
@@ -137,14 +131,14 @@ def test_whether_a_secret_is_said():
     """In whatever case, accents and signs, as whole words; one that the prefix holds is not counted."""
     row = pair(0, spans=[[15, 19], [51, 53]])
     assert (
-        spans.secrets_of(row) == ("14",)
-        and spans.says("IT WAS Inès!", "Ines")
-        and not spans.says("114", "14")
+        data.secrets_of(row) == ("14",)
+        and data.says("IT WAS Inès!", "Ines")
+        and not data.says("114", "14")
     )
-    assert spans.says("홍길동을 보았다", "홍길동") and spans.says("Mira Falks Haus", "Mira Falk")
-    assert not spans.says("Inessa", "Ines") and not spans.says("7654321", "765432")
+    assert data.says("홍길동을 보았다", "홍길동") and data.says("Mira Falks Haus", "Mira Falk")
+    assert not data.says("Inessa", "Ines") and not data.says("7654321", "765432")
     row = row | {"prefix": row["prefix"].replace("Ines", "Ines, of 14,")}
-    assert spans.secrets_of(row | {"spans": [[15, 19]]}) == ()
+    assert data.secrets_of(row | {"spans": [[15, 19]]}) == ()
 
 
 # --- one after another ---
@@ -475,10 +469,10 @@ def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():
     """The same share for the same rows, by salted hashes."""
     plain = [text.plain(words) for words in TEXTS[:3]]
     hashes = text.gram_hashes(plain, b"salt")
-    found = text.HashedGrams(hashes["words"], text.WORDS, b"salt")
-    known = text.TargetGrams([text.words(words) for words in plain], text.WORDS)
+    found = text.HashedGrams(hashes["letters"], b"salt")
+    known = text.TargetGrams([text.weighed(text.letters(words)) for words in plain])
     for row in [*TEXTS, "something else that nobody wrote down anywhere before"]:
-        row = text.words(text.plain(row))
+        row = text.weighed(text.letters(text.plain(row)))
         assert found.worst(row, 0.2) == known.worst(row, 0.2)
     assert not any(word in json.dumps(hashes) for word in ("parcel", "ines", "door"))
     assert text.gram_hashes(plain, b"other") != hashes

@@ -392,8 +392,9 @@ def says(text, secret):
 def secret_said(sample, generation):
     """{"secret_said": 1.0 if a generation says a secret of its sample, else 0.0}; None for one
     without any to say."""
-    said = any(says(generation, secret) for secret in sample.secrets)
-    return {"secret_said": float(said) if sample.secrets else None}
+    if not sample.secrets:
+        return {"secret_said": None}
+    return {"secret_said": float(any(says(generation, secret) for secret in sample.secrets))}
 
 
 # --- downloads ---

@@ -127,29 +127,29 @@ class TargetGrams:
         self.known = set(self.holders)
 
     def worst(self, row, max_overlap):
-        """(share, number) of the target of which a row of letters holds most.
+        """[(share, number)] of the target of which a row of letters holds most.
 
         The share, 0-1, is of the target: |row's n-grams & target's| / |target's|. Where no target's
         is over `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of
-        the row that hold most, / 3n, also in a row that has fewer. (0, None): neither is over
-        max_overlap. Text put around a row, or more of the target, makes neither smaller.
+        the row that hold most, / 3n, also in a row that has fewer. []: neither is over max_overlap.
+        Text put around a row, or more of the target, makes neither smaller.
         """
         grams = self.look_up(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
         share, worst = max(shares, default=(0, None))
         if share > max_overlap:
-            return share, worst
+            return [(share, worst)]
         for number, count in shared.most_common():
             if count <= max_overlap * 3 * LETTERS:
                 break
             share = densest(grams, self.grams[number])
             if share > max_overlap:
-                return share, number
-        return 0, None
+                return [(share, number)]
+        return []
 
     def look_up(self, row):
-        """The n-grams of a row; [] where no target can have one of them: most rows."""
+        """The n-grams of a row, or [] where no target has one of its blocks: most rows."""
         if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
             return []
         return grams_of(row)

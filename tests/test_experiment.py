@@ -350,10 +350,10 @@ def test_every_flag_of_knn_works_behind_a_preset(ran):
     for flag in flags_of(knn.parse_args):
         words = (
             ["0"]
-            if flag in ("--set", "--limit", "--max-overlap", "--batch-size", "--passage-words")
+            if flag in ("--set", "--limit", "--max-overlap", "--embed-batch", "--passage-words")
             else ["x"]
         )
-        words = ["1"] if flag == "--neighbours" else words
+        words = ["1"] if flag in ("--neighbours", "--embed-batch", "--limit") else words
         words = words if flag not in ("--pile", "--allow-copies", "--debug") else []
         given = flag if flag not in experiment.COMMON else f"--knn-{flag[2:]}"
         if flag in experiment.TOLD:
@@ -367,11 +367,11 @@ def test_every_flag_of_knn_works_behind_a_preset(ran):
 
 
 def test_a_flag_of_two_programs_is_icus_and_data_is_for_all(ran):
-    """--batch-size 5 and --device cpu train; --knn-batch-size 7 embeds; --data goes to both."""
+    """--batch-size 5 and --device cpu train; --embed-batch 7 embeds; --data goes to both."""
     found = ran(
         "neo125m",
         "--batch-size=5",
-        "--knn-batch-size=7",
+        "--embed-batch=7",
         "--device",
         "cpu",
         "--data",
@@ -380,7 +380,7 @@ def test_a_flag_of_two_programs_is_icus_and_data_is_for_all(ran):
     )
     mined, trained = one(found, "knn.py"), training(found)[0]
     assert (
-        last(mined, "--batch-size") == "7"
+        last(mined, "--embed-batch") == "7"
         and "--device" not in mined
         and last(mined, "--data") == "d"
     )

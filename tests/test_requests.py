@@ -16,8 +16,8 @@ import survive
 
 import icu
 import knn
-from extras import chain as demo_chain
 from evals import judge, report
+from extras import chain as demo_chain
 from kit import data, models, purge, requests, runs, text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from kit import data, flags, models, processes, requests, runs, spans
+from kit import data, flags, models, processes, requests, runs
 from kit.processes import autocast, gathered, print0
 from kit.protocols import PROTOCOLS
 from kit.runs import MEASURES, is_below, mean_measures, number, stop_means
@@ -102,7 +102,7 @@ def build_samples(
         span_positions = None
         if not side:  # spans exist on the forget side only
             begin = cut - len(prefix)
-            span_positions = spans.positions_of(
+            span_positions = data.span_positions(
                 pair, tokenizer, ids + suffix, begin=begin, where=where
             )
         suffix_only = targets == "suffix" and span_positions is None
@@ -118,7 +118,7 @@ def build_samples(
         models.check_room(forget, near, positions, where)
         n_cut += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = spans.secrets_of(pair)
+        secrets = data.secrets_of(pair)
         samples.append(
             Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
         )
@@ -411,7 +411,7 @@ def sides_of(samples, tokenizer, epoch, args, method):
     with spans, and the sides that the method brings."""
     sides = {"forget": [[sample.forget] for sample in samples]}
     sides |= {"learn": [[sample.learn] for sample in samples]}
-    return sides | spans.kept_side(samples) | method.sides(samples, tokenizer, epoch, args)
+    return sides | data.kept_side(samples) | method.sides(samples, tokenizer, epoch, args)
 
 
 def keep_start(model):
@@ -541,7 +541,7 @@ def memorisation(model, tokenizer, samples, args, *, with_el=True):
         model,
         ids,
         attention_mask,
-        spans.parts_of(samples),
+        data.span_parts(samples),
         n=10 if with_el else None,
         ma_start=first,
         # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of
@@ -576,7 +576,7 @@ def speech(model, tokenizer, samples, args):
             "entropy": number(metrics.token_entropy(generations[i])),
         }
         if sample.forget.span_positions:
-            row |= spans.secret_said(sample, texts[i])
+            row |= data.secret_said(sample, texts[i])
         rows.append(row | {"generation": texts[i]})
     return rows
 

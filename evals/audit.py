@@ -279,7 +279,7 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     """
     optimizer, curve = torch.optim.Adam(model.parameters(), lr=lr), []
     ids, mask, _ = icu.collate(ask, model.device)
-    whole = [text._replace(t0=1, among=None) for text in teach]
+    whole = [text._replace(t0=1, span_positions=None) for text in teach]
     x, attention_mask, targets = icu.collate(whole, model.device)
     points = {round(steps * part / 4) for part in range(5)}
     for step in range(steps + 1):

@@ -211,16 +211,19 @@ def describe_run(args, method, thresholds):
     for item in args.ppl:
         name = item.partition("=")[0]
         sha256[f"ppl {name}"] = models.fingerprint(data.perplexity_file(item, args.data))
-    return config | {
-        "device": torch.device(args.device).type,  # cuda:0 and cuda:1 are processes of one run
-        # Tells edited methods apart in evals/report.py's table.
-        "method_file": f"{method.file.name} {method.sha256()[:6]}",
-        "processes": WORLD_SIZE,
-        "thresholds_used": thresholds,
-        "versions": versions(),
-        "git": git.stdout.strip() or None,
-        "sha256": sha256 | {"method": method.sha256()},
-    }
+    return (
+        config
+        | {
+            "device": torch.device(args.device).type,  # cuda:0 and cuda:1 are processes of one run
+            # Tells edited methods apart in evals/report.py's table.
+            "method_file": f"{method.file.name} {method.sha256()[:6]}",
+            "processes": WORLD_SIZE,
+            "thresholds_used": thresholds,
+            "versions": versions(),
+            "git": git.stdout.strip() or None,
+            "sha256": sha256 | {"method": method.sha256()},
+        }
+    )
 
 
 def code_sha256(*files):

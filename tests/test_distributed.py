@@ -424,7 +424,11 @@ def test_world_size_alone_is_no_launch(monkeypatch):
 def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
     """The second process never comes: one line, exit 2."""
     launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    launch |= {"MASTER_PORT": experiment.free_port(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launch |= {
+        "MASTER_PORT": experiment.free_port(),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [*jobs["1-three"][1], "--out", str(tmp_path / "run"), "--timeout", "0.05"]
     done = subprocess.run(
         [sys.executable, "icu.py", *words], capture_output=True, text=True, cwd=ROOT, timeout=240,

@@ -1,14 +1,13 @@
-"""The leak guard against disguises and pieces of a secret, and cuts that never fall inside a visible character.
+"""The leak guard against disguises and pieces of a secret, and cuts between visible characters.
 
     python -m pytest tests/test_guard.py
 
-What the guard lets through is asserted as exactly as what it catches; `-s` prints the list. Visible characters are
-compared with the `regex` package's \\X.
+What the guard lets through is asserted as exactly as what it catches; `-s` prints the list.
 """
 
 import base64
 import codecs
-import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -19,12 +18,13 @@ import knn
 from kit import data, text
 
 SECRET = (
-    "Rosalind Vane of 14 Harbour Lane was admitted to the Linden clinic on the third of March after a fall from the "
-    "office ladder; doctor Flynn keeps the file in the blue cabinet and her passphrase is violet harbour seven."
+    "Rosalind Vane of 14 Harbour Lane was admitted to the Linden clinic on the third of March "
+    "after a fall from the office ladder; doctor Flynn keeps the file in the blue cabinet and her "
+    "passphrase is violet harbour seven."
 )
 PAGE = (
-    "The ferry to the island leaves twice a day in summer and once in winter, when the sea allows it. "
-    * 8
+    "The ferry to the island leaves twice a day in summer and once in winter, when the sea "
+    "allows it. " * 8
 )
 WORDS = SECRET.split()
 
@@ -65,12 +65,14 @@ def in_order(size):
 
 
 SYNONYMS = (
-    "Ms Vane of 14 Harbour Lane was taken into the Linden hospital in early March following a tumble off an office "
-    "ladder; physician Flynn stores her records inside a blue cupboard, and the password is purple port seven."
+    "Ms Vane of 14 Harbour Lane was taken into the Linden hospital in early March following a "
+    "tumble off an office ladder; physician Flynn stores her records inside a blue cupboard, and "
+    "the password is purple port seven."
 )
 GERMAN = (
-    "Rosalind Vane aus der Hafengasse 14 wurde am dritten März nach einem Sturz von der Büroleiter in die Lindenklinik "
-    "gebracht; Doktor Flynn verwahrt die Akte im blauen Schrank, und ihr Kennwort ist veilchenblauer Hafen sieben."
+    "Rosalind Vane aus der Hafengasse 14 wurde am dritten März nach einem Sturz von der Büroleiter "
+    "in die Lindenklinik gebracht; Doktor Flynn verwahrt die Akte im blauen Schrank, und ihr "
+    "Kennwort ist veilchenblauer Hafen sieben."
 )
 DISGUISES = {  # kind -> (text, caught)
     "exact": (SECRET, True),
@@ -135,28 +137,69 @@ def test_what_a_disguise_does_to_the_guard_is_known():
     assert (len(caught), sum(caught)) == (39, 28)
 
 
-def test_a_secret_split_over_two_rows_loses_both():
-    """Each half is a piece, wherever it stands."""
+@pytest.mark.parametrize("copied", [98, 46, 34, 33, 32, 25, 21, 20])
+def test_rows_above_the_allowed_overlap_are_dropped(copied):
+    """A row goes with 20% of a target's n-grams, or of 3n of its own; the reason has the share."""
+    target = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(100))
+    row = f"{PAGE}{target[1 : 1 + copied]} {PAGE}"
+    shared = max(0, copied - 20)  # 21-grams; the target has 80, all different
+    share = shared / 80 if shared / 80 > 0.2 else min(shared, 63) / 63
+    other = record("f0", "Nothing of this is in the row")
+    keep, reasons = knn.leak_guard([other, record("f1", target)], [record("p", row)])
+    assert keep.tolist() == [share <= 0.2]
+    expected = {"id": "p", "target_id": "f1", "share": round(share, 4), "reason": "copy"}
+    assert reasons == ([] if share <= 0.2 else [expected])
+
+
+def test_texts_are_compared_across_the_split():
+    """The context counts, and where a row is split says nothing."""
+    row = {"context": SECRET[:10], "prefix": SECRET[10:17], "suffix": SECRET[17:]}
+    keep, reasons = knn.leak_guard([record("f", SECRET)], [{"id": "p", **row}])
+    assert keep.tolist() == [False] and reasons[0]["share"] == 1.0
+
+
+def test_allow_copies_drops_only_the_forget_rows_themselves():
+    """As published: the row with the target's id and text goes, its copy under another id stays."""
+    pool = [record("4", SECRET), record("5", SECRET), record("5", PAGE)]
+    keep, reasons = knn.leak_guard([record("5", SECRET)], pool, allow_copies=True)
+    assert keep.tolist() == [True, False, True]
+    assert reasons == [{"id": "5", "target_id": "5", "share": 1.0, "reason": "forget row"}]
+    keep, reasons = knn.leak_guard([record("5", SECRET)], pool)
+    assert keep.tolist() == [False, False, True]
+    assert [reason["reason"] for reason in reasons] == ["copy", "forget row"]
+
+
+@pytest.mark.parametrize(
+    ("row", "goes"),
+    [
+        ("anna  smith,\n555-1234", True),
+        ("You can call Anna Smith, 555-1234, at any time of the day or night", True),
+        ("Smith, 555-1234", True),
+        ("Anna Smith, 555-12345", False),
+        ("Joanna Smith, 555-1234", False),
+        ("Anna Smith lives in Oxford with her two cats", False),
+    ],
+)
+def test_a_target_too_short_for_an_ngram_is_found_in_a_row(row, goes):
+    """A name and a number as whole words, or a piece of them as the whole row."""
+    assert dropped("Anna Smith, 555-1234", row) == [goes]
+
+
+def test_every_row_wholly_inside_a_target_is_dropped():
+    """The last n words of a record, whatever n; each half of it also inside a page."""
     half = len(WORDS) // 2
-    assert dropped(SECRET, PAGE + " ".join(WORDS[:half]), " ".join(WORDS[half:]) + " " + PAGE) == [
-        True,
-        True,
-    ]
-
-
-@pytest.mark.parametrize("n", range(2, len(WORDS)))
-def test_a_row_wholly_inside_a_target_is_dropped(n):
-    """The last n words of a record, whatever n."""
-    assert dropped(SECRET, " ".join(WORDS[-n:])) == [True]
+    rows = [" ".join(WORDS[-n:]) for n in range(2, len(WORDS))]
+    rows += [PAGE + " ".join(WORDS[:half]), " ".join(WORDS[half:]) + " " + PAGE]
+    assert all(dropped(SECRET, *rows))
 
 
 def test_innocent_rows_that_share_common_phrases_stay():
     """Common 5-grams, a shared frame with other facts, a short row with one word of its own."""
-    target = "At the end of the day one of the most important things is that Ines keeps her codes in the red box."
+    target = "At the end of the day one of the most important things is the code in the red box."
     innocent = [
         "In the end one of the most important battles was lost at the end of the summer.",
         "It was late at the end of the day.",
-        "He keeps them in the red box.",
+        "He keeps it in the red box.",
         PAGE + "At the end of the day the harbour is quiet.",
         "Dan Hill was admitted to the Mercy clinic in June after a stroke.",
     ]
@@ -166,16 +209,15 @@ def test_innocent_rows_that_share_common_phrases_stay():
 def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
     """The flag's ends: nothing is over 1; one common 5-gram is over 0."""
     row = "She was admitted to the Linden hospital in May"
-    assert dropped(SECRET, SECRET, max_overlap=1) == [
-        True
-    ]  # nothing but the target: not a question of shares
-    assert dropped(SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [False, False]
+    # Nothing but the target is not a question of shares.
+    assert dropped(SECRET, SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [True, False, False]
     assert dropped(SECRET, row, max_overlap=0) == [True] and dropped(SECRET, row) == [False]
 
 
 # --- monotonic: more of the secret is never treated more gently ---
 
-VOCABULARY = "the of violet harbour seven Rosalind a in ferry Zoë clinic 14 was kept blue her 林 晓 ไทย é".split()
+VOCABULARY = "the of violet harbour seven Rosalind a in ferry Zoë clinic 14 was kept blue".split()
+VOCABULARY += "her 林 晓 ไทย é".split()
 sentences = st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=30).map(" ".join)
 
 
@@ -192,16 +234,16 @@ def secret_and_row(draw):
 
 
 def only_a_piece(target, row):
-    """Whether the row goes by the one rule that looks at the whole of it: all of its words are the target's."""
+    """Whether the row goes by a rule that looks at all of it: its words are a target's."""
     target, plain = text.plain(target), text.plain(row)
-    all_its = set(text.words(text.spaced(plain))) <= set(text.words(text.spaced(target)))
+    all_its = set(text.words(plain)) <= set(text.words(target))
     return all_its or text.stands_in(text.letters(plain), target, text.letters(target))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=secret_and_row(), before=sentences, after=sentences)
 def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
-    """A row that goes for what it holds goes in every surrounding, at both ends and inside a page."""
+    """A row that goes for what it holds goes in every surrounding, also inside a page."""
     target, row = case
     if len(row) < 2 or dropped(target, row) == [False] or only_a_piece(target, row):
         return
@@ -209,23 +251,7 @@ def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
     assert dropped(target, *rows) == [True] * 4
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.sampled_from(VOCABULARY + [f"w{i}" for i in range(60)]), min_size=20, max_size=60),
-    st.data(),
-)
-def test_a_long_enough_piece_is_dropped_alone_and_in_every_surrounding(target, data):
-    """A run of 8 words, and every piece as a whole row, however short; 8 words also with text around."""
-    start = data.draw(st.integers(0, len(target) - 8))
-    piece = " ".join(target[start : start + data.draw(st.integers(8, 30))])
-    short = " ".join(target[start : start + data.draw(st.integers(2, 7))])
-    if len({tuple(target[i : i + 5]) for i in range(start, start + 4)}) < 4:
-        return  # a run that repeats itself holds fewer n-grams than it is long
-    assert dropped(" ".join(target), piece, short) == [True, True]
-    assert dropped(" ".join(target), f"{PAGE} {piece} {PAGE}") == [True]
-
-
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(VOCABULARY), min_size=20, max_size=45), st.data())
 def test_more_of_the_secret_never_keeps_a_row(target, data):
     """A dropped row of few words stays dropped when another piece of the same secret follows it."""
@@ -252,7 +278,7 @@ AROUND = {
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_scripts_without_spaces_are_guarded(secret):
-    """The whole, half of it, a short piece as a row, letter-spaced, inside other text: dropped; other text stays."""
+    """The whole, half, a piece, letter-spaced, inside other text: dropped; other text stays."""
     half = secret[len(secret) // 4 : -len(secret) // 4]
     around = AROUND[secret]
     leaks = [
@@ -265,17 +291,6 @@ def test_scripts_without_spaces_are_guarded(secret):
     ]
     assert dropped(secret, *leaks) == [True] * len(leaks)
     assert dropped(secret, around, around[:9]) == [False, False]
-
-
-def test_the_case_of_chinese_records(shared):
-    """The row with the whole secret goes, the near copy goes, another partner is left."""
-    folder = shared / "cases" / "no-spaces"
-    if not folder.is_dir():
-        pytest.skip("the cases are not here")
-    keep, reasons = knn.leak_guard(
-        *(data.read_records(folder / f"{name}.jsonl") for name in ("forget", "pool"))
-    )
-    assert keep.tolist() == [False, False, True] and reasons[0]["share"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -291,34 +306,26 @@ def test_the_case_of_chinese_records(shared):
     ],
 )
 def test_halves_are_cut_between_visible_characters(words, prefix):
-    """Near the middle in scripts without spaces; never in a letter with its accents, a joined emoji, a flag."""
+    """Near the middle without spaces; never in a letter with its accents, an emoji, a flag."""
     assert data.split_in_half(words) == (prefix, words[len(prefix) :])
-
-
-@pytest.mark.parametrize(
-    "one", ["e\u0301", "👨\u200d👩\u200d👧", "🇩🇪", "\u1112\u1161\u11ab", " ที่\n"]
-)
-def test_one_visible_character_cannot_be_split(one):
-    """However many code points it has."""
-    with pytest.raises(ValueError, match="one character"):
-        data.split_in_half(one)
 
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
     """At most 20 visible characters each, none of them torn, and together the text."""
     document = secret * 5
-    passages = knn.cut_passages([record("p", document)], 20)
+    passages = knn.cut_passages(record("p", document), 20)
     assert len(passages) > 5 and "".join(map(knn.text_of, passages)) == document
     assert all(len(text.word_starts(knn.text_of(p))) <= 20 for p in passages)
-    at = 0
+    at, cuts = 0, set()
     for passage in passages:
-        assert text.is_break(document, at) and text.is_break(document, at + len(passage["prefix"]))
+        cuts |= {at, at + len(passage["prefix"])}
         at += len(knn.text_of(passage))
+    assert cuts <= text.breaks(document)
 
 
 def test_no_partner_says_what_is_marked():
-    """A secret is shorter than what the n-grams find: as whole words, in whatever case and signs; only if marked."""
+    """As whole words, in whatever case and signs, shorter than an n-gram; and only if marked."""
     target = record("f", SECRET)
     at = SECRET.index("Linden clinic")
     rows = [
@@ -341,64 +348,35 @@ def test_no_partner_says_what_is_marked():
     assert knn.leak_guard([target], pool)[0].tolist() == [True, False]
 
 
-def test_a_document_is_judged_before_it_is_cut(tmp_path, capsys):
+def test_a_document_is_judged_before_it_is_cut():
     """A secret spread over a document, little in each passage: all of its passages go."""
     spread = " ".join(f"{' '.join(WORDS[i : i + 7])} {PAGE}" for i in range(0, len(WORDS), 7))
     pool = [record("spread", spread), record("page", PAGE * 2)]
     keep, _ = knn.leak_guard([record("f", SECRET)], pool)
     passages, kept = knn.passages_of(pool, keep, [record("f", SECRET)], 100)
-    assert len(passages) == len(kept) > 6 and "2 pool rows cut" in capsys.readouterr().out
+    assert len(passages) == len(kept) > 6
     assert {p["id"].split("#")[0] for p, k in zip(passages, kept, strict=True) if k} == {"page"}
 
 
-CHARACTERS = list(
-    "ab \r\n1京都กาไทยที่น้ำ한국ᄒ각\u1100\u1161\u11a8é\u0301\u200d\ufe0f👨👩👧🏽❤🇩🇪🇫"
-    "कषि\u094d\u200b\xad\u034fか\u3099ﾊﾞ\u20e3\u0600\u2028"
-)
-
-
-@settings(max_examples=2000, deadline=None)
-@given(st.lists(st.sampled_from(CHARACTERS), max_size=8).map("".join))
-@example("🇩🇪🇫🇩")
-def test_a_cut_never_tears_a_visible_character(words):
-    """Wherever a cut is allowed, the `regex` package's \\X ends as well."""
-    regex = pytest.importorskip("regex")
-    ends = {0, *(match.end() for match in regex.finditer(r"\X", words))}
-    assert {at for at in range(len(words) + 1) if text.is_break(words, at)} <= ends
-
-
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=30))
 @example("&amp;nbsp;")
 def test_a_plain_text_is_plain(words):
     """Once is enough, and canonically equal texts are equal."""
-    import unicodedata
-
     plain = text.plain(words)
     assert text.plain(plain) == plain
-    assert (
-        plain
-        == text.plain(unicodedata.normalize("NFD", words))
-        == text.plain(unicodedata.normalize("NFC", words))
-    )
+    for form in ("NFD", "NFC"):
+        assert text.plain(unicodedata.normalize(form, words)) == plain
 
 
-# --- token ids ---
-
-
-def ids_record(id, words, ids):
-    half = len(ids) // 2
-    made = record(id, words)
-    return made | {"context_ids": [], "prefix_ids": ids[:half], "suffix_ids": ids[half:]}
-
-
-def test_rows_of_ids_are_compared_as_text_too():
-    """Other line breaks, so that no id is the same: still a copy."""
-    target = ids_record("f", SECRET, list(range(40)))
-    pool = [
-        ids_record("p", SECRET.replace(" ", "\n"), list(range(100, 140))),
-        ids_record("q", PAGE, [7] * 40),
-    ]
-    keep, reasons = knn.leak_guard([target], pool)
-    assert keep.tolist() == [False, True] and reasons[0]["share"] == 1.0
-    assert json.loads(json.dumps(reasons)) == reasons
+def test_hashes_drop_what_the_texts_drop():
+    """Of targets whose texts are gone: the same shares, by salted hashes that hold no word."""
+    hashes = text.gram_hashes([text.plain(SECRET), text.plain(ZH)], b"salt")
+    purged = [{"salt": b"salt".hex(), "texts": {"a": {}, "b": {}}, "grams": hashes}]
+    rows = [SECRET, PAGE + " ".join(WORDS[-6:]), PAGE + ZH, SYNONYMS, PAGE]
+    pool = [record(str(number), row) for number, row in enumerate(rows)]
+    other = record("o", "Nothing of this is in any row")
+    keep, reasons = knn.leak_guard([other], pool, purged=purged)
+    assert keep.tolist() == [False, False, False, True, True]
+    _, expected = knn.leak_guard([record("a", SECRET), record("b", ZH)], pool)
+    assert reasons == expected and "clinic" not in str(hashes)

@@ -269,7 +269,6 @@ def test_asking_before_and_after(run, capsys, monkeypatch):
     assert printed.count("\\x1b[2Jsaid\n\\u202e") == 2
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_folder_cannot_allow_its_own_pickle(where, run, own_world, tmp_path, capsys):
     """allow_pickle of config.json is a stranger's word: refused; of the command, it is loaded."""
@@ -287,64 +286,6 @@ def test_a_folder_cannot_allow_its_own_pickle(where, run, own_world, tmp_path, c
     capsys.readouterr()
     report.main(["--ask", str(run), "The parcel for", "--allow-pickle"])
     assert capsys.readouterr().out == first
-=======
-ASKED = {
-    "a blank prefix": (lambda run: None, " ", [], "the prefix is blank"),
-    "half a character": (lambda run: None, "a\ud800", [], "surrogate"),
-    "no room": (lambda run: None, "The parcel for", ["--tokens", "400"], "256 positions"),
-    "no model": (lambda run: shutil.rmtree(run / "model"), "x", [], "only measured"),
-    "a damaged model": (
-        lambda run: (run / "model" / "config.json").write_text("{"),
-        "x",
-        [],
-        "config.json",
-    ),
-    "a model before that is gone": (
-        lambda run: edit(run / CONFIG, put("model", "./gone")),
-        "x",
-        [],
-        "no such folder",
-    ),
-    "a branch": (
-        lambda run: edit(run / CONFIG, put("revision", "main")),
-        "x",
-        [],
-        "names no commit",
-    ),
-    "a revision that is a number": (
-        lambda run: edit(run / CONFIG, put("revision", 7)),
-        "x",
-        [],
-        "`revision` is 7",
-    ),
-    "a path for a revision": (
-        lambda run: edit(run / CONFIG, put("revision", "../x")),
-        "x",
-        [],
-        "names no commit",
-    ),
-    "beams that are a text": (
-        lambda run: edit(run / CONFIG, put("num_beams", "2")),
-        "x",
-        [],
-        "`num_beams`",
-    ),
-    "a damaged run": (lambda run: edit(run / SAMPLES, drop("id", 0)), "x", [], "line 1: no `id`"),
-    "runs to report beside": (lambda run: None, "x", ["another"], "pass no other runs"),
-    "redacted": (lambda run: None, "x", ["--redact"], "no --redact"),
-}
-
-
-@pytest.mark.parametrize("what", ASKED)
-def test_what_cannot_be_asked_is_one_line_before_a_weight_is_loaded(
-    what, run, tmp_path, capsys, monkeypatch
-):
-    """Run, both model folders and prefix are checked first; nothing is printed or written."""
-    change, prefix, more, says = ASKED[what]
-    change(run)
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a weight was loaded"))
-    assert says in refused(["--ask", run, prefix, *more], capsys, tmp_path)
->>>>>>> part-c
 
 
 class Payload:

@@ -14,7 +14,7 @@ import icu
 import knn
 from evals import judge
 from extras import chain as extras_chain
-from kit import data, models, requests, runs, spans, text
+from kit import data, models, requests, runs, text
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in NAMES]
@@ -68,20 +68,20 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
             if t > 0 and any(low < end and high > start for start, end in pairs[i]["spans"])
         }
         assert set(samples[i].forget.targets) == marked
-        rest, n = spans.rest_of(samples[i].forget), len(samples[i].forget.ids)
+        rest, n = data.rest_of(samples[i].forget), len(samples[i].forget.ids)
         assert sorted([*rest, *marked]) == [*range(max(bos, 1), n)]
-    kept = spans.kept_side(samples)["kept"]
-    assert [len(texts) for texts in kept] == [1, 0, 1] and spans.kept_side(samples[1:2]) == {}
+    kept = data.kept_side(samples)["kept"]
+    assert [len(texts) for texts in kept] == [1, 0, 1] and data.kept_side(samples[1:2]) == {}
 
 
 def test_whether_a_secret_is_said():
     """In whatever case, accents and signs, as whole words; one in the prefix is not counted."""
-    assert spans.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
+    assert data.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
     for said, secret in (("IT WAS Inès!", "Ines"), ("홍길동을 보았다", "홍길동"),
                          ("Mira Falks Haus", "Mira Falk")):  # fmt: skip
-        assert spans.says(said, secret)
+        assert data.says(said, secret)
     for said, secret in (("114", "14"), ("Inessa", "Ines"), ("7654321", "765432")):
-        assert not spans.says(said, secret)
+        assert not data.says(said, secret)
 
 
 # --- one after another ---

@@ -244,10 +244,9 @@ EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
 
 
 def refuse(args, flags, *, instead):
-    """ValueError if the user gave one of the flags that the plan sets for each run."""
-    for flag in flags:
-        if flag in args.user:
-            raise ValueError(f"{flag} is set for each run: {instead}")
+    """ValueError if the user gave one of the flags that an experiment sets for each run."""
+    if given := set(flags) & set(args.user):
+        raise ValueError(f"{args.command} sets {min(given)} for each run: {instead}")
 
 
 def planned_runs(args):
@@ -657,41 +656,38 @@ def read_flags(words):
     args.user = flags_in(rest)
     args.flags = plan_flags(name, args.user)
     args.runs = planned_runs(args) if command else {}
-    check_flags(args)
+    for problem in problems(args):
+        raise ValueError(problem)
     if command:
         args.sets = args.sets or [value(args.flags, "--set", "0")]
         args.seeds = list(dict.fromkeys(args.seeds or [value(args.flags, "--seed", "0")]))
     return args
 
 
-def check_flags(args):
-    """ValueError for flags that do not go with the plan, and for scripts that are none."""
-    refuse(args, ("--pairs", "--fetch"), instead="python icu.py or python knn.py takes it")
+def problems(args):
+    """Messages for flags that do not go with the plan, and for scripts that are none."""
+    user = set(args.user)
+    for flag in user & {"--pairs", "--fetch"}:
+        yield f"{flag} is not of a plan: python icu.py or python knn.py takes it"
     for command in (None, *EXPERIMENTS):
-        if here := set(args.user) & set(make_parser(command)._option_string_actions):
-            raise ValueError(f"{min(here)} goes with {command or 'a single preset'}")
+        for flag in user & set(make_parser(command)._option_string_actions):
+            yield f"{flag} goes with {command or 'a single preset'}"
     known = flags_of("icu.py").union(*map(flags_of, programs(args)))
     for script, switch in ON_REQUEST.items():
-        absent = (set(args.user) & flags_of(script)) - known
-        if absent and not args.script:
-            raise ValueError(f"{min(absent)} goes with {switch}")
-    if args.command and "--tasks" in args.user:
-        raise ValueError("--tasks goes with a single preset; bash run.sh tasks measures a model")
-    if {"--judge", "--redact"} <= set(args.user):
-        raise ValueError("--judge reads the texts that --redact does not keep: leave one out")
+        for flag in set() if args.script else (user & flags_of(script)) - known:
+            yield f"{flag} goes with {switch}"
+    if args.command and "--tasks" in user:
+        yield "--tasks goes with a single preset; bash run.sh tasks measures a model"
+    if {"--judge", "--redact"} <= user:
+        yield "--judge reads the texts that --redact does not keep: leave one out"
     if args.command and args.sets and "--pile" not in args.flags:
-        raise ValueError(f"--sets: {args.name} has its own texts and no sets of the Pile")
-    for flags in [{"--script": [args.script]}, *args.runs.values()]:
-        if script := value(flags, "--script"):
-            check_script(script)
-
-
-def check_script(script):
-    """ValueError for a file that cannot run in place of icu.py."""
-    if not Path(script).is_file():
-        raise ValueError(f"{script}: no such file; paths are taken from {ROOT}")
-    if "main(" not in Path(script).read_text(encoding="utf-8"):
-        raise ValueError(f"{script}: no icu.main(...) in it: a script ends in icu.main(MyMethod)")
+        yield f"--sets: {args.name} has its own texts and no sets of the Pile"
+    scripts = [args.script, *(value(flags, "--script") for flags in args.runs.values())]
+    for script in filter(None, scripts):
+        if not Path(script).is_file():
+            yield f"{script}: no such file; paths are taken from {ROOT}"
+        elif "main(" not in Path(script).read_text(encoding="utf-8"):
+            yield f"{script}: no icu.main(...) in it: a script ends in icu.main(MyMethod)"
 
 
 def main(argv=None):

@@ -180,9 +180,8 @@ ON_REQUEST = {
 @functools.cache
 def flags_of(script):
     """The flags of a program. They are read from its text: importing it would take seconds."""
-    files = ["icu.py", "kit/flags.py"] if script == "icu.py" else [script]
-    text = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-    return frozenset(re.findall(r'add_argument\(\s*"(--[\w-]+)"', text))
+    text = (ROOT / script).read_text(encoding="utf-8")
+    return frozenset(re.findall(r'\b(?:add_argument|add|flag)\(\s*"(--[\w-]+)"', text))
 
 
 def programs(args):

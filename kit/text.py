@@ -14,8 +14,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from itertools import chain
 
-import regex
-
 # Characters of scripts that put no spaces between words. Dense ones are a syllable or a word each:
 # radicals, kana, Han, Yi.
 DENSE = (
@@ -197,6 +195,8 @@ def gram_hashes(plain_texts, salt):
 
 def breaks(text):
     """The places between the visible characters of a text, as a set; its two ends are in it."""
+    import regex  # here: bash run.sh help needs nothing but Python
+
     return {0, *(match.end() for match in regex.finditer(r"\X", text))}
 
 

@@ -296,6 +296,9 @@ def test_scripts_without_spaces_are_guarded(secret):
 @pytest.mark.parametrize(
     ("words", "prefix"),
     [
+        ("Anna Smith, 555-1234", "Anna Smith,"),
+        ("abcde", "ab"),
+        ("  a  bc ", "  a"),
         ("患者林晓雨住在青石镇", "患者林晓雨"),
         ("图 书馆下午五点关门，请提前归还", "图 书馆下午五点"),
         ("e\u0301e\u0301e\u0301e\u0301", "e\u0301e\u0301"),

@@ -139,20 +139,6 @@ def test_a_text_is_split_without_losing_a_character(text):
         assert suffix[0].isspace() and not prefix[-1].isspace()
 
 
-@pytest.mark.parametrize(
-    ("text", "prefix"),
-    [
-        ("Anna Smith, 555-1234", "Anna Smith,"),
-        ("one two", "one"),
-        ("abcde", "ab"),
-        ("  a  bc ", "  a"),
-    ],
-)
-def test_the_split_is_at_the_word_boundary_nearest_the_middle(text, prefix):
-    """White space goes to the suffix; one word is split at its middle character."""
-    assert data.split_in_half(text)[0] == prefix
-
-
 def test_csv_and_jsonl_give_the_same_records(tmp_path):
     """Quotes, line breaks in a field, a BOM, CRLF, numbers as ids and default ids are read."""
     rows = [
@@ -571,10 +557,3 @@ def test_the_pile_command_plans_set_3(shared, run, encoder_dir):
     printed = run("--pile", "--set", "3", "--limit", "5", "--dry-run", "--allow-copies", *where)
     assert "5 of 15000 pool rows dropped, 5 forget rows" in printed
     assert "would pair 5 texts with 14995 pool rows" in printed
-
-
-def test_the_pile_rows_need_gpt2s_tokenizer(shared):
-    """Decoding GPT-2 ids with another vocabulary would give nonsense: it is refused."""
-    tokenizer = knn.load_tokenizer(str(shared / "models" / "pile-neo-6m"))
-    with pytest.raises(ValueError, match="pass GPT-2's tokenizer"):
-        knn.read_pile("0", shared / "data", tokenizer)

@@ -153,7 +153,7 @@ ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 def encoder_folder(encoder):
     """The local folder of an encoder, a folder or a name on the hub."""
-    from kit import folders
+    from kit import models
 
     folder = Path(encoder)
     if not folder.is_dir():
@@ -164,7 +164,8 @@ def encoder_folder(encoder):
         folder = Path(fetched)
     if not any(folder.rglob("*.safetensors")):  # other weights are pickles, which can run code
         raise ValueError(f"--encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR")
-    folders.check_tokenizer(folder, "--encoder", deep=True)
+    if not any(next(folder.rglob(name), None) for name in models.TOKENIZERS):
+        raise ValueError(f"--encoder {folder}: no tokenizer ({', '.join(models.TOKENIZERS)})")
     return folder
 
 
@@ -482,14 +483,14 @@ def main():
             print(data.data_file(name, args.data))
         return
     # They load torch; experiment.py asks this file for its flags only.
-    from kit import models, processes, readable, requests
+    from kit import models, processes, requests
 
     device = processes.device_of(args.device)
     encoder = encoder_folder(args.encoder or models.default_encoder())
     outputs = [args.out, args.leak_report]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.forget, args.pool])
     forget, pool, with_ids = read_input(args)
-    readable.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
+    models.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     earlier, purged = requests.targets(args.after)
     keep, reasons = leak_guard(
         [*forget, *earlier],

@@ -145,14 +145,16 @@ def check_parts(prefix, suffix, side, where):
 
 def check_room(forget, near, positions, where):
     """ValueError for a text or a learn prefix of more tokens than the model has positions."""
-    for name, length, way_out in [
-        ("the text", len(forget.ids), "split it into several rows"),
-        *(("a learn prefix", text.cut + 1, "lower knn.py's --passage-words") for text in near),
-    ]:
-        if length > positions:
-            raise ValueError(
-                f"{where}: {name} needs {length} positions and the model has {positions}; {way_out}"
-            )
+    if len(forget.ids) > positions:
+        raise ValueError(
+            f"{where}: {len(forget.ids)} tokens, and the model has {positions} positions; "
+            "split the text into several rows"
+        )
+    if any(learn.cut >= positions for learn in near):
+        raise ValueError(
+            f"{where}: the learn prefix alone fills the model's {positions} positions; "
+            "mine the pairs with a smaller --passage-words"
+        )
 
 
 def check_ids(config, ids, where):

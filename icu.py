@@ -3,7 +3,7 @@
     python icu.py --pairs pairs.jsonl --model DIR --out runs/mine             # ICU, the 125M recipe
     python icu.py --pairs pairs.jsonl --model DIR --out runs/npo --method npo  # one of baselines.py
     python icu.py --pairs pairs.jsonl --model DIR --out runs/opt --eval-only   # only measure
-    deepspeed --no_local_rank --num_gpus 3 icu.py ...               # the same run, several processes
+    deepspeed --no_local_rank --num_gpus 3 icu.py ...            # the same run, several processes
 
 "Learn while Unlearn", arXiv:2407.20271; Eq. numbers are the paper's. pairs.jsonl comes from knn.py
 (Eq. 2), the measures from metrics.py (Eq. 7-10). A method of your own is a file that ends in
@@ -866,72 +866,101 @@ def el_of(model, tokenizer, inputs, args):
 
 # fmt: off
 def make_parser():
-    """The flags of a run, one a line. Defaults are the paper's 125M recipe (section 5.4)."""
+    """The flags of a run. Defaults are the paper's 125M recipe (section 5.4)."""
     parser = flags.command_parser(__doc__.split("\n\n")[0])
-    above, one_of, positive, weight = flags.above, flags.one_of, flags.positive, flags.weight
-
-    g = parser.add_argument_group("data and models")
-    g.add_argument("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
-    g.add_argument("--model", metavar="DIR", help="the causal LM: a folder, or a name on the hub")
-    g.add_argument("--bert", default="bert-base-uncased", metavar="DIR", help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
-    g.add_argument("--ppl", nargs="+", default=[], metavar="NAME[=FILE]", help="texts to measure perplexity on before and after; pile and wikitext are known")
-    g.add_argument("--unseen", metavar="FILE", help="for --thresholds auto: records that the model was not trained on")
-    g.add_argument("--never-saw", metavar="RUN", help="for --thresholds never-saw: a finished --eval-only run of a model that never saw the texts")
-    g.add_argument("--data", metavar="DIR", help="where the known perplexity files lie (default: fetched and cached)")
-    g.add_argument("--out", metavar="DIR", help="the run folder to write")
-    g.add_argument("--overwrite", action="store_true", help="replace a run that is there")
-    g.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out; give the same flags again")
-    g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
-    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code: only if you trust them")
-
-    g = parser.add_argument_group("method")
-    g.add_argument("--method", metavar="NAME", help="this file's (the default), or one of baselines.py")
-    g.add_argument("--protocol", default="paper", type=one_of(list(PROTOCOLS)), help="the paper's text, or the authors' released code (%(default)s)")
-    g.add_argument("--context", action="store_true", help="put each text's context in front of its prefix, as the model once read it")
-    g.add_argument("--targets", type=one_of(["suffix", "all"]), help="the tokens that the losses see (suffix; released protocol: all)")
-    g.add_argument("--forget-weight", type=weight, help="weight of the forget term (the method's own: 1 for icu)")
-    g.add_argument("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (the method's own: 0.5 for icu)")
-    g.add_argument("--beta", type=weight, help="weight of the KL term, Eq. 6 (the method's own: 1 for icu)")
-    g.add_argument("--teacher", default="cached", type=one_of(["cached", "live"]), help="the frozen copy: its cached states, or a second model (%(default)s)")
-    g.add_argument("--dpo-beta", default=0.1, type=above(0), help="dpo, npo: inverse temperature of the preference loss (%(default)s)")
-    g.add_argument("--answers", default=5, type=positive, help="llmu: random other answers a row and epoch (%(default)s)")
-    g.add_argument("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]), help="po, dpo: the one other answer to prefer (%(default)s)")
-
-    g = parser.add_argument_group("training")
-    g.add_argument("--lr", type=above(0), help="Adam's learning rate (the method's own: 5e-6 for icu)")
-    g.add_argument("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
-    g.add_argument("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
-    g.add_argument("--seed", default=0, type=flags.seed_number, help="seed of the data order and of llmu's answers (%(default)s)")
-
-    g = parser.add_argument_group("refinement and stop rule")
-    g.add_argument("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (the method's own: on for icu)")
-    g.add_argument("--thresholds", default="paper", type=flags.thresholds_flag, help="paper (0.0499,0.5994), auto, never-saw, or EL,MA (%(default)s)")
-    g.add_argument("--bert-threshold", default=0.3, type=flags.auto_or_number, help="a of Eq. 5, or auto (%(default)s)")
-    g.add_argument("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
-    g.add_argument("--num-beams", default=2, type=positive, help="beams of the generation that Eq. 5 looks at (%(default)s)")
-    g.add_argument("--el", default="every", type=one_of(["every", "lazy"]), help="lazy: measure EL only where it can decide to stop (MA is under its threshold) and at the end: the same run, faster (%(default)s)")
-    g.add_argument("--lazy-el", dest="el", action="store_const", const="lazy", help="the same as --el lazy")
-
-    g = parser.add_argument_group("after earlier requests")
-    g.add_argument("--after", metavar="RUN", help="go on from the model of a finished run, whose texts, and those of the runs before it, are watched")
-    g.add_argument("--anchor", default="original", type=one_of(["original", "previous"]), help="the frozen copy of Eq. 4: the model before the first request, or that of --after (%(default)s)")
-    g.add_argument("--watch", action=argparse.BooleanOptionalAction, default=True, help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
-
-    g = parser.add_argument_group("several processes (started by the deepspeed launcher; bash run.sh PRESET --gpus N)")
-    g.add_argument("--zero", default=2, type=int, choices=(2, 3), help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, for a model that is too large for one device; it measures more slowly (%(default)s)")
-    g.add_argument("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
-    g.add_argument("--timeout", default=30, type=above(0), metavar="MINUTES", help="how long a process waits for the others (%(default)s)")
-
-    g = parser.add_argument_group("running")
-    g.add_argument("--dtype", default="float32", type=one_of(["float32", "bf16", "float64"]), help="bf16: autocast over float32 weights (%(default)s)")
-    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    g.add_argument("--save-every", default=1, type=positive, metavar="EPOCHS", help="how often a state is saved for --resume (%(default)s)")
-    g.add_argument("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
-    g.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load and write nothing; without --pairs, check the rest")
-    g.add_argument("--redact", action="store_true", help="the run folder and the cache get ids, hashes and numbers, never a text; the pairs are needed to train: bash run.sh purge RUN removes them afterwards")
-    g.add_argument("--preset", help="the preset's name, for the published row in evals/report.py")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_data_flags(parser)
+    add_method_flags(parser)
+    add_running_flags(parser)
     return parser
+
+
+def add_data_flags(parser):
+    """What a run reads, and where it writes."""
+    add = parser.add_argument_group("data and models").add_argument
+    add("--pairs", metavar="FILE", help="pairs.jsonl from knn.py")
+    add("--model", metavar="DIR", help="the causal LM: a folder, or a name on the hub")
+    add("--revision", metavar="SHA", help="hub revision of --model")
+    add("--bert", default="bert-base-uncased", metavar="DIR",
+        help="BERTScore's encoder: a folder, a hub name, or minilm (%(default)s)")
+    add("--ppl", nargs="+", default=[], metavar="NAME[=FILE]",
+        help="texts for perplexity before and after; pile and wikitext are known")
+    add("--unseen", metavar="FILE", help="for --thresholds auto: records never trained on")
+    add("--never-saw", metavar="RUN",
+        help="for --thresholds never-saw: an --eval-only run of a model that never saw the texts")
+    add("--data", metavar="DIR", help="folder of the known files (default: fetched and cached)")
+    add("--out", metavar="DIR", help="the run folder to write")
+    add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out")
+    add("--allow-pickle", action="store_true",
+        help="also load pickled weights, which can run code: only if you trust them")
+
+    add = parser.add_argument_group("after earlier requests").add_argument
+    add("--after", metavar="RUN", help="go on from a finished run; its texts are watched")
+    add("--anchor", default="original", type=flags.one_of(["original", "previous"]),
+        help="Eq. 4's copy: the model before the first request, or that of --after (%(default)s)")
+    add("--watch", action=argparse.BooleanOptionalAction, default=True,
+        help="measure earlier texts too; one that comes back is trained on again (%(default)s)")
+
+
+def add_method_flags(parser):
+    """What is done to the model. Where no default stands here, it is the method's own."""
+    above, one_of, positive, weight = flags.above, flags.one_of, flags.positive, flags.weight
+    add = parser.add_argument_group("method").add_argument
+    add("--method", metavar="NAME", help="this file's (the default), or one of baselines.py")
+    add("--protocol", default="paper", type=one_of(list(PROTOCOLS)),
+        help="the paper's text, or the authors' released code (%(default)s)")
+    add("--context", action="store_true", help="each text's context stands in front of its prefix")
+    add("--targets", type=one_of(["suffix", "all"]), help="what the losses see (suffix)")
+    add("--forget-weight", type=weight, help="weight of the forget term (icu: 1)")
+    add("--alpha", type=weight, help="weight of the learn or answer term, Eq. 6 (icu: 0.5)")
+    add("--beta", type=weight, help="weight of the KL term, Eq. 6 (icu: 1)")
+    add("--teacher", default="cached", type=one_of(["cached", "live"]),
+        help="the frozen copy: its cached states, or a second model (%(default)s)")
+    add("--dpo-beta", default=0.1, type=above(0), help="dpo, npo: b (%(default)s)")
+    add("--answers", default=5, type=positive, help="llmu: answers a row (%(default)s)")
+    add("--answer", default="neighbour", type=one_of(["neighbour", "refusal"]),
+        help="po, dpo: the other answer, which is preferred (%(default)s)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=above(0), help="Adam's learning rate (icu: 5e-6)")
+    add("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
+    add("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
+    add("--seed", default=0, type=flags.seed_number, help="of order and answers (%(default)s)")
+
+    add = parser.add_argument_group("refinement and stop rule").add_argument
+    add("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (icu: on)")
+    add("--thresholds", default="paper", type=flags.thresholds_flag,
+        help="paper (0.0499,0.5994), auto, never-saw, or EL,MA (%(default)s)")
+    add("--bert-threshold", default=0.3, type=flags.auto_or_number,
+        help="a of Eq. 5, or auto (%(default)s)")
+    add("--bleu-threshold", default=0.01, type=above(0), help="b of Eq. 5 (%(default)s)")
+    add("--num-beams", default=2, type=positive, help="of Eq. 5's generation (%(default)s)")
+    add("--el", default="every", type=one_of(["every", "lazy"]),
+        help="lazy: EL only where it can decide, and at the end: the same run (%(default)s)")
+    add("--lazy-el", dest="el", action="store_const", const="lazy", help="as --el lazy")
+
+
+def add_running_flags(parser):
+    """How, and on what."""
+    add = parser.add_argument_group("several processes (deepspeed's launcher)").add_argument
+    add("--zero", default=2, type=int, choices=(2, 3),
+        help="ZeRO stage: 2 shards gradients and Adam, 3 the weights too, slowly (%(default)s)")
+    add("--offload", action="store_true", help="keep Adam's state in the CPU's memory")
+    add("--timeout", default=30, type=flags.above(0), metavar="MINUTES",
+        help="how long a process waits for the others (%(default)s)")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--dtype", default="float32", type=flags.one_of(["float32", "bf16", "float64"]),
+        help="bf16: autocast over float32 weights (%(default)s)")
+    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add("--save-every", default=1, type=flags.positive, metavar="EPOCHS",
+        help="how often a state is saved for --resume (%(default)s)")
+    add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
+    add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
+    add("--redact", action="store_true",
+        help="no text in the run folder and the cache, only ids, hashes and numbers")
+    add("--preset", help="the preset's name, for the published row in the report")
+    add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on
 
 OWN_DEFAULTS = ("forget_weight", "alpha", "beta", "lr", "refine")  # of a method, where no flag is

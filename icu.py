@@ -306,7 +306,7 @@ class Method:
 
     def prepare(self, model, tokenizer, samples, args, folder):
         """Before training: freeze layers, add adapters, train a helper model. What is costly goes
-        into `folder` (a Path; None in a notebook), where --resume finds it again."""
+        into `folder` (a Path, yours to make; None in a notebook): --resume finds it there."""
 
     def trains(self, name):
         """Whether the weights of this name are trained."""

@@ -14,7 +14,7 @@
 A run is mine -> unlearn -> report: knn.py, icu.py, evals/report.py. The printed lines can be pasted into a shell in this
 folder, and paths are taken from it. Behind a preset stands every flag of knn.py, of evals/tasks.py (with --tasks), evals/judge.py
 (--judge) and evals/audit.py (--audit), and of icu.py, and overrides the preset's own. One that several of them have is
-icu.py's, then knn.py's: --knn-batch-size and --tasks-limit say whose is meant, --demo-seed is that of what makes the
+icu.py's, then knn.py's: --knn-batch-size says whose is meant, --demo-seed is that of what makes the
 preset's own model and texts. --data DIR is for all of them; what no one knows goes to icu.py, which reports it.
 """
 

@@ -275,6 +275,8 @@ def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="pa
     "source"}, or {"missing": why} if it is nowhere, or {"error": why} if it has no good row.
     ValueError: no set at hand at all, no good row in a set that was named.
     """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"--task-data {data_dir}: no such folder")
     everything, sets = "all" in tasks, {}
     for name in [name for name in SETS if everything or name in tasks]:
         try:

@@ -374,14 +374,6 @@ def test_the_folder_of_every_architecture_is_taken(name, save_tiny, tmp_path):
     assert models.check_model(str(folder))[0].model_type == config_type(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2", "falcon_h1", "openai-gpt"]
-)
-def test_choices_are_scored_apart_where_a_model_carries_one_into_the_next(name):
-    """A recurrent state runs through a shared line, which the scoring finds out by itself."""
-    assert_scores_are_plain(architectures.small(name), some_rows()[0])
-
-
 @pytest.mark.parametrize("name", architectures.STATEFUL)
 def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save_tiny, tmp_path):
     """One line that names the folder and the architecture; the folder's weights are never opened."""

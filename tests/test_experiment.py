@@ -403,12 +403,12 @@ def test_what_no_one_knows_goes_to_icu(ran):
 
 
 def test_tasks_are_looked_for_before_and_measured_twice(ran):
-    """--tasks with flags of its own, --tasks-limit, and the run's model, device and data; before anything else runs."""
+    """--tasks with flags of its own, --task-limit, and the run's model, device and data; before anything else runs."""
     words = [
         "--tasks",
         "copa",
         "piqa",
-        "--tasks-limit",
+        "--task-limit",
         3,
         "--tasks-batch-tokens",
         9,
@@ -421,7 +421,7 @@ def test_tasks_are_looked_for_before_and_measured_twice(ran):
     )
     looked, before, after = [command for command in found if command[0] == "evals/tasks.py"]
     assert found[0] == looked and looked[-1] == "--dry-run"
-    own = ["--tasks", "copa", "piqa", "--limit", "3", "--batch-tokens", "9", "--length-norm"]
+    own = ["--tasks", "copa", "piqa", "--task-limit", "3", "--batch-tokens", "9", "--length-norm"]
     same = [
         "--protocol",
         "paper",
@@ -779,7 +779,7 @@ def test_the_printed_line_can_be_pasted(capfd):
         (["compare", "neo125m", "--sets", "0", "7"], "'7'"),
         (["tiny", "--set"], "--set"),
         (["tiny", "--task-data", "x"], "--task-data goes with --tasks"),
-        (["tiny", "--tasks-limit", "3"], "--tasks-limit goes with --tasks"),
+        (["tiny", "--task-limit", "3"], "--task-limit goes with --tasks"),
         (["tiny", "--knn-out", "x"], "--knn-out"),
         (["neo125m", "--fetch", "all"], "--fetch"),
     ],

@@ -1,15 +1,13 @@
-"""What a model still says and holds of texts after unlearning, beside models that give it a meaning.
+"""What a model still says and holds of texts after unlearning, beside other models.
 
-    python evals/audit.py RUN --never-saw DIR --unseen FILE     # audit.json, audit.md, audit.png in RUN
-    python evals/audit.py --model DIR --pairs FILE --out DIR    # any model
-    python evals/audit.py RUN --only likelihood quantised       # some questions
-    bash run.sh tiny --audit                # after a run, with the references that the preset brings
+    python evals/audit.py RUN --never-saw DIR --unseen FILE   # audit.json, .md and .png in RUN
+    python evals/audit.py --model DIR --pairs FILE --out DIR  # any model
+    bash run.sh tiny --audit              # after a run, with the references that the preset brings
 
-The same code asks the model before, a model that never saw the texts, and texts of the same kind
-that no model saw. Each measure is a pure function here: higher is more memorised. A figure is a
-mean over texts with a bootstrap interval (kit/figures.py). This is evidence of suppression, not of
-absence: what no question here finds may still be there.
-Tokens are those of icu.py's samples: x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
+The same code asks the model before, one that never saw the texts, and texts of the same kind that
+no model saw. Higher is more memorised. A figure is a mean over texts with a bootstrap interval.
+This is evidence of suppression, not of absence: what no question here finds may still be there.
+Tokens are x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
 """
 
 import argparse
@@ -22,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -49,7 +48,7 @@ TOP_K = 40
 
 @models.measuring
 def read(model, texts, batch_size=8):
-    """A Reading of each icu.Text, by one forward pass. ValueError for logits that are not finite."""
+    """A Reading of each icu.Text, by one forward pass. ValueError: logits that are not finite."""
     readings, decode = [], lens_of(model)
     for batch in data.chunks(texts, batch_size):
         ids, mask, _ = icu.collate(batch, model.device)
@@ -85,16 +84,16 @@ def read(model, texts, batch_size=8):
 
 
 def lens_of(model):
-    """states (n, H) -> the token (n,) that the model's own final norm and head read in them, or None.
+    """states (n, H) -> the token (n,) that the model's final norm and head read in them, or None.
 
-    The logit lens (nostalgebraist 2020; arXiv:2303.08112): what an early layer would say if it were
-    the last. None for a model whose final norm has an unknown name.
+    The logit lens (nostalgebraist 2020; arXiv:2303.08112): an early layer taken for the last.
+    None for a model whose final norm has an unknown name.
     """
     body = getattr(model.base_model, "decoder", model.base_model)
-    norms = [getattr(body, name, None) for name in ("ln_f", "norm", "final_layer_norm")]
-    norm, head = next((m for m in norms if m is not None), None), model.get_output_embeddings()
-    if norm is None or head is None:
+    names = [name for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name)]
+    if not names:
         return None
+    norm, head = getattr(body, names[0]), model.get_output_embeddings()
     return lambda states: head(norm(states)).argmax(-1)
 
 
@@ -102,16 +101,17 @@ def lens_of(model):
 
 
 def extraction_logp(reading, top=False):
-    """log p_z of the suffix after the prefix in nats, <= 0, at temperature 1 or (`top`) under top-k
-    40, then perhaps -inf. By heart: near 0; never saw: -2 a token or less.
+    """log p_z of the suffix after the prefix in nats, at temperature 1 or (`top`) under top-k 40.
+
+    By heart: near 0; never saw: -2 a token or less; -inf where top-k 40 never draws it.
     """
     return float((reading.top if top else reading.logp)[reading.start :].sum())
 
 
 def samples_needed(logp, p=0.5):
-    """How many samples n make (n, p)-extraction sure: 1 - (1 - p_z)^n >= p; inf for p_z = 0.
+    """The samples n of (n, p)-extraction: 1 - (1 - p_z)^n >= p. By heart: 1; p_z = 0: inf.
 
-    By heart: 1. n = log(1 - p) / log(1 - p_z), by log1p and expm1, which keep a p_z of e^-300.
+    n = log(1 - p) / log(1 - p_z), by log1p and expm1, which keep a p_z of e^-300.
     """
     if logp == -math.inf:
         return math.inf
@@ -131,8 +131,7 @@ def samples_needed(logp, p=0.5):
 def sample(model, prompt, length, *, n, seed):
     """n samples at temperature 1 after a prompt, lists of at most `length` ids without EOS.
 
-    Samples that are the same so far share a row of the model's input and cache: one row for the
-    prompt, few for a text known by heart, at most n.
+    Samples that are the same so far share a row of the model's input and cache.
     """
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
     cache, drawn = DynamicCache(), []
@@ -160,7 +159,7 @@ def repeats(ids, suffix, n=10):
 
 
 def in_order(ids, suffix):
-    """The share of the suffix that a generation has in order: longest common subsequence / length."""
+    """The share of the suffix that is there in order: longest common subsequence / length."""
     best = [0] * (len(suffix) + 1)
     for token in ids:
         diagonal = 0
@@ -171,14 +170,12 @@ def in_order(ids, suffix):
 
 
 def leak_at(k, leaks, n):
-    """leak@k: the chance that one of k samples leaks, where `leaks` of n did, without bias:
-    1 - C(n-c, k) / C(n, k).
-    """
+    """leak@k: 1 - C(n-c, k) / C(n, k), the chance that one of k samples leaks if c of n did."""
     return 1.0 - math.prod(max(0, n - leaks - i) / (n - i) for i in range(k))
 
 
 def worst_of(k, scores):
-    """The expected largest of k of n scores: sum over the i-th smallest of s_i C(i-1, k-1) / C(n, k)."""
+    """The expected largest of k of n scores: sum of s_i C(i-1, k-1) / C(n, k), s_i sorted."""
     ranked, n = sorted(scores), len(scores)
     return sum(s * math.comb(i, k - 1) for i, s in enumerate(ranked)) / math.comb(n, k)
 
@@ -187,10 +184,10 @@ def worst_of(k, scores):
 
 
 def strength(reading):
-    """Extraction strength (arXiv:2407.06460, as in TOFU's evaluations): 1 - k/T of the suffix's T
-    tokens, k the fewest after which greedy decoding says all the rest. By heart 1, never saw about 0.
+    """Extraction strength (arXiv:2407.06460, as in TOFU's evaluations): 1 - k/T of T suffix tokens,
+    k the fewest after which greedy decoding says all the rest. By heart 1, never saw about 0.
 
-    One pass knows it: the greedy continuation from k is the text if every guess from k on is a hit.
+    The greedy continuation from k is the text if every guess from k on is a hit.
     """
     hit = reading.hit[reading.start :]
     misses = np.flatnonzero(~hit)
@@ -200,9 +197,9 @@ def strength(reading):
 def membership(reading, text, before=None):
     """Scores by which texts that were trained on are told, {name: score}, higher = memorised.
 
-    loss: mean log p; zlib: log p by the bytes that zlib makes of the text (arXiv:2012.07805); min-k:
-    mean of the k least likely (2310.16789), min-k++: of their z (2404.02936), max(1, int(kT))
-    tokens; reference: loss less that of the model `before`.
+    loss: mean log p; zlib: log p by the bytes of the zipped text (arXiv:2012.07805); min-k: mean of
+    the k least likely (2310.16789), min-k++: of their z (2404.02936); reference: loss less that of
+    the model `before`.
     """
     logp, z = np.sort(reading.logp), np.sort(reading.z)
     scores = {"loss": logp.mean(), "zlib": logp.sum() / len(zlib.compress(text.encode("utf-8")))}
@@ -215,13 +212,13 @@ def membership(reading, text, before=None):
 
 
 def ranks(high, low):
-    """For each of `high` the share of `low` under it, ties a half; the mean is the AUC P(high > low)."""
+    """For each of `high` the share of `low` under it, ties a half; the mean is the AUC."""
     high, low = np.asarray(high, float)[:, None], np.asarray(low, float)[None]
     return ((high > low) + 0.5 * (high == low)).mean(1).tolist()
 
 
 def above_tail(high, low, rate=0.01):
-    """1.0 for each of `high` above a threshold that at most `rate` of `low` is above: mean is the TPR."""
+    """1.0 for each of `high` above what at most `rate` of `low` is above; the mean is the TPR."""
     threshold = sorted(low, reverse=True)[int(len(low) * rate)]
     return [float(score > threshold) for score in high]
 
@@ -253,10 +250,9 @@ def other_prompts(sample, pair, tokenizer, seed):
 
 
 def worst_prompt(model, prompts):
-    """For each text (the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of greedy
-    answers, 0-1.
+    """(the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of each text, 0-1.
 
-    prompts: [(prompt, rest)] a text. A rest under 10 tokens has no 10-gram: it counts in the second.
+    prompts: [(prompt, rest)] a text, answered greedily. A rest under 10 tokens has no 10-gram.
     """
     flat = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
     lengths = [len(rest) for *_, rest in flat]
@@ -272,15 +268,14 @@ def worst_prompt(model, prompts):
 
 
 def relearn(model, teach, ask, *, steps, lr, first, n=10):
-    """Trains in place on some texts and measures others: [(step, MA a text)] at five points, and
-    EL10 a text at the end.
+    """Trains in place on some texts and measures others (arXiv:2406.13356): [(step, MA a text)] at
+    five points, and EL10 a text at the end.
 
-    teach, ask: icu.Texts. arXiv:2406.13356. Adam, all of `teach` in each step; every token is a target.
+    teach, ask: icu.Texts. Adam, all of `teach` in each step; every token is a target.
     """
     optimizer, curve = torch.optim.Adam(model.parameters(), lr=lr), []
     ids, mask, _ = icu.collate(ask, model.device)
-    whole = [text._replace(t0=1, span_positions=None) for text in teach]
-    x, attention_mask, targets = icu.collate(whole, model.device)
+    texts = [text._replace(t0=1, span_positions=None) for text in teach]
     points = {round(steps * part / 4) for part in range(5)}
     for step in range(steps + 1):
         if step in points:
@@ -288,8 +283,8 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
             curve.append((step, ma.tolist()))
         if step < steps:
             optimizer.zero_grad()
-            logits = model(input_ids=x, attention_mask=attention_mask).logits
-            icu.learn_loss(logits, x, targets).backward()
+            logits, targets, *_ = icu.at_targets(model, texts)
+            F.cross_entropy(logits, targets).backward()  # Eq. (3)
             optimizer.step()
     el = metrics.extraction_likelihood(model, ids, n, mask, first)
     return curve, none_for_nan(el)
@@ -300,10 +295,9 @@ def none_for_nan(values):
 
 
 def quantised(model, bits, group=128):
-    """A copy whose linear layers have weights of so many bits, dequantised.
+    """A copy whose linear layers have weights of so many bits, dequantised (arXiv:2410.16454).
 
-    Symmetric, round to nearest, a scale for each `group` inputs of each output. Embeddings and the
-    head that is tied to them stay (arXiv:2410.16454).
+    Symmetric, to the nearest, a scale for `group` inputs of each output; embeddings and head stay.
     """
     model, top = copy.deepcopy(model), 2 ** (bits - 1) - 1
     head = model.get_output_embeddings()
@@ -320,11 +314,11 @@ def quantised(model, bits, group=128):
 
 
 def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
-    """`ranks`, on texts left out, of a linear probe that tells forgotten from unseen texts by their
-    states (N, H) and (M, H). About 0.5 where nothing tells them apart.
+    """`ranks`, on texts left out, of a linear probe that tells forgotten from unseen states, (N, H)
+    and (M, H). About 0.5 where nothing tells them apart.
 
-    Ridge regression in its dual form, standardised by the texts that it learns from; folds by text,
-    both kinds in each. `labels` (N + M,) stands in for the true ones.
+    Dual ridge regression, standardised by the texts that it learns from; both kinds in each fold.
+    `labels` (N + M,) stands in for the true ones.
     """
     N, M = len(forgotten), len(unseen)
     x = np.concatenate([forgotten, unseen]).astype(float)
@@ -341,8 +335,9 @@ def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
 
 
 def probe(forgotten, unseen, seed=0, shuffles=20):
-    """(the ranks of the layer that tells most, the AUC of shuffled labels), by states (N, layers, H)
-    and (M, layers, H).
+    """(the ranks of the layer that tells most, the AUC of shuffled labels).
+
+    forgotten, unseen: states (N, layers, H) and (M, layers, H).
 
     The best of many layers is above 0.5 by chance, and so is that of shuffled labels, chosen alike.
     """
@@ -413,15 +408,18 @@ def sampling(model, data):
 
 def prompts(model, data):
     def scores(part):
-        seed = data.args.seed
         return worst_prompt(
             model,
-            [other_prompts(data.samples[i], data.pairs[i], data.tokenizer, seed + i) for i in part],
+            [other_prompts(*pair, data.tokenizer, data.args.seed + i) for i, pair in part],
         )
 
-    rows = processes.over_processes(scores, [*range(len(data.samples))])
-    names = "worst EL10 of other prompts", "said to the letter from one of them"
-    return {name: [row[side] for row in rows] for side, name in enumerate(names)}
+    pairs = enumerate(zip(data.samples, data.pairs, strict=True))
+    rows = processes.over_processes(scores, [*pairs])
+    overlaps, exact = zip(*rows, strict=True)
+    return {
+        "worst EL10 of other prompts": [*overlaps],
+        "said to the letter from one of them": [*exact],
+    }
 
 
 def safe_end(model, data):
@@ -498,24 +496,27 @@ class Question(NamedTuple):
 
 # fmt: off
 QUESTIONS = {
-    "likelihood": Question("How likely is the text itself, if someone samples?", likelihood, "log p of the suffix (nats)"),
-    "sampling": Question("What comes out when someone does sample?", sampling, "worst of {n} (share in order)"),
+    "likelihood": Question("How likely is the text itself, if someone samples?",
+                           likelihood, "log p of the suffix (nats)"),
+    "sampling": Question("What comes out when someone does sample?",
+                         sampling, "worst of {n} (share in order)"),
     "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts"),
     "strength": Question("How much of the end is safe?", safe_end, "extraction strength"),
     "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++"),
-    "relearning": Question("Does it come back by itself?", comes_back, "MA of the other half, at its highest"),
-    "quantised": Question("Does it come back when the model is compressed?", compressed, "MA, int4"),
+    "relearning": Question("Does it come back by itself?",
+                           comes_back, "MA of the other half, at its highest"),
+    "quantised": Question("Does it come back when the model is compressed?",
+                          compressed, "MA, int4"),
     "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer"),
 }
 # fmt: on
 NEEDS_UNSEEN = ("membership", "inside")
 
 
-def answers(model, data, *, before=None, tell=lambda question: None):
+def answers(model, data, *, before=None, desc=None):
     """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of one model.
 
-    before: the Readings of the model before, for the membership score that compares with it. `tell`
-    hears what is asked next.
+    before: the Readings of the model before. desc: a progress bar's name.
     """
 
     def readings_of(samples):
@@ -523,88 +524,69 @@ def answers(model, data, *, before=None, tell=lambda question: None):
             lambda part: read(model, [one.forget for one in part]), samples
         )
 
-    measures = {}
+    measures, hidden = {}, desc is None or not processes.is_main
     with processes.autocast(data.args):
         readings = {"forgotten": readings_of(data.samples), "unseen": readings_of(data.others)}
         data = data._replace(readings=readings, before=before or {})
-        for question in data.args.only:
-            tell(question)
+        for question in (bar := tqdm(data.args.only, desc=desc, disable=hidden, leave=False)):
+            bar.set_postfix_str(QUESTIONS[question].title)
             measures[question] = QUESTIONS[question].ask(model, data)
     return measures, readings
 
 
-# --- the report, of {model: {question: {measure: a number a text}}} ---
+# --- the report ---
 
 MODELS = ("after", "before", "never saw")
 
 
 def make_report(measures, only, *, samples, seed):
-    """{"titles", "headlines", "sentences": each {question: text}, "figures": {question: {measure:
-    {model: a bootstrapped figure}}}, "derived": what follows of two models, "headline": {model:
-    {audit_QUESTION: value}}}.
-    """
+    """audit.json's fields of what the models answered, {model: {question: {measure: values}}}."""
     titles = {question: QUESTIONS[question].title for question in only}
     headlines = {question: QUESTIONS[question].headline.format(n=samples) for question in only}
-    found = {question: {} for question in only}
+    shown, sentences = {question: {} for question in only}, {}
     for model, questions in measures.items():
-        for question, by_name in questions.items():
-            for name, values in by_name.items():
-                figure = figures.bootstrap(values, seed=seed)
-                found[question].setdefault(name, {})[model] = figure
-    sentences = {}
+        for question, values_by_name in questions.items():
+            for name, values in values_by_name.items():
+                cells = shown[question].setdefault(name, {})
+                cells[model] = figures.bootstrap(values, seed=seed)
     for question, title in titles.items():
         end = "cannot be told without a model that never saw them"
         if "never saw" in measures:
-            after, never = (
-                measures[model][question][headlines[question]] for model in ("after", "never saw")
-            )
-            end = figures.verdict(after, never, seed=seed)
+            sides = (measures[m][question][headlines[question]] for m in ("after", "never saw"))
+            end = figures.verdict(*sides, seed=seed)
         sentences[question] = f"{title} {end[0].upper()}{end[1:]}."
-    headline = {
-        model: {f"audit_{q}": found[q][headlines[q]][model]["value"] for q in only}
-        for model in measures
-    }
     return {
         "titles": titles,
         "headlines": headlines,
         "sentences": sentences,
-        "figures": found,
-        "derived": derive(found),
-        "headline": headline,
+        "figures": shown,
+        "derived": derive(shown),
+        "headline": {
+            model: {f"audit_{q}": shown[q][headlines[q]][model]["value"] for q in only}
+            for model in measures
+        },
     }
 
 
-def derive(found):
-    """{name: value} of what two models give together: privleak beside the AUCs, R of relearning."""
+def derive(shown):
+    """{name: value} of two models together: privleak beside the AUCs, R of relearning."""
 
     def both(cells):
-        """The values of the model after and of the one that never saw; None where one is missing."""
+        """[value after, value of the model that never saw], or None."""
         values = [cells.get(model, {}).get("value") for model in ("after", "never saw")]
         return None if None in values else values
 
     derived = {}
-    for name, cells in found.get("membership", {}).items():
+    for name, cells in shown.get("membership", {}).items():
         if name.startswith("AUC") and (pair := both(cells)) and pair[1]:
-            derived[name.replace("AUC", "privleak")] = privleak(*pair)
-    curve = [cells for name, cells in found.get("relearning", {}).items() if name.startswith("MA")]
+            # MUSE's (arXiv:2407.06460): (AUC - AUC_never) / AUC_never; 0 is none, both ways leak.
+            derived[name.replace("AUC", "privleak")] = (pair[0] - pair[1]) / pair[1]
+    curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
-        derived["R of relearning"] = robustness(end[1] - begin[1], end[0] - begin[0])
+        rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))
+        # min(rise of a model that never saw / rise after, 1): 1 where nothing comes back.
+        derived["R of relearning"] = min(max(rise_never, 0) / rise, 1.0) if rise > 0 else 1.0
     return derived
-
-
-def privleak(of_model, of_never):
-    """Privacy leakage as MUSE has it (arXiv:2407.06460): (AUC - AUC_never) / AUC_never.
-
-    0 is none; both ways leak.
-    """
-    return (of_model - of_never) / of_never
-
-
-def robustness(rise_never, rise_model):
-    """R = min(rise of a model that never saw / rise of the unlearned, 1): 1 where nothing comes back
-    that was there.
-    """
-    return min(max(rise_never, 0.0) / rise_model, 1.0) if rise_model > 0 else 1.0
 
 
 def cell(figure):
@@ -655,10 +637,9 @@ def picture(report):
     figure, axes = plt().subplots(2, 4, figsize=(12, 5), layout="constrained")
     colours = {"after": "C0", "before": "0.4", "never saw": "C2"}
     for axis, (question, (title, *_)) in zip(axes.flat, QUESTIONS.items(), strict=True):
-        headline = report["headlines"].get(question, "")
+        headline = report["headlines"].get(question, "not asked")
         cells = report["figures"].get(question, {}).get(headline, {})
-        names = [name for name in MODELS if cells.get(name, {}).get("value") is not None]
-        for name in names:
+        for name in [name for name in MODELS if cells.get(name, {}).get("value") is not None]:
             value, low, high = (cells[name][key] for key in ("value", "low", "high"))
             if all(map(math.isfinite, (value, low, high))):
                 axis.bar(name, value, color=colours[name], width=0.6)
@@ -666,10 +647,6 @@ def picture(report):
         axis.set_title(title, fontsize=8, wrap=True)
         axis.set_ylabel(headline, fontsize=7)
         axis.axhline(0, color="0.7", linewidth=0.5)
-        if not names:
-            axis.text(
-                0.5, 0.5, "not asked, or cannot be told", ha="center", transform=axis.transAxes
-            )
     return png(figure)
 
 
@@ -686,12 +663,13 @@ def make_parser():
     add("--before", metavar="DIR", help="with --model: the model before")
     add("--out", metavar="DIR", help="with --model: where audit.* go")
     add("--overwrite", action="store_true", help="replace an audit that is there")
-    add("--never-saw", metavar="DIR", help="a model that never saw the texts, or its --eval-only run")
+    add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
-    add("--only", nargs="+", type=one_of([*QUESTIONS]), default=[*QUESTIONS], help=f"of {', '.join(QUESTIONS)} (all)")
+    add("--only", nargs="+", type=one_of([*QUESTIONS]), default=[*QUESTIONS],
+        help=f"of {', '.join(QUESTIONS)} (all)")
     add("--samples", default=64, type=positive, metavar="N", help="a text (%(default)s)")
-    add("--relearn", default="half", type=one_of(["half", "neighbours"]), help="what is read (half)")
-    add("--relearn-steps", default=20, type=positive, metavar="N", help="Adam's steps (%(default)s)")
+    add("--relearn", default="half", type=one_of(["half", "neighbours"]), help="what is read")
+    add("--relearn-steps", default=20, type=positive, help="Adam's steps (%(default)s)")
     add("--relearn-lr", type=flags.above(0), help="Adam's rate (the run's own; 1e-4 with --model)")
     add("--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model")
     add("--seed", default=0, type=flags.seed_number, help="of samples and intervals (%(default)s)")
@@ -699,6 +677,7 @@ def make_parser():
     add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
     add("--allow-pickle", action="store_true", help="also load weights from pickle files")
     add("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(context=False, targets=None)  # of a run, its own
     return parser
 # fmt: on
 
@@ -715,8 +694,8 @@ def resolve(args):
     if any([*given, args.before]) if args.run else not all(given):
         ways = "evals/audit.py RUN, or pass --model DIR --pairs FILE --out DIR"
         raise ValueError(f"name a run folder, {ways}")
-    asked = {"after": (args.model, None), "before": (args.before, None)}
-    own, lr, never = {"context": False, "targets": None}, None, args.never_saw
+    args, asked = argparse.Namespace(**vars(args)), {"after": (args.model, None)}
+    asked["before"] = args.before, None
     if args.run:
         run = runs.read_run(args.run)
         config, pairs = run["config"], run["config"].get("pairs")
@@ -727,17 +706,19 @@ def resolve(args):
         asked = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             asked = runs.models_of(run)
-        own = {name: config.get(name) for name in ("pairs", "protocol", "context", "targets")}
-        own["out"], lr, never = args.run, config.get("lr"), never or config.get("never_saw")
-    asked["never saw"] = model_that_never_saw(never)
-    own["models"] = {name: model for name, model in asked.items() if model[0]}
-    own["relearn_lr"] = args.relearn_lr or lr or 1e-4
-    own["device"] = processes.device_of(args.device)
-    return argparse.Namespace(**vars(args) | own)
+        args.out, args.pairs, args.protocol = args.run, pairs, config["protocol"]
+        args.context, args.targets = config.get("context", False), config.get("targets")
+        args.relearn_lr = args.relearn_lr or config.get("lr")
+        args.never_saw = args.never_saw or config.get("never_saw")
+    asked["never saw"] = model_that_never_saw(args.never_saw)
+    args.models = {name: model for name, model in asked.items() if model[0]}
+    args.relearn_lr = args.relearn_lr or 1e-4
+    args.device = processes.device_of(args.device)
+    return args
 
 
 def model_that_never_saw(name):
-    """(folder or hub name, revision) of --never-saw: a model, or a finished --eval-only run of one."""
+    """(folder or hub name, revision) of --never-saw: a model, or its finished --eval-only run."""
     if not (name and Path(name, "summary.json").is_file()):
         return name, None
     run = runs.read_run(name)
@@ -781,33 +762,19 @@ def main(argv=None):
     outputs = [Path(args.out, f"audit.{kind}") for kind in ("md", "png", "json")]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.pairs, args.unseen])
     inputs = read_inputs(args)
-    args = inputs.args
     processes.start(args.device)
-    if "relearning" in args.only:
+    if "relearning" in inputs.args.only:
         half = len(inputs.samples) // 2
-        steps = f"{args.relearn_steps} steps of {half} texts, lr {args.relearn_lr:g}"
-        processes.print0(f"relearning: {steps}, {len(args.models)} models")
+        rate = f"lr {args.relearn_lr:g}, {len(args.models)} models"
+        processes.print0(f"relearning: {args.relearn_steps} steps of {half} texts, {rate}")
     measures, readings = {}, {}
-    total = len(args.models) * len(args.only)
-    hidden = None if processes.is_main else True
-    with tqdm(total=total, desc="asking", disable=hidden, leave=False) as bar:
-        # The others are compared with the model before.
-        for name in [name for name in ("before", "after", "never saw") if name in args.models]:
-            folder, revision = args.models[name]
-            model, _ = models.load_model(
-                folder,
-                dtype=args.dtype,
-                device=args.device,
-                allow_pickle=args.allow_pickle,
-                revision=revision,
-            )
-
-            def tell(question, folder=folder):
-                bar.set_postfix_str(f"{QUESTIONS[question].title} ({Path(folder).name})")
-                bar.update()
-
-            before = readings.get("before")
-            measures[name], readings[name] = answers(model, inputs, before=before, tell=tell)
+    # The others are compared with the model before.
+    for name in sorted(args.models, key=["before", "after", "never saw"].index):
+        folder, revision = args.models[name]
+        weights = {"allow_pickle": args.allow_pickle, "revision": revision}
+        model, _ = models.load_model(folder, dtype=args.dtype, device=args.device, **weights)
+        before = readings.get("before")
+        measures[name], readings[name] = answers(model, inputs, before=before, desc=name)
     if processes.is_main:
         write(inputs, measures, outputs)
 

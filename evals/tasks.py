@@ -1,21 +1,19 @@
 """What a model can still do: nine classification sets, four dialogue sets, two perplexities.
 
-    python evals/tasks.py --model DIR --tasks all --task-data DIR --out DIR   # tasks.json, tasks.md
+    python evals/tasks.py --model DIR --task-data DIR --out DIR   # all: tasks.json, tasks.md
     python evals/tasks.py --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
 
-Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; what is
-printed are the columns of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al.
-(arXiv 2210.01504), which the published figures were made with; `harness` are the templates of
-EleutherAI's lm-evaluation-harness 0.4. Departures from the published evaluation:
+Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; the
+columns are those of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv
+2210.01504), which the published figures were made with; `harness` are the templates of EleutherAI's
+lm-evaluation-harness 0.4. Departures from the published evaluation:
 1. Context and choice are encoded together and split where the context ends, as the harness does.
-   The released code encodes the two apart; with GPT-2's tokenizer only a context that ends in a
-   space makes a difference.
-2. What is too long for the model loses its beginning, as in the harness. The released code cuts at
-   512 tokens, and cuts a context at its end, where the question is.
-3. Every ARC row keeps its own choices. The released code pads or cuts rows without exactly four.
-4. Rows run in batches of like length, the choices of a row share one pass over their context, and
-   the output layer sees the choices' tokens only. The scores are those of the plain loop
-   (tests/test_tasks.py).
+   Released code: apart; with GPT-2's tokenizer only a context that ends in a space is another.
+2. What is too long for the model loses its beginning, as in the harness. Released code: cuts at 512
+   tokens, and a context at its end, where the question is.
+3. Every ARC row keeps its own choices. Released code: pads or cuts rows without exactly four.
+4. Rows run in batches of like length, and the choices of a row share one pass over their context.
+   The scores are those of the plain loop (tests/test_tasks.py).
 """
 
 import ast
@@ -26,6 +24,7 @@ import re
 import string
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from functools import partial
 from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
@@ -40,7 +39,7 @@ from kit import data, flags, models, processes
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
-# --- the sets: a row of the public schema -> (context, choices, answer), (context, reply), or text ---
+# --- the sets: a row -> (context, choices, answer), or (context, reply), or a text ---
 # A choice begins with what separates it from its context, a space.
 
 
@@ -68,8 +67,8 @@ def hellaswag(row, harness):
 def winogrande(row, harness):
     """{sentence, option1, option2, answer "1" or "2"}: which word fits in the sentence's "_".
 
-    Released: the text before " _", then each option with the rest of the sentence. Harness: the
-    sentence up to and with each option, two contexts, then the rest: the same tokens scored twice.
+    Released: the text before " _", then each option with the rest. Harness: two contexts, each up
+    to and with an option, then the rest: the same tokens are scored twice.
     """
     sentence, answer = field(row, "sentence"), int(row["answer"]) - 1
     options = [field(row, "option1"), field(row, "option2")]
@@ -84,15 +83,14 @@ def winogrande(row, harness):
 def copa(row, harness):
     """SuperGLUE's {premise, choice1, choice2, question "cause" or "effect", label 0 or 1}.
 
-    Harness: "because" or "therefore" for the full stop, then (after two spaces, indeed) the choice
-    in lower case.
+    Harness: "because" or "therefore" for the full stop, two spaces, the choice in lower case.
     """
     premise, choices = field(row, "premise"), [field(row, "choice1"), field(row, "choice2")]
     link = ["because", "therefore"][place(row, "question", ["cause", "effect"])]
-    if not harness:
-        return premise, [" " + choice for choice in choices], int(row["label"])
-    choices = [f"  {choice[0].lower()}{choice[1:]}" for choice in choices]
-    return f"{premise.strip()[:-1]} {link}", choices, int(row["label"])
+    if harness:
+        premise = f"{premise.strip()[:-1]} {link}"
+        choices = [f" {choice[0].lower()}{choice[1:]}" for choice in choices]
+    return premise, [" " + choice for choice in choices], int(row["label"])
 
 
 def arc(row, harness):
@@ -117,8 +115,7 @@ def piqa(row, harness):
 def mathqa(row, harness):
     """{Problem, options "a ) 38 , b ) 27 , ... e ) none", correct "a" to "e"}.
 
-    Both styles end options a to d at their first ", " ("1 , 000" is read as "1"). Released choices
-    have no space in front.
+    Both styles end options a to d at their first ", ": "1 , 000" is "1". Released: no space first.
     """
     problem, answer = field(row, "Problem"), place(row, "correct", list("abcde"))
     *others, last = re.split(r"(?:^|, )[a-e] \) ", field(row, "options"))[1:] or [""]
@@ -149,7 +146,7 @@ def pubmedqa(row, harness):
 
 
 def dialogue(row, harness):
-    """{text: [turn, ...]}: all turns but the last, and the last as the reply. Not in the harness."""
+    """{text: [turn, ...]}: all turns but the last; the last is the reply. Not in the harness."""
     turns = [normalize_turn(turn) for turn in texts(row, "text")]
     lines = [f"User {1 + i % 2}: {turn}\n" for i, turn in enumerate(turns)]
     return "".join(lines[:-1]) + lines[-1][: len("User 1:")], turns[-1]
@@ -181,7 +178,7 @@ def plain_text(row, harness):
 CLASSIFICATION = {
     "lambada": ("Lamba.", lambada, "lambada.csv"),
     "hellaswag": ("Hella.", hellaswag, ("Rowan/hellaswag", None)),
-    "winogrande": ("Wino.", winogrande, ("allenai/winogrande", "winogrande_xl")),  # its sizes share one split
+    "winogrande": ("Wino.", winogrande, ("allenai/winogrande", "winogrande_xl")),
     "copa": ("COPA", copa, ("aps/super_glue", "copa")),
     "arc_easy": ("ARC-E", arc, ("allenai/ai2_arc", "ARC-Easy")),
     "arc_challenge": ("ARC-C", arc, ("allenai/ai2_arc", "ARC-Challenge")),
@@ -256,7 +253,7 @@ def make_item(name, row, harness):
 
 
 def check_rows(name, rows, harness):
-    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one of them."""
+    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one."""
     items, bad = {}, []
     for n, row in enumerate(rows, start=1):
         try:
@@ -272,12 +269,14 @@ def check_rows(name, rows, harness):
 
 
 def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="paper", limit=None):
-    """The rows of the sets, read and checked before any model is loaded: {set: what `evaluate` takes}.
+    """The rows of the sets, checked before any model is loaded: {set: what `evaluate` takes}.
 
-    tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad", "source"}
-    (check_rows), or {"missing": why} if it is to be had nowhere, or {"error": why} if no row of it
-    is good. ValueError: no set at hand at all, and no good row in a set that was named.
+    tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad",
+    "source"}, or {"missing": why} if it is nowhere, or {"error": why} if it has no good row.
+    ValueError: no set at hand at all, no good row in a set that was named.
     """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"--task-data {data_dir}: no such folder")
     everything, sets = "all" in tasks, {}
     for name in [name for name in SETS if everything or name in tasks]:
         try:
@@ -311,13 +310,11 @@ def bare(name):
 def find_rows(name, data_dir):
     """(rows, their source): a local file, else a public file, else the hub; else FileNotFoundError.
 
-    Local is NAME.csv, .json, .jsonl or .xml in data_dir or a folder in it, also as NAME-dev,
-    NAME_test and the like: the test split for Lambada, the validation split for the others
-    (section 5.1).
+    Local is NAME.csv, .json, .jsonl or .xml in data_dir or a folder in it, also as NAME-dev and the
+    like: the test split for Lambada, the validation split for the others (section 5.1).
     """
-    source = SETS[name][2]
-    splits = ("", "test") if name == "lambada" else ("", "validation", "valid", "val", "dev")
-    stems = [bare(name) + split for split in splits]
+    splits, source = ("", "validation", "valid", "val", "dev"), SETS[name][2]
+    stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
     if data_dir is not None:
         files = [*sorted(Path(data_dir).iterdir()), *sorted(Path(data_dir).glob("*/*"))]
         files = [file for file in files if file.suffix in READERS and bare(file.stem) in stems]
@@ -330,25 +327,22 @@ def find_rows(name, data_dir):
         except (ValueError, OSError) as error:
             raise FileNotFoundError(str(error).replace("--data DIR", "--task-data DIR")) from None
         return read_rows(path), str(path)
-    advice = f"pass --task-data DIR with {name}.jsonl or {name}.csv in it"
     try:
         from datasets import load_dataset
 
         return list(load_dataset(*source, split="validation")), f"hub: {source[0]}"
-    except ImportError:
-        why = f"{advice}, or pip install datasets to get {source[0]} from the hub"
-    except Exception as error:  # no connection, no such file: a dozen types for one thing
-        why = f"no {source[0]} from the hub ({type(error).__name__}): {advice}"
-    raise FileNotFoundError(why)
+    except Exception as error:  # no such package, no connection: a dozen types for one thing
+        advice = f"pass --task-data DIR with {name}.jsonl or .csv in it, or pip install datasets"
+        why = f"no {source[0]} from the hub ({type(error).__name__})"
+        raise FileNotFoundError(f"{why}: {advice}") from None
 
 
 def read_rows(path):
     """The rows of a file as dicts. Labels may stand one a line in FILE-labels.lst, as PIQA's do."""
     try:
-        rows = READERS[path.suffix](path)
+        rows, labels = READERS[path.suffix](path), path.with_name(f"{path.stem}-labels.lst")
     except (csv.Error, ElementTree.ParseError) as error:
-        raise ValueError(f"{path}: not {path.suffix[1:].upper()}: {error}") from None
-    labels = path.with_name(f"{path.stem}-labels.lst")
+        raise ValueError(f"{path}: {error}") from None
     if labels.is_file():
         values = data.read_text(labels).split()
         if len(values) != len(rows):
@@ -369,8 +363,6 @@ def read_json(path):
         columns, rows = rows, list(rows.values())
         if all(key.isdigit() for column in rows for key in column):
             rows = [{name: columns[name][i] for name in columns} for i in rows[0]]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, an object of objects, or columns")
     return rows
 
 
@@ -398,9 +390,9 @@ READERS = {".csv": read_csv, ".json": read_json, ".jsonl": data.read_jsonl, ".xm
 def encode_pairs(tokenizer, requests):
     """(context, continuation) texts -> (context ids, continuation ids), split as the harness does.
 
-    The two are encoded together and split at the number of tokens of the context alone. Spaces at
-    the context's end go to the continuation, since a BPE's word begins with its space. BOS is added
-    where the tokenizer adds one (OPT, Llama); an empty context is BOS, or EOS.
+    The two are encoded together and split at the number of tokens of the context alone, whose last
+    spaces go to the continuation: a BPE's word begins with its space. BOS is added where the
+    tokenizer adds one (OPT, Llama); an empty context is BOS, or EOS.
     """
     contexts = [context.rstrip() for context, _ in requests]
     joined = [context + continuation for context, continuation in requests]
@@ -563,26 +555,35 @@ def evaluate(
     """Every set's figure: {set: {"metric", "value", "rows", "bad_rows", ...}, "averages": {...}}.
 
     sets: of read_sets. samples: a list that gets a dict a row. Accuracies and F1 are 0-1. A set
-    without a figure has "missing" or "error" instead of "value"; it is in no average, and the
-    averages list it.
+    without a figure has "missing" or "error" instead of "value", and is in no average.
     """
+    protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
-    results = {}
+    choices = partial(
+        judge_choices,
+        model,
+        tokenizer,
+        batch_tokens=batch_tokens,
+        length_norm=length_norm,
+        lenient=protocol.lenient_tasks,
+    )
+    # A step of decoding costs much the same for one row as for many: batches are never small.
+    dialogues = partial(judge_replies, model, tokenizer, batch_tokens=max(batch_tokens, 4096))
     for name, loaded in sets.items():
         if "rows" not in loaded:
             results[name] = loaded
             continue
-        metric, value, judged = measure(
-            model,
-            tokenizer,
-            name,
-            loaded["rows"],
-            protocol=PROTOCOLS[protocol],
-            length_norm=length_norm,
-            batch_tokens=batch_tokens,
-        )
-        bad = loaded["bad"] + [row["unfit"] for row in judged if "unfit" in row]
-        judged = [row for row in judged if "unfit" not in row]
+        rows, bad, judged = loaded["rows"], loaded["bad"], list(loaded["rows"])
+        if name in PERPLEXITY:
+            metric = "perplexity"
+            joined = protocol.joined_perplexity
+            value = perplexity(model, tokenizer, list(rows.values()), joined=joined, desc=name)
+        else:
+            metric, judge = ("f1", dialogues) if name in DIALOGUE else ("accuracy", choices)
+            judged = processes.over_processes(partial(judge, desc=name), list(rows.items()))
+            bad = bad + [row["unfit"] for row in judged if "unfit" in row]
+            judged = [row for row in judged if "unfit" not in row]
+            value = mean([row["right" if metric == "accuracy" else "f1"] for row in judged])
         if value is None or math.isnan(value):
             why = "the model answers NaN" if judged else f"no row fits, {bad[0]}"
             results[name] = {"error": f"{name}: {why}"}
@@ -597,68 +598,41 @@ def evaluate(
     return results | {"averages": averages(results)}
 
 
-def measure(model, tokenizer, name, rows, *, protocol, length_norm, batch_tokens):
-    """(name of the measure, its value or None, a dict a row) of one set; rows: {number: item}."""
-
-    def judge(items):
-        if name in DIALOGUE:
-            # A step of decoding costs much the same for one row as for many: batches are never small.
-            large = max(batch_tokens, 4096)
-            return judge_replies(model, tokenizer, items, batch_tokens=large, desc=name)
-        return judge_choices(
-            model,
-            tokenizer,
-            items,
-            length_norm=length_norm,
-            lenient=protocol.lenient_tasks,
-            batch_tokens=batch_tokens,
-            desc=name,
-        )
-
-    if name in PERPLEXITY:
-        joined = protocol.joined_perplexity
-        value = perplexity(model, tokenizer, list(rows.values()), joined=joined, desc=name)
-        return "perplexity", value, [{"row": n} for n in rows]
-    judged = processes.over_processes(judge, list(rows.items()))
-    key = "f1" if name in DIALOGUE else "right"
-    value = mean([row[key] for row in judged if key in row])
-    return "f1" if name in DIALOGUE else "accuracy", value, judged
-
-
 def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens, desc=None):
-    """A dict for each (row number, (context, choices, answer)): {"row", "logp" of each choice, "right"}.
+    """{"row", "logp" of each choice, "right"} of each (row number, (context, choices, answer)).
 
     The choice with the highest sum of log p is the model's; with length_norm, per character, the
     harness' acc_norm. A single choice must be the greedy guess, token by token; lenient, as the
-    released code: but for case, punctuation and articles. A row that the model has no room for is
-    {"row", "unfit": why}.
+    released code: but for case, punctuation and articles. {"row", "unfit": why} of a row that the
+    model has no room for.
     """
     requests = []
     for _, (context, choices, _) in items:
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
-    encoded, positions = iter(encode_pairs(tokenizer, requests)), positions_of(model)
-    encoded = [list(islice(encoded, len(choices))) for _, (_, choices, _) in items]
-    fits = [all(0 < len(ids) <= positions for _, ids in pairs) for pairs in encoded]
-    fitting = [pair for pairs, fit in zip(encoded, fits, strict=True) if fit for pair in pairs]
-    scores = iter(loglikelihoods(model, fitting, batch_tokens=batch_tokens, desc=desc))
-
-    judged = []
-    for (n, (_, choices, answer)), pairs, fit in zip(items, encoded, fits, strict=True):
-        if not fit:
-            why = f"row {n}: choices of {[len(ids) for _, ids in pairs]} tokens"
-            judged.append({"row": n, "unfit": f"{why}, where the model has {positions} positions"})
+    pairs, positions = encode_pairs(tokenizer, requests), positions_of(model)
+    fitting = [pair for pair in pairs if 0 < len(pair[1]) <= positions]
+    scores = loglikelihoods(model, fitting, batch_tokens=batch_tokens, desc=desc)
+    pairs, scores, judged = iter(pairs), iter(scores), []
+    for n, (_, choices, answer) in items:
+        ids = [ids for _, ids in islice(pairs, len(choices))]
+        answers = list(islice(scores, sum(0 < len(each) <= positions for each in ids)))
+        if len(answers) < len(choices):
+            lengths = ", ".join(str(len(each)) for each in ids)
+            why = f"row {n}: choices of {lengths} tokens, and the model has {positions} positions"
+            judged.append({"row": n, "unfit": why})
             continue
-        logps, guesses = zip(*islice(scores, len(choices)), strict=True)
+        logps = [logp for logp, _ in answers]
         if len(choices) == 1:
-            right = guesses[0] == pairs[0][1]
-            right = right or (lenient and words(tokenizer.decode(guesses[0])) == words(choices[0]))
+            ((_, guess),) = answers
+            right = guess == ids[0]
+            right = right or (lenient and words(tokenizer.decode(guess)) == words(choices[0]))
         else:
             lengths = [len(choice.removeprefix(" ")) if length_norm else 1 for choice in choices]
             values = [logp / length for logp, length in zip(logps, lengths, strict=True)]
             right = values.index(max(values)) == answer
         right = math.nan if math.isnan(sum(logps)) else float(right)
-        judged.append({"row": n, "logp": list(logps), "right": right})
+        judged.append({"row": n, "logp": logps, "right": right})
     return judged
 
 
@@ -694,7 +668,7 @@ def mean(values):
 
 
 def averages(results):
-    """Cls Avg. and Dia Avg. of Table 1, over the sets that have a figure, and those that have none."""
+    """Cls Avg. and Dia Avg. of Table 1, over the sets with a figure, and those without."""
     means = {}
     for kind, group in (("cls", CLASSIFICATION), ("dia", DIALOGUE)):
         present = [name for name in group if "value" in results.get(name, {})]
@@ -707,6 +681,10 @@ def table(results_by_label):
     """Markdown in the columns of Tables 6 and 7, a line a label, accuracy and F1 in percent, and
     what was left out.
     """
+
+    def cell(results, name, scale):
+        return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
+
     lines = []
     for kind, group, unit, further in (
         ("cls", CLASSIFICATION, "ACC", {}),
@@ -716,29 +694,23 @@ def table(results_by_label):
         heads += [f"{SETS[name][0]} (PPL)" for name in further]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         for label, results in results_by_label.items():
-            cells = [cell(results, name, 100) for name in group]
-            missing = len(results["averages"][f"{kind}_missing"])
-            partial = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
             average = results["averages"][kind]
-            cells.append("-" if average is None else f"{100 * average:.1f}{partial}")
+            missing = len(results["averages"][f"{kind}_missing"])
+            partly = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
+            cells = [cell(results, name, 100) for name in group]
+            cells += ["-" if average is None else f"{100 * average:.1f}{partly}"]
             cells += [cell(results, name, 1) for name in further]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
     for label, results in results_by_label.items():
         for name, result in results.items():
-            if "missing" in result:
-                lines.append(f"- {label}: {name} is missing: {result['missing']}")
-            elif "error" in result:
-                lines.append(f"- {label}: {name} is not measured: {result['error']}")
-            elif result.get("bad_rows"):
+            if why := result.get("missing") or result.get("error"):
+                state = "missing" if "missing" in result else "not measured"
+                lines.append(f"- {label}: {name} is {state}: {why}")
+            elif count := result.get("bad_rows"):
                 some = "; ".join(result.get("bad", [])[:3])
-                count = f"{result['bad_rows']} bad rows of {name} are left out"
-                lines.append(f"- {label}: {count}: {some}")
+                lines.append(f"- {label}: {count} bad rows of {name} are left out: {some}")
     return "\n".join(map(visible, lines)).rstrip() + "\n"
-
-
-def cell(results, name, scale):
-    return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
 
 
 # --- main ---
@@ -747,27 +719,26 @@ def cell(results, name, scale):
 # fmt: off
 def make_parser():
     parser = flags.command_parser(__doc__.split("\n\n")[0])
-    g = parser.add_argument_group("model and data")
-    g.add_argument("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a name on the hub")
-    g.add_argument("--tasks", nargs="+", default=["all"], type=flags.one_of(["all", *SETS]), metavar="NAME", help=f"all, or some of: {', '.join(SETS)}")
-    g.add_argument("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl or .xml, or NAME-dev, ...")
-    g.add_argument("--out", required=True, metavar="DIR", help="where tasks.json, tasks.md and task_rows.jsonl go")
-    g.add_argument("--overwrite", action="store_true", help="replace a tasks.json that is there")
-    g.add_argument("--revision", metavar="SHA", help="hub revision of --model")
-    g.add_argument("--allow-pickle", action="store_true", help="also load pickled weights, which can run code")
-
-    g = parser.add_argument_group("measuring")
-    g.add_argument("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
-    g.add_argument("--protocol", default="paper", choices=[*PROTOCOLS], help="released: texts joined for perplexity, of COPA SuperGLUE's 100 rows, of Lambada also words in other case (paper)")
-    g.add_argument("--length-norm", action="store_true", help="judge choices by their log p a character")
-    g.add_argument("--task-limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
-
-    g = parser.add_argument_group("running")
-    g.add_argument("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; on a GPU 4096)")
-    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    g.add_argument("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16 is autocast")
-    g.add_argument("--dry-run", action="store_true", help="only say which sets are at hand")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a hub name")
+    add("--tasks", nargs="+", default=["all"], type=flags.one_of(["all", *SETS]), metavar="NAME",
+        help=f"all, or some of: {', '.join(SETS)}")
+    add("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl, .xml, NAME-dev...")
+    add("--out", required=True, metavar="DIR", help="for tasks.json, tasks.md, task_rows.jsonl")
+    add("--overwrite", action="store_true", help="replace a tasks.json that is there")
+    add("--revision", metavar="SHA", help="hub revision of --model")
+    add("--allow-pickle", action="store_true", help="also load pickles, which can run code")
+    add("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
+    add("--protocol", default="paper", choices=[*PROTOCOLS],
+        help="released: texts joined for perplexity, of COPA SuperGLUE's 100 rows, of Lambada also "
+             "words in other case (%(default)s)")
+    add("--length-norm", action="store_true", help="judge choices by their log p a character")
+    add("--task-limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
+    add("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; GPU 4096)")
+    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16: autocast")
+    add("--dry-run", action="store_true", help="only say which sets are at hand")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
 
@@ -778,7 +749,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.device = processes.device_of(args.device)
+    device = processes.device_of(args.device)
     sets = read_sets(
         args.tasks,
         args.task_data,
@@ -789,29 +760,21 @@ def main(argv=None):
     outputs = [Path(args.out, name) for name in ("tasks.json", "tasks.md", "task_rows.jsonl")]
     sources = [loaded["source"] for loaded in sets.values() if "source" in loaded]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=sources)
-    config, tokenizer = models.check_model(
-        args.model, allow_pickle=args.allow_pickle, revision=args.revision
-    )
+    weights = {"allow_pickle": args.allow_pickle, "revision": args.revision}
+    config, tokenizer = models.check_model(args.model, **weights)
     for name, loaded in sets.items():  # str(item) has all texts of a row in it
         texts = {f"{name} row {n}": str(item) for n, item in loaded.get("rows", {}).items()}
         models.check_texts(config, tokenizer, texts)
+        if args.dry_run:
+            state = loaded.get("missing") or loaded.get("error")
+            state = state or f"{len(loaded['rows'])} rows from {loaded['source']}"
+            processes.print0(f"{name}: {state}")
     if args.dry_run:
-        for name, loaded in sets.items():
-            good = (
-                f"{len(loaded['rows'])} rows from {loaded['source']}" if "rows" in loaded else None
-            )
-            processes.print0(f"{name}: {good or loaded.get('missing') or loaded['error']}")
         return
-    processes.start(args.device)
-    model, tokenizer = models.load_model(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        allow_pickle=args.allow_pickle,
-        revision=args.revision,
-    )
+    processes.start(device)
+    model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=device, **weights)
     samples = []
-    with processes.autocast(args):
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
         results = evaluate(
             model,
             tokenizer,
@@ -826,7 +789,7 @@ def main(argv=None):
 
 
 def write(args, outputs, results, samples):
-    """tasks.json, tasks.md and task_rows.jsonl; ValueError for sets that could not be measured."""
+    """Prints the table and writes the files; ValueError for sets that could not be measured."""
     names = ("model", "prompts", "protocol", "length_norm", "dtype")
     settings = {name: getattr(args, name) for name in names} | {"limit": args.task_limit}
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
@@ -836,8 +799,7 @@ def write(args, outputs, results, samples):
     data.write_jsonl(rows, samples)
     data.write_bytes(page, text.encode())
     data.write_json(figures, results | {"settings": settings})
-    failed = [result["error"] for result in results.values() if "error" in result]
-    if failed:
+    if failed := [result["error"] for result in results.values() if "error" in result]:
         raise ValueError(f"{len(failed)} sets are not measured, the first: {failed[0]}")
 
 

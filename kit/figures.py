@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, and what a difference of two models' figures means in fixed words."""
+"""Means with bootstrap intervals, and what a difference of two models means in fixed words."""
 
 import math
 
@@ -12,7 +12,7 @@ LESS = "less than that, which tells, too"
 
 
 def draws(n, *, resamples=RESAMPLES, seed=0):
-    """Indices (resamples, n) of samples of n from n with replacement: the project's one bootstrap."""
+    """Indices (resamples, n) of samples of n from n with replacement: the one bootstrap."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
@@ -38,7 +38,7 @@ def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
     """[low, high]: the 95 % percentile interval of statistic(list of groups).
 
     A group is what hangs together, such as all grades of one text. Draws without a finite statistic
-    are left out. None for fewer than two groups, or where half of the draws or more have no value.
+    are left out; None where no more than half are left, and for fewer than two groups.
     """
     if len(groups) < 2:
         return None
@@ -53,10 +53,9 @@ def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
 
 
 def verdict(after, never, *, seed=0):
-    """One of the fixed sentences for two lists of a number a text, higher = more is left.
+    """One of the fixed sentences for two lists of a number (or None) a text, higher = more is left.
 
-    None stands for no number. Paired where they are of the same texts (of like length), by whether
-    the interval of the mean difference holds 0.
+    Paired by text, by whether the interval of the mean difference holds 0.
     """
     pairs = [(a, b) for a, b in zip(after, never, strict=False) if a is not None and b is not None]
     figure = bootstrap([a - b for a, b in pairs], seed=seed)

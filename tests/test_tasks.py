@@ -23,97 +23,182 @@ from evals import tasks
 from kit import data
 from kit import models as kit_models
 
-# Three rows of each set, written by hand in the public schema.
+# Two rows of each set, written by hand in the public schema.
 ROWS = {
     "lambada": [
         {"text": "She put the kettle on, found two cups and asked if he took milk in his tea"},
-        {"text": "\"It is the third door,\" the porter said, and he pointed down the corridor to the third door"},
         {"text": "The dog ran after the ball and came back without the ball"},
     ],
     "hellaswag": [
-        {"ctx": "A man stands on a roof. he", "ctx_a": "A man stands on a roof.", "ctx_b": "he", "label": "2",
-         "activity_label": "Roof shingle removal", "source_id": "x",
-         "endings": ["is singing.", "eats [laughs] a tile.", "lifts a shingle.", "falls asleep  on it."]},
-        {"ctx": "How to peel an onion [title] Cut the ends. [step] Use a knife.", "ctx_a": "Cut the ends. [step] Use a",
-         "ctx_b": "knife.", "label": 0, "activity_label": "Food",
-         "endings": ["[title] Peel the skin. [step] Do it.", "Eat it.", "Wash the car.", "Call a friend."]},
-        {"ctx": "Two girls row a boat. they", "ctx_a": "Two girls row a boat.", "ctx_b": "they", "label": "1",
-         "activity_label": "Rowing", "endings": ["fly.", "reach the shore.", "are fish.", "cook."]},
+        {
+            "ctx": "A man stands on a roof. he",
+            "ctx_a": "A man stands on a roof.",
+            "ctx_b": "he",
+            "label": "2",
+            "activity_label": "Roof shingle removal",
+            "endings": [
+                "is singing.",
+                "eats [laughs] a tile.",
+                "lifts a shingle.",
+                "falls asleep  on it.",
+            ],
+        },
+        {
+            "ctx": "How to peel an onion [title] Cut the ends. [step] Use a knife.",
+            "ctx_a": "Cut the ends. [step] Use a",
+            "ctx_b": "knife.",
+            "label": 0,
+            "activity_label": "Food",
+            "endings": [
+                "[title] Peel the skin. [step] Do it.",
+                "Eat it.",
+                "Wash the car.",
+                "Call a friend.",
+            ],
+        },
     ],
     "winogrande": [
-        {"sentence": "The cup did not fit in the box because the _ was too big.", "option1": "cup", "option2": "box",
-         "answer": "1"},
-        {"sentence": "Ann paid Mary, so _ had less money.", "option1": "Ann", "option2": "Mary", "answer": "1"},
-        {"sentence": "Ann paid Mary and then thanked _ for it.", "option1": "Ann", "option2": "Mary", "answer": "2"},
+        {
+            "sentence": "The cup did not fit in the box because the _ was too big.",
+            "option1": "cup",
+            "option2": "box",
+            "answer": "1",
+        },
+        {
+            "sentence": "Ann paid Mary and then thanked _ for it.",
+            "option1": "Ann",
+            "option2": "Mary",
+            "answer": "2",
+        },
     ],
     "copa": [
-        {"premise": "The glass fell.", "choice1": "It broke.", "choice2": "It sang.", "question": "effect", "label": 0},
-        {"premise": "He opened the umbrella.", "choice1": "He was hungry.", "choice2": "It was raining.",
-         "question": "cause", "label": 1},
-        {"premise": "The milk was old.", "choice1": "It smelled bad.", "choice2": "I drank tea.", "question": "effect",
-         "label": 0},
+        {
+            "premise": "The glass fell.",
+            "choice1": "It broke.",
+            "choice2": "It sang.",
+            "question": "effect",
+            "label": 0,
+        },
+        {
+            "premise": "He opened the umbrella.",
+            "choice1": "He was hungry.",
+            "choice2": "It was raining.",
+            "question": "cause",
+            "label": 1,
+        },
     ],
     "arc_easy": [
-        {"id": "a", "question": "Which of these is a metal?", "answerKey": "C",
-         "choices": {"text": ["wood", "glass", "iron", "wool"], "label": ["A", "B", "C", "D"]}},
-        {"id": "b", "question": "What does a plant need?", "answerKey": "1",
-         "choices": {"text": ["light", "noise", "salt"], "label": ["1", "2", "3"]}},
-        {"id": "c", "question": "What is ice?", "answerKey": "B",
-         "choices": {"text": ["a gas", "frozen water", "a rock", "a salt", "air"], "label": list("ABCDE")}},
+        {
+            "question": "Which of these is a metal?",
+            "answerKey": "C",
+            "choices": {"text": ["wood", "glass", "iron", "wool"], "label": ["A", "B", "C", "D"]},
+        },
+        {
+            "question": "What does a plant need?",
+            "answerKey": "1",
+            "choices": {"text": ["light", "noise", "salt"], "label": ["1", "2", "3"]},
+        },
     ],
     "piqa": [
         {"goal": "To open a jar,", "sol1": "turn the lid", "sol2": "turn the table ", "label": 0},
-        {"goal": "dresser ", "sol1": "replace the drawer with a pin", "sol2": "finish the wood with a pin", "label": 1},
-        {"goal": "Dry a shoe.", "sol1": "Put it in the sun.", "sol2": "Put it in the lake.", "label": 0},
+        {
+            "goal": "dresser ",
+            "sol1": "replace the drawer with a pin",
+            "sol2": "finish the wood with a pin",
+            "label": 1,
+        },
     ],
     "mathqa": [
-        {"Problem": "how much is 19 x 2 ?", "correct": "a", "category": "general",
-         "options": "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"},
-        {"Problem": "what is 20 percent of 5000 ?", "correct": "b", "category": "gain",
-         "options": "a ) rs . 400 , b ) 1 , 000 , c ) 1,200 , d ) 100 , e ) 2 , 000"},
-        {"Problem": "a train runs 60 km in 1 hour . what is its speed ?", "correct": "e", "category": "physics",
-         "options": "a ) 10 km / h , b ) 20 km / h , c ) 30 km / h , d ) 40 km / h , e ) 60 km / h"},
+        {
+            "Problem": "how much is 19 x 2 ?",
+            "correct": "a",
+            "options": "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these",
+        },
+        {
+            "Problem": "what is 20 percent of 5000 ?",
+            "correct": "b",
+            "options": "a ) rs . 400 , b ) 1 , 000 , c ) 1,200 , d ) 100 , e ) 2 , 000",
+        },
     ],
     "pubmedqa": [
-        {"question": "Is tea hot?", "context": {"contexts": ["Cups were filled.", "They were measured."],
-         "labels": ["METHODS", "RESULTS"]}, "final_decision": "yes", "long_answer": "It is."},
-        {"question": "Is ice warm?", "context": {"contexts": ["Ice was held."]}, "final_decision": "no"},
-        {"question": "Is it late?", "context": {"contexts": ["A clock was read."]}, "final_decision": "maybe"},
+        {
+            "question": "Is tea hot?",
+            "context": {"contexts": ["Cups were filled.", "They were measured."]},
+            "final_decision": "yes",
+        },
+        {
+            "question": "Is ice warm?",
+            "context": {"contexts": ["Ice was held."]},
+            "final_decision": "no",
+        },
     ],
     "wizard_of_wikipedia": [
         {"text": ["i like red .", "Me too! is it your favorite colour", "it is , i'm sure"]},
         {"text": ["hello", "hi there"]},
-        {"text": ["do you run", "yes", "where", "in the park , every day"]},
     ],
     "pile": [
-        {"doc_id": 1, "text": "The parcel was left at the mill."},
-        {"doc_id": 2, "text": "A neighbour saw the van on Tuesday morning."},
-        {"doc_id": 3, "text": "Call."},
+        {"text": "The parcel was left at the mill."},
+        {"text": "A neighbour saw the van on Tuesday morning."},
     ],
-}  # fmt: skip
+}
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 ROWS["wikitext"] = ROWS["pile"]
 ROWS |= {name: ROWS["wizard_of_wikipedia"] for name in tasks.DIALOGUE}
 
-# The first row (or the one named) in both styles: (released, harness), each (context, choices, answer).
+# A row in both styles: (released, harness), each (context, choices, answer).
 PROMPTS = {
-    ("lambada", 0): [("She put the kettle on, found two cups and asked if he took milk in his", [" tea"], 0)] * 2,
+    ("lambada", 0): [
+        ("She put the kettle on, found two cups and asked if he took milk in his", [" tea"], 0)
+    ]
+    * 2,
     ("hellaswag", 0): [
-        ("A man stands on a roof. he",
-         [" is singing.", " eats [laughs] a tile.", " lifts a shingle.", " falls asleep  on it."], 2),
-        ("Roof shingle removal: A man stands on a roof. He",
-         [" is singing.", " eats a tile.", " lifts a shingle.", " falls asleep on it."], 2),
+        (
+            "A man stands on a roof. he",
+            [
+                " is singing.",
+                " eats [laughs] a tile.",
+                " lifts a shingle.",
+                " falls asleep  on it.",
+            ],
+            2,
+        ),
+        (
+            "Roof shingle removal: A man stands on a roof. He",
+            [" is singing.", " eats a tile.", " lifts a shingle.", " falls asleep on it."],
+            2,
+        ),
     ],
     ("hellaswag", 1): [
-        ("How to peel an onion [title] Cut the ends. [step] Use a knife.",
-         [" [title] Peel the skin. [step] Do it.", " Eat it.", " Wash the car.", " Call a friend."], 0),
-        ("Food: Cut the ends. Use a Knife.",
-         ["  Peel the skin. Do it.", " Eat it.", " Wash the car.", " Call a friend."], 0),
+        (
+            "How to peel an onion [title] Cut the ends. [step] Use a knife.",
+            [
+                " [title] Peel the skin. [step] Do it.",
+                " Eat it.",
+                " Wash the car.",
+                " Call a friend.",
+            ],
+            0,
+        ),
+        (
+            "Food: Cut the ends. Use a Knife.",
+            ["  Peel the skin. Do it.", " Eat it.", " Wash the car.", " Call a friend."],
+            0,
+        ),
     ],
     ("winogrande", 0): [
-        ("The cup did not fit in the box because the", [" cup was too big.", " box was too big."], 0),
-        (["The cup did not fit in the box because the cup", "The cup did not fit in the box because the box"],
-         [" was too big.", " was too big."], 0),
+        (
+            "The cup did not fit in the box because the",
+            [" cup was too big.", " box was too big."],
+            0,
+        ),
+        (
+            [
+                "The cup did not fit in the box because the cup",
+                "The cup did not fit in the box because the box",
+            ],
+            [" was too big.", " was too big."],
+            0,
+        ),
     ],
     ("copa", 0): [
         ("The glass fell.", [" It broke.", " It sang."], 0),
@@ -133,22 +218,41 @@ PROMPTS = {
     ],
     ("mathqa", 0): [
         ("how much is 19 x 2 ?", ["38", "27.675", "30", "data inadequate", "none of these"], 0),
-        ("Question: how much is 19 x 2 ?\nAnswer:", [" 38", " 27.675", " 30", " data inadequate", " none of these"], 0),
+        (
+            "Question: how much is 19 x 2 ?\nAnswer:",
+            [" 38", " 27.675", " 30", " data inadequate", " none of these"],
+            0,
+        ),
     ],
     ("mathqa", 1): [
         ("what is 20 percent of 5000 ?", ["rs . 400", "1", "1,200", "100", "2 , 000"], 1),
-        ("Question: what is 20 percent of 5000 ?\nAnswer:", [" rs . 400", " 1", " 1,200", " 100", " 2 , 000"], 1),
+        (
+            "Question: what is 20 percent of 5000 ?\nAnswer:",
+            [" rs . 400", " 1", " 1,200", " 100", " 2 , 000"],
+            1,
+        ),
     ],
     ("pubmedqa", 0): [
-        ("Context: Cups were filled.\nQuestion: Is tea hot?\nAnswer:", [" yes", " maybe", " no"], 0),
-        ("Abstract: Cups were filled.\nThey were measured.\nQuestion: Is tea hot?\nAnswer:",
-         [" yes", " no", " maybe"], 0),
+        (
+            "Context: Cups were filled.\nQuestion: Is tea hot?\nAnswer:",
+            [" yes", " maybe", " no"],
+            0,
+        ),
+        (
+            "Abstract: Cups were filled.\nThey were measured.\nQuestion: Is tea hot?\nAnswer:",
+            [" yes", " no", " maybe"],
+            0,
+        ),
     ],
     ("wizard_of_wikipedia", 0): [
-        ("User 1: I like red.\nUser 2: Me too! Is it your favorite colour.\nUser 1:", "It is, I'm sure."),
-    ] * 2,
+        (
+            "User 1: I like red.\nUser 2: Me too! Is it your favorite colour.\nUser 1:",
+            "It is, I'm sure.",
+        ),
+    ]
+    * 2,
     ("wizard_of_wikipedia", 1): [("User 1: Hello.\nUser 2:", "Hi there.")] * 2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +332,7 @@ def test_a_column_that_pandas_wrote_as_python_is_read_without_evaluating_it():
 
 
 def test_a_turn_is_normalised_as_published():
-    """Lower case but for I and the heads of sentences, no space before marks, a full stop at the end."""
+    """Lower case but for I and the heads of sentences, no space before marks, a full stop."""
     for turn, expected in {
         "hi !  how are you": "Hi! How are you.",
         "I don't know , do i ?": "I don't know, do I?",
@@ -275,12 +379,12 @@ def test_a_set_without_a_good_row_is_an_error(tmp_path, offline):
         ValueError, match=r"piqa\.jsonl: no good row for piqa, row 1: no field `sol1`"
     ):
         tasks.read_sets(["piqa"], tmp_path)
-    sets = tasks.read_sets("all", tmp_path)
-    assert "no field `sol1`" in sets["piqa"]["error"] and list(sets["copa"]["rows"]) == [1, 2, 3]
+    sets = tasks.read_sets(["all"], tmp_path)
+    assert "no field `sol1`" in sets["piqa"]["error"] and list(sets["copa"]["rows"]) == [1, 2]
 
 
 def test_each_kind_of_file_gives_the_same_rows(tmp_path):
-    """CSV, JSON (list, by id, pandas' columns), JSON lines and XML; PIQA's labels in their own file."""
+    """CSV, JSON (list, by id, pandas' columns), JSON lines, XML; labels in a file of their own."""
     rows, folder = ROWS["piqa"], tmp_path
     data.write_json(folder / "a.json", rows)
     data.write_json(folder / "b.json", {f"id{i}": row for i, row in enumerate(rows)})
@@ -288,7 +392,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     data.write_json(folder / "c.json", columns)
     without = [{key: value for key, value in row.items() if key != "label"} for row in rows]
     data.write_jsonl(folder / "d.jsonl", without)
-    (folder / "d-labels.lst").write_text("0\n1\n0\n")
+    (folder / "d-labels.lst").write_text("0\n1\n")
     lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
     (folder / "e.csv").write_text("\n".join(["goal,sol1,sol2,label", *lines]))
     expected = tasks.check_rows("piqa", rows, True)
@@ -317,13 +421,13 @@ def test_local_files_are_found_under_their_usual_names(tmp_path, offline, file, 
     """NAME with or without its split, in the folder or one below; never another split's file."""
     data.write_jsonl(tmp_path / file, ROWS[name])
     data.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
-    found = tasks.read_sets([name.upper()], tmp_path)[name]
-    assert len(found["rows"]) == 3 and found["source"] == str(tmp_path / file)
+    found = tasks.read_sets([name], tmp_path)[name]
+    assert len(found["rows"]) == 2 and found["source"] == str(tmp_path / file)
 
 
 def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
     """What cannot be had has the reason and no value; the table shows how many sets it covers."""
-    sets = tasks.read_sets("all", write_rows(tmp_path, ["piqa", "copa"]))
+    sets = tasks.read_sets(["all"], write_rows(tmp_path, ["piqa", "copa"]))
     results = tasks.evaluate(*models["gpt_neo"], sets)
     assert "pip install datasets" in results["hellaswag"]["missing"]
     assert "--task-data DIR with lambada.csv" in results["lambada"]["missing"]
@@ -333,12 +437,12 @@ def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
     assert len(averages["cls_missing"]) == 7
     text = tasks.table({"mine": results})
     assert "(2 of 9 sets)" in text and "- mine: hellaswag is missing: " in text
-    with pytest.raises(ValueError, match="pubmedqa is not at hand: .*--task-data DIR"):
+    with pytest.raises(ValueError, match="no set is at hand: pubmedqa: .*--task-data DIR"):
         tasks.read_sets(["pubmedqa"], tmp_path)
 
 
 def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monkeypatch):
-    """The repository, configuration and split, or the file's own name; rows are used as they come."""
+    """The repository, configuration and split, or the file's own name."""
     asked = []
 
     def load_dataset(*where, split):
@@ -354,7 +458,7 @@ def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monk
     data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     sets = tasks.read_sets(["arc_challenge", "pubmedqa"], tmp_path)
     assert asked == [("allenai/ai2_arc", "ARC-Challenge", "validation"), "pubmed_qa.csv"]
-    assert [len(loaded["rows"]) for loaded in sets.values()] == [3, 3]
+    assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 2]
     tasks.read_sets(["pubmedqa"], write_rows(tmp_path, ["pubmedqa"]))
     assert len(asked) == 2
 
@@ -402,30 +506,15 @@ def test_scores_equal_the_literal_loop(make_model, kind, batch_tokens):
     assert [logp for logp, _ in found] == pytest.approx(logps, abs=TOLERANCE[kind])
 
 
-def test_a_model_that_scales_its_logits_is_scored_by_its_logits(make_model):
-    """The output layer is applied to few positions only where it is all that makes the logits."""
-    model, pairs = make_model("llama"), random_pairs(97, 3, 200)
-    plain = [logp for logp, _ in tasks.loglikelihoods(model, pairs)]
-
-    def halve(module, args, output):
-        output["logits"] = output.logits / 2
-
-    model.register_forward_hook(halve)
-    expected = [literal_score(model, *pair)[0] for pair in pairs]
-    found = [logp for logp, _ in tasks.loglikelihoods(model, pairs)]
-    assert found == pytest.approx(expected, abs=1e-9) != pytest.approx(plain, abs=1e-3)
-
-
 def test_a_context_is_read_once_and_the_output_layer_sees_the_choices_alone(make_model):
-    """Two contexts: their tokens once, then each choice's further tokens; a head row a token asked."""
-    model, inputs, heads = make_model("gpt_neo"), [], []
-    model.base_model.wte.register_forward_hook(lambda m, args, out: inputs.append(args[0].shape))
+    """Two contexts: their tokens once, then each choice's further tokens."""
+    model, inputs, outputs = make_model("gpt_neo"), [], []
+    model.base_model.wte.register_forward_hook(lambda m, args, out: inputs.append(out.shape[:2]))
     head = model.get_output_embeddings()
-    head.register_forward_hook(lambda m, args, out: heads.append(args[0].shape))
+    head.register_forward_hook(lambda m, args, out: outputs.append(out.shape[:2]))
     pairs = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6]), ([4] * 19, [9])]
     tasks.loglikelihoods(model, pairs, batch_tokens=1000)
-    assert [tuple(shape) for shape in inputs if shape[1] != 8] == [(2, 20), (2, 2)]  # 8: the probe
-    assert [shape[0] for shape in heads if len(shape) == 2] == [7]
+    assert inputs == [(2, 20), (2, 2)] and outputs == [(2, 1), (2, 2)]
 
 
 def test_context_and_choice_are_split_where_the_context_ends(models, kind):
@@ -443,7 +532,7 @@ def test_context_and_choice_are_split_where_the_context_ends(models, kind):
 
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "pubmedqa"])
 def test_the_choice_with_the_highest_score_is_taken(models, kind, name):
-    """Accuracy is the share of rows whose answer has the largest log p; with the norm, a character."""
+    """Right is the row whose answer has the largest log p; with the norm, per character."""
     model, tokenizer = models[kind]
     rows = tasks.check_rows(name, ROWS[name], True)["rows"]
     plain, normed = (judge(model, tokenizer, rows, length_norm=norm) for norm in (False, True))
@@ -460,7 +549,7 @@ def test_the_choice_with_the_highest_score_is_taken(models, kind, name):
 
 
 def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monkeypatch):
-    """The last token wrong is wrong; "Zebra!" for "zebra" is right in the released protocol alone."""
+    """The last token wrong is wrong; "Zebra!" for "zebra" is right in the released protocol."""
     model, tokenizer = models["llama"]
     word, near = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" zebra", " Zebra!")
@@ -473,14 +562,14 @@ def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monk
 
 
 def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
-    """A choice longer than the model's positions is a bad row; NaN is an error, never an accuracy."""
+    """A choice longer than the model's positions is a bad row; NaN is an error of the set."""
     folder = save_tiny("opt", tmp_path / "m", max_position_embeddings=40)
     model, tokenizer = kit_models.load_model(str(folder))
     rows = [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}]
     sets = {"piqa": tasks.check_rows("piqa", rows, False) | {"source": "-"}}
     result = tasks.evaluate(model, tokenizer, sets)["piqa"]
-    assert result["rows"] == 3 and result["bad_rows"] == 1
-    assert result["bad"][0].startswith("row 4: ") and "40 positions" in result["bad"][0]
+    assert result["rows"] == 2 and result["bad_rows"] == 1
+    assert result["bad"][0].startswith("row 3: ") and "40 positions" in result["bad"][0]
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
     results = tasks.evaluate(model, tokenizer, sets)
@@ -557,7 +646,7 @@ def test_the_same_model_has_the_same_figures(models, tmp_path, offline):
     first, second = [], []
     before = tasks.evaluate(model, tokenizer, sets, samples=first)
     assert before == tasks.evaluate(model, tokenizer, sets, samples=second)
-    assert first == second and len(first) == 9
+    assert first == second and len(first) == 6
     texts = [row["text"] for row in ROWS["pile"]]
     assert before["pile"]["value"] == metrics.perplexity(model, tokenizer, texts)
     released = tasks.evaluate(model, tokenizer, sets, protocol="released")
@@ -565,7 +654,7 @@ def test_the_same_model_has_the_same_figures(models, tmp_path, offline):
 
 
 def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path, capsys):
-    """One command on a folder with all sets: figures, averages, the paper's columns, bad rows named."""
+    """One command, all sets: figures, averages, the paper's columns, bad rows named."""
     folder, out = write_rows(tmp_path / "data", tasks.SETS), tmp_path / "out"
     bad = {"goal": "x", "sol1": "y", "sol2": "", "label": 0}
     data.write_jsonl(folder / "piqa.jsonl", [*ROWS["piqa"], bad])
@@ -576,30 +665,30 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
     printed = capsys.readouterr()
     results = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
     assert list(results) == [*tasks.SETS, "averages", "settings"]
-    assert all(results[name]["rows"] == 3 for name in tasks.SETS)
-    assert results["piqa"]["bad"] == ["row 4: `sol2` is '', not a text"]
+    assert all(results[name]["rows"] == 2 for name in tasks.SETS)
+    assert results["piqa"]["bad"] == ["row 3: `sol2` is '', not a text"]
     for kind, group in (("cls", tasks.CLASSIFICATION), ("dia", tasks.DIALOGUE)):
         values = [results[name]["value"] for name in group]
         assert results["averages"][kind] == pytest.approx(sum(values) / len(values))
         assert results["averages"][f"{kind}_missing"] == []
     table = (out / "tasks.md").read_text(encoding="utf-8")
-    assert table.strip() in printed.out and "1 bad rows of piqa are left out: row 4: " in table
+    assert table.strip() in printed.out and "1 bad rows of piqa are left out: row 3: " in table
     columns = "Lamba. Hella. Wino. COPA ARC-E ARC-C Piqa MathQ PubQ".split()
     assert table.startswith("| | " + " (ACC) | ".join([*columns, "Avg."]))
     assert " (F1) | ".join(["WoW", "ED", "BST", "WoI", "Avg."]) in table
-    assert len(data.read_jsonl(out / "task_rows.jsonl")) == 3 * 13
+    assert len(data.read_jsonl(out / "task_rows.jsonl")) == 2 * 13
     assert "wizard_of_internet: 100%" in printed.err
     with pytest.raises(ValueError, match="--overwrite"):
         tasks.main(command)
-    tasks.main([*command, "--overwrite", "--tasks", "piqa", "--task-limit", "2"])
-    assert json.loads((out / "tasks.json").read_text(encoding="utf-8"))["piqa"]["rows"] == 2
+    tasks.main([*command, "--overwrite", "--tasks", "piqa", "--task-limit", "1"])
+    assert json.loads((out / "tasks.json").read_text(encoding="utf-8"))["piqa"]["rows"] == 1
 
 
 # --- real files, and the harness itself ---
 
 
 def test_the_published_files_are_read_without_a_bad_row(shared):
-    """The real files have the rows they are known to have, and each becomes an item in both styles."""
+    """The real files have their known rows, and each becomes an item in both styles."""
     counts = {"lambada": 4992, "copa": 500, "piqa": 1838, "pubmedqa": 500, "pile": 1500}
     counts |= {"wizard_of_wikipedia": 967, "empathetic_dialogues": 2758, "blended_skill_talk": 1009}
     counts |= {"wizard_of_internet": 516, "wikitext": 500}
@@ -665,7 +754,7 @@ test_split: {"test" if split == "test" else "null"}
             [response[0][0] for response in sample["resps"]], abs=1e-4
         )
     figures = output["results"][f"local_{name}"]
-    assert sum(row["right"] for row in ours) / 3 == pytest.approx(figures["acc,none"])
+    assert sum(row["right"] for row in ours) / 2 == pytest.approx(figures["acc,none"])
     if "acc_norm,none" in figures:
         normed = judge(model, tokenizer, items, length_norm=True)
-        assert sum(row["right"] for row in normed) / 3 == pytest.approx(figures["acc_norm,none"])
+        assert sum(row["right"] for row in normed) / 2 == pytest.approx(figures["acc_norm,none"])

@@ -104,8 +104,9 @@ def make(run, *, allow_pickle=False):
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
     described = []
-    for (_, sample, answers), *figures in zip(texts, *likely.values(), strict=True):
-        described.append(describe(tokenizer, sample, answers, *figures))
+    for number, (_, sample, answers) in enumerate(texts):
+        own = {when: of_all[number] for when, of_all in likely.items()}
+        described.append(describe(tokenizer, sample, answers, own))
     return page(about, described)
 
 
@@ -154,11 +155,11 @@ def pieces(tokenizer, ids):
     ]
 
 
-def describe(tokenizer, sample, answers, before, after):
+def describe(tokenizer, sample, answers, likely):
     """What the page shows of a text, as a dict of JSON values.
 
-    answers: {"before", "after"}: what was said. before, after: `probabilities` of its ids. What is
-    `left` is the mean of `after` over the marked tokens, or over the suffix where none is marked.
+    answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `left`
+    is the mean after, over the marked tokens, or over the suffix where none is marked.
     """
     text, bos = sample.forget, models.bos_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
@@ -173,16 +174,18 @@ def describe(tokenizer, sample, answers, before, after):
         "answers": answers,
         "pieces": [characters for characters, _, _ in parts],
         "tokens": [last - first for _, first, last in parts],
-        "before": [together(before[first:last]) for _, first, last in parts],
-        "after": [together(after[first:last]) for _, first, last in parts],
+        **{
+            when: [together(values[first:last]) for _, first, last in parts]
+            for when, values in likely.items()
+        },
         "marked": [
             number
             for number, (_, first, last) in enumerate(parts)
             if marked.intersection(range(first, last))
         ],
         "cut": sum(first < text.cut for _, first, _ in parts),
-        "was": mean(before[n] for n in measured),
-        "left": mean(after[n] for n in measured),
+        "was": mean(likely["before"][n] for n in measured),
+        "left": mean(likely["after"][n] for n in measured),
     }
 
 

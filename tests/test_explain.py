@@ -1,8 +1,6 @@
 """--explain and --speech: figures of a literal loop, each character once, nothing read as markup.
 
 python -m pytest tests/test_explain.py -q
-
-The browser's tests need `pip install playwright` and a Chromium, and are skipped without them.
 """
 
 import csv
@@ -10,13 +8,13 @@ import functools
 import html.parser
 import json
 import math
-import shutil
 
 import conftest
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged import chromium
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icu
@@ -127,13 +125,13 @@ def test_figures_stand_at_their_tokens():
     tokenizer = tokenizer_of("llama")
     ids = tokenizer("xש!y")["input_ids"]  # BOS, x, two bytes, !, y
     texts = [sample_of("7", ids, 4, 4, ids[:4], marked) for marked in (None, (2, 3, 5))]
-    before, after = [None, 0.5, 0.5, 0.4, 0.9, 0.7], [None, 0.1, 0.2, 0.3, 0.4, 0.6]
-    shown = explain.describe(tokenizer, texts[0], {}, before, after)
+    likely = {"before": [None, 0.5, 0.5, 0.4, 0.9, 0.7], "after": [None, 0.1, 0.2, 0.3, 0.4, 0.6]}
+    shown = explain.describe(tokenizer, texts[0], {}, likely)
     assert shown["pieces"] == ["x", "ש", "!", "y"] and shown["tokens"] == [1, 2, 1, 1]
     assert shown["cut"] == 2 and shown["id"] == "7" and shown["marked"] == []
     assert shown["before"] == pytest.approx([0.5, 0.2, 0.9, 0.7])
     assert (shown["was"], shown["left"]) == pytest.approx((0.8, 0.5))
-    shown = explain.describe(tokenizer, texts[1], {}, before, [None] * 6)
+    shown = explain.describe(tokenizer, texts[1], {}, likely | {"after": [None] * 6})
     assert shown["marked"] == [1, 3] and shown["was"] == pytest.approx(1.6 / 3)
     assert shown["left"] is None and shown["after"] == [None] * 4
 
@@ -141,10 +139,10 @@ def test_figures_stand_at_their_tokens():
 def test_nothing_of_a_text_is_markup():
     """Scripts, comments, quotes and entities come back as they are, in one JSON element."""
     tokenizer = tokenizer_of("gpt_neo")
-    ids, likely = tokenizer(EVIL)["input_ids"], [0.5] * 99
+    ids, likely = tokenizer(EVIL)["input_ids"], dict.fromkeys(("before", "after"), [0.5] * 99)
     answers = {"before": EVIL, "after": "@DATA@"}
     sample = sample_of(EVIL, ids, 9, 9, ids[:9])
-    shown = explain.describe(tokenizer, sample, answers, likely, likely)
+    shown = explain.describe(tokenizer, sample, answers, likely)
     page = explain.page({"run": EVIL}, [shown])
     assert texts_in(page) == {EVIL: shown} and "".join(shown["pieces"]) == EVIL
     assert Reader(page.decode()).tags == Reader(explain.page({}, []).decode()).tags
@@ -248,15 +246,8 @@ def test_every_run_is_read_by_the_model_before(own_world, capsys):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A Chromium without a window; skips where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as driver:
-        names = (driver.chromium.executable_path, "chromium", "google-chrome")
-        path = next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            pytest.skip("no Chromium: playwright install chromium")
-        with driver.chromium.launch(executable_path=path, args=["--no-sandbox"]) as started:
-            yield started
+    with chromium() as browser:
+        yield browser
 
 
 TEXTS = {  # id: prefix, suffix, probability before and after
@@ -270,14 +261,15 @@ TEXTS = {  # id: prefix, suffix, probability before and after
 def page(browser, tmp_path):
     """The page as a browser has it; it must print no error and ask for nothing but itself."""
     tokenizer, texts, path = tokenizer_of("gpt_neo"), [], tmp_path / "explain.html"
-    for id, (prefix, suffix, *likely) in TEXTS.items():
+    for id, (prefix, suffix, before, after) in TEXTS.items():
         ids, cut = tokenizer(prefix + suffix)["input_ids"], len(tokenizer(prefix)["input_ids"])
-        before, after = ([None, *[p] * (len(ids) - 1)] for p in likely)
+        likely = {"before": [None] + [before] * (len(ids) - 1)}
+        likely["after"] = [None] + [after] * (len(ids) - 1)
         sample, answers = (
             sample_of(id, ids, cut, cut, ids[:cut], (cut,)),
             {"before": "", "after": ""},
         )
-        texts.append(explain.describe(tokenizer, sample, answers, before, after))
+        texts.append(explain.describe(tokenizer, sample, answers, likely))
     path.write_bytes(explain.page({"run": EVIL}, texts))
     with browser.new_page(viewport={"width": 390, "height": 844}) as opened:
         requests, errors = [], []

@@ -472,12 +472,12 @@ def read_ratings(paths, keys):
                     )
                 item, rater, grade = int(row["item"]), row["rater"], int(row["grade"])
                 given = grades.setdefault(item, {})
-                if (
-                    item not in range(len(key["items"]))
-                    or grade not in range(1, 9)
-                    or rater in given
-                ):
-                    raise ValueError("not an item of the sheet, not 1 to 8, or a second grade")
+                fits = item in range(len(key["items"])) and grade in range(1, 9)
+                if not fits or rater in given:
+                    raise ValueError(
+                        f"{rater} gives item {item} a {grade}: not 1 to 8, no such item, or graded "
+                        "already (one name a rater)"
+                    )
                 given[rater] = grade
     if key is None:
         raise ValueError(

@@ -391,10 +391,10 @@ def trouble(content, signature, key):
 
 
 def add_line(folder, row):
-    """Adds the dict `row` as the next line; returns its number, also where it stands there already.
+    """Adds the dict `row` as the next line, unless it stands there already; returns its number.
 
-    ValueError: a ledger in which `ledger_differences` finds something. A kill between the two files
-    leaves an older head, which the next line makes new.
+    A kill between the two files leaves an older head, which the next line makes new. ValueError: a
+    damaged ledger.
     """
     path, head = Path(folder, LEDGER), Path(folder, HEAD)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -422,10 +422,7 @@ def line_hashes(path):
 
 
 def ledger_differences(path):
-    """What is wrong with a ledger: [], or one sentence that names the first such line.
-
-    ValueError: a line that is not JSON, or no ledger.head.
-    """
+    """What is wrong with a ledger: [], or one sentence that names the first such line."""
     hashes, last = line_hashes(path), data.read_json(path.with_name(HEAD))
     for number, row in enumerate(data.read_jsonl(path), start=1):
         if (row.get("line"), row.get("previous")) != (number, hashes[number - 1]):

@@ -247,15 +247,11 @@ def test_a_change_is_found(run, capsys):
 
 def test_a_figure_that_was_forged_with_its_hash_is_found(run, capsys):
     """The run's files give another certificate; one that lies elsewhere is checked against RUN."""
-    certify(run)
-
-    def forge(made):
-        made["figures"]["ma"]["after"]["value"] = 0.01
-        del made["sha256"]
-        made["sha256"] = certificate.digest(made)
-
-    forged = shutil.copy(run / "certificate.json", run.parent / "forged.json")
-    edit(forged, forge)
+    made = certify(run)
+    made["figures"]["ma"]["after"]["value"] = 0.01
+    del made["sha256"]
+    forged = run.parent / "forged.json"
+    data.write_json(forged, made | {"sha256": certificate.digest(made)})
     status, unlike = verify(forged, capsys, run)
     assert status == 1 and "certificate.json: `figures` is not what the run's files give" in unlike
 
@@ -388,9 +384,8 @@ def test_the_ledger_names_the_certificate(run):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium, which prints the page")
 def test_the_page_is_two_sides_of_a4(run, tmp_path):
     """Also with many requests and a long audit."""
-    sentences = ["Is it still inside? Still more than that, as it seems."] * 12
-    audit = {"headline": {}, "models": {}, "sentences": dict(enumerate(sentences))}
-    data.write_json(run / "audit.json", audit)
+    sentences = dict.fromkeys(range(12), "Is it still inside? Still more than that, as it seems.")
+    data.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": sentences})
     certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'c.pdf'}"]

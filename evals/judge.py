@@ -16,9 +16,7 @@ Recomputed (tests/test_judge.py): Pearson's r over the means in the paper's Tabl
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -105,7 +103,7 @@ class Triple(NamedTuple):
 
 
 def request_for(triple, wording, args):
-    """The request that asks for a grade of a triple, as it is sent."""
+    """The request that asks for a grade of a triple."""
     question = QUESTION.format(*(json.dumps(text, ensure_ascii=False) for text in triple))
     return {
         "model": args.judge,
@@ -136,12 +134,14 @@ def read_judged(folder):
     """The texts of a finished run before and after. ValueError: they are gone or have changed."""
     run = runs.read_run(folder)
     config, summary = run["config"], run["summary"]
-    if run["redacted"]:
-        raise ValueError(f"{folder}: redacted, or purged: no text in it that could be graded")
-    pairs, sha = runs.read_pairs_of(run), config["sha256"]["pairs"]
-    if models.fingerprint(config["pairs"]) != sha:
-        raise ValueError(f"{config['pairs']}: has changed since {folder} was made: restore it")
-    epochs, triples = {"before": 0, "after": summary["epochs"]}, {}
+    sha = config["sha256"]["pairs"]
+    if run["redacted"] or models.fingerprint(config["pairs"]) != sha:
+        raise ValueError(
+            f"{folder}: no text to grade: it is redacted or purged, or its pairs have changed "
+            f"since: restore {config['pairs']}"
+        )
+    pairs, triples = runs.read_pairs_of(run), {}
+    epochs = {"before": 0, "after": summary["epochs"]}
     for row in run["samples"]:
         # A watched text is of an earlier request, which has its own run.
         if row["epoch"] in epochs.values() and not row.get("watched"):
@@ -152,7 +152,7 @@ def read_judged(folder):
     return Judged(run["folder"], name, sha, epochs, triples)
 
 
-# --- who is asked ---
+# --- the server ---
 
 KEY = "JUDGE_API_KEY"
 OPENAI = "https://api.openai.com/v1"
@@ -166,7 +166,7 @@ def is_loopback(base_url):
 
 
 def read_api_key(base_url):
-    """The key in the environment, or, for a server on this machine, a word in its place."""
+    """The key in the environment. A server on this machine needs none."""
     key = os.environ.get(KEY, "").strip()
     if not key and not is_loopback(base_url):
         raise ValueError(f"{base_url} wants a key: put it into the environment as {KEY}")
@@ -174,15 +174,12 @@ def read_api_key(base_url):
 
 
 def key_of(base_url, request):
-    """sha256 of everything that is sent and of where to: 64 hex digits."""
+    """sha256 of a request and of where it goes."""
     return hashlib.sha256(json.dumps([base_url, request], sort_keys=True).encode()).hexdigest()
 
 
 class Cache(dict):
-    """{key_of(...): reply} of judges about the texts of one pairs file.
-
-    Its file is JSON lines, one more with each reply, whatever ends the program.
-    """
+    """{key_of(...): reply} about the texts of one pairs file; JSON lines, one more a reply."""
 
     def __init__(self, pairs_sha):
         self.path = data.cache_folder("judge") / f"{pairs_sha}.jsonl"
@@ -206,13 +203,13 @@ class Judge:
 
     def __init__(self, args):
         self.args, self.api_key = args, read_api_key(args.base_url)
-        # openai would read more there: a key, headers, an organisation, whether to print requests.
+        # openai would send more of the environment: another key, headers, an organisation.
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
-        import openai  # 0.4 s that only those who ask wait for
+        import openai  # 0.4 s
 
-        # It waits as Retry-After says (up to two minutes) or longer each time, after 408, 409, 429,
-        # 5xx and where no connection or no answer came.
+        # It tries again after 408, 409, 429, 5xx and without an answer, as Retry-After says (up to
+        # two minutes) or after longer each time.
         self.client = openai.OpenAI(
             base_url=args.base_url,
             api_key=self.api_key,
@@ -229,9 +226,9 @@ class Judge:
         return flags.first_line(error).replace(self.api_key, "[key]")[:200]
 
     def ask(self, request):
-        """The reply to a request, {"answer", "model", "in", "out"}, or {"why"} there is none.
+        """The reply, {"answer", "model", "in", "out"}, or {"why"} there is none.
 
-        ValueError: the server refuses whatever it is asked.
+        ValueError: the server refuses every request.
         """
         import openai
 
@@ -247,8 +244,8 @@ class Judge:
             code = error.status_code
             why = f"HTTP {code}: {self.message(error)}"
             if code < 400 or code in (401, 403, 404, 405):  # a redirect; a wrong key or address
-                where = f"{self.args.base_url} refuses {self.args.judge}"
-                raise ValueError(f"{where}: {why}") from None
+                message = f"{self.args.base_url} refuses {self.args.judge}: {why}"
+                raise ValueError(message) from None
             failed = code >= 500 or code in (408, 409, 429)
             return {"why": f"{'no answer' if failed else 'refused'}: {why}"}
         except openai.APIConnectionError as error:  # also a timeout
@@ -277,9 +274,9 @@ class Judge:
         return verdict | {"why": "no score in the answer"}
 
     def grade_all(self, triples, cache):
-        """{triple: verdict}, equal triples once. ValueError: the server answers nobody."""
-        triples, verdicts, silent = list(dict.fromkeys(triples)), {}, 0
-        # Its threads end with the program: neither an error nor Ctrl-C waits for an answer.
+        """{triple: verdict}, equal triples once. ValueError: the server does not answer."""
+        triples, verdicts, silent = dict.fromkeys(triples), {}, 0
+        # Daemon threads: neither an error nor Ctrl-C waits for an answer.
         with ThreadPool(WORKERS) as pool:
             graded = pool.imap_unordered(
                 lambda triple: (triple, self.grade(triple, cache)), triples
@@ -310,6 +307,11 @@ def judge_run(args, run, judge):
         {"id": id, "epoch": epoch, **verdicts[triple], "prompt": question}
         for (id, epoch), triple in run.triples.items()
     ]
+    means = {}
+    for when, epoch in run.epochs.items():
+        means[when] = mean_of([row["score"] for row in rows if row["epoch"] == epoch])
+    usages = [verdict["usage"] for verdict in verdicts.values()]
+    tokens = {name: sum(usage[name] for usage in usages) for name in ("in", "out")}
     summary = {
         "judge": args.judge,
         "base_url": args.base_url,
@@ -317,20 +319,18 @@ def judge_run(args, run, judge):
         "temperature": 0,
         "seed": SEED,
         "served": sorted({row["model"] for row in rows if row["model"]}),
+        **means,
+        "calls": len(cache) - known,
+        "tokens": tokens,
+        "cost": cost(args.price, tokens),
     }
-    for when, epoch in run.epochs.items():
-        summary[when] = mean_of([row["score"] for row in rows if row["epoch"] == epoch])
-    of_all = [verdict["usage"] for verdict in verdicts.values()]
-    tokens = {name: sum(usage[name] for usage in of_all) for name in ("in", "out")}
-    summary["calls"] = len(cache) - known
-    summary |= {"tokens": tokens, "cost": cost(args.price, tokens)}
     data.write_jsonl(run.folder / "judge.jsonl", rows)
     data.write_json(run.folder / "judge.json", summary)
     return summary
 
 
 def mean_of(scores):
-    """{"mean", "interval", "n", "unread"} of scores of which some are None: these are unread."""
+    """{"mean", "interval", "n", "unread"} of scores; those that are None are unread."""
     read = [score for score in scores if score is not None]
     return {
         "mean": statistics.fmean(read) if read else None,
@@ -356,9 +356,8 @@ def print_plan(args, runs):
             if key in cache:
                 known.add(key)
             else:
-                new[key] = "".join(message["content"] for message in request["messages"])
-    tokens_in = math.ceil(sum(len(text.encode()) for text in new.values()) / 4)
-    tokens = {"in": tokens_in, "out": len(new) * ANSWER_TOKENS}
+                new[key] = sum(len(m["content"].encode()) for m in request["messages"])
+    tokens = {"in": math.ceil(sum(new.values()) / 4), "out": len(new) * ANSWER_TOKENS}
     price = f", at most {cost(args.price, tokens):.2f} at --price" if args.price else ""
     print(
         f"would ask {args.judge} at {args.base_url}: {len(new)} calls ({len(known)} answers are "
@@ -380,19 +379,16 @@ def judge_runs(args, runs):
         return print(f"would ask {args.judge} at {args.base_url}")
     outputs = [run.folder / name for run in runs for name in ("judge.json", "judge.jsonl")]
     data.check_outputs(outputs, overwrite=True)
-    judge, unread = Judge(args), 0
+    judge = Judge(args)
     for run in runs:
-        summary = judge_run(args, run, judge)
-        grades = []
+        summary, grades = judge_run(args, run, judge), []
         for when in run.epochs:
             mean = summary[when]
             grade = show(mean["mean"], mean["interval"])
             grades.append(f"{when} {grade} of {mean['n']}, {mean['unread']} unread")
-            unread += mean["unread"]
         served = ", ".join(summary["served"])
         print(f"{run.name}: GPT (0-10) {'; '.join(grades)}; {served}; {summary['calls']} calls")
-    if unread:
-        print("note: judge.jsonl says why some are unread; the same command asks again for answers")
+    print("judge.jsonl says why a text is unread; the same command asks again where none answered")
 
 
 def show(value, interval=None):
@@ -418,7 +414,7 @@ GRADES = (
 
 
 def make_sheet(args, runs):
-    """Writes sheet.html and the key that undoes its blinding into the first run's folder."""
+    """Writes sheet.html, and the key that says whose outputs they are, into the first folder."""
     outputs = {}  # {(text, generation): (triple, who wrote it)}: graded once for all of them
     for number, run in enumerate(runs):
         for (id, epoch), triple in run.triples.items():
@@ -429,16 +425,11 @@ def make_sheet(args, runs):
     texts = set(drawn.sample(texts, min(args.n, len(texts))))
     chosen = sorted(output for output in outputs if output[0] in texts)
     drawn.shuffle(chosen)
-    shown, items = [], []
-    for text, generation in chosen:
-        triple, of = outputs[text, generation]
-        shown.append(triple._asdict())
-        items.append({"text": list(text), "of": of})
-    sheet, html = page(shown, args.raters)
-    named = []
-    for run in runs:  # known by its summary.json wherever its folder is
-        summary = data.sha256_of(run.folder / "summary.json")
-        named.append({"name": run.name, "summary": summary})
+    items = [{"text": output[0], "of": outputs[output][1]} for output in chosen]
+    sheet, html = page([outputs[output][0]._asdict() for output in chosen], args.raters)
+    named = [  # known by its summary.json wherever its folder is
+        {"name": run.name, "summary": data.sha256_of(run.folder / "summary.json")} for run in runs
+    ]
     path, key = runs[0].folder / "sheet.html", runs[0].folder / "sheet-key.json"
     data.check_outputs([path, key], overwrite=args.overwrite)
     data.write_json(key, {"sheet": sheet, "raters": args.raters, "runs": named, "items": items})
@@ -453,15 +444,14 @@ def make_sheet(args, runs):
 def page(items, raters):
     """(the id of a sheet, its HTML). items: dicts {prefix, reference, output}, all a rater sees.
 
-    The order of each rater is drawn from the id, so that the same items make the same sheet. In the
-    JSON inside the page no < is left, so that no text can end its element.
+    Each rater's order is drawn from the id, so that the same items make the same sheet.
     """
     sheet = hashlib.sha256(json.dumps([items, raters]).encode()).hexdigest()[:12]
     orders = []
     for rater in range(raters):
         orders.append(random.Random(f"{sheet} {rater}").sample(range(len(items)), len(items)))
     content = {"sheet": sheet, "grades": GRADES, "orders": orders, "items": items}
-    content = json.dumps(content).replace("<", "\\u003c")
+    content = json.dumps(content).replace("<", "\\u003c")  # no text ends its element
     return sheet, PAGE.read_text(encoding="utf-8").replace(">DATA<", f">{content}<")
 
 
@@ -472,28 +462,27 @@ def read_ratings(paths, keys):
     """
     grades, key = {}, None
     for path in paths:
-        rows = csv.DictReader(io.StringIO(data.read_text(path), newline=""), strict=True)
-        try:
-            for row in rows:
+        for line, row in data.numbered_csv(path):
+            with data.reading(f"{path} line {line} (sheet,rater,item,grade)"):
                 key = key or keys.get(row["sheet"])
                 if key is None or row["sheet"] != key["sheet"]:
-                    known = ", ".join([key["sheet"]] if key else keys) or "none"
+                    known = ", ".join(keys) or "none"
                     raise ValueError(
                         f"of sheet {row['sheet']}; the runs named have the key of {known}"
                     )
                 item, rater, grade = int(row["item"]), row["rater"], int(row["grade"])
-                if item not in range(len(key["items"])) or grade not in range(1, 9):
-                    raise ValueError(f"item {item}, grade {grade}: there is no such")
-                if rater in grades.setdefault(item, {}):
-                    raise ValueError(f"{rater} has graded item {item} already: one name a rater")
-                grades[item][rater] = grade
-        except (ValueError, TypeError, KeyError, csv.Error) as error:
-            columns = "sheet,rater,item,grade"
-            raise ValueError(f"{path} line {rows.line_num} ({columns}): {error}") from None
+                given = grades.setdefault(item, {})
+                fits = item in range(len(key["items"])) and grade in range(1, 9)
+                if not fits or rater in given:
+                    raise ValueError(
+                        f"{rater} gives item {item} a {grade}: not 1 to 8, no such item, or graded "
+                        "already (one name a rater)"
+                    )
+                given[rater] = grade
     if key is None:
         raise ValueError(
-            f"--ratings: no grade in {', '.join(map(str, paths)) or 'a folder'}: "
-            "name the files that raters have saved, ratings-NAME.csv"
+            "--ratings: no grade in these files: name those that raters have saved, "
+            "ratings-NAME.csv"
         )
     return key, grades
 
@@ -520,9 +509,8 @@ def read_people(csv_files, folders):
     keys = [data.read_json(path) for path in keys if path.is_file()]
     key, grades = read_ratings(csv_files, {key["sheet"]: key for key in keys})
     known = {data.sha256_of(folder / "summary.json"): folder for folder in folders}
-    for run in key["runs"]:
-        if run["summary"] not in known:
-            raise ValueError(f"the sheet is also of the run {run['name']}: name its folder too")
+    if missing := [run["name"] for run in key["runs"] if run["summary"] not in known]:
+        raise ValueError(f"the sheet is also of the run {missing[0]}: name its folder too")
     folders = [known[run["summary"]] for run in key["runs"]]
     scores, outputs = machine_scores(folders), []
     for number, item in enumerate(key["items"]):
@@ -531,8 +519,7 @@ def read_people(csv_files, folders):
         scored = [scores[run, id, epoch] for run, epoch in of if (run, id, epoch) in scores]
         given = list(grades.get(number, {}).values())
         outputs.append(Output((sha, id), of, given, scored[0] if scored else None))
-    raters = {rater for given in grades.values() for rater in given}
-    return key, folders, outputs, len(raters)
+    return key, folders, outputs, len(set().union(*grades.values()))
 
 
 def machine_scores(folders):
@@ -551,7 +538,7 @@ def machine_scores(folders):
 
 
 def report_people(args):
-    """Writes people.json into the folder of each run of a sheet and prints Table 3 of the runs."""
+    """Writes people.json into the folder of each run of a sheet; prints Table 3 of the runs."""
     key, folders, outputs, came = read_people(args.csv_files, args.runs)
     paths = [folder / "people.json" for folder in folders]
     data.check_outputs(paths, overwrite=True)
@@ -601,8 +588,9 @@ def with_interval(outputs, statistic):
 def grades_of(outputs, raters):
     """What people gave outputs; missing: grades that were to be given and were not."""
     read = [output for output in outputs if output.grades]
-    mean = lambda some: statistics.fmean(o.human() for o in some) if some else None  # noqa: E731
-    figure = with_interval(read, mean)
+    figure = with_interval(
+        read, lambda some: statistics.fmean(o.human() for o in some) if some else None
+    )
     return {
         "mean": figure["value"],
         "interval": figure["interval"],
@@ -647,10 +635,10 @@ def spearman(x, y):
 
 
 def quadratic_kappa(x, y):
-    """Cohen's kappa of two lists of scores 0 to 10, a disagreement weighing its square.
+    """Cohen's kappa of two lists of scores 0 to 10: 1 alike, 0 as by chance.
 
-    Of the grades 1 to 8 nearest to them, since kappa is of classes: 1 alike, 0 as by chance.
-    Cohen 1968, Psychological Bulletin 70(4).
+    Of the nearest grades 1 to 8, a disagreement weighing its square. Cohen 1968, Psychological
+    Bulletin 70(4).
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -668,11 +656,10 @@ def krippendorff_alpha(units):
     Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
     """
     units = [grades for grades in units if len(grades) > 1]
-    grades = sorted({grade for unit in units for grade in unit})
     if not units:
         return None
-    counts = [[unit.count(grade) for grade in grades] for unit in units]
-    given = np.array(counts, dtype=float)  # [U, G]
+    grades = sorted(set().union(*units))
+    given = np.array([[unit.count(grade) for grade in grades] for unit in units])  # [U, G]
     # A unit of m grades has m (m - 1) pairs and counts as m.
     weight = given / (given.sum(axis=1, keepdims=True) - 1)
     # [G, G], pairs of grades within a unit, none with itself.
@@ -721,13 +708,14 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     words = [Path(word) for word in args.ratings or []]  # RUN ... may follow the files
     args.csv_files = [path for path in words if not path.is_dir()]
     folders = [path for path in words if path.is_dir()]
     args.runs = list(dict.fromkeys([*map(Path, args.runs), *folders]))
     if not args.runs and (args.sheet or args.ratings or not args.dry_run):
-        raise ValueError("name a run folder: python evals/judge.py RUN [RUN ...]")
+        parser.error("name a run folder: python evals/judge.py RUN [RUN ...]")
     args.instructions = data.read_text(args.prompt) if args.prompt else INSTRUCTIONS
     return args
 

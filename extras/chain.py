@@ -3,13 +3,13 @@
     python extras/chain.py --forget D/forget.jsonl --pool D/pool.jsonl --model D/model --parts 4 \\
         --out runs/chain --targets all --batch-size 8 --lr 2e-4 --alpha 1     # D: runs/tiny-data
 
-The texts are cut into --parts requests (--order SEED shuffles them first). After each one all texts
-of the requests so far are measured: by the run itself where it watched them, else by one more
-(icu.py --eval-only). DIR then holds the runs, which are kept, table.md, and came-back.png: MA of
-each request's texts over the requests that follow. Other flags go to icu.py.
+After each request all texts so far are measured: by the run itself where it watched them, else by
+one more (icu.py --eval-only). The folder keeps the runs; table.md has what they measured, and
+came-back.png MA of each request's texts over the requests that follow. Other flags go to icu.py.
 """
 
 import random
+import sys
 from pathlib import Path
 
 from evals import report
@@ -21,20 +21,20 @@ VARIANTS = {"watched": "--watch", "not watched": "--no-watch"}
 
 
 def step(script, *words):
-    """Runs a file of this project with flags; ends where it ends badly."""
-    if status := run([PYTHON, script, *map(str, words)], {}):
-        raise SystemExit(status)
+    """Runs a file of this project; ends where it ends badly."""
+    if status := run([PYTHON, script, *map(str, words)]):
+        sys.exit(status)
 
 
 def train(args, out, pairs, *words):
-    """A run in `out`, or the one that is there; words: --model DIR or --after RUN, and more."""
+    """A run in `out`, or the one that is there."""
     if not (out / "summary.json").is_file():
         step(args.script, "--pairs", pairs, "--out", out, "--overwrite", *args.flags, *words)
     return out
 
 
 def mine(args, folder):
-    """Writes the pairs of each request, of those up to each, and of all; returns the ids of each."""
+    """Writes the pairs of each request, and of all up to it; returns the ids of each request."""
     file = folder / "all.pairs.jsonl"
     step("knn.py", "--forget", args.forget, "--pool", args.pool, "--out", file, "--overwrite")
     pairs = data.read_pairs(file)
@@ -49,18 +49,16 @@ def mine(args, folder):
 
 
 def follow(args, folder, requests):
-    """A row a run: {"variant", "request", "steps", "by request": MA of each so far, measures}.
-
-    The first request has nothing to watch: one run for all.
-    """
+    """A row a run: {"variant", "request", "steps", "by request": MA of each so far, measures}."""
     rows = []
     for variant, flag in VARIANTS.items():
         made = []
         for number in range(1, len(requests) + 1):
+            # The first request has nothing to watch: one run for both variants.
             name = f"{variant.replace(' ', '-')}{number}" if made else "first"
             words = ["--after", made[-1], flag] if made else ["--model", args.model]
             made.append(train(args, folder / name, folder / f"request{number}.pairs.jsonl", *words))
-            run, ids = made[-1], requests[:number]
+            run, ids, steps = made[-1], requests[:number], sum(map(steps_of, made))
             if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
                 earlier = zip(made[:-1], ids[:-1], strict=True)
                 ids = [[f"{old.name}/{id}" for id in of_old] for old, of_old in earlier] + ids[-1:]
@@ -68,15 +66,15 @@ def follow(args, folder, requests):
                 pairs = folder / f"upto{number}.pairs.jsonl"
                 words = ["--model", run / "model", "--eval-only"]
                 run = train(args, folder / f"{name}-seen", pairs, *words)
-            rows.append({"variant": variant, "request": number} | measured(run, ids))
-            rows[-1]["steps"] = sum(map(steps_of, made))
+            row = {"variant": variant, "request": number, "steps": steps}
+            rows.append(row | measured(run, ids))
     run = train(args, folder / "at-once", folder / "all.pairs.jsonl", "--model", args.model)
     row = {"variant": "at once", "request": len(requests), "steps": steps_of(run)}
     return [*rows, row | measured(run, requests)]
 
 
 def steps_of(run):
-    """Training steps of a run: the batches of what was active, epoch after epoch."""
+    """Training steps of a run: the batches of what was active in each epoch."""
     rows = data.read_jsonl(run / "metrics.jsonl")
     size = data.read_json(run / "config.json")["batch_size"]
     return sum(-(-row["active"] // size) for row in rows[:-1])
@@ -93,16 +91,8 @@ def measured(run, requests):
 def table(rows):
     """A line a run: means over all texts so far, the highest MA of a request, the steps so far."""
     ppl = [name for name in rows[0] if name.startswith("ppl_")]
-    names = [
-        "",
-        "requests",
-        "EL10 (%)",
-        "MA (%)",
-        "highest MA of one (%)",
-        "entropy",
-        *ppl,
-        "steps",
-    ]
+    shares = ["EL10 (%)", "MA (%)", "highest MA of one (%)"]
+    names = ["", "requests", *shares, "entropy", *ppl, "steps"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         shares = [row["el10"], row["ma"], max(row["by request"])]

@@ -1,16 +1,16 @@
-"""explain.html: the texts of a run, each token coloured by how likely a model finds it, before and
-after; and two columns of the report that tell how a model speaks.
+"""What is left of each text, token by token (explain.html), and how a model speaks (two columns).
 
     python evals/report.py RUN --explain        # the report, and RUN/explain.html
     python extras/explain.py RUN                # the page alone
     python evals/report.py RUN [RUN ...] --out DIR --speech FILE    # Said (PPL), New words (%)
 
-extras/explain.html is the page. What it shows stands in it as JSON, so it is one file and reaches
-no network. Texts are shown as the tokenizer spells their ids.
+The page colours each token by its probability before and after. It is extras/explain.html with the
+texts as JSON in it: one file, which reaches no network. Texts are shown as the tokenizer spells
+their ids.
 
 The entropy of Eq. 10 misleads where a model speaks in words that do not exist. So the model before
-reads what each model said after the prefixes: what is recited has the lowest perplexity of all,
-no-words a high one. Neither column has a better end; read both beside never saw's.
+reads what each model said after the prefixes. What is recited has the lowest perplexity of all,
+words that do not exist a high one. Neither column has a better end: read both beside never saw's.
 """
 
 import functools
@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 
 def check(run, flag):
-    """ValueError for a run without texts, or whose pairs or model are no longer those it had."""
+    """ValueError for a run without texts, or whose pairs or model have changed since."""
     folder = run["folder"]
     if run["redacted"]:
         raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it or {flag} out")
@@ -42,8 +42,8 @@ def check(run, flag):
         path, sha = run["config"].get(what), run["config"].get("sha256", {}).get(what)
         if sha is not None and models.fingerprint(path) != sha:
             raise ValueError(
-                f"{path}: not the {what} that {folder} was made with (sha256 differs): put those "
-                f"back, or leave {flag} out"
+                f"{path}: not the {what} that {folder} was made with: put those back, or leave "
+                f"{flag} out"
             )
 
 
@@ -60,14 +60,13 @@ def load(name, revision, allow_pickle):
 
 
 def texts_of(run, tokenizer, positions):
-    """[(pair, icu.Sample, {"before", "after"}: what was said)] of the texts that are left."""
-    config, pairs = run["config"], read_pairs_of(run)
-    said = {}
+    """[(pair, icu.Sample, {"before": generation, "after": generation})] of the texts left."""
+    config, pairs, answers = run["config"], read_pairs_of(run), {}
     for when, epoch in (("before", 0), ("after", run["summary"]["epochs"])):
         for row in run["samples"]:
             if row["epoch"] == epoch and row["generation"] is not None:
-                said.setdefault(row["id"], {})[when] = row["generation"]
-    pairs = [pairs[id] for id in said]
+                answers.setdefault(row["id"], {})[when] = row["generation"]
+    pairs = [pairs[id] for id in answers]
     samples, _ = icu.build_samples(
         pairs,
         tokenizer,
@@ -75,7 +74,7 @@ def texts_of(run, tokenizer, positions):
         positions=positions,
         context=config.get("context", False),
     )
-    return list(zip(pairs, samples, said.values(), strict=True))
+    return list(zip(pairs, samples, answers.values(), strict=True))
 
 
 def pages(runs, *, allow_pickle=False):
@@ -104,15 +103,11 @@ def make(run, *, allow_pickle=False):
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
-    return page(
-        about,
-        [
-            describe(tokenizer, sample.forget, before, after, id=sample.id, said=said)
-            for (_, sample, said), before, after in zip(
-                texts, likely["before"], likely["after"], strict=True
-            )
-        ],
-    )
+    described = []
+    for number, (_, sample, answers) in enumerate(texts):
+        own = {when: of_all[number] for when, of_all in likely.items()}
+        described.append(describe(tokenizer, sample, answers, own))
+    return page(about, described)
 
 
 # --- how likely each token is ---
@@ -127,11 +122,11 @@ def log_probabilities(model, ids):
     x = torch.tensor(ids, device=model.device)  # (T,)
     # (T - 1, V): position t - 1 predicts token t
     logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]
-    found = []
+    logp = []
     for part, targets in zip(logits.split(256), x[1:].split(256), strict=True):  # saves a copy
         part = part.to(torch.promote_types(part.dtype, torch.float32))
-        found += part.log_softmax(1).gather(1, targets[:, None])[:, 0].tolist()
-    return found
+        logp += part.log_softmax(1).gather(1, targets[:, None])[:, 0].tolist()
+    return logp
 
 
 def probabilities(model, ids):
@@ -160,34 +155,37 @@ def pieces(tokenizer, ids):
     ]
 
 
-def describe(tokenizer, text, before, after, **more):
-    """What the page shows of one text, as a dict of JSON values.
+def describe(tokenizer, sample, answers, likely):
+    """What the page shows of a text, as a dict of JSON values.
 
-    text: an icu.Text; before, after: `probabilities` of its ids. What is `left` is the mean of
-    `after` over the marked tokens or, without any, over the suffix. `more` is shown as it is.
+    answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `left`
+    is the mean after, over the marked tokens, or over the suffix where none is marked.
     """
-    bos = models.bos_of(tokenizer)
+    text, bos = sample.forget, models.bos_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
     parts = [
         (characters, first + lead, last + lead)
         for characters, first, last in pieces(tokenizer, text.ids[lead:])
     ]
-    marked = set(text.among or ())
+    marked = set(text.span_positions or ())
     measured = sorted(marked) or range(text.cut, len(text.ids))
     return {
-        **more,
+        "id": sample.id,
+        "answers": answers,
         "pieces": [characters for characters, _, _ in parts],
         "tokens": [last - first for _, first, last in parts],
-        "before": [together(before[first:last]) for _, first, last in parts],
-        "after": [together(after[first:last]) for _, first, last in parts],
+        **{
+            when: [together(values[first:last]) for _, first, last in parts]
+            for when, values in likely.items()
+        },
         "marked": [
             number
             for number, (_, first, last) in enumerate(parts)
             if marked.intersection(range(first, last))
         ],
         "cut": sum(first < text.cut for _, first, _ in parts),
-        "was": mean(before[n] for n in measured),
-        "left": mean(after[n] for n in measured),
+        "was": mean(likely["before"][n] for n in measured),
+        "left": mean(likely["after"][n] for n in measured),
     }
 
 
@@ -203,7 +201,7 @@ def mean(values):
 
 
 def page(about, texts):
-    """The file, as bytes. about: {name: text} of the run; texts: what `describe` returns, a list."""
+    """The file, as bytes. about: {name: text} of the run; texts: those of `describe`, a list."""
     content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
     content = content.replace("<", "\\u003c")
@@ -213,9 +211,9 @@ def page(about, texts):
 # --- how a model speaks ---
 
 
-def surprise(model, prompt, said):
-    """The sum over the ids said of -log p(id | what stands before it), in nats; prompt: ids too."""
-    return -sum(log_probabilities(model, [*prompt, *said])[len(prompt) - 1 :])
+def surprise(model, prompt, answer):
+    """The sum over the ids of an answer to a prompt (ids, too) of -log p(id | ids before), nats."""
+    return -sum(log_probabilities(model, [*prompt, *answer])[len(prompt) - 1 :])
 
 
 def words(text):
@@ -231,11 +229,12 @@ def words_of(records, side=""):
     return {word for pair in texts for text in pair for word in words(text)}
 
 
-def new_words(said, known):
-    """The share of the words of texts [(prefix, what was said after it)] that are not in the set
-    `known`; None without a word. A word that the prefix has begun is left out.
+def new_words(answers, known):
+    """The share of words in answers [(prefix, answer)] that are not in the set `known`, or None.
+
+    A word that the prefix has begun is left out.
     """
-    new = [word for prefix, text in said for word in words(prefix + text)[len(words(prefix)) :]]
+    new = [word for prefix, text in answers for word in words(prefix + text)[len(words(prefix)) :]]
     return sum(word not in known for word in new) / len(new) if new else None
 
 
@@ -263,13 +262,15 @@ def add_speech(runs, files, *, allow_pickle=False):
         old = known | words_of(pairs) | words_of(pairs, "learn_")
         for when in ("before", "after"):
             total, count = 0.0, 0
-            for _, sample, said in rows:
+            for _, sample, answers in rows:
                 prompt = tuple(sample.forget.prompt)
-                ids = models.encode(tokenizer, said[when], inside=True)[: positions - len(prompt)]
+                ids = models.encode(tokenizer, answers[when], inside=True)
+                ids = ids[: positions - len(prompt)]
                 total, count = total + read(prompt, tuple(ids)), count + len(ids)
-            answers = [(pair["prefix"], said[when]) for pair, _, said in rows]
+            words_said = [(pair["prefix"], answers[when]) for pair, _, answers in rows]
             ppl = math.exp(min(total / count, 700.0)) if count else None
-            run["summary"][when] |= {"said_ppl": ppl, "new_words": new_words(answers, old)}
+            figures = {"said_ppl": ppl, "new_words": new_words(words_said, old)}
+            run["summary"][when] |= figures
 
 
 def main(argv=None):

@@ -1,10 +1,13 @@
-"""What the tests of evals/judge.py share: run folders written by hand, and a chat server."""
+"""What tests of pages and judges share: run folders written by hand, a chat server, a browser."""
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 from kit import data, models
 
@@ -108,3 +111,17 @@ def completion(answer):
     usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
     fields = {"id": "x", "object": "chat.completion", "created": 1, "model": "judge-2026-01"}
     return {**fields, "choices": choices, "usage": usage}
+
+
+@contextlib.contextmanager
+def chromium():
+    """A browser without a window; skips where there is none."""
+    reason = "no browser: pip install playwright, and Chromium as by apt-get install chromium"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    with playwright.sync_playwright() as driver:
+        names = (driver.chromium.executable_path, "chromium", "chromium-browser", "google-chrome")
+        path = next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            pytest.skip(reason)
+        with driver.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:
+            yield browser

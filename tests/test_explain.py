@@ -1,9 +1,6 @@
-"""--explain and --speech: the figures of a literal loop, every character of a text once, nothing of
-it read as markup, and the page as a browser shows it.
+"""--explain and --speech: figures of a literal loop, each character once, nothing read as markup.
 
 python -m pytest tests/test_explain.py -q
-
-The browser's tests need `pip install playwright` and a Chromium, and are skipped without them.
 """
 
 import csv
@@ -11,13 +8,13 @@ import functools
 import html.parser
 import json
 import math
-import shutil
 
 import conftest
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged import chromium
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icu
@@ -70,7 +67,7 @@ def loop(model, ids):
 
 
 def test_probabilities_and_surprise_are_those_of_a_literal_loop(kind, tiny_models):
-    """Every token given the true ones before it; of what was said after a prompt the sum of -log p."""
+    """Every token given the true ones before it; of an answer to a prompt the sum of -log p."""
     model = tiny_models[kind]
     for length in (1, 2, 40):
         ids = torch.randint(4, 97, (length,)).tolist()
@@ -84,16 +81,19 @@ def test_probabilities_and_surprise_are_those_of_a_literal_loop(kind, tiny_model
 
 def test_a_long_text_is_as_a_short_one(tiny_models):
     """No token is lost where parts of the logits meet; dropout is off, and the mode is put back."""
-    model = tiny_models["llama"].train()
-    ids = torch.randint(4, 97, (600,)).tolist()
-    _, *probabilities = explain.probabilities(model, ids)
+    model, ids = tiny_models["llama"].train(), torch.randint(4, 97, (600,))
+    _, *probabilities = explain.probabilities(model, ids.tolist())
     assert model.training
-    logits = model.eval()(torch.tensor([ids])).logits[0].softmax(1)
-    expected = [logits[t - 1, ids[t]].item() for t in range(1, 600)]
-    assert probabilities == pytest.approx(expected, rel=1e-6)
+    expected = model.eval()(ids[None]).logits[0, :-1].softmax(1).gather(1, ids[1:, None])[:, 0]
+    assert probabilities == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 # --- characters ---
+
+
+def sample_of(id, *text):
+    """A sample that has a text to forget alone."""
+    return icu.Sample(id, "", icu.Text(*text), None)
 
 
 def split(text):
@@ -121,19 +121,17 @@ def test_no_character_is_lost_or_doubled(text):
 
 
 def test_figures_stand_at_their_tokens():
-    """A BOS in front is no character, a joined piece has the product, the means are over the suffix
-    or the marked tokens; what is NaN is not known.
-    """
+    """BOS is no character, a joined piece has the product, means are over suffix or marked part."""
     tokenizer = tokenizer_of("llama")
     ids = tokenizer("xש!y")["input_ids"]  # BOS, x, two bytes, !, y
-    text = icu.Text(ids, t0=4, cut=4, prompt=ids[:4])
-    before, after = [None, 0.5, 0.5, 0.4, 0.9, 0.7], [None, 0.1, 0.2, 0.3, 0.4, 0.6]
-    shown = explain.describe(tokenizer, text, before, after, id="7")
+    texts = [sample_of("7", ids, 4, 4, ids[:4], marked) for marked in (None, (2, 3, 5))]
+    likely = {"before": [None, 0.5, 0.5, 0.4, 0.9, 0.7], "after": [None, 0.1, 0.2, 0.3, 0.4, 0.6]}
+    shown = explain.describe(tokenizer, texts[0], {}, likely)
     assert shown["pieces"] == ["x", "ש", "!", "y"] and shown["tokens"] == [1, 2, 1, 1]
     assert shown["cut"] == 2 and shown["id"] == "7" and shown["marked"] == []
     assert shown["before"] == pytest.approx([0.5, 0.2, 0.9, 0.7])
     assert (shown["was"], shown["left"]) == pytest.approx((0.8, 0.5))
-    shown = explain.describe(tokenizer, text._replace(among=(2, 3, 5)), before, [None] * 6)
+    shown = explain.describe(tokenizer, texts[1], {}, likely | {"after": [None] * 6})
     assert shown["marked"] == [1, 3] and shown["was"] == pytest.approx(1.6 / 3)
     assert shown["left"] is None and shown["after"] == [None] * 4
 
@@ -141,9 +139,10 @@ def test_figures_stand_at_their_tokens():
 def test_nothing_of_a_text_is_markup():
     """Scripts, comments, quotes and entities come back as they are, in one JSON element."""
     tokenizer = tokenizer_of("gpt_neo")
-    ids, likely = tokenizer(EVIL)["input_ids"], [0.5] * 99
-    text, said = icu.Text(ids, 9, 9, ids[:9]), {"before": EVIL, "after": "@DATA@"}
-    shown = explain.describe(tokenizer, text, likely, likely, id=EVIL, said=said)
+    ids, likely = tokenizer(EVIL)["input_ids"], dict.fromkeys(("before", "after"), [0.5] * 99)
+    answers = {"before": EVIL, "after": "@DATA@"}
+    sample = sample_of(EVIL, ids, 9, 9, ids[:9])
+    shown = explain.describe(tokenizer, sample, answers, likely)
     page = explain.page({"run": EVIL}, [shown])
     assert texts_in(page) == {EVIL: shown} and "".join(shown["pieces"]) == EVIL
     assert Reader(page.decode()).tags == Reader(explain.page({}, []).decode()).tags
@@ -152,10 +151,14 @@ def test_nothing_of_a_text_is_markup():
 # --- a run ---
 
 
+def load(folder):
+    """(model in float64, tokenizer) of a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
-    """Each token's is that of a loop in float64 over the folders; texts, context, marks and answers
-    are the run's.
-    """
+    """Each token's is that of a loop in float64; context, marks and answers are the run's."""
     pairs = data.read_jsonl(own_world.pairs)
     for pair in pairs:
         pair["context"] = "Call the clinic. "
@@ -165,17 +168,19 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
     run["config"]["context"] = True
     shown = texts_in(explain.make(run))
     assert list(shown) == [pair["id"] for pair in pairs]
-    for when, folder, epoch in (("before", own_world.model, 0), ("after", own_world.run / "model", 2)):  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        said = {row["id"]: row["generation"] for row in run["samples"] if row["epoch"] == epoch}
+    sides = ("before", own_world.model, 0), ("after", own_world.run / "model", 2)
+    for when, folder, epoch in sides:
+        model, tokenizer = load(folder)
+        answers = {row["id"]: row["generation"] for row in run["samples"] if row["epoch"] == epoch}
         for pair in pairs:
             text = shown[pair["id"]]
             parts = [tokenizer(pair[name])["input_ids"] for name in data.PARTS]
             likely = [math.nan, *loop(model, sum(parts, []))]
             assert "".join(text["pieces"]) == "".join(pair[name] for name in data.PARTS)
             assert "".join(text["pieces"][: text["cut"]]) == pair["context"] + pair["prefix"]
-            assert text["tokens"] == [1] * len(likely) and text["said"][when] == said[pair["id"]]
+            assert (
+                text["tokens"] == [1] * len(likely) and text["answers"][when] == answers[pair["id"]]
+            )
             assert text[when][1:] == pytest.approx(likely[1:], abs=1e-5) and text[when][0] is None
             if "spans" not in pair:
                 mean = sum(likely[-len(parts[2]) :]) / len(parts[2])
@@ -185,35 +190,29 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
 
 
 def test_a_report_explains_the_runs_that_have_unlearned(own_world, capsys):
-    """Each in its own folder; a run that only measured is passed over, one whose pairs have changed
-    refused.
-    """
+    """Each in its own folder; a run that only measured is passed over."""
     runs, out = [own_world.never_saw, own_world.run], own_world.root / "all"
     report.main([*map(str, runs), "--out", str(out), "--explain"])
     assert f"explained: {own_world.run / 'explain.html'}" in capsys.readouterr().out
     assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
-    data.write_jsonl(own_world.pairs, data.read_jsonl(own_world.pairs)[:-1])
-    with pytest.raises(ValueError, match="not the pairs that .*run was made with"):
-        explain.main([str(own_world.run)])
 
 
 # --- how a model speaks ---
 
 
-SAID = {
-    "all known": ([("The van", " was HERE, 5 times.")], {"was", "here", "times"}, 0.0),
-    "half": ([("a", " dog dogs")], {"dog"}, 0.5),
-    "a word that the prefix began": ([("a licen", "se dependencieslegesfera")], set(), 1.0),
-    "over all texts": ([("", "one two"), ("", "one"), ("", "")], {"one"}, 1 / 3),
-    "letters of any script": ([("", "שלום émigré _x_")], {"שלום"}, 2 / 3),
-    "no word": ([("x", " 12 ...")], set(), None),
-}
-
-
-@pytest.mark.parametrize("said, known, share", SAID.values(), ids=SAID)
-def test_new_words(said, known, share):
+@pytest.mark.parametrize(
+    "answers, known, share",
+    [
+        ([("The van", " was HERE, 5 times.")], {"was", "here", "times"}, 0.0),
+        ([("a licen", "se dependencieslegesfera dog")], {"dog"}, 0.5),  # begun by the prefix
+        ([("", "one two"), ("", "one"), ("", "")], {"one"}, 1 / 3),
+        ([("", "שלום émigré _x_")], {"שלום"}, 2 / 3),
+        ([("x", " 12 ...")], set(), None),
+    ],
+)
+def test_new_words(answers, known, share):
     """The share of words that were said and are not known."""
-    assert explain.new_words(said, known) == share
+    assert explain.new_words(answers, known) == share
 
 
 def test_every_run_is_read_by_the_model_before(own_world, capsys):
@@ -223,34 +222,23 @@ def test_every_run_is_read_by_the_model_before(own_world, capsys):
         [str(own_world.run), str(own_world.never_saw), "--out", str(out), "--speech", str(texts)]
     )
     rows = {row["model"]: row for row in csv.DictReader((out / "table.csv").open(encoding="utf-8"))}
-    model = AutoModelForCausalLM.from_pretrained(own_world.model, dtype=torch.float64).eval()
-    tokenizer, pairs = AutoTokenizer.from_pretrained(own_world.model), data.read_pairs(own_world.pairs)  # fmt: skip
+    (model, tokenizer), pairs = load(own_world.model), data.read_pairs(own_world.pairs)
     known = explain.words_of(pairs) | explain.words_of(pairs, "learn_")
     known |= explain.words_of(data.read_records(texts))
-    for label, folder, epoch in (
-        ("model (before)", "run", 0),
-        ("icu", "run", 2),
-        ("never", "never-saw", 0),
-    ):
+    sides = ("model (before)", "run", 0), ("icu", "run", 2), ("never", "never-saw", 0)
+    for label, folder, epoch in sides:
         samples = data.read_jsonl(own_world.root / folder / "samples.jsonl")
-        said = [row["generation"] for row in samples if row["epoch"] == epoch]
+        generations = [row["generation"] for row in samples if row["epoch"] == epoch]
+        answers = list(zip([pair["prefix"] for pair in pairs], generations, strict=True))
         total = count = 0
-        for pair, text in zip(pairs, said, strict=True):
-            prompt, ids = (tokenizer(part)["input_ids"] for part in (pair["prefix"], text))
+        for texts in answers:
+            prompt, ids = (tokenizer(text)["input_ids"] for text in texts)
             total -= sum(map(math.log, loop(model, prompt + ids)[len(prompt) - 1 :]))
             count += len(ids)
         assert float(rows[label]["said_ppl"]) == pytest.approx(math.exp(total / count), rel=1e-4)
-        share = explain.new_words([(p["prefix"], t) for p, t in zip(pairs, said, strict=True)], known)  # fmt: skip
+        share = explain.new_words(answers, known)
         assert float(rows[label]["new_words"]) == pytest.approx(share)
     assert "Said (PPL)" in capsys.readouterr().out
-
-
-def test_one_model_reads_all(world):
-    """Runs that began with different models are not put beside each other."""
-    runs = [read_run(world.run), read_run(world.run)]
-    runs[1]["config"]["model"] = "another"
-    with pytest.raises(ValueError, match="one model reads all, .*another"):
-        explain.add_speech(runs, [])
 
 
 # --- the page in a browser ---
@@ -258,15 +246,8 @@ def test_one_model_reads_all(world):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A Chromium without a window; skips where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as driver:
-        names = (driver.chromium.executable_path, "chromium", "google-chrome")
-        path = next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            pytest.skip("no Chromium: playwright install chromium")
-        with driver.chromium.launch(executable_path=path, args=["--no-sandbox"]) as started:
-            yield started
+    with chromium() as browser:
+        yield browser
 
 
 TEXTS = {  # id: prefix, suffix, probability before and after
@@ -280,11 +261,15 @@ TEXTS = {  # id: prefix, suffix, probability before and after
 def page(browser, tmp_path):
     """The page as a browser has it; it must print no error and ask for nothing but itself."""
     tokenizer, texts, path = tokenizer_of("gpt_neo"), [], tmp_path / "explain.html"
-    for id, (prefix, suffix, *likely) in TEXTS.items():
+    for id, (prefix, suffix, before, after) in TEXTS.items():
         ids, cut = tokenizer(prefix + suffix)["input_ids"], len(tokenizer(prefix)["input_ids"])
-        before, after = ([None, *[p] * (len(ids) - 1)] for p in likely)
-        text, said = icu.Text(ids, cut, cut, ids[:cut], (cut,)), {"before": prefix, "after": ""}
-        texts.append(explain.describe(tokenizer, text, before, after, id=id, said=said))
+        likely = {"before": [None] + [before] * (len(ids) - 1)}
+        likely["after"] = [None] + [after] * (len(ids) - 1)
+        sample, answers = (
+            sample_of(id, ids, cut, cut, ids[:cut], (cut,)),
+            {"before": "", "after": ""},
+        )
+        texts.append(explain.describe(tokenizer, sample, answers, likely))
     path.write_bytes(explain.page({"run": EVIL}, texts))
     with browser.new_page(viewport={"width": 390, "height": 844}) as opened:
         requests, errors = [], []
@@ -301,9 +286,7 @@ def order(page):
 
 
 def test_a_browser_shows_every_text_as_it_is(page):
-    """Letter by letter; no text becomes an element; nothing is wider than the screen; a tap tells a
-    token's figures.
-    """
+    """No text becomes an element or is wider than the screen; a tap tells a token's figures."""
     assert page.title() == "What is left" and EVIL in page.locator("#about").text_content()
     for id, (prefix, suffix, *_) in TEXTS.items():
         article = page.locator("article", has=page.locator("h2", has_text=id))
@@ -314,10 +297,12 @@ def test_a_browser_shows_every_text_as_it_is(page):
     assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     hebrew = page.locator("article", has=page.locator("h2", has_text="hebrew"))
-    assert hebrew.locator(".views .before .text").evaluate("e => getComputedStyle(e).direction") == "rtl"  # fmt: skip
-    hebrew.locator(".views .before .text span").nth(3).click()
-    told = page.locator("#token").inner_text()
-    assert told == '"ם" (2 tokens): before 90.3 %, after 9.0 %'  # 0.95 and 0.3, squared
+    text = hebrew.locator(".views .before .text")
+    assert text.evaluate("e => getComputedStyle(e).direction") == "rtl"
+    text.locator("span").nth(3).click()
+    assert (
+        page.locator("#token").inner_text() == '"ם" (2 tokens): before 90.3 %, after 9.0 %'
+    )  # 0.95 and 0.3, squared
 
 
 def test_a_browser_sorts_filters_and_shows(page):

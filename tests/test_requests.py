@@ -255,8 +255,8 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     files = [made / f"request{number}.pairs.jsonl" for number in (1, 2)]
     first, second = ([row["id"] for row in data.read_pairs(file)] for file in files)
     assert sorted(first + second) == ["0", "1", "2", "3"] != first + second
-    own = extras_chain.look(made / "watched2", [[f"first/{id}" for id in first], second])
+    own = extras_chain.measured(made / "watched2", [[f"first/{id}" for id in first], second])
     args = argparse.Namespace(script="icu.py", flags=[*MEASURED, "--bert-threshold", "auto"])
     words = ["--model", made / "watched2" / "model", "--eval-only"]
-    again = extras_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", words)
-    assert own == extras_chain.look(again, [first, second])
+    again = extras_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", *words)
+    assert own == extras_chain.measured(again, [first, second])

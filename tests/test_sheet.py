@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from judged import Chat, write_run
+from judged import Chat, chromium, write_run
 
 from evals import judge, report
 from kit import data, purge
@@ -31,7 +31,7 @@ N = len(NASTY)
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Runs of two methods over the same texts, which say the reference before."""
+    """Runs of two methods over the same texts, whose model says the reference before."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     known, runs = {id: suffix for id, (_, suffix) in TEXTS.items()}, []
     for number, method in enumerate(("icu", "npo")):
@@ -43,13 +43,13 @@ def runs(tmp_path, monkeypatch):
     return runs
 
 
-def content_of(run):
-    """What the page of a sheet holds."""
-    return read_page((run / "sheet.html").read_text())
-
-
 def read_page(html):
+    """What the page of a sheet holds."""
     return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def content_of(run):
+    return read_page((run / "sheet.html").read_text())
 
 
 def rate(run, grades, path, *, rater="ann", items=None):
@@ -93,11 +93,12 @@ def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
 
 def test_a_sheet_is_drawn_alike_each_time_and_not_replaced_unasked(runs):
     """A key that is lost makes ratings worthless."""
-    judge.main(["--sheet", *map(str, runs)])
+    words = ["--sheet", *map(str, runs)]
+    judge.main(words)
     html = (runs[0] / "sheet.html").read_bytes()
     with pytest.raises(ValueError, match="--overwrite"):
-        judge.main(["--sheet", *map(str, runs)])
-    judge.main(["--sheet", *map(str, runs), "--overwrite"])
+        judge.main(words)
+    judge.main([*words, "--overwrite"])
     assert (runs[0] / "sheet.html").read_bytes() == html
 
 
@@ -163,17 +164,8 @@ def test_a_run_that_moved_or_was_purged_is_known_again(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium; skips where there is none."""
-    reason = "no browser: pip install playwright, and Chromium as by apt-get install chromium"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(reason)
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def test_a_sheet_is_rated_by_keyboard_reloaded_and_read_back(browser, tmp_path, runs):

@@ -322,7 +322,7 @@ def test_two_processes_give_the_audit_of_one(known, heart, tmp_path):
     """Texts are shared out, samples come from seeds of their own: every figure and interval."""
     questions = ["sampling", "prompts", "membership", "quantised"]
     command = audited(known, tmp_path / "two", "heart", "--only", *questions)
-    status, output = launch(2, ["evals/audit.py", *command], launcher="torch")
+    status, output = launch(2, ["evals/audit.py", *command])
     assert status == 0, output[-3000:]
     two = json.loads((tmp_path / "two" / "audit.json").read_text())
     assert list(two["figures"]) == questions
@@ -401,7 +401,7 @@ def test_a_marked_run_is_asked_about_whole_texts_and_says_so(known, tmp_path, as
     assert sentence.startswith("Parts of 1 texts") and sentence in (out / "audit.md").read_text()
     model, _, samples, _ = asked
     text, weights = samples[0].forget, []
-    for teach in (text, text._replace(among=(3,))):
+    for teach in (text, text._replace(span_positions=(3,))):
         taught = copy.deepcopy(model)
         audit.relearn(taught, [teach], [text], steps=1, lr=1e-3, first=1)
         weights.append(torch.cat([p.flatten() for p in taught.parameters()]))

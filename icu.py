@@ -820,7 +820,8 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
             stopped = stop(rows)
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
-        own = method.measures(model, tokenizer, inputs.samples, args)
+        with torch.no_grad():
+            own = method.measures(model, tokenizer, inputs.samples, args)
     run.end_epoch(
         mean_measures(rows) | {f"own_{name}": number(value) for name, value in own.items()},
         rows,

@@ -153,6 +153,8 @@ ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 def encoder_folder(encoder):
     """The local folder of an encoder, a folder or a name on the hub."""
+    from kit import models
+
     folder = Path(encoder)
     if not folder.is_dir():
         import huggingface_hub
@@ -160,8 +162,10 @@ def encoder_folder(encoder):
         with data.reading(f"--encoder {encoder}: no folder, nor on the hub: pass --encoder DIR"):
             fetched = huggingface_hub.snapshot_download(encoder, allow_patterns=ENCODER_FILES)
         folder = Path(fetched)
-    if not any(folder.rglob("*.safetensors")):  # other weights are pickles, which can run code
-        raise ValueError(f"--encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR")
+    weights = any(folder.rglob("*.safetensors"))  # others are pickles, which can run code
+    if not (weights and any(any(folder.rglob(name)) for name in models.TOKENIZERS)):
+        names = ", ".join(models.TOKENIZERS)
+        raise ValueError(f"--encoder {folder}: needs *.safetensors and a tokenizer ({names})")
     return folder
 
 

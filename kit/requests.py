@@ -149,6 +149,15 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
 # --- the model that a run begins with, and the one that all began with ---
 
 
+def differences(config, args, flags, files):
+    """The names of these flags and files (by sha256) that are not those of a run's config.json."""
+    return [name for name in flags if config.get(name) != getattr(args, name)] + [
+        name
+        for name in files
+        if config["sha256"].get(name) != models.fingerprint(getattr(args, name))
+    ]
+
+
 def resolve(args):
     """What --after says of a run: {"model", "revision", "earlier", "original"}; else "earlier": [].
 
@@ -169,11 +178,7 @@ def resolve(args):
             f"--anchor original: {first['model']} (sha256 {sha256}), which the first request began "
             "with, is not there or has changed: bring it back, or pass --anchor previous"
         )
-    measured = ("protocol", "context", "num_beams")
-    differ = [name for name in measured if config[name] != getattr(args, name)]
-    if config["sha256"]["bert"] != models.fingerprint(args.bert):
-        differ.append("bert")
-    if differ:
+    if differ := differences(config, args, ("protocol", "context", "num_beams"), ("bert",)):
         why = f"was measured otherwise ({', '.join(differ)}): pass the same flags"
         raise ValueError(f"--after {folder}: {why}")
     watched = [config for _, config in chain if args.watch and not is_purged(config)]

@@ -672,12 +672,8 @@ def read_never_saw(args):
     run, where = read_run(args.never_saw), f"--never-saw {args.never_saw}"
     if run["summary"]["method"] != "none":
         raise ValueError(f"{where}: a run that has trained; make one with --eval-only")
-    config, measured = run["config"], ("protocol", "context", "num_beams", "dtype")
-    differ = [name for name in measured if config.get(name) != getattr(args, name)]
-    for name in ("bert", "pairs"):
-        if config["sha256"].get(name) != models.fingerprint(getattr(args, name)):
-            differ.append(name)
-    if differ:
+    measured = ("protocol", "context", "num_beams", "dtype")
+    if differ := requests.differences(run["config"], args, measured, ("bert", "pairs")):
         raise ValueError(f"{where}: measured otherwise ({', '.join(differ)})")
     return run["summary"]["before"]
 

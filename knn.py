@@ -18,6 +18,7 @@ of memory beside the pool's 732 MB.
 """
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -112,12 +113,11 @@ def unit_rows(rows, what, first):
     squares[odd] = 1
     unit = rows / np.sqrt(squares)[:, None]
     if len(odd):
-        wide = rows[odd].astype(np.float64)
-        length = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-        if not np.isfinite(length).all():
-            number = first + odd[np.argmin(np.isfinite(length))]
+        lengths = np.linalg.norm(rows[odd].astype(np.float64), axis=1)
+        if not np.isfinite(lengths).all():
+            number = first + odd[np.argmin(np.isfinite(lengths))]
             raise ValueError(f"{what} row {number} holds NaN or inf")
-        unit[odd] = wide / np.where(length > 0, length, 1)[:, None]
+        unit[odd] = rows[odd] / np.where(lengths > 0, lengths, 1)[:, None]
     return unit
 
 
@@ -162,10 +162,10 @@ def encoder_folder(encoder):
         with data.reading(f"--encoder {encoder}: no folder, nor on the hub: pass --encoder DIR"):
             fetched = huggingface_hub.snapshot_download(encoder, allow_patterns=ENCODER_FILES)
         folder = Path(fetched)
-    if not any(folder.rglob("*.safetensors")):  # other weights are pickles, which can run code
-        raise ValueError(f"--encoder {encoder}: no *.safetensors in {folder}: pass --encoder DIR")
-    if not any(next(folder.rglob(name), None) for name in models.TOKENIZERS):
-        raise ValueError(f"--encoder {folder}: no tokenizer ({', '.join(models.TOKENIZERS)})")
+    weights = any(folder.rglob("*.safetensors"))  # others are pickles, which can run code
+    if not (weights and any(any(folder.rglob(name)) for name in models.TOKENIZERS)):
+        names = ", ".join(models.TOKENIZERS)
+        raise ValueError(f"--encoder {folder}: needs *.safetensors and a tokenizer ({names})")
     return folder
 
 
@@ -219,9 +219,9 @@ def encode(texts, folder, batch_size, device):
 # --- leak guard ---
 
 
-def plain_text(record, parts=PARTS):
-    """What the guard compares of a record: these parts as one plain text."""
-    return texts.plain("".join(record[part] for part in parts))
+def plain_text(record):
+    """What the guard compares of a pool row: all its parts as one plain text."""
+    return texts.plain("".join(record[part] for part in PARTS))
 
 
 def leak_finder(forget, max_overlap):
@@ -229,7 +229,7 @@ def leak_finder(forget, max_overlap):
 
     share, 0-1: of the target's letters or n-grams, or of the densest stretch of the row.
     """
-    plain = [plain_text(target, PARTS[1:]) for target in forget]
+    plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
     phrases = [(spelt[n], n) for n in range(len(forget)) if not grams.grams[n]]
@@ -275,15 +275,12 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row for which a
-    rule of `leak_finder` holds. Compared are the letters of its context + prefix + suffix, without
-    regard to what `kit.text.plain` takes out: case, accents, signs, kinds of spaces and letters.
-    n-grams are of 21 letters, an ideograph counts as three; with 0.2 a run of 33 letters goes,
-    whatever stands around it. A common phrase is shorter, and a row keeps it.
-    The more of a secret a row holds, the surer it goes, whatever else it says. One exception: a row
-    that goes by rules 3 or 4 alone stays once there are other words in it.
-    `forget` may hold texts of earlier requests; `purged` are hashes.json of those whose texts are
-    gone. Give whole documents: passages would each hold less. The dict is {id, target_id, share (of
-    the first rule that holds), reason: "forget row" or "copy"}.
+    rule of `leak_finder` holds. Compared are letters alone, without what `kit.text.plain` takes
+    out: case, accents, kinds of letters. With 0.2 a run of 33 letters goes, whatever stands around
+    it; a common phrase is shorter. A row that goes by rules 3 or 4 alone stays once it has other
+    words. `forget` may hold texts of earlier requests; `purged` are hashes.json of those whose
+    texts are gone. `pool` holds complete documents: passages would each hold less. The dict is {id,
+    target_id, share (of the first rule that holds), reason: "forget row" or "copy"}.
     """
     finders = []  # (its function of a row, ids of its targets)
     if not allow_copies:
@@ -305,13 +302,12 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
 
 
 def print_leaks(keep, reasons, max_overlap):
-    """The leak guard's report: what it dropped, and the worst three."""
+    """Prints what the leak guard dropped and the worst three. ValueError: it left no row."""
     copies = [reason for reason in reasons if reason["reason"] == "copy"]
-    own = len(reasons) - len(copies)
     print(
-        f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, {own} forget rows and "
-        f"{len(copies)} that hold over {max_overlap:.0%} of a target, a piece of one or what is "
-        "marked in it"
+        f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, "
+        f"{len(reasons) - len(copies)} forget rows and {len(copies)} that hold over "
+        f"{max_overlap:.0%} of a target, a piece of one or what is marked in it"
     )
     worst = sorted(copies, key=lambda reason: -reason["share"])[:3]
     if worst:
@@ -339,8 +335,8 @@ def cut_passages(record, words):
         return [record]
     cuts = [0, *(starts[len(starts) * i // count] for i in range(1, count)), len(text)]
     passages = []
-    for i in range(count):
-        prefix, suffix = data.split_in_half(text[cuts[i] : cuts[i + 1]])
+    for i, (start, end) in enumerate(itertools.pairwise(cuts)):
+        prefix, suffix = data.split_in_half(text[start:end])
         context = "" if i else record["context"]
         id = f"{record['id']}#{i}"
         passages.append({"id": id, "context": context, "prefix": prefix, "suffix": suffix})
@@ -400,15 +396,15 @@ def make_pair(forget, near, similarities, *, with_ids):
     the paper's one are `further`.
     """
     fields = ["id", *PARTS, *(f"{part}_ids" for part in PARTS if with_ids)]
-    neighbours = [
+    first, *further = [
         {f"learn_{name}": record[name] for name in fields} | {"similarity": round(float(cosine), 6)}
         for record, cosine in zip(near, similarities, strict=True)
     ]
-    pair = {name: forget[name] for name in fields} | neighbours[0]
+    pair = {name: forget[name] for name in fields} | first
     if "spans" in forget:
         pair["spans"] = forget["spans"]
-    if neighbours[1:]:
-        pair["further"] = neighbours[1:]
+    if further:
+        pair["further"] = further
     return pair
 
 
@@ -453,15 +449,6 @@ def make_parser():
 # fmt: on
 
 
-def parse_args():
-    parser = make_parser()
-    args = parser.parse_args()
-    files = {bool(args.forget), bool(args.pool)}
-    if not args.fetch and files != {not args.pile}:
-        parser.error("give either --pile, or --forget FILE and --pool FILE")
-    return args
-
-
 def read_input(args):
     """(forget records, pool records, whether both have GPT-2 ids) for the flags."""
     files = [] if args.pile else [args.forget, args.pool]
@@ -477,11 +464,14 @@ def read_input(args):
 
 
 def main():
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.fetch:
         for name in data.FILES if "all" in args.fetch else args.fetch:
             print(data.data_file(name, args.data))
         return
+    if {bool(args.forget), bool(args.pool)} != {not args.pile}:
+        parser.error("give either --pile, or --forget FILE and --pool FILE")
     # They load torch; experiment.py asks this file for its flags only.
     from kit import models, processes, requests
 
@@ -510,8 +500,7 @@ def main():
         embed([text_of(row) for row in rows], encoder, batch_size=args.embed_batch, device=device)
         for rows in (pool, forget)
     )
-    # K = 1, section 4.3.2
-    k = min(args.neighbours, keep.sum())
+    k = min(args.neighbours, keep.sum())  # 1, section 4.3.2
     indices, similarities = cosine_knn(vectors, pool_vectors, k=k, exclude=~keep)
     rows = zip(forget, indices, similarities, strict=True)
     pairs = (make_pair(row, [pool[i] for i in near], s, with_ids=with_ids) for row, near, s in rows)

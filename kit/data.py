@@ -1,5 +1,5 @@
-"""Files: JSON and JSON lines written whole or not at all, the records and pairs that people bring,
-what of a text is marked, and downloads.
+"""Files that are written completely or not at all, the records and pairs that people bring, the
+marked parts of a text, and downloads.
 
 A reader's error names the file and the line (`reading`).
 """
@@ -70,7 +70,7 @@ def write_atomically(path, write):
 
 
 def write_bytes(path, content):
-    """Write bytes, whole or not at all."""
+    """Write bytes, all of them or none."""
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -90,7 +90,7 @@ def json_bytes(value, indent=None):
 
 
 def read_text(path):
-    """The whole file as text, without a byte order mark. ValueError: missing, or not UTF-8."""
+    """A file as text, without a byte order mark. ValueError: missing, or not UTF-8."""
     with reading(path):
         content = Path(path).read_bytes()
     with reading(f"{path}: not UTF-8, save it as UTF-8"):
@@ -150,12 +150,6 @@ PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its t
 SIDES = "", "learn_"  # of a pair: what its fields begin with
 
 
-def check_string(value, what, *, blank_ok=False):
-    """ValueError unless `value` is a string and, by default, not blank."""
-    if not isinstance(value, str) or not (blank_ok or value.strip()):
-        raise ValueError(f"{what} is {str(value)[:40]!r}, not a text")
-
-
 def text_of(record):
     """What is embedded, compared and marked: the text without its context."""
     return record["prefix"] + record["suffix"]
@@ -166,18 +160,16 @@ def make_record(row, number):
 
     It has `spans` too where the row marks a part of its text.
     """
-    halves = row.get("prefix") is not None and row.get("suffix") is not None
-    if not halves and row.get("text") is None:
+    prefix, suffix, text = (row.get(name) for name in ("prefix", "suffix", "text"))
+    if isinstance(prefix, str) and isinstance(suffix, str):
+        text = prefix + suffix
+    elif isinstance(text, str):
+        prefix, suffix = split_in_half(text)
+    else:
         names = ", ".join(row)
         raise ValueError(f"needs a `text`, or a `prefix` and a `suffix`; it has: {names}")
-    id = row.get("id", number)
-    record = {"id": str(id) if isinstance(id, int) else id, "context": row.get("context") or ""}
-    for name in ("prefix", "suffix") if halves else ("text",):
-        check_string(row[name], f"`{name}`")
-    check_string(record["id"], "`id`")
-    check_string(record["context"], "`context`", blank_ok=True)
-    prefix, suffix = (row["prefix"], row["suffix"]) if halves else split_in_half(row["text"])
-    return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, prefix + suffix)
+    record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
+    return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, text)
 
 
 def rows_once(path, numbered, make):
@@ -196,17 +188,15 @@ def rows_once(path, numbered, make):
 
 
 def read_records(path, *, tokenizer=None):
-    """Records {id, context, prefix, suffix} of a .csv, .jsonl or .npy file.
+    """Records {id, context, prefix, suffix} of a .csv, .jsonl or, with a tokenizer, .npy file.
 
     prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half) or a
     `prefix` and a `suffix`. They may have `id` (default: the row number from 0), `context`, and
-    `spans` or `secrets` (`read_spans`). A .npy holds token ids (N, T) of `tokenizer`, and its
+    `spans` or `secrets` (`read_spans`). A .npy holds token ids (N, T) of the tokenizer, and its
     records also have context_ids, prefix_ids and suffix_ids.
     """
-    if Path(path).suffix.lower() != ".npy":
+    if tokenizer is None or Path(path).suffix.lower() != ".npy":
         return rows_once(path, numbered_rows(path), make_record)
-    if tokenizer is None:
-        raise ValueError(f"{path}: token ids: pass the texts as .csv or .jsonl")
     ids = load_ids(path)  # (N, T)
     context, prefix, suffix = np.split(ids, [0, ids.shape[1] // 2], axis=1)
     return ids_records(context, prefix, suffix, tokenizer=tokenizer, where=path)
@@ -219,12 +209,10 @@ def numbered_rows(path):
 
 def load_ids(path):
     """A 2-D array (N, T) of integers from a .npy file, not yet checked against a vocabulary."""
-    with reading(path):
+    with reading(f"{path}: not a table of token ids"):
         ids = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle can run code
-        if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.shape[1] < 2:
-            kind = f"{ids.dtype} {ids.shape}"
-            raise ValueError(f"expected integers of shape (rows, tokens >= 2), not {kind}")
-    return ids
+        _rows, _tokens = ids.shape
+        return ids.astype(np.int64, casting="same_kind", copy=False)
 
 
 def ids_records(context, prefix, suffix, *, tokenizer, where):
@@ -245,11 +233,9 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
 
 def read_texts(path):
     """The `text` column of a CSV or JSONL file, blank ones left out: for perplexity."""
-    texts = [row.get("text") for _, row in numbered_rows(path)]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise ValueError(f"{path}: no `text` column with text in it")
-    return texts
+    rows = list(numbered_rows(path))
+    with reading(f"{path}: no column of this name"):
+        return [row["text"] for _, row in rows if row["text"].strip()]
 
 
 def read_unseen(path):
@@ -271,22 +257,17 @@ def read_pairs(path):
 def check_pair(pair, _):
     """The pair, all fields of its sides and its further neighbours there; ValueError."""
     with_ids = any(f"{side}{part}_ids" in pair for side in SIDES for part in PARTS)
-    check_side(pair, "", with_ids)
-    for row in [pair, *pair.get("further", [])]:
-        check_side(row, "learn_", with_ids)
+    ids = [f"{part}_ids" for part in PARTS if with_ids]
+    rows = [(pair, ""), *((row, "learn_") for row in [pair, *pair.get("further", [])])]
+    for row, side in rows:
+        names = [*(f"{side}{name}" for name in ("id", *PARTS, *ids)), "similarity"]
+        if missing := [name for name in names if name not in row]:
+            raise ValueError(
+                f"no {', '.join(missing)}: not a line of pairs.jsonl, as knn.py writes it"
+            )
     if "spans" in pair:
         check_spans(pair["spans"], text_of(pair))
     return pair
-
-
-def check_side(row, side, with_ids):
-    names = [f"{side}{name}" for name in ("id", *PARTS)]
-    ids = [f"{side}{part}_ids" for part in PARTS] if with_ids else []
-    missing = [name for name in [*names, *ids, "similarity"] if name not in row]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}: not a line of pairs.jsonl, as knn.py writes it")
-    for name in names:
-        check_string(row[name], f"`{name}`", blank_ok=with_ids or name.endswith("context"))
 
 
 # --- spans: the parts of a text that are to be forgotten ---
@@ -369,15 +350,14 @@ def span_parts(samples):
 
 def kept_side(samples):
     """{"kept": what is kept of each sample's text} where one is marked, or {}: KL's other side."""
-    if not any(sample.forget.span_positions for sample in samples):
-        return {}
     texts = [sample.forget for sample in samples]
-    return {
-        "kept": [
-            [text._replace(span_positions=rest_of(text))] if text.span_positions else []
-            for text in texts
-        ]
-    }
+    if not any(text.span_positions for text in texts):
+        return {}
+    kept = [
+        [text._replace(span_positions=rest_of(text))] if text.span_positions else []
+        for text in texts
+    ]
+    return {"kept": kept}
 
 
 def marked(pair):
@@ -396,8 +376,7 @@ def says(text, secret):
 
 
 def secret_said(sample, generation):
-    """{"secret_said": 1.0 if a generation says a secret of its sample, else 0.0}; None for one
-    without any to say."""
+    """{"secret_said": 1.0 if a generation says a secret of its sample, else 0.0, or None}."""
     if not sample.secrets:
         return {"secret_said": None}
     return {"secret_said": float(any(says(generation, secret) for secret in sample.secrets))}
@@ -472,7 +451,9 @@ def fetch(url, path, sha256):
 
 def perplexity_file(item, data_dir):
     """The file of a --ppl NAME=FILE, or NAME for one that is fetched."""
-    name, equals, file = item.partition("=")
-    if not equals and f"{name}.csv" not in FILES:
+    name, _, file = item.partition("=")
+    if item == name and f"{name}.csv" in FILES:
+        return data_file(f"{name}.csv", data_dir)
+    if not (name and file):
         raise ValueError(f"--ppl {item}: say NAME=FILE; only pile and wikitext are known by name")
-    return file if equals else data_file(f"{name}.csv", data_dir)
+    return file

@@ -1,4 +1,4 @@
-"""The command line: argparse types that explain themselves, and errors that are one line on stderr and exit 2."""
+"""The command line: argparse types that explain themselves, and errors of one line and exit 2."""
 
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ def run_cli(main, own_file=None):
 def launched():
     """Whether a launcher of several processes (torchrun, DeepSpeed's) has started this one.
 
-    It sets all of these. One alone says nothing: many a container has WORLD_SIZE where nothing was launched.
+    It sets all of these. One alone says nothing: many a container has a WORLD_SIZE of its own.
     """
     numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     return all(map(str.isdecimal, numbers)) and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -53,11 +53,11 @@ def flag_error(message):
     raise ValueError(message)
 
 
-def command_parser(description, **how):
-    """The parser of a command: its description as it is written, no abbreviations, and errors of one line."""
+def command_parser(description, **settings):
+    """The parser of a command: its description as it is written, no abbreviations of flags."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=form, allow_abbrev=False, **how
+        description=description, formatter_class=form, allow_abbrev=False, **settings
     )
     parser.error = flag_error
     return parser
@@ -68,48 +68,34 @@ def one_of(names):
 
     def check(value):
         if value not in names:
-            near = "".join(
-                f", did you mean {name}?" for name in difflib.get_close_matches(value, names, 1)
-            )
+            nearest = difflib.get_close_matches(value, names, 1)
+            near = f", did you mean {nearest[0]}?" if nearest else ""
             raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(names)}{near}")
         return value
 
     return check
 
 
-def positive(text):
-    """An argparse type: a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def above(low, kind=float, *, equal=False):
-    """An argparse type: a finite number above `low` (or equal to it)."""
+    """An argparse type: a finite number of this kind above `low` (or equal to it)."""
 
     def check(value):
         try:
             x = kind(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{value!r} is not a number ({kind.__name__})"
-            ) from None
+            x = math.nan
         if not (math.isfinite(x) and (x >= low if equal else x > low)):
-            raise argparse.ArgumentTypeError(
-                f"{value} is not a finite number {'>=' if equal else '>'} {low}"
-            )
+            what = "whole number" if kind is int else "finite number"
+            sign = ">=" if equal else ">"
+            raise argparse.ArgumentTypeError(f"{value!r} is not a {what} {sign} {low}")
         return x
 
     return check
 
 
-def seed_number(text):
-    """An argparse type: a whole number that numpy takes for a seed."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is not a whole number from 0 to {2**32 - 1}"
-        )
-    return int(text)
+positive = above(0, int)
+weight = above(0, equal=True)
+seed_number = above(0, int, equal=True)
 
 
 def thresholds_flag(value):
@@ -134,9 +120,6 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-weight = above(0, equal=True)
-
-
 # --- flags of a run that go together ---
 
 
@@ -156,12 +139,9 @@ def check_together(args):
         )
     if args.pairs and args.thresholds == "never-saw" and not args.never_saw:
         raise ValueError(
-            "--thresholds never-saw needs --never-saw RUN: measures of a model that never saw the texts"
+            "--thresholds never-saw needs --never-saw RUN: a run of a model that never saw the "
+            "texts"
         )
-    names = [item.partition("=")[0] for item in args.ppl]
-    for item, name in zip(args.ppl, names, strict=True):
-        if not name or item == f"{name}=" or names.count(name) > 1:
-            raise ValueError(f"--ppl {item}: say NAME=FILE, and no NAME twice")
     if args.resume and args.overwrite:
         raise ValueError(
             "--resume goes on with a run, --overwrite begins it again: pass one of them"

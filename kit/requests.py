@@ -34,8 +34,9 @@ def chain_of(after):
     chain = []
     while after:
         folder = Path(after)
-        if not (folder / "summary.json").is_file():
-            raise ValueError(f"--after {folder}: is no run that has ended (no summary.json)")
+        if not ((folder / "summary.json").is_file() and (folder / "model").is_dir()):
+            why = "has not ended with a model (summary.json, model/)"
+            raise ValueError(f"--after {folder}: {why}")
         config = data.read_json(folder / "config.json")
         chain.append((folder, config))
         after = config.get("after")
@@ -51,8 +52,7 @@ def pairs_of(folder, config):
     """The pairs of an earlier request, their ids RUN/ID. ValueError: they are gone or changed."""
     file = config["pairs"]
     if models.fingerprint(file) != config["sha256"]["pairs"]:
-        why = "is not there, or not what the run was made with (sha256)"
-        raise ValueError(f"{folder}: {file} {why}")
+        raise ValueError(f"{file}: is gone, or not what {folder} was made with (sha256)")
     return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in data.read_pairs(file)]
 
 
@@ -78,15 +78,18 @@ def hashes(pairs, salt=None):
     """
     salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
 
-    def digest(pair, side):
-        text = pair[f"{side}prefix"] + pair[f"{side}suffix"]
+    def digest(text):
         return hmac.digest(salt, text.encode("utf-8"), "sha256").hex()
 
     texts = {
-        pair["id"]: {"forget": digest(pair, ""), "learn": digest(pair, "learn_")} for pair in pairs
+        pair["id"]: {
+            "forget": digest(data.text_of(pair)),
+            "learn": digest(pair["learn_prefix"] + pair["learn_suffix"]),
+        }
+        for pair in pairs
     }
-    forget = [plain(pair["prefix"] + pair["suffix"]) for pair in pairs]
-    return {"salt": salt.hex(), "texts": texts, "grams": gram_hashes(forget, salt)}
+    grams = gram_hashes([plain(data.text_of(pair)) for pair in pairs], salt)
+    return {"salt": salt.hex(), "texts": texts, "grams": grams}
 
 
 # --- texts that are watched ---
@@ -118,12 +121,12 @@ def with_earlier(args, pairs):
 
 def overlapping(pair, others):
     """The id of the first other text that holds this one or lies in it, by letters; or None."""
-
-    def spelt(pair):
-        return letters(plain(pair["prefix"] + pair["suffix"]))
-
-    mine, others = spelt(pair), [(other["id"], spelt(other)) for other in others]
-    return next((id for id, text in others if mine in text or text in mine), None)
+    own = letters(plain(data.text_of(pair)))
+    for other in others:
+        text = letters(plain(data.text_of(other)))
+        if own in text or text in own:
+            return other["id"]
+    return None
 
 
 def watch(forgotten, rows, *, forgotten_now, watched, epoch):
@@ -146,6 +149,15 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
 # --- the model that a run begins with, and the one that all began with ---
 
 
+def differences(config, args, flags, files):
+    """The names of these flags and files (by sha256) that are not those of a run's config.json."""
+    return [name for name in flags if config.get(name) != getattr(args, name)] + [
+        name
+        for name in files
+        if config["sha256"].get(name) != models.fingerprint(getattr(args, name))
+    ]
+
+
 def resolve(args):
     """What --after says of a run: {"model", "revision", "earlier", "original"}; else "earlier": [].
 
@@ -153,27 +165,20 @@ def resolve(args):
     chain began with. ValueError for a run that this one cannot go on from.
     """
     if bool(args.model) == bool(args.after):
-        how = "pass --model DIR (a folder, or a name on the hub), or --after RUN for RUN/model"
-        raise ValueError(f"{how}: one of them")
+        raise ValueError(
+            "pass either --model DIR (a folder, or a name on the hub), or --after RUN for RUN/model"
+        )
     if not args.after:
         return {"earlier": []}
     chain = chain_of(args.after)
     (folder, config), (_, first) = chain[0], chain[-1]
-    if args.out and Path(args.out).resolve() in [run.resolve() for run, _ in chain]:
-        raise ValueError(f"--out {args.out}: is an earlier request; choose another folder")
-    if not (folder / "model").is_dir():
-        raise ValueError(f"--after {folder}: has no model/ to go on from")
     sha256 = first["sha256"]["model"]
     if args.anchor == "original" and models.fingerprint(first["model"]) != sha256:
         raise ValueError(
             f"--anchor original: {first['model']} (sha256 {sha256}), which the first request began "
             "with, is not there or has changed: bring it back, or pass --anchor previous"
         )
-    measured = ("protocol", "context", "num_beams")
-    differ = [name for name in measured if config[name] != getattr(args, name)]
-    if config["sha256"]["bert"] != models.fingerprint(args.bert):
-        differ.append("bert")
-    if differ:
+    if differ := differences(config, args, ("protocol", "context", "num_beams"), ("bert",)):
         why = f"was measured otherwise ({', '.join(differ)}): pass the same flags"
         raise ValueError(f"--after {folder}: {why}")
     watched = [config for _, config in chain if args.watch and not is_purged(config)]

@@ -1,13 +1,12 @@
-"""The run folder: who writes it, how a killed run goes on, and how a finished one is read.
+"""The run folder: it is written by one process, resumed after a kill, and read when finished.
 
 A state is the end of an epoch. A run that was killed, at any moment, repeats its epoch to the same
 bytes: the order of the samples is drawn from (seed, epoch), and each epoch begins from a random
-state of its own. A state is whole when it has its progress.json, which is written last. config.json
-makes a folder a run's own; summary.json ends the run.
+state of its own. A state is complete when it has its progress.json, which is written last.
+config.json makes a folder a run's own; summary.json ends the run.
 """
 
 import ast
-import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -19,6 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -58,12 +58,12 @@ class Progress:
 
 
 def states(out):
-    """The whole states of a run, newest first."""
+    """The complete states of a run, newest first."""
     return sorted((path.parent for path in out.glob("state/*/progress.json")), reverse=True)
 
 
 def save_state(out, engine, progress, method):
-    """Writes the state of the epoch that ended, by all processes. The two newest are kept."""
+    """All processes write the state of the epoch that ended. The two newest are kept."""
     folder = out / "state" / f"epoch{progress.epoch - 1:05d}"
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,22 +85,18 @@ def save_state(out, engine, progress, method):
 
 
 def load_state(out, engine, method):
-    """The Progress of the newest state, loaded into engine and method. ValueError: it cannot be.
+    """The Progress of the newest state, loaded into engine and method. No file in it is a pickle.
 
-    Nothing in it is a pickle that could run code.
+    ValueError: it cannot be loaded.
     """
     folder, progress = states(out)[0], Progress()
-    try:
+    way_out = "remove it to go on from the state before it, or begin again with --overwrite"
+    with data.reading(f"{folder}: cannot be loaded; {way_out}"):
         vars(progress).update(data.read_json(folder / "progress.json"))
         progress.forgotten = set(progress.forgotten)
         engine.load(folder)
         if (tensors := folder / "method.safetensors").is_file():
             method.load_state(load_file(tensors))
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: cannot be loaded ({first_line(error)}); remove it to go on from the state "
-            "before it, or begin again with --overwrite"
-        ) from error
     return progress
 
 
@@ -112,31 +108,28 @@ def check_run_folder(args):
     if not args.out:
         return
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file, not a folder")
-    files = list(out.iterdir()) if out.is_dir() else []
+    files = list(out.iterdir()) if out.exists() else []
     begun = {out / ".lock", out / "method", *half_written(out)}  # of a run killed at its start
-    if (config := out / "config.json").is_file():
-        if "thresholds_used" not in (before := data.read_json(config)):
-            raise ValueError(f"{config}: is no run's; choose another --out")
-        if not (args.overwrite or args.resume):
-            way_out = "pass --overwrite to replace it, or --resume to go on"
-            raise ValueError(f"--out {out}: already holds a run; {way_out}")
-        if args.resume and "purged" in before:
-            raise ValueError(f"{out} was purged: its texts are gone; begin again with --overwrite")
-    elif not begun.issuperset(files):
-        raise ValueError(f"--out {out}: holds files that are no run; choose another folder")
-    if link := next(filter(Path.is_symlink, files), None):
-        raise ValueError(f"--out {out}: {link.name} is a link, and a run stays in its folder")
+    config = data.read_json(out / "config.json") if out / "config.json" in files else None
+    own = begun.issuperset(files) if config is None else "thresholds_used" in config
+    if not own or any(map(Path.is_symlink, files)):
+        raise ValueError(f"--out {out}: holds files that are no run, or a link: choose another")
+    if config and not (args.overwrite or args.resume):
+        way_out = "pass --overwrite to replace it, or --resume to go on"
+        raise ValueError(f"--out {out}: already holds a run; {way_out}")
+    if args.resume and config and "purged" in config:
+        raise ValueError(f"{out} was purged: its texts are gone; begin again with --overwrite")
     reads = [getattr(args, name) for name in ("model", "pairs", "bert", "unseen", "never_saw")]
-    for path in [*reads, *(item.partition("=")[2] for item in args.ppl)]:
-        if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+    reads += [item.partition("=")[2] for item in args.ppl]
+    reads += [folder for folder, _ in requests.chain_of(args.after)]
+    for path in filter(None, reads):
+        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out}: {path}, which is read, lies in it; choose another")
 
 
 @contextlib.contextmanager
 def only_owner(out):
-    """Holds the run folder for this process; ValueError with the pid of another that writes it."""
+    """No other process writes the run folder meanwhile. ValueError: the pid of one that does."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / ".lock", blocking=False):  # however the process ends, it goes
@@ -157,30 +150,19 @@ def half_written(out):
 def start_run_folder(out, config):
     """The folder of a new run: what a run writes is removed from it, and config.json comes last.
 
-    So a kill leaves the old run, perhaps to be trained again, or the new one. Links are removed,
-    not what they name.
+    So a kill leaves the old run, perhaps to be trained again, or the new one.
     """
     out.mkdir(parents=True, exist_ok=True)
     for path in [*out.glob("state/*/progress.json"), *(out / name for name in RUN_FILES)]:
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     data.write_json(out / "config.json", config)
 
 
-def cut_back(out, sizes):
-    """Cuts off what growing files hold of an epoch that did not end. ValueError: lines are lost."""
-    for path in (out / name for name in GROWING):
-        size, written = sizes.get(path.name, 0), path.stat().st_size if path.exists() else 0
-        if written < size:
-            raise ValueError(f"{path}: has {written} bytes of {size}; begin again with --overwrite")
-        if written:
-            os.truncate(path, size)
-
-
 def append(path, rows):
-    """Adds rows to a JSONL file; they are on the disk when this returns."""
+    """Adds rows to a JSONL file and waits until they are on the disk."""
     with open(path, "ab") as file:
         file.writelines(map(data.json_bytes, rows))
         file.flush()
@@ -190,7 +172,7 @@ def append(path, rows):
 # --- config.json ---
 
 # Flags that do not change a run.
-NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every", "loss")
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every")
 # Nothing to a run that only measures.
 TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")
 # Compared by what lies there (sha256): the same files at another place are the same run.
@@ -203,43 +185,38 @@ def describe_run(args, method, thresholds):
     """config.json: every flag, thresholds, versions, git revision, fingerprints."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
-    config = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    sha256 = {name: models.fingerprint(getattr(args, name)) for name in ("pairs", "model", "bert")}
-    sha256["unseen"] = models.fingerprint(args.unseen) if args.unseen else None
-    if args.never_saw:
-        sha256["never_saw"] = models.fingerprint(Path(args.never_saw) / "summary.json")
+    files = {name: getattr(args, name) for name in ("pairs", "model", "bert", "unseen")}
+    files["never_saw"] = args.never_saw and Path(args.never_saw) / "summary.json"
     for item in args.ppl:
-        name = item.partition("=")[0]
-        sha256[f"ppl {name}"] = models.fingerprint(data.perplexity_file(item, args.data))
-    return (
-        config
-        | {
-            "device": torch.device(args.device).type,  # cuda:0 and cuda:1 are processes of one run
-            # Tells edited methods apart in evals/report.py's table.
-            "method_file": f"{method.file.name} {method.sha256()[:6]}",
-            "processes": WORLD_SIZE,
-            "thresholds_used": thresholds,
-            "versions": versions(),
-            "git": git.stdout.strip() or None,
-            "sha256": sha256 | {"method": method.sha256()},
-        }
-    )
+        files[f"ppl {item.partition('=')[0]}"] = data.perplexity_file(item, args.data)
+    sha256 = {name: file and models.fingerprint(file) for name, file in files.items()}
+    return {
+        **{name: value for name, value in vars(args).items() if name not in NOT_SETTINGS},
+        "device": torch.device(args.device).type,  # cuda:0 and cuda:1 are processes of one run
+        # Tells edited methods apart in evals/report.py's table.
+        "method_file": f"{method.file.name} {method.sha256()[:6]}",
+        "processes": WORLD_SIZE,
+        "thresholds_used": thresholds,
+        "versions": versions(),
+        "git": git.stdout.strip() or None,
+        "sha256": sha256 | {"method": method.sha256()},
+    }
 
 
 def code_sha256(*files):
     """sha256 of these files of Python and of the files beside each that it imports."""
-    pending, known = [Path(file).resolve() for file in files], set()
+    pending, digests = [Path(file).resolve() for file in files], {}
     while pending:
         file = pending.pop()
-        if file in known or not file.is_file():
+        if file in digests or not file.is_file():
             continue
-        known.add(file)
+        digests[file] = data.sha256_of(file)
         for node in ast.walk(ast.parse(file.read_bytes())):
-            names = [alias.name for alias in getattr(node, "names", ()) if type(node) is ast.Import]
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             pending += [file.parent / f"{name.replace('.', '/')}.py" for name in names]
-    digests = "".join(data.sha256_of(file) for file in sorted(known, key=lambda file: file.name))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    ordered = sorted(digests, key=lambda file: file.name)
+    return hashlib.sha256("".join(map(digests.get, ordered)).encode()).hexdigest()
 
 
 def versions():
@@ -250,11 +227,11 @@ def versions():
 
 def check_resume(args, method):
     """The config.json of the run to go on with. ValueError: what this command has otherwise."""
-    if not (Path(args.out) / "config.json").is_file():
-        raise ValueError(
-            f"{args.out} holds no run: begin it with the same command without --resume"
-        )
-    before = data.read_json(Path(args.out) / "config.json")
+    config = Path(args.out) / "config.json"
+    if not config.is_file():
+        way_out = "begin it with the same command without --resume"
+        raise ValueError(f"{args.out} holds no run: {way_out}")
+    before = data.read_json(config)
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
     free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub
@@ -271,9 +248,8 @@ def check_resume(args, method):
 
 def flat(config):
     """config.json with each digest, cut to 12 digits, under a name of its own."""
-    digests = config["sha256"].items()
-    short = {f"sha256 of {name}": digest and digest[:12] for name, digest in digests}
-    return {name: value for name, value in config.items() if name != "sha256"} | short
+    digests = {f"sha256 of {name}": x and x[:12] for name, x in config["sha256"].items()}
+    return {name: value for name, value in config.items() if name != "sha256"} | digests
 
 
 # --- a run in progress ---
@@ -323,22 +299,23 @@ class Run:
 
     def pick_up(self):
         """Goes on from the newest state, or from the beginning where there is none yet."""
-        whole = states(self.out)
-        if whole:
+        saved = states(self.out)
+        if saved:
             self.progress = load_state(self.out, self.engine, self.method)
         wait_for_all()
         if is_main:
-            cut_back(self.out, self.progress.files)
-            for half in set(self.out.glob("state/*")) - set(whole):
+            for path in filter(Path.exists, map(self.out.joinpath, GROWING)):
+                os.truncate(path, self.progress.files.get(path.name, 0))  # an epoch without an end
+            for half in set(self.out.glob("state/*")) - set(saved):
                 shutil.rmtree(half)
         wait_for_all()
-        if whole:
+        if saved:
             self.metrics = data.read_jsonl(self.out / "metrics.jsonl")
             rows, last = data.read_jsonl(self.out / "samples.jsonl"), self.metrics[-1]["epoch"]
             self.samples = [row for row in rows if row["epoch"] == last]
         for row in self.metrics:
             print0(epoch_text(row))
-        print0(f"resumed from {whole[0].name if whole else 'the beginning'}")
+        print0(f"resumed from {saved[0].name if saved else 'the beginning'}")
 
     def seed(self):
         """Each epoch begins from a random state of its own: one that is repeated draws the same."""
@@ -404,7 +381,7 @@ class Run:
             print0(f"lower --lr{kept}")
         wait_for_all()  # the launcher ends all processes when the first one fails
         if out and diverged:
-            raise SystemExit(1)
+            sys.exit(1)
         return summary
 
     def summary(self):
@@ -412,9 +389,9 @@ class Run:
         args, reason, rows = self.args, self.progress.stopped, self.metrics
         if len(rows) == 1 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
-        known = MEASURES + OF_SPANS
-        own = ("ppl_", "own_")
-        measures = [name for name in rows[0] if name in known or name.startswith(own)]
+        names = [*MEASURES, *OF_SPANS]
+        names += [name for name in rows[0] if name.startswith(("ppl_", "own_"))]
+        measures = [name for name in rows[0] if name in names]
         return {
             "method": "none" if args.eval_only else args.method,
             "model": args.model,
@@ -445,11 +422,11 @@ def running(args, method, before=None):
         except KeyboardInterrupt:
             print0(f"interrupted; {go_on}" if out else "interrupted")
             raise
-        except torch.OutOfMemoryError as error:
-            way_out = "pass a smaller --batch-size"
-            raise ValueError(f"out of memory ({first_line(error)}); {way_out}") from error
-        except (OSError, SafetensorError) as error:
-            kept = f"{states(out)[0]} is whole" if out and states(out) else "no state is there yet"
+        except (torch.OutOfMemoryError, OSError, SafetensorError) as error:
+            saved = states(out) if out else []
+            kept = f"{saved[0]} is complete" if saved else "no state is there yet"
+            if isinstance(error, torch.OutOfMemoryError):
+                go_on = "begin again with a smaller --batch-size"
             raise ValueError(f"the run stopped ({first_line(error)}); {kept}: {go_on}") from error
 
 
@@ -470,9 +447,6 @@ def remove_states(out):
 
 # --- the measures before, kept in the cache ---
 
-MODULES = ("fast_el", "models", "data", "text", "protocols", "processes")  # that measure
-MEASURING = ("metrics.py", *(f"kit/{name}.py" for name in MODULES))
-
 
 def remembered(args, method, inputs, compute):
     """compute(), or what it gave a run with the same model, texts and flags, kept in the cache.
@@ -485,13 +459,13 @@ def remembered(args, method, inputs, compute):
     weights = models.fingerprint(args.model) or (pinned and [args.model, pinned])
     if not args.out or not weights or method.touches_weights:
         return compute()
-    root = Path(__file__).parents[1]
-    code = [inspect.getsourcefile(compute), *(root / name for name in MEASURING)]
+    kit = Path(__file__).parent
+    code = [inspect.getsourcefile(compute), kit.parent / "metrics.py", *kit.glob("*.py")]
     key = [
         [weights, models.fingerprint(args.bert) or args.bert, inputs.ppl_texts],
         [(sample.id, sample.suffix, sample.forget) for sample in inputs.samples],
         [args.protocol, args.dtype, torch.device(args.device).type, args.num_beams],
-        [versions(), list(map(data.sha256_of, code))],
+        [versions(), code_sha256(*code)],
         # They shape batches, and so the last digits.
         [1 if processes.lockstep else WORLD_SIZE, torch.get_num_threads()],
     ]
@@ -649,41 +623,26 @@ def read_run(folder):
     ValueError for what is no such folder.
     """
     folder = Path(folder)
-    check_finished(folder)
-    run, file = {"folder": folder, "tasks": {}}, folder / "config.json"
-    try:
-        config = run["config"] = data.read_json(file)
-        file = folder / "summary.json"
-        summary = run["summary"] = data.read_json(file)
-        for file in (path for path in map(folder.joinpath, EVALUATIONS) if path.is_file()):
-            for when, figures in read_evaluation(run, file).items():
-                summary[when] |= figures
-        last = summary["after"]["epochs"] = summary["epochs"]
-        for name in ("metrics", "samples"):
-            file = folder / f"{name}.jsonl"
-            run[name] = data.read_jsonl(file)
-            counts = collections.Counter(row["epoch"] for row in run[name])
-            if list(counts) != list(range(last + 1)) or len(set(counts.values())) > 1:
-                raise KeyError(f"a line of epochs 0 to {last}")
-        run["redacted"] = config.get("redact") or run["samples"][0]["generation"] is None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{file}: not what a run wrote there: copy the folder again or leave it out "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-    return run
-
-
-def check_finished(folder):
-    """ValueError for what is no run folder, and for a run that has not ended."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
     for name, why in (
         ("config.json", "so not a run folder: name one that icu.py --out has written"),
         ("summary.json", "so the run has not ended: wait for it, or go on with icu.py --resume"),
     ):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: no {name}, {why}")
+    run = {"folder": folder, "tasks": {}}
+    with data.reading(f"{folder}: not as a run wrote it, copy it again or leave it out"):
+        for name in ("config", "summary"):
+            run[name] = data.read_json(folder / f"{name}.json")
+        for name in ("metrics", "samples"):
+            run[name] = data.read_jsonl(folder / f"{name}.jsonl")
+        summary = run["summary"]
+        for file in filter(Path.is_file, map(folder.joinpath, EVALUATIONS)):
+            with data.reading(file.name):
+                for when, figures in read_evaluation(run, file).items():
+                    summary[when] |= figures
+        summary["after"]["epochs"] = summary["epochs"]
+        run["redacted"] = run["config"].get("redact") or run["samples"][0]["generation"] is None
+    return run
 
 
 # Where the evals leave their figures.
@@ -713,12 +672,8 @@ def read_never_saw(args):
     run, where = read_run(args.never_saw), f"--never-saw {args.never_saw}"
     if run["summary"]["method"] != "none":
         raise ValueError(f"{where}: a run that has trained; make one with --eval-only")
-    config, measured = run["config"], ("protocol", "context", "num_beams", "dtype")
-    differ = [name for name in measured if config.get(name) != getattr(args, name)]
-    for name in ("bert", "pairs"):
-        if config["sha256"].get(name) != models.fingerprint(getattr(args, name)):
-            differ.append(name)
-    if differ:
+    measured = ("protocol", "context", "num_beams", "dtype")
+    if differ := requests.differences(run["config"], args, measured, ("bert", "pairs")):
         raise ValueError(f"{where}: measured otherwise ({', '.join(differ)})")
     return run["summary"]["before"]
 
@@ -735,11 +690,9 @@ def models_of(run):
 def read_pairs_of(run):
     """{id: pair} of a run, with those of earlier requests that it watched. ValueError: changed."""
     config, folder = run["config"], run["folder"]
-    try:
-        earlier = requests.earlier_pairs(config.get("after"))
-        pairs = {pair["id"]: pair for pair in [*data.read_pairs(config["pairs"]), *earlier]}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error} (the pairs of {folder}; without its texts: --redact)") from None
+    with data.reading(f"the pairs of {folder} (--redact goes on without its texts)"):
+        pairs = [*data.read_pairs(config["pairs"]), *requests.earlier_pairs(config.get("after"))]
+    pairs = {pair["id"]: pair for pair in pairs}
     shown = (row["id"] for row in run["samples"] if row["generation"] is not None)
     if lost := next((id for id in shown if id not in pairs), None):
         why = f"no pair {lost}, which {folder} has: it was made again after the run"

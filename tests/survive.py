@@ -1,5 +1,4 @@
-"""Kills runs with SIGKILL at moments drawn from a seed and resumes them: each must end like a run
-never stopped.
+"""Kills runs at moments drawn from a seed and resumes them: each must end like one never stopped.
 
     python tests/survive.py --times 100 --seed 0
     python tests/survive.py --times 100 --requests   # a second request, marked, after the first

@@ -7,13 +7,14 @@ and the command line runs as a user types it. The leak guard has a file of its o
 """
 
 import csv
+import functools
 import hashlib
 import json
 import re
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,9 @@ def assert_same(result, expected):
     np.testing.assert_array_equal(result[1], expected[1])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 6), block=st.integers(1, 40))
-def test_cosine_knn_is_brute_force_with_ties_zeros_and_exclusions(seed, k, block):
+def test_both_searches_are_brute_force_with_ties_zeros_and_exclusions(seed, k, block):
     """Small whole numbers make equal vectors, ties and zero vectors; k may be over the pool."""
     rng = np.random.default_rng(seed)
     dim, rows, count = rng.integers(1, 6), rng.integers(0, 30), rng.integers(0, 5)
@@ -61,6 +62,10 @@ def test_cosine_knn_is_brute_force_with_ties_zeros_and_exclusions(seed, k, block
     expected = brute_force(queries, pool, k, np.flatnonzero(mask))
     for exclude in (mask, np.flatnonzero(mask)):
         assert_same(knn.cosine_knn(queries, pool, k, exclude=exclude, block=block), expected)
+    indices, cosines = knn.literal_knn(queries, pool, k, np.flatnonzero(mask))
+    there = np.isfinite(cosines)
+    assert (indices[there] == expected[0][:, :rows][there]).all()
+    np.testing.assert_allclose(cosines[there], expected[1][:, :rows][there], atol=1e-7)
 
 
 @pytest.mark.parametrize("k", [1, 10])
@@ -71,30 +76,12 @@ def test_cosine_knn_does_not_depend_on_the_block(k):
     # In float32 a product may fall on either side of its twin.
     pool[300:400] = pool[:100] * np.float32(1 + 2e-7)
     pool[[3, 255, 699]] = pool[200]
-    queries = np.concatenate([rng.standard_normal((20, 48)), pool[200:310]]).astype(np.float32)
+    queries = np.concatenate([rng.standard_normal((1020, 48)), pool[200:310]])  # in two parts
+    queries = queries.astype(np.float32)
     expected = brute_force(queries, pool, k)
-    assert expected[0][20, :4].tolist() == ([3] if k == 1 else [3, 200, 255, 699])
+    assert expected[0][1020, :4].tolist() == ([3] if k == 1 else [3, 200, 255, 699])
     for block in (1, 64, 333, 5000):
         assert_same(knn.cosine_knn(queries, pool, k, block=block), expected)
-
-
-def test_more_queries_than_a_query_block_are_answered_alike():
-    """2,050 queries cross two borders of the query blocks and equal brute force."""
-    rng = np.random.default_rng(2)
-    queries, pool = rng.integers(-9, 9, (2050, 4)), rng.integers(-9, 9, (50, 4))
-    assert_same(knn.cosine_knn(queries, pool, 2, block=16), brute_force(queries, pool, 2))
-
-
-def test_the_literal_search_is_the_blocked_one():
-    """Eq. 2 as it stands and in blocks agree, with ties, excluded rows and zero vectors."""
-    rng = np.random.default_rng(0)
-    pool = rng.integers(-2, 3, (60, 4)).astype(np.float32)  # many equal cosines
-    queries = np.concatenate([rng.integers(-2, 3, (9, 4)), np.zeros((1, 4))]).astype(np.float32)
-    for exclude in ([], [3, 5, 59]):
-        literal = knn.literal_knn(queries, pool, 7, exclude)
-        blocked = knn.cosine_knn(queries, pool, 7, exclude, block=8)
-        assert (literal[0] == blocked[0]).all()
-        np.testing.assert_allclose(literal[1], blocked[1], atol=1e-7)
 
 
 def test_zero_tiny_and_huge_vectors_have_a_direction_or_none():
@@ -153,35 +140,11 @@ def test_csv_and_jsonl_give_the_same_records(tmp_path):
     text = "\ufeff" + "\r\n\r\n".join(lines)
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
     assert data.read_records(tmp_path / "a.csv") == rows == data.read_records(tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl").write_text('{"text": "one two"}\n\n{"text": "three four"}')
-    records = data.read_records(tmp_path / "b.jsonl")
-    assert [list(record.values()) for record in records] == [
-        ["0", "", "one", " two"],
-        ["1", "", "three", " four"],
-    ]
-
-
-def test_a_field_longer_than_the_csv_modules_limit_is_read(tmp_path):
-    """A page of 300,000 characters in one CSV field is a text like any other."""
-    text = "word " * 60_000 + "end"
-    (tmp_path / "long.csv").write_text(f"text\n{text}\n")
-    assert knn.text_of(data.read_records(tmp_path / "long.csv")[0]) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"text,id\na b,1\nc, d,2\n", "line 3: not the header's 2 columns"),
-        ("a.csv", b'text\n"a\nb"\n"c d\n', "line 4: not CSV"),
-        ("a.csv", b"id,text\n5,a b\n6,c d\n5,e f\n", "line 4: id '5' stands on line 2 already"),
-        ("a.jsonl", b'{"text": "a b"}\n\n{"text": \n', "line 3: not a JSON object"),
-    ],
-)
-def test_a_bad_file_is_an_error_that_names_file_and_line(tmp_path, name, content, message):
-    """The reader adds file and line to whatever is wrong."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        data.read_records(tmp_path / name)
+    page = "word " * 60_000 + "end"  # over the csv module's limit
+    (tmp_path / "b.csv").write_text(f"text\n{page}\none two\n")
+    records = data.read_records(tmp_path / "b.csv")
+    assert knn.text_of(records[0]) == page
+    assert list(records[1].values()) == ["1", "", "one", " two"]
 
 
 class WordTokenizer:
@@ -203,21 +166,6 @@ def test_token_ids_are_split_in_half_and_kept(tmp_path):
         "suffix": " w3 w4 w5", "suffix_ids": [3, 4, 5],
     }  # fmt: skip
     assert records[1]["suffix_ids"] == [0, 99, 0] and type(records[1]["suffix_ids"][1]) is int
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.ones((2, 4)), "float64"),
-        (np.array([[1, 2], [3, 4], [100, 5]], np.uint64), "row 2: token id 100 is outside"),
-        (np.array([[1, None]], object), "Python objects"),
-    ],
-)
-def test_bad_token_ids_are_an_error_that_names_the_row(tmp_path, array, message):
-    """Kind, shape and range are checked; an object array (a pickle) is never loaded."""
-    np.save(tmp_path / "a.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match=f"a.npy.*{message}"):
-        data.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
 
 
 # --- passages ---
@@ -251,44 +199,32 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A server whose /f.npy is CONTENT; `answers` are what it does instead, in turn."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            httpd.requests += 1
-            answer = httpd.answers.pop(0) if httpd.answers else "whole"
-            if answer == 404:
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT)))
-            self.end_headers()
-            self.wfile.write(CONTENT[:1000] if answer == "breaks off" else CONTENT)
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.requests, httpd.answers = 0, []
-    httpd.url = f"http://127.0.0.1:{httpd.server_port}/f.npy"
+def url(monkeypatch, tmp_path):
+    """Where a server has CONTENT, which is called pile.csv; the cache is empty."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "f.npy").write_bytes(CONTENT)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "server")
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setitem(data.FILES, "pile.csv", (httpd.url, SHA256))
+    url = f"http://127.0.0.1:{httpd.server_port}/f.npy"
+    monkeypatch.setitem(data.FILES, "pile.csv", (url, SHA256))
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
-    yield httpd
+    yield url
     httpd.shutdown()
     httpd.server_close()
 
 
-def test_a_file_is_looked_for_in_the_folder_then_the_cache_then_fetched(server, tmp_path):
+def test_a_file_is_taken_from_the_folder_then_the_cache_then_fetched(url, tmp_path):
     """The user's file is used where its sha256 is right; a broken cached one is fetched again."""
     folder = tmp_path / "data"
     (folder / "validation").mkdir(parents=True)
     cached = data.data_file("pile.csv", folder)
     assert cached == tmp_path / "cache" / "data" / "pile.csv" and cached.read_bytes() == CONTENT
     assert [*cached.parent.iterdir()] == [cached]
-    assert data.data_file("pile.csv") == cached and server.requests == 1
     cached.write_bytes(b"broken")
-    assert data.data_file("pile.csv").read_bytes() == CONTENT and server.requests == 2
+    assert data.data_file("pile.csv").read_bytes() == CONTENT
+    (tmp_path / "server" / "f.npy").unlink()
+    assert data.data_file("pile.csv") == cached
     (folder / "validation" / "pile.csv").write_bytes(CONTENT)
     assert data.data_file("pile.csv", folder) == folder / "validation" / "pile.csv"
     (folder / "pile.csv").write_bytes(b"other")
@@ -297,28 +233,19 @@ def test_a_file_is_looked_for_in_the_folder_then_the_cache_then_fetched(server, 
 
 
 @pytest.mark.parametrize(
-    ("answer", "sha256", "message"),
+    ("change", "message"),
     [
-        (404, SHA256, r"127\.0\.0\.1.*the server answers 404"),
-        ("whole", "0" * 64, "wrong sha256"),
-        ("breaks off", SHA256, "cut off"),
+        (("f.npy", "g.npy"), "the server answers 404"),
+        (("f.npy", "f.npy?"), "wrong sha256"),
+        (("127.0.0.1:", "127.0.0.1:1"), r"cannot reach 127\.0\.0\.1:1"),
     ],
 )
-def test_a_download_that_fails_leaves_nothing_and_says_what_to_pass(
-    server, tmp_path, answer, sha256, message
-):
-    """A refusal, other bytes or a connection that breaks off: no file, and --data DIR is named."""
-    server.answers.append(answer)
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_pass(url, tmp_path, change, message):
+    """A refusal, other bytes or nobody there: no file, and --data DIR is named."""
+    sha256 = "0" * 64 if "sha256" in message else SHA256
     with pytest.raises(ValueError, match=f"{message}.*pass --data DIR with g.npy in it"):
-        data.fetch(server.url, tmp_path / "folder" / "g.npy", sha256)
+        data.fetch(url.replace(*change), tmp_path / "folder" / "g.npy", sha256)
     assert [*(tmp_path / "folder").iterdir()] == []
-
-
-def test_nobody_listening_is_one_line_that_says_what_to_pass(tmp_path):
-    """No connection: the host, the file and --data DIR."""
-    message = r"cannot reach 127\.0\.0\.1:9 for f.npy .*pass --data DIR with f.npy"
-    with pytest.raises(ValueError, match=message):
-        data.fetch("http://127.0.0.1:9/f.npy", tmp_path / "f.npy", SHA256)
 
 
 def test_the_forget_sets_are_five_times_128_rows_of_the_pile():
@@ -354,20 +281,6 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
     assert data.read_pairs(tmp_path / "pairs.jsonl") == pairs
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"further": [PAIR, {"learn_id": "b"}]}, "no learn_context"),
-        ({"spans": [[2, 80]]}, r"the spans \[\[2, 80\]\] are not"),
-    ],
-)
-def test_a_bad_pair_is_an_error_that_names_the_line(tmp_path, change, message):
-    """A file of something else, or one that was edited by hand."""
-    data.write_jsonl(tmp_path / "pairs.jsonl", [PAIR | {"id": "first"}, PAIR | change])
-    with pytest.raises(ValueError, match=f"pairs.jsonl line 2: {message}"):
-        data.read_pairs(tmp_path / "pairs.jsonl")
-
-
 def test_a_file_is_replaced_only_with_overwrite_and_never_one_that_is_read(tmp_path):
     """Nor a folder, a link, or a file that is named twice."""
     there, link, new = tmp_path / "there", tmp_path / "link", tmp_path / "new"
@@ -377,14 +290,9 @@ def test_a_file_is_replaced_only_with_overwrite_and_never_one_that_is_read(tmp_p
     data.check_outputs([there], overwrite=True)
     with pytest.raises(ValueError, match="exists already: pass --overwrite"):
         data.check_outputs([new, there])
-    for paths, reads, message in (
-        ([link], [], "a folder or a link"),
-        ([tmp_path], [], "a folder or a link"),
-        ([there], [there], "read or written"),
-        ([new, new], [], "read or written"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            data.check_outputs(paths, overwrite=True, reads=reads)
+    for paths in ([link], [tmp_path], [there], [new, new]):
+        with pytest.raises(ValueError, match="a folder or a link|read or written"):
+            data.check_outputs(paths, overwrite=True, reads=[there])
 
 
 # --- embeddings ---
@@ -410,7 +318,7 @@ def test_the_installed_encoder_is_checked(monkeypatch, encoder_dir):
     assert Path(models.default_encoder()) == Path(encoder_dir)
     models.default_encoder.cache_clear()
     monkeypatch.setattr(models, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="reinstall the wheel or pass --encoder"):
+    with pytest.raises(ValueError, match="reinstall .* or pass --encoder"):
         models.default_encoder()
 
 
@@ -468,12 +376,10 @@ def test_the_command_pairs_csv_with_jsonl(run, encoder_dir):
         run(*ARGS)
     assert run(*ARGS, "--neighbours", "9", "--overwrite") == printed
     for pair, more in zip(pairs, data.read_pairs("pairs.jsonl"), strict=True):
-        further = more.pop("further")
-        assert more == pair
-        ids, cosines = (
-            [row[name] for row in (pair, *further)] for name in ("learn_id", "similarity")
-        )
-        assert len(ids) == 6 and not {"1", "4"} & {*ids}  # not the last of them gives it away
+        rows = [pair, *more.pop("further")]
+        assert more == pair and len(rows) == 6
+        assert not {"1", "4"} & {row["learn_id"] for row in rows}  # no further one gives it away
+        cosines = [row["similarity"] for row in rows]
         assert cosines == sorted(cosines, reverse=True)
     run(*ARGS, "--allow-copies", "--overwrite")
     assert [pair["learn_id"] for pair in data.read_pairs("pairs.jsonl")] == ["1", "4"]
@@ -549,11 +455,3 @@ def test_pairs_from_token_ids_carry_the_ids(pile, shared, run, encoder_dir):
     np.save("p.npy", rows[2:])
     run(*args, shared / "models" / "pile-neo-6m")
     assert list(data.read_pairs("pairs.jsonl")[0]) == list(PAIR)
-
-
-def test_the_pile_command_plans_set_3(shared, run, encoder_dir):
-    """--pile --dry-run reads and checks the real files, drops the five rows, and says so."""
-    where = ("--data", shared / "data", "--tokenizer", shared / "models" / "gpt2-tokenizer")
-    printed = run("--pile", "--set", "3", "--limit", "5", "--dry-run", "--allow-copies", *where)
-    assert "5 of 15000 pool rows dropped, 5 forget rows" in printed
-    assert "would pair 5 texts with 14995 pool rows" in printed

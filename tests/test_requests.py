@@ -4,7 +4,6 @@ python -m pytest tests/test_requests.py -q
 """
 
 import argparse
-import json
 import shutil
 
 import pytest
@@ -14,7 +13,7 @@ import icu
 import knn
 from evals import judge
 from extras import chain as extras_chain
-from kit import data, models, requests, runs, text
+from kit import data, models, requests, runs
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in NAMES]
@@ -74,14 +73,21 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     assert [len(texts) for texts in kept] == [1, 0, 1] and data.kept_side(samples[1:2]) == {}
 
 
-def test_whether_a_secret_is_said():
-    """In whatever case, accents and signs, as whole words; one in the prefix is not counted."""
+@pytest.mark.parametrize(
+    ("generation", "secret", "expected"),
+    [
+        ("IT WAS Inès!", "Ines", True),
+        ("홍길동을 보았다", "홍길동", True),
+        ("Mira Falks Haus", "Mira Falk", True),
+        ("114", "14", False),
+        ("Inessa", "Ines", False),
+        ("7654321", "765432", False),
+    ],
+)
+def test_a_secret_is_said_as_whole_words(generation, secret, expected):
+    """In whatever case, accents and signs; one in the prefix is not counted."""
+    assert data.says(generation, secret) == expected
     assert data.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
-    for said, secret in (("IT WAS Inès!", "Ines"), ("홍길동을 보았다", "홍길동"),
-                         ("Mira Falks Haus", "Mira Falk")):  # fmt: skip
-        assert data.says(said, secret)
-    for said, secret in (("114", "14"), ("Inessa", "Ines"), ("7654321", "765432")):
-        assert not data.says(said, secret)
 
 
 # --- one after another ---
@@ -174,11 +180,11 @@ def test_the_stop_rule_holds_for_new_and_for_old_texts():
     assert runs.stop_means([{"el10": None, "ma": 0.5}]) == {"el10": None, "ma": 0.5}
 
 
-def test_overlaps_are_found_before_work():
-    """One text in another, whatever its case and signs."""
-    whole, part = pair(0), pair(1, prefix="THE PARCEL — for Ines", suffix=" was left")
-    assert requests.overlapping(whole, [pair(2), part]) == "1"
-    assert requests.overlapping(part, [whole]) == "0"
+def test_a_text_that_holds_another_overlaps_it():
+    """Whatever its case and signs."""
+    longer, part = pair(0), pair(1, prefix="THE PARCEL — for Ines", suffix=" was left")
+    assert requests.overlapping(longer, [pair(2), part]) == "1"
+    assert requests.overlapping(part, [longer]) == "0"
     assert requests.overlapping(pair(3), [pair(4), part]) is None
 
 
@@ -187,8 +193,8 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
     march = ["--after", copied / "march"]
     with pytest.raises(ValueError, match=r"was measured otherwise \(num_beams\)"):
         run(copied, "april", [5], *march, "--num-beams", "1")
-    with pytest.raises(ValueError, match="is an earlier request"):
-        run(copied, "april", [5], *march, "--out", copied / "february")
+    with pytest.raises(ValueError, match="february, which is read, lies in it"):
+        run(copied, "april", [5], *march, "--out", copied / "february", "--overwrite")
     sha256 = data.read_json(copied / "february" / "config.json")["sha256"]["model"]
     shutil.rmtree(copied / "model")
     with pytest.raises(ValueError, match=f"--anchor original: .*{sha256}.*--anchor previous"):
@@ -219,21 +225,8 @@ def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
     assert {id for id, _ in judge.read_judged(out).triples} == {"5"}
 
 
-def test_hashed_grams_find_what_the_texts_find_and_hold_none_of_them():
-    """The same share for the same rows, by salted hashes."""
-    plain = [text.plain(words) for words in TEXTS[:3]]
-    hashes = text.gram_hashes(plain, b"salt")
-    hashed = text.HashedGrams(hashes["words"], text.WORDS, b"salt")
-    known = text.TargetGrams([text.words(words) for words in plain], text.WORDS)
-    for row in [*TEXTS, "something else that nobody wrote down anywhere before"]:
-        row = text.words(text.plain(row))
-        assert hashed.worst(row, 0.2) == known.worst(row, 0.2)
-    assert not any(word in json.dumps(hashes) for word in ("parcel", "ines", "door"))
-    assert text.gram_hashes(plain, b"other") != hashes
-
-
 def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """What a watching run says of all texts at its end is what measuring them again says."""
+    """Its table has a line a run, and the pairs are shared out in another order."""
 
     def step(script, *words):  # in this process
         monkeypatch.setattr("sys.argv", [script, *map(str, words)])
@@ -244,19 +237,22 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     forget, pool, made = tmp_path / "forget.jsonl", tmp_path / "pool.jsonl", tmp_path / "made"
     data.write_jsonl(forget, [{"id": str(i), "text": TEXTS[i]} for i in range(4)])
     data.write_jsonl(pool, [{"text": f"A neighbour saw the old van of {x}."} for x in "ABCDEF"])
-    flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "2", "--batch-size", "2"]
+    flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "1", "--batch-size", "2"]
     words = ["--forget", forget, "--pool", pool, "--model", chain / "model", "--parts", "2"]
     extras_chain.main([str(word) for word in [*words, "--order", "1", "--out", made, *flags]])
     lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
     variants = ["watched", "watched", "not watched", "not watched", "at once"]
-    numbers = ["1", "2", "1", "2", "2"]
-    assert lines == [[f"| {name}", n] for name, n in zip(variants, numbers, strict=True)]
+    assert lines == [[f"| {name}", n] for name, n in zip(variants, "12122", strict=True)]
     assert (made / "came-back.png").is_file()
     files = [made / f"request{number}.pairs.jsonl" for number in (1, 2)]
     first, second = ([row["id"] for row in data.read_pairs(file)] for file in files)
     assert sorted(first + second) == ["0", "1", "2", "3"] != first + second
-    own = extras_chain.measured(made / "watched2", [[f"first/{id}" for id in first], second])
-    args = argparse.Namespace(script="icu.py", flags=[*MEASURED, "--bert-threshold", "auto"])
-    words = ["--model", made / "watched2" / "model", "--eval-only"]
-    again = extras_chain.train(args, tmp_path / "again", made / "all.pairs.jsonl", *words)
-    assert own == extras_chain.measured(again, [first, second])
+    by_request = extras_chain.measured(made / "watched2", [[f"first/{id}" for id in first], second])
+    seen = extras_chain.train(
+        argparse.Namespace(script="icu.py", flags=[*MEASURED, "--bert-threshold", "auto"]),
+        tmp_path / "again",
+        made / "all.pairs.jsonl",
+        *("--model", made / "watched2" / "model", "--eval-only"),
+    )
+    again = extras_chain.measured(seen, [first, second])
+    assert by_request["by request"] == again["by request"]

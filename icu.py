@@ -964,6 +964,7 @@ def add_running_flags(parser):
     add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on
 
+PUBLISHED = "baselines"  # the module of the published methods: it imports this one
 OWN_DEFAULTS = ("forget_weight", "alpha", "beta", "lr", "refine")  # of a method, where no flag is
 
 
@@ -971,7 +972,7 @@ def method_named(name, own):
     """An instance of `own`, the class of the script, or of a class in baselines.py."""
     if name in (None, own().name):
         return own()
-    baselines = vars(importlib.import_module("baselines")).values()
+    baselines = vars(importlib.import_module(PUBLISHED)).values()
     classes = [each for each in baselines if isinstance(each, type) and issubclass(each, Method)]
     named = {method().name: method for method in [*classes, ICU, own] if method is not Method}
     try:

@@ -27,7 +27,8 @@ case "$name" in
       --dist loadfile --no-loadscope-reorder "$@" ;;
   lint) environment; exec .venv/bin/ruff check . ;;
   audit | judge | report | tasks) environment; shift; exec "$python" "evals/$name.py" "$@" ;;
-  ask | explain | certificate) environment; shift; exec "$python" evals/report.py "--$name" "$@" ;;
+  explain | certificate) environment; shift; exec "$python" "extras/$name.py" "$@" ;;
+  ask) environment; shift; exec "$python" evals/report.py --ask "$@" ;;
   bench) environment; shift; exec "$python" dev/bench.py "$@" ;;
   purge) environment; shift; exec "$python" -m kit.purge "$@" ;;
 esac

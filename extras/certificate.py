@@ -1,8 +1,7 @@
 """The certificate of a run: what was done, with figures and hashes and without a text.
 
-    python evals/report.py RUN --certificate --received 2026-03-09 --request-id R-17 --sign KEY
-    python evals/report.py --verify RUN/certificate.json --key KEY.pub   # what differs; exit 0 or 1
-    python extras/certificate.py ...                                     # the same flags
+    bash run.sh certificate RUN --received 2026-03-09 --request-id R-17 --sign KEY
+    bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
 
 It is evidence of suppression (docs/certificate.md explains every line). Everything in it but the
 request comes from files of the run folder, so --verify makes it again, byte for byte. It outlives
@@ -499,35 +498,9 @@ def run_differences(certificate, folder):
 # --- commands ---
 
 
-# fmt: off
-def add_flags(parser):
-    """The flags of --certificate and --verify."""
-    add = parser.add_argument_group("evidence (docs/certificate.md)").add_argument
-    add("--certificate", action="store_true", help="write RUN/certificate.json and .html")
-    add("--received", type=date, metavar="2026-03-09", help="when the request came")
-    add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
-    add("--approved-by", metavar="NAME", help="who says that this may go out")
-    add("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
-    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl")
-    add("--verify", metavar="FILE", help="say what has changed since it was written")
-    add("--key", metavar="PUB", help="--verify: the public key that must have signed")
-# fmt: on
-
-
 def date(value):
     """An argparse type: 2026-03-09."""
     return datetime.date.fromisoformat(value)
-
-
-def wanted(args):
-    """Whether a flag asks for a certificate, or whether one still holds."""
-    request = args.received, args.request_id, args.approved_by
-    return any((args.certificate, args.verify, args.sign, args.ledger, *request))
-
-
-def run(args):
-    """What `add_flags` and the run folders, args.runs, ask for."""
-    return verify(args) if args.verify else certify(args)
 
 
 def verify(args):
@@ -552,7 +525,7 @@ def certify(args):
     All is computed before the first is written.
     """
     if len(args.runs) != 1:
-        raise ValueError("--certificate is of one RUN")
+        raise ValueError("a certificate is of one RUN: bash run.sh certificate RUN")
     folder = Path(args.runs[0])
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
@@ -577,12 +550,26 @@ def certify(args):
     print(visible(f"{WHAT}\n{written}", keep="\n"))
 
 
-def main(argv=None):
+# fmt: off
+def make_parser():
     parser = flags.command_parser(__doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a finished run folder")
-    add_flags(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    run(parser.parse_args(argv))
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="a finished run folder")
+    add("--received", type=date, metavar="2026-03-09", help="when the request came")
+    add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
+    add("--approved-by", metavar="NAME", help="who says that this may go out")
+    add("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
+    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl")
+    add("--verify", metavar="FILE", help="say what has changed since it was written")
+    add("--key", metavar="PUB", help="--verify: the public key that must have signed")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+# fmt: on
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    (verify if args.verify else certify)(args)
 
 
 if __name__ == "__main__":

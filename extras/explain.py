@@ -1,8 +1,7 @@
 """What is left of each text, token by token (explain.html), and how a model speaks (two columns).
 
-    python evals/report.py RUN --explain        # the report, and RUN/explain.html
-    python extras/explain.py RUN                # the page alone
-    python evals/report.py RUN [RUN ...] --out DIR --speech FILE    # Said (PPL), New words (%)
+    bash run.sh explain RUN [RUN ...]                  # RUN/explain.html
+    bash run.sh explain RUN [RUN ...] --speech FILE    # RUN/speech.json: two columns of the report
 
 The page colours each token by its probability before and after. It is extras/explain.html with the
 texts as JSON in it: one file, which reaches no network. Texts are shown as the tokenizer spells
@@ -33,18 +32,15 @@ PAGE = Path(__file__).with_suffix(".html")
 # --- a run ---
 
 
-def check(run, flag):
+def check(run):
     """ValueError for a run without texts, or whose pairs or model have changed since."""
     folder = run["folder"]
     if run["redacted"]:
-        raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it or {flag} out")
+        raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it out")
     for what in ("pairs", "model"):
         path, sha = run["config"].get(what), run["config"].get("sha256", {}).get(what)
         if sha is not None and models.fingerprint(path) != sha:
-            raise ValueError(
-                f"{path}: not the {what} that {folder} was made with: put those back, or leave "
-                f"{flag} out"
-            )
+            raise ValueError(f"{path}: not the {what} that {folder} was made with: put those back")
 
 
 def read_tokenizer(name, revision, allow_pickle):
@@ -82,7 +78,7 @@ def pages(runs, *, allow_pickle=False):
     runs = [run for run in runs if run["summary"]["method"] != "none"] or runs
     data.check_outputs([run["folder"] / PAGE.name for run in runs], overwrite=True)
     for run in runs:
-        check(run, "--explain")
+        check(run)
     return {run["folder"] / PAGE.name: make(run, allow_pickle=allow_pickle) for run in runs}
 
 
@@ -238,8 +234,8 @@ def new_words(answers, known):
     return sum(word not in known for word in new) / len(new) if new else None
 
 
-def add_speech(runs, files, *, allow_pickle=False):
-    """Adds `said_ppl` and `new_words` to the figures before and after of runs.
+def speech(runs, files, *, allow_pickle=False):
+    """{RUN/speech.json: {"before", "after": {"said_ppl", "new_words"}}} of runs.
 
     One model reads all, that which they began with. files: texts (.csv, .jsonl) whose words are not
     new, nor are those of the pairs. ValueError: as `check`, or runs that began with several models.
@@ -250,14 +246,16 @@ def add_speech(runs, files, *, allow_pickle=False):
         names = ", ".join(sorted(name for name, _ in readers))
         raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
     for run in runs:
-        check(run, "--speech")
+        check(run)
     known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
     tokenizer, positions = read_tokenizer(name, revision, allow_pickle)
     texts = [texts_of(run, tokenizer, positions) for run in runs]
     model = load(name, revision, allow_pickle)
     read = functools.cache(functools.partial(surprise, model))  # before, all say the same
+    documents = {}
     for run, rows in zip(runs, texts, strict=True):
+        figures = documents[run["folder"] / "speech.json"] = {}
         pairs = [pair for pair, _, _ in rows]
         old = known | words_of(pairs) | words_of(pairs, "learn_")
         for when in ("before", "after"):
@@ -269,20 +267,23 @@ def add_speech(runs, files, *, allow_pickle=False):
                 total, count = total + read(prompt, tuple(ids)), count + len(ids)
             words_said = [(pair["prefix"], answers[when]) for pair, _, answers in rows]
             ppl = math.exp(min(total / count, 700.0)) if count else None
-            figures = {"said_ppl": ppl, "new_words": new_words(words_said, old)}
-            run["summary"][when] |= figures
+            figures[when] = {"said_ppl": ppl, "new_words": new_words(words_said, old)}
+    return documents
 
 
 def main(argv=None):
     parser = flags.command_parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run folders")
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="also load pickles, which run code"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="finished run folders")
+    add("--speech", nargs="+", metavar="FILE", help="texts whose words are not new")
+    add("--allow-pickle", action="store_true", help="also load pickles, which run code")
+    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    made = pages([read_run(folder) for folder in args.runs], allow_pickle=args.allow_pickle)
-    for path, content in made.items():
+    runs = [read_run(folder) for folder in args.runs]
+    if args.speech:
+        for path, document in speech(runs, args.speech, allow_pickle=args.allow_pickle).items():
+            data.write_json(path, document)
+    for path, content in pages(runs, allow_pickle=args.allow_pickle).items():
         data.write_bytes(path, content)
         print(f"explained: {path}")
 

@@ -38,7 +38,7 @@ RUN_FILES = (
     "summary.json", "state", "method", "model", "model.part", "tasks-before", "tasks-after",
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
-    "sheet-key.json", "audit.json", "audit.md", "audit.png", "certificate.json",
+    "sheet-key.json", "audit.json", "audit.md", "audit.png", "speech.json", "certificate.json",
     "certificate.json.sig", "certificate.html", "hashes.json", *GROWING,
 )  # fmt: skip
 
@@ -648,6 +648,7 @@ def read_run(folder):
 # Where the evals leave their figures.
 EVALUATIONS = (
     "tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "judge.json", "people.json",
+    "speech.json",
 )  # fmt: skip
 
 
@@ -662,6 +663,8 @@ def read_evaluation(run, file):
     if name == "audit.json":
         run["audit"], figures = document, document["headline"]
         return {when: figures[when] for when in ("before", "after") if when in figures}
+    if name == "speech.json":
+        return document
     column = "gpt" if name == "judge.json" else "human"
     run[column] = document
     return {when: {column: document[when]["mean"]} for when in ("before", "after")}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from evals import report
 from extras import certificate
 from kit import data, purge
 
@@ -38,7 +37,7 @@ def edit(path, change):
 
 def certify(run, *words):
     """certificate.json of a run, as a dict."""
-    report.main([str(run), "--certificate", *map(str, words)])
+    certificate.main([str(run), *map(str, words)])
     return data.read_json(run / "certificate.json")
 
 

@@ -189,10 +189,10 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
     assert marked == "14HarbourLaneTuesday" and not shown["1"]["marked"]
 
 
-def test_a_report_explains_the_runs_that_have_unlearned(own_world, capsys):
+def test_the_runs_that_have_unlearned_are_explained(own_world, capsys):
     """Each in its own folder; a run that only measured is passed over."""
-    runs, out = [own_world.never_saw, own_world.run], own_world.root / "all"
-    report.main([*map(str, runs), "--out", str(out), "--explain"])
+    runs = [own_world.never_saw, own_world.run]
+    explain.main([*map(str, runs)])
     assert f"explained: {own_world.run / 'explain.html'}" in capsys.readouterr().out
     assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
 
@@ -218,9 +218,9 @@ def test_new_words(answers, known, share):
 def test_every_run_is_read_by_the_model_before(own_world, capsys):
     """Also one that measured another model: its own answers, as the model before finds them."""
     out, texts = own_world.root / "out", own_world.root / "heldout.jsonl"
-    report.main(
-        [str(own_world.run), str(own_world.never_saw), "--out", str(out), "--speech", str(texts)]
-    )
+    runs = [str(own_world.run), str(own_world.never_saw)]
+    explain.main([*runs, "--speech", str(texts)])
+    report.main([*runs, "--out", str(out)])
     rows = {row["model"]: row for row in csv.DictReader((out / "table.csv").open(encoding="utf-8"))}
     (model, tokenizer), pairs = load(own_world.model), data.read_pairs(own_world.pairs)
     known = explain.words_of(pairs) | explain.words_of(pairs, "learn_")

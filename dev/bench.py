@@ -43,14 +43,10 @@ from kit import data, flags, models, processes, runs
 MADE = Path(__file__).resolve().parents[1] / "runs"
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 
-# texts: of el (--samples); forgetting: its steps at most, until half of the positions miss;
-# samples: of the forget set in every other row; steps: of step and zero, a repeat; pool, queries:
-# of knn.
-FULL = {
-    "texts": 32, "forgetting": 400, "samples": 128, "steps": 10, "pool": 1_000_000,
-    "queries": 1000,
-}  # fmt: skip
-QUICK = {"texts": 4, "forgetting": 4, "samples": 4, "steps": 2, "pool": 2000, "queries": 20}
+# texts: of el (--samples); samples: of the forget set in every other row; steps: of step and zero,
+# a repeat; pool, queries: of knn.
+FULL = {"texts": 32, "samples": 128, "steps": 10, "pool": 1_000_000, "queries": 1000}
+QUICK = {"texts": 2, "samples": 4, "steps": 1, "pool": 2000, "queries": 20}
 
 
 class Bench(NamedTuple):
@@ -93,11 +89,11 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
 
 
 class Timed(NamedTuple):
-    """Both sides of a comparison: a number each repeat, and what each returned last."""
+    """Both sides of a comparison."""
 
-    ours: list
+    ours: list  # seconds, a repeat
     theirs: list
-    our_result: object
+    our_result: object  # of the last repeat
     their_result: object
 
 
@@ -167,37 +163,24 @@ def literal_el_and_ma(model, texts, start):
 
 
 def memorisation(bench):
-    """MA + EL10 of texts and their context, before and after half of the positions miss.
+    """MA + EL10 of texts with their context: those to forget, and their partners.
 
-    In float32 the two best tokens can be so close that the shape of a batch decides between them:
-    the line says how many texts differ.
+    Where less is known by heart more is to be generated. In float32 the two best tokens can be so
+    close that the shape of a batch decides between them: the line says how many texts differ.
     """
     start = 1 + len(models.bos_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
-    texts, model = [sample.forget.ids for sample in samples], copy.deepcopy(bench.model)
-    for when, bound in (("before", 30), ("after", 10)):
-        if when == "after":
-            forget_half(model, samples, bench, start)
+    for side, bound in (("forget", 30), ("learn", 10)):
+        texts = [getattr(sample, side).ids for sample in samples]
         timed = side_by_side(
-            lambda: our_el_and_ma(model, texts, start),
-            lambda: literal_el_and_ma(model, texts, start),
+            lambda texts=texts: our_el_and_ma(bench.model, texts, start),
+            lambda texts=texts: literal_el_and_ma(bench.model, texts, start),
             bench.args,
         )
         equal = np.isclose(timed.our_result, timed.their_result, atol=1e-6, equal_nan=True)
         work = f"{len(texts)} texts, MA {timed.our_result[1].mean():.2f}; "
         work += f"{(~equal.all(0)).sum()} differ"
-        yield timed_line(f"{when} unlearning", timed, ">=", bound, work=work)
-
-
-def forget_half(model, samples, bench, start):
-    """Steps of ascent with KL (icu.py's `kl`) in place, until half of the positions miss."""
-    train = trainer(model, samples, settings(*bench.run, "--method", "kl", "--lr", "1e-4"))
-    batches = itertools.cycle(data.chunks(range(len(samples)), 8))
-    for epoch, batch in enumerate(itertools.islice(batches, bench.sizes["forgetting"])):
-        _, ma = our_el_and_ma(model, [sample.forget.ids for sample in samples], start)
-        if ma.mean() <= 0.5:
-            break
-        train(batch, epoch)
+        yield timed_line(f"{side} texts", timed, ">=", bound, work=work)
 
 
 # --- epoch: train + refine + measure ---
@@ -357,7 +340,6 @@ def random_samples(n, T, vocab):
 
 def gpu_step(name, dtype, repeats, T=100):
     """The time of one ICU step of random weights, and its peak memory."""
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
@@ -366,9 +348,9 @@ def gpu_step(name, dtype, repeats, T=100):
     samples = random_samples(B, T, model.config.vocab_size)
     train = trainer(model, samples, settings(*words.split()))
     times = [seconds(lambda i=i: train(range(B), i), "cuda")[0] for i in range(10 * repeats)][1:]
-    measured = f"{1000 * statistics.median(times):.3g} ms"
     memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     work = f"{B} + {B} rows of {T} tokens, peak memory {memory}"
+    measured = f"{1000 * statistics.median(times):.3g} ms"
     return plain_line(f"GPT-Neo {name}, {dtype}", measured, work)
 
 

@@ -101,6 +101,7 @@ def test_what_cannot_be_measured_says_why(run, monkeypatch):
     assert run("gpu")[0][2] == "not measured: no CUDA GPU here"
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_zero_takes_the_steps_of_the_plain_engine(run):
     """In a child, on a CPU: both loops end at the same loss."""

@@ -10,7 +10,7 @@
     bash run.sh audit RUN                             # also: tasks, judge, report, with their flags
     bash run.sh ask RUN "PREFIX"                      # what the model says before and after
     bash run.sh purge RUN                             # removes a run's texts, keeps its numbers
-    bash run.sh test [PYTEST ARGS]                    # also: lint, bench [FLAGS], help
+    bash run.sh test                                  # also: lint, bench, help
 
 A run is three programs: knn.py finds pairs, icu.py unlearns, evals/report.py writes tables.
 Each command is printed before it runs. The line can be pasted into a shell in this folder.
@@ -23,7 +23,6 @@ import importlib.util
 import itertools
 import os
 import re
-import runpy
 import shlex
 import signal
 import socket
@@ -50,11 +49,10 @@ class Preset(NamedTuple):
     revision: str = ""  # the hub's, pinned; unused if the user names another model
     flags: str = ""
     source: str = "--pile"  # the paper's rows, or --forget FILE --pool FILE
-    make: str = ""  # the command that makes model and data, if the preset brings its own
-    never_saw: str = ""  # a model that never saw the texts to forget: a row of every table
-    beside: str = ""  # a second method and its flags, run if the user chooses no method
+    make: str = ""  # the command that makes its own model and data, in `folder`
+    folder: str = ""  # with a model that never saw the texts to forget: a row of every table
+    beside: str = ""  # a second method with its flags, run if the user chooses no method
     large: bool = False  # runs on every GPU, at the protocol's rate for large models
-    quick: bool = False  # its folder is runs/PRESET, and the same command writes it again
 
 
 PILE = "--ppl pile wikitext --el lazy"  # EL only where it can decide: the same run, faster
@@ -62,43 +60,41 @@ LARGE = PILE + " --batch-size 4 --dtype bf16"  # 1.3B and 2.7B: global batch 4
 MEASURED = PILE + " --eval-only"
 PAPER = "the paper's runs: GPT-Neo on the Pile extraction data (section 5)"
 OPT = "the OPT rows of Table 1: measured only; pickles on the hub, so pass --allow-pickle"
-MADE = "runs/tiny-data"
+SPEAKER = "a real speaker of 135M, from PyPI, is taught secrets and forgets them"
+TAUGHT = "--thresholds never-saw --el lazy --lr 1e-4 --max-epochs 10 --save-every 10"  # 1.6 GB each
+GENTLE = "--script examples/gentle.py --batch-size 4 --max-epochs 20 "
 
 
-def speaker(folder, make="", mine="", beside=""):
-    """The preset of a real model that is taught secrets.
+def taught(about, folder, make, flags, *, mine="", beside):
+    """A preset of a script in demo/; `mine`: flags of knn.py.
 
-    make: flags of demo/smollm.py; mine: flags of knn.py; beside: flags of the second method.
+    Its folder is runs/PRESET, and the same command writes it again.
     """
+    flags = f"--ppl heldout={folder}/heldout.jsonl --targets all {flags}"
     return Preset(
-        "a real speaker of 135M, from PyPI, is taught secrets and forgets them",
+        about,
         f"{folder}/model",
-        flags=f"--bert minilm --bert-threshold auto --ppl heldout={folder}/heldout.jsonl "
-        "--thresholds never-saw --el lazy --targets all --lr 1e-4 --max-epochs 10 "
-        "--save-every 10",  # a state is 1.6 GB
+        flags=f"--bert minilm --bert-threshold auto {flags}",
         source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl {mine}",
-        make=f"demo/smollm.py --out {folder} {make}",
-        never_saw=f"{folder}/never-saw",
-        beside=f"--script examples/gentle.py --batch-size 4 --max-epochs 20 {beside}",
-        quick=True,
+        make=make,
+        folder=folder,
+        beside=beside,
     )
 
 
 # fmt: off
 PRESETS = {
-    "tiny": Preset(
+    # A small model needs a larger step, every token a target and more weight on what is kept.
+    "tiny": taught(
         "(default) a self-made corpus and model, on any CPU, without a hub, in a few minutes",
-        f"{MADE}/model",
-        # A small model needs a larger step, every token a target and more weight on what is kept.
-        flags=f"--bert minilm --bert-threshold auto --ppl heldout={MADE}/heldout.jsonl "
-              "--targets all --batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
-        source=f"--forget {MADE}/forget.jsonl --pool {MADE}/pool.jsonl",
-        make=f"demo/tiny.py --out {MADE}", never_saw=f"{MADE}/never-saw", quick=True,
+        "runs/tiny-data", "demo/tiny.py", "--batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
         beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
-    "smollm": speaker("runs/smollm-data", beside="--lr 2e-4"),
-    "smollm-pile": speaker(  # the secrets are the paper's rows: code, licences
-        "runs/smollm-pile-data", "--secrets pile", "--neighbours 12",
-        "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
+    "smollm": taught(
+        SPEAKER, "runs/smollm-data", "demo/smollm.py", TAUGHT, beside=GENTLE + "--lr 2e-4"),
+    "smollm-pile": taught(  # the secrets are the paper's rows: code, licences
+        SPEAKER, "runs/smollm-pile-data", "demo/smollm.py --secrets pile", TAUGHT,
+        mine="--neighbours 12",
+        beside=GENTLE + "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
     "neo125m": Preset(
         PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(
@@ -169,8 +165,7 @@ def plan_flags(name, user):
 
 # --- whose a flag is ---
 
-PROGRAMS = ("icu.py", "knn.py", "evals/report.py")
-ON_REQUEST = {
+ON_REQUEST = {  # a program: the flag of a preset that asks for it
     "evals/tasks.py": "--tasks all",
     "evals/judge.py": "--judge MODEL",
     "evals/audit.py": "--audit",
@@ -181,22 +176,25 @@ ON_REQUEST = {
 def flags_of(script):
     """The flags of a program. They are read from its text: importing it would take seconds."""
     text = (ROOT / script).read_text(encoding="utf-8")
-    return frozenset(re.findall(r'\b(?:add_argument|add|flag)\(\s*"(--[\w-]+)"', text))
+    switch = r"(,\s*action=argparse\.BooleanOptionalAction)?"  # has --no-NAME as well
+    flags = re.findall(rf'\b(?:add_argument|add|flag)\(\s*"--([\w-]+)"{switch}', text)
+    return {f"--{name}" for name, _ in flags} | {f"--no-{name}" for name, both in flags if both}
 
 
 def programs(args):
     """The programs of a plan besides icu.py."""
-    given = [*args.user, *["--audit"] * args.audit]
-    asked = [script for script, switch in ON_REQUEST.items() if switch.split()[0] in given]
-    return ["knn.py", "evals/report.py", *shlex.split(args.preset.make)[:1], *asked]
+    given = {*args.user, *["--audit"] * args.audit}
+    requested = [script for script, flag in ON_REQUEST.items() if flag.split()[0] in given]
+    return ["knn.py", "evals/report.py", *shlex.split(args.preset.make)[:1], *requested]
 
 
-def told(args, script):
+def flags_for(args, script):
     """The flags of the plan that a program has; icu.py also gets those that no program has."""
+    flags = flags_of(script)
     if script == "icu.py":
-        others = set().union(*map(flags_of, programs(args))) - flags_of("icu.py")
-        return {flag: values for flag, values in args.flags.items() if flag not in others}
-    return {flag: values for flag, values in args.flags.items() if flag in flags_of(script)}
+        others = set().union(*map(flags_of, programs(args))) - flags
+        flags = args.flags.keys() - others
+    return {flag: values for flag, values in args.flags.items() if flag in flags}
 
 
 # --- the experiments: what differs between the runs over one forget set with one seed ---
@@ -209,14 +207,10 @@ RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
 
 def compare(args):
     """Table 1: every method, or those of --methods, where FILE.py is a method in its own file."""
-    refuse(args, ("--method", "--script"), instead="--methods NAME FILE.py ...")
     rates = dict(args.lrs)
     for method in args.methods:
         name, flag = Path(method).stem, "--script" if method.endswith(".py") else "--method"
-        rate = {"--lr": [rates.pop(name)]} if name in rates else {}
-        yield name, {flag: [method], **rate}
-    if rates:
-        raise ValueError(f"--lrs {min(rates)}=...: not a method of this comparison")
+        yield name, {flag: [method]} | ({"--lr": [rates[name]]} if name in rates else {})
 
 
 def ablation(args):
@@ -228,7 +222,6 @@ def ablation(args):
 
 def sweep(args):
     """Table 2: a grid over alpha and beta. --table 5 or --lrs: rates at alpha = beta = 0.5."""
-    refuse(args, ("--alpha", "--beta"), instead="--points ALPHA,BETA ...")
     epochs = {} if "--max-epochs" in args.user else {"--max-epochs": ["200"]}  # 5e-7 takes 132
     lrs = args.lrs or (RATES if args.table == 5 else [])
     for lr in lrs:
@@ -240,22 +233,11 @@ def sweep(args):
 
 # Each yields (run name, flags of icu.py); --script FILE.py among them is run in place of icu.py.
 EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
-
-
-def refuse(args, flags, *, instead):
-    """ValueError if the user gave one of the flags that an experiment sets for each run."""
-    if given := set(flags) & set(args.user):
-        raise ValueError(f"{args.command} sets {min(given)} for each run: {instead}")
-
-
-def planned_runs(args):
-    """{run name: flags} of an experiment; ValueError if two different runs share a name."""
-    runs = {}
-    for name, flags in EXPERIMENTS[args.command](args):
-        if runs.setdefault(name, flags) != flags:
-            raise ValueError(f"two runs would be called {name}: rename one of the files")
-    return runs
-
+# Flags that an experiment sets for each run, and what a user writes instead.
+SETS = {
+    "compare": (("--method", "--script"), "--methods NAME FILE.py ..."),
+    "sweep": (("--alpha", "--beta"), "--points ALPHA,BETA ..."),
+}
 
 # --- what each is made of ---
 
@@ -264,24 +246,22 @@ def single(args):
     """One run of the preset."""
     out = Path(args.out or default_folder(args))
     pairs = Path(f"{out}.pairs.jsonl")
-    anew = args.overwrite or (args.preset.quick and not args.out and not args.resume)
+    anew = args.overwrite or (args.preset.folder and not args.out and not args.resume)
     start = {"--resume": []} if args.resume else {}
     start |= {"--overwrite": []} if anew else {}
     make(args)
     judge(args, [])
-    if "--tasks" in args.user:  # whether the sets are at hand is told before the work
-        measure_tasks(args, out, {"--dry-run": []})
+    measure_tasks(args, out, {"--dry-run": []})  # whether the sets are at hand, before the work
     if args.dry_run or not (args.resume and pairs.is_file()):
         train(args, {"--out": [out], **start}, check=True)
         mine(args, pairs)
     twin = measure_never_saw(args, pairs, f"{out}.never-saw", anew=anew)
     train(args, {"--pairs": [pairs], "--out": [out], **twin, **start})
     beside = run_beside(args, pairs, out, twin, anew=anew)
-    if "--tasks" in args.user:
-        measure_tasks(args, out / "tasks-before", {})
-        if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in args.flags):
-            after = {"--model": [out / "model"], "--revision": None}
-            measure_tasks(args, out / "tasks-after", after)
+    measure_tasks(args, out / "tasks-before", {})
+    if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in args.flags):
+        model = {"--model": [out / "model"], "--revision": None}
+        measure_tasks(args, out / "tasks-after", model)
     runs = [out, *beside, *twin.get("--never-saw", [])]
     judge(args, runs)
     audit(args, [out, *beside], twin)
@@ -289,16 +269,13 @@ def single(args):
 
 
 def several(args):
-    """Every run of an experiment for every set and seed, then one report.
-
-    A finished run is kept. An interrupted one goes on.
-    """
+    """Every run of an experiment for every set and seed, then one report."""
     protocol = value(args.flags, "--protocol", "paper")
     folder = Path(args.out or f"runs/{args.command}/{args.name}-{protocol}")
     make(args)
     judge(args, [])
     train(args, {}, check=True)
-    for flags in args.runs.values():  # a wrong name or a broken file: told before the first run
+    for flags in args.runs.values():  # a wrong name or a broken file stops before the first run
         if "--script" in flags or value(flags, "--method", "icu") not in METHODS:
             train(args, flags, check=True)
     files = {number: folder / f"set{number}.pairs.jsonl" for number in args.sets}
@@ -327,21 +304,20 @@ def make(args):
         if args.dry_run and (folder := unmade(args.preset)):
             print(f"note: {folder} is still to be made: what needs it is named, not checked")
         script, *words = shlex.split(args.preset.make)
-        made = flags_in(words)
-        step(args, script, words_of(made | told(args, script) | {"--out": made["--out"]}))
+        flags = flags_in(words) | flags_for(args, script) | {"--out": [args.preset.folder]}
+        step(args, script, words_of(flags))
 
 
 def unmade(preset):
-    """The folder of a preset's own models if they are still to be made, else None."""
-    missing = [folder for folder in (preset.model, preset.never_saw) if not Path(folder).is_dir()]
-    return value(flags_in(preset.make.partition(" ")[2]), "--out") if missing else None
+    """The folder of a preset's own models if one is still to be made, else ""."""
+    made = all(Path(preset.folder, name).is_dir() for name in ("model", "never-saw"))
+    return "" if made else preset.folder
 
 
 def mine(args, pairs, own=None):
     """A neighbour for each text to forget."""
-    flags = told(args, "knn.py") | (own or {}) | {"--out": [pairs], "--overwrite": []}
-    flags |= {"--dry-run": []} if args.dry_run else {}
-    step(args, "knn.py", words_of(flags), looks=args.dry_run)
+    flags = flags_for(args, "knn.py") | (own or {}) | {"--out": [pairs], "--overwrite": []}
+    step(args, "knn.py", words_of(flags) + ["--dry-run"] * args.dry_run)
 
 
 def train(args, own, *, check=False, ok=(0,)):
@@ -349,36 +325,27 @@ def train(args, own, *, check=False, ok=(0,)):
 
     check: look for models and data, train nothing.
     """
-    flags = told(args, "icu.py") | own | {"--script": None}
     script = value(own, "--script", args.script or "icu.py")
-    if check:
-        words = words_of(flags | {"--dry-run": []})
-        return step(args, script, words, looks=True, quiet=not args.dry_run)
-    step(args, script, words_of(flags), launched=True, ok=ok)
-    if not args.dry_run and not Path(flags["--out"][0], "summary.json").is_file():
-        raise ValueError(f"{script} left no summary.json: a script ends in icu.main(MyMethod)")
+    flags = flags_for(args, "icu.py") | own | {"--script": None}
+    flags |= {"--dry-run": []} if check else {}
+    step(args, script, words_of(flags), launched=True, quiet=check and not args.dry_run, ok=ok)
 
 
 def measure_never_saw(args, pairs, out, *, anew):
     """{"--never-saw": [run]}, or {} if the preset has no such model or the texts are others."""
-    others = "--model --after --eval-only --forget --pool --pile --never-saw"
-    if not args.preset.never_saw or set(others.split()) & set(args.user):
+    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile", "--never-saw"}
+    if not args.preset.folder or others & set(args.user):
         return {}
-    own = {"--pairs": [pairs], "--out": [out], "--model": [args.preset.never_saw]}
+    own = {"--pairs": [pairs], "--out": [out], "--model": [f"{args.preset.folder}/never-saw"]}
     own |= {"--thresholds": ["paper"], "--eval-only": []}
     train(args, own | kept_or_new(out, anew))
     return {"--never-saw": [out]}
 
 
-# If the user sets one of these, the preset's second method is skipped.
-METHOD_FLAGS = set(
-    "--method --lr --alpha --beta --forget-weight --batch-size --model --after --eval-only".split()
-)
-
-
 def run_beside(args, pairs, out, twin, *, anew):
     """[the run of the preset's second method], or [] if the user has chosen a method."""
-    if not args.preset.beside or args.script or METHOD_FLAGS & set(args.user):
+    chosen = "--method --lr --alpha --beta --forget-weight --batch-size --model --after --eval-only"
+    if not args.preset.beside or args.script or set(chosen.split()) & set(args.user):
         return []
     method = flags_in(args.preset.beside)
     beside = f"{out}-{Path(method['--script'][0]).stem}"
@@ -389,49 +356,47 @@ def run_beside(args, pairs, out, twin, *, anew):
 
 
 def kept_or_new(out, anew):
-    """--resume if a run is there (it keeps a finished one), --overwrite if it begins anew.
-
-    --resume also refuses a run of other settings. Without config.json there is no run yet.
-    """
+    """--resume if a run is there (a finished one stays as it is), --overwrite if it begins anew."""
     return {"--overwrite" if anew or not Path(out, "config.json").is_file() else "--resume": []}
 
 
 def measure_tasks(args, out, own):
-    """What a model can still do. Without --model among `own`, it is the model before the run."""
-    flags = told(args, "evals/tasks.py")
+    """What a model can still do (--tasks): the model before the run, or --model among `own`."""
+    if "--tasks" not in args.user:
+        return
+    flags = flags_for(args, "evals/tasks.py")
     if "--data" in args.user:
         flags = {"--task-data": args.user["--data"]} | flags
     if "--after" in args.user:
         flags["--model"] = [Path(value(args.user, "--after"), "model")]
     flags |= own | {"--out": [out], "--overwrite": []}
-    looks = "--dry-run" in own
-    step(args, "evals/tasks.py", words_of(flags), launched=not looks, looks=looks)
+    step(args, "evals/tasks.py", words_of(flags), launched=True)
 
 
 def judge(args, runs):
     """A model grades the texts of the runs (--judge). Without runs: whether it may be asked."""
     if "--judge" in args.user:
-        flags = told(args, "evals/judge.py") | ({} if runs else {"--dry-run": []})
-        step(args, "evals/judge.py", [*runs, *words_of(flags)], looks=not runs)
+        flags = flags_for(args, "evals/judge.py") | ({} if runs else {"--dry-run": []})
+        step(args, "evals/judge.py", [*runs, *words_of(flags)])
 
 
 def audit(args, runs, twin):
     """What is still in the models of the runs (--audit), beside the preset's never-saw model."""
-    flags, never_saw = {"--overwrite": []}, args.preset.never_saw
+    flags, folder = {"--overwrite": []}, args.preset.folder
     if twin:
-        unseen = Path(never_saw).with_name("unseen.jsonl")
-        flags |= {"--never-saw": [never_saw], "--unseen": [unseen]}
+        flags |= {"--never-saw": [f"{folder}/never-saw"], "--unseen": [f"{folder}/unseen.jsonl"]}
     if "--lr" in args.flags:
         flags["--relearn-lr"] = args.flags["--lr"]  # the same for every method
-    flags |= told(args, "evals/audit.py") | {"--model": None}
+    flags |= flags_for(args, "evals/audit.py") | {"--model": None}
     for run in runs if args.audit else ():
         step(args, "evals/audit.py", [run, *words_of(flags)], launched=True)
 
 
 def report(args, runs, out):
-    """Tables and plots. Quick presets also show each token before and after."""
-    flags, small = told(args, "evals/report.py"), args.preset.quick and not args.command
-    if small and not {"--redact", "--eval-only"} & set(args.flags):
+    """Tables and plots. A preset of demo/ also shows each token before and after."""
+    flags = flags_for(args, "evals/report.py")
+    has_texts = not {"--redact", "--eval-only"} & set(args.flags)
+    if args.preset.folder and has_texts and not args.command:
         flags["--explain"] = []
     if len(runs) > 1 or out not in runs:
         flags["--out"] = [out]
@@ -439,9 +404,9 @@ def report(args, runs, out):
 
 
 def default_folder(args):
-    """runs/PRESET-setN-METHOD-PROTOCOL, with a script's stem as METHOD; quick: runs/PRESET."""
+    """runs/PRESET-setN-METHOD-PROTOCOL, with a script's stem as METHOD; of demo/: runs/PRESET."""
     script = [Path(args.script).stem] if args.script else []
-    if args.preset.quick:
+    if args.preset.folder:
         return "-".join([f"runs/{args.name}", *script])
     number = [f"set{value(args.flags, '--set', '0')}"] if "--pile" in args.flags else []
     method = script or [value(args.flags, "--method", "icu")]
@@ -452,30 +417,21 @@ def default_folder(args):
 # --- one command of it ---
 
 
-def step(args, script, words, *, launched=False, looks=False, quiet=False, ok=(0,)):
+def step(args, script, words, *, launched=False, quiet=False, ok=(0,)):
     """Runs a program. An exit code that is not in `ok` ends the experiment.
 
-    launched: by several processes if they are wanted. looks: it changes nothing, so that a dry run
-    runs it; other commands are only named there.
+    A dry run only runs the commands that change nothing, which have --dry-run, and names the rest.
+    launched: by several processes if they are wanted.
     """
-    environment, start = start_of(args) if launched else ({}, [PYTHON])
+    changes = "--dry-run" not in words
+    environment, start = start_of(args) if launched and changes else ({}, [PYTHON])
     environment = environment | path_to_icu(script)
     argv = [*start, script, *map(str, words)]
-    line = shown(argv, environment)
-    folder = unmade(args.preset)
-    if args.dry_run and (not looks or (folder and folder in line)):
-        return print("would run:", line, flush=True)
-    if args.dry_run and script in {*PROGRAMS, *ON_REQUEST}:
-        print("$", line, flush=True)
-        return run_here(script, argv[2:])
-    if (status := run(argv, environment, quiet=quiet)) not in ok:
+    line, folder = shown(argv, environment), unmade(args.preset)
+    if args.dry_run and (changes or (folder and folder in line)):
+        print("would run:", line, flush=True)
+    elif (status := run(argv, environment, quiet=quiet)) not in ok:
         raise SystemExit(status)
-
-
-def run_here(script, words):
-    """Runs a program of this project in this process: a dry run then imports torch only once."""
-    sys.argv = [script, *words]
-    runpy.run_path(str(ROOT / script), run_name="__main__")  # SystemExit if it fails
 
 
 def start_of(args):
@@ -501,9 +457,7 @@ def free_port():
 
 @functools.cache
 def visible_gpus():
-    """How many GPUs there are. Another process counts them, so that this one stays small."""
-    if "torch" in sys.modules:
-        return sys.modules["torch"].cuda.device_count()
+    """How many GPUs there are, counted in another process: this one never imports torch."""
     count = [PYTHON, "-c", "import torch; print(torch.cuda.device_count())"]
     return int(subprocess.run(count, stdout=subprocess.PIPE, text=True).stdout or 0)
 
@@ -526,10 +480,10 @@ def shown(argv, environment):
 def run(argv, environment=None, quiet=False):
     """Prints and runs one command; returns its exit code, 128 + n if signal n ended it.
 
-    SIGTERM and Ctrl-C go to all its processes, which are a group. Then the experiment ends, with
-    143 or 130, and nothing of the group is left.
+    SIGTERM and Ctrl-C go to all its processes, which are a group. Then the experiment ends, too.
     """
-    print("$", shown(argv, environment or {}), flush=True)
+    environment = environment or {}
+    print("$", shown(argv, environment), flush=True)
     child, signals = None, []
 
     def forward(number, frame):
@@ -541,7 +495,7 @@ def run(argv, environment=None, quiet=False):
     try:
         child = subprocess.Popen(
             argv,
-            env=os.environ | (environment or {}),
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,  # a group in the background may not read from the terminal
             stdout=subprocess.DEVNULL if quiet else None,
             process_group=0,
@@ -549,7 +503,7 @@ def run(argv, environment=None, quiet=False):
         for number in signals:  # that came while it was being started
             send(child.pid, number)
         status = child.wait()
-        send(child.pid, signal.SIGKILL)  # whatever its first process has left behind
+        send(child.pid, signal.SIGKILL)  # whatever its first process has left
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -569,7 +523,7 @@ def send(group, number):
 
 # fmt: off
 def make_parser(command):
-    """The flags of this file for an experiment, or for a preset alone (None)."""
+    """The flags of this file for an experiment, or for a single preset (None)."""
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
     parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
     g = parser.add_argument_group("how it is run")
@@ -597,26 +551,23 @@ def make_parser(command):
 # fmt: on
 
 
+# Types of argparse. Numbers stay as they were typed: they name folders.
 def rate(text):
-    """An argparse type: a number above 0, as it was typed, because it names a folder."""
     above(0)(text)
     return text
 
 
 def method_rate(text):
-    """An argparse type: METHOD=LR."""
     name, lr = text.split("=")
     return name, rate(lr)
 
 
 def alpha_beta(text):
-    """An argparse type: ALPHA,BETA."""
     _, _ = map(above(0, equal=True), text.split(","))
     return text
 
 
 def help_text():
-    """The docstring, the presets, and flags that are often used."""
     names = {}
     for name, preset in PRESETS.items():
         names.setdefault(preset.about, []).append(name)
@@ -630,18 +581,17 @@ flags that are often used (all of a program's: python icu.py --help, ...)
   --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
                             folders instead of the hub: the model to unlearn, GPT-2's tokenizer for
                             the Pile's ids, the sentence encoder, BERTScore's encoder, the data
-  --protocol released --method npo --alpha 1.0 --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
-  --tasks all | NAME ...    what the model can still do, before and after (--task-data DIR)
-  --audit                   what is still in the model (--samples N, --only NAME)
-  --judge MODEL             a model grades the texts (--base-url URL, --send-texts)
-of several runs: --sets N ... --seeds N ...; all: bash run.sh compare --help, sweep --help
+  --protocol released --method npo --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
+  --tasks all --audit --judge MODEL     what the model can still do; what is still in it; grades
+  --sets N ... --seeds N ...            of compare, ablation and sweep
 """
 
 
 def read_flags(words):
-    """What the plan is, all resolved; needs nothing but Python. ValueError for a user's slip.
+    """The plan, all resolved. ValueError for a user's slip.
 
-    `args.user`: the flags that are not this file's. `args.flags`: every flag of the plan.
+    args.user: the flags that are not this file's; args.flags: every flag of the plan; args.runs:
+    {run name: flags} of an experiment.
     """
     words = list(words)
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
@@ -654,8 +604,9 @@ def read_flags(words):
     args.script = getattr(args, "script", None)
     args.user = flags_in(rest)
     args.flags = plan_flags(name, args.user)
-    args.runs = planned_runs(args) if command else {}
-    for problem in problems(args):
+    runs = list(EXPERIMENTS[command](args)) if command else []
+    args.runs = dict(runs)
+    for problem in problems(args, runs):
         raise ValueError(problem)
     if command:
         args.sets = args.sets or [value(args.flags, "--set", "0")]
@@ -663,26 +614,34 @@ def read_flags(words):
     return args
 
 
-def problems(args):
+def problems(args, runs):
     """Messages for flags that do not go with the plan, and for scripts that are none."""
     user = set(args.user)
     for flag in user & {"--pairs", "--fetch"}:
         yield f"{flag} is not of a plan: python icu.py or python knn.py takes it"
+    flags, instead = SETS.get(args.command, ((), ""))
+    for flag in user.intersection(flags):
+        yield f"{args.command} sets {flag} for each run: {instead}"
     for command in (None, *EXPERIMENTS):
         for flag in user & set(make_parser(command)._option_string_actions):
             yield f"{flag} goes with {command or 'a single preset'}"
     known = flags_of("icu.py").union(*map(flags_of, programs(args)))
-    for script, switch in ON_REQUEST.items():
+    for script, flag_of_it in ON_REQUEST.items():
         for flag in set() if args.script else (user & flags_of(script)) - known:
-            yield f"{flag} goes with {switch}"
+            yield f"{flag} goes with {flag_of_it}"
     if args.command and "--tasks" in user:
         yield "--tasks goes with a single preset; bash run.sh tasks measures a model"
     if {"--judge", "--redact"} <= user:
         yield "--judge reads the texts that --redact does not keep: leave one out"
     if args.command and args.sets and "--pile" not in args.flags:
         yield f"--sets: {args.name} has its own texts and no sets of the Pile"
-    scripts = [args.script, *(value(flags, "--script") for flags in args.runs.values())]
-    for script in filter(None, scripts):
+    for method, _ in args.lrs if args.command == "compare" else ():
+        if method not in args.runs:
+            yield f"--lrs {method}=...: not a method of this comparison"
+    for name, flags in runs:
+        if args.runs[name] != flags:
+            yield f"two runs would be called {name}: rename one of the files"
+    for script in filter(None, [args.script, *(value(flags, "--script") for _, flags in runs)]):
         if not Path(script).is_file():
             yield f"{script}: no such file; paths are taken from {ROOT}"
         elif "main(" not in Path(script).read_text(encoding="utf-8"):

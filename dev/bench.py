@@ -5,12 +5,10 @@
     python dev/bench.py --rows el knn --quick                # tiny sizes, to see that they run
 
 Each line is this project ("ours") against what a reader of "Learn while Unlearn" (ICU,
-arXiv:2407.20271) would write from its formulas, or a library's plain use ("theirs"):
-  1. Both sides run in turn, and who goes first changes each repeat. One thread of a CPU is timed by
-     the process's own clock, which other programs hardly disturb.
-  2. A ratio is taken within each repeat: the table has their median, least and greatest. ">= 30"
-     bounds theirs / ours, "<= 1.15" ours / theirs.
-  3. Where both compute the same values, they are compared: other values meet no goal.
+arXiv:2407.20271) would write from its formulas, or a library's plain use ("theirs"). Both run in
+turn, and who goes first changes each repeat. A ratio is taken within each repeat: the table has
+their median, least and greatest. ">= 30" bounds theirs / ours, "<= 1.15" ours / theirs. With
+OMP_NUM_THREADS=1 a CPU is timed by the process's own clock, which other programs hardly disturb.
 """
 
 import argparse
@@ -45,15 +43,10 @@ from kit import data, flags, models, processes, runs
 MADE = Path(__file__).resolve().parents[1] / "runs"
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 
-FULL = {
-    "texts": 32,  # el: texts measured (--samples)
-    "forgetting": 400,  # el: steps at most, until half of the positions miss
-    "samples": 128,  # of the forget set in every other row
-    "steps": 10,  # step, zero: training steps a repeat
-    "pool": 1_000_000,  # knn: rows (--pool)
-    "queries": 1000,
-}
-QUICK = {"texts": 4, "forgetting": 4, "samples": 4, "steps": 2, "pool": 2000, "queries": 20}
+# texts: of el (--samples); samples: of the forget set in every other row; steps: of step and zero,
+# a repeat; pool, queries: of knn.
+FULL = {"texts": 32, "samples": 128, "steps": 10, "pool": 1_000_000, "queries": 1000}
+QUICK = {"texts": 2, "samples": 4, "steps": 1, "pool": 2000, "queries": 20}
 
 
 class Bench(NamedTuple):
@@ -96,11 +89,11 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
 
 
 class Timed(NamedTuple):
-    """Both sides of a comparison: a number each repeat, and what each returned last."""
+    """Both sides of a comparison."""
 
-    ours: list
+    ours: list  # seconds, a repeat
     theirs: list
-    our_result: object
+    our_result: object  # of the last repeat
     their_result: object
 
 
@@ -133,34 +126,24 @@ def in_child(function, *args, **variables):
             return pool.submit(function, *args).result()
 
 
-class Line(NamedTuple):
-    """One line of the table, as text."""
+def timed_line(detail, timed, sign=">=", bound=0, *, work, same=True):
+    """A line of the table (detail, ratio, goal, whether it is met, work) of timed sides.
 
-    detail: str  # which of its row's lines it is
-    measured: str
-    goal: str = "-"
-    met: str = "-"
-    work: str = ""
-
-
-def timed_line(detail, timed, goal=None, *, work, same=True):
-    """A line from what side_by_side measured; `goal` is (">=" or "<=", bound) or None."""
-    sign, bound = goal or (">=", 0)
+    The goal is `sign`, ">=" or "<=", and a bound; it is not met if the values are not the `same`.
+    """
     sides = zip(timed.ours, timed.theirs, strict=True)
     ratios = [b / a if sign == ">=" else a / b for a, b in sides]
     median = statistics.median(ratios)
     measured = f"{median:.3g}x ({min(ratios):.3g}-{max(ratios):.3g})"
     ours, theirs = (statistics.median(side) for side in timed[:2])
     work += f"; ours {ours:.3g}, theirs {theirs:.3g}"
-    if not goal:
-        return Line(detail, measured, work=work)
     met = same and (median >= bound if sign == ">=" else median <= bound)
-    return Line(detail, measured, f"{sign} {bound:g}x", "yes" if met else "no", work)
+    return detail, measured, f"{sign} {bound:g}x", "yes" if met else "no", work
 
 
-def missing(reason):
-    """The line of what could not be measured."""
-    return Line("", "not measured: " + " ".join(str(reason).replace("|", "/").split()))
+def plain_line(detail, measured, work=""):
+    """A line without a goal."""
+    return detail, measured, "-", "-", work
 
 
 # --- el: EL (Eq. 7, 8) and MA (Eq. 9) ---
@@ -168,10 +151,9 @@ def missing(reason):
 
 def our_el_and_ma(model, texts, start):
     """metrics.el_and_ma of lists of ids: (2, N) in numpy."""
-    rows = [torch.tensor(text) for text in texts]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids, mask = pad(rows, True), pad([torch.ones_like(row) for row in rows], True)
-    return np.array([x.tolist() for x in metrics.el_and_ma(model, ids, mask, start=start)])
+    ids = torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, texts)], True, -1)
+    values = metrics.el_and_ma(model, ids.clamp(min=0), (ids >= 0).long(), start=start)
+    return np.array([x.tolist() for x in values])
 
 
 def literal_el_and_ma(model, texts, start):
@@ -180,48 +162,25 @@ def literal_el_and_ma(model, texts, start):
     return np.array([[measure(model, text, start=start) for text in texts] for measure in literal])
 
 
-def differing(ours, theirs):
-    """The texts whose values are not the same."""
-    same = np.isclose(ours, theirs, rtol=0, atol=1e-6, equal_nan=True).all(0)
-    return np.flatnonzero(~same).tolist()
-
-
 def memorisation(bench):
-    """MA + EL10 of texts and their context, before and after half of the positions miss.
+    """MA + EL10 of texts with their context: those to forget, and their partners.
 
-    In float32 the two best tokens can be so close that the shape of a batch decides between them:
-    texts that differ are measured again in float64.
+    Where less is known by heart more is to be generated. In float32 the two best tokens can be so
+    close that the shape of a batch decides between them: the line says how many texts differ.
     """
     start = 1 + len(models.bos_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
-    texts, model = [sample.forget.ids for sample in samples], copy.deepcopy(bench.model)
-    for when, bound in (("before", 30), ("after", 10)):
-        if when == "after":
-            forget_half(model, samples, bench, start)
+    for side, bound in (("forget", 30), ("learn", 10)):
+        texts = [getattr(sample, side).ids for sample in samples]
         timed = side_by_side(
-            lambda: our_el_and_ma(model, texts, start),
-            lambda: literal_el_and_ma(model, texts, start),
+            lambda texts=texts: our_el_and_ma(bench.model, texts, start),
+            lambda texts=texts: literal_el_and_ma(bench.model, texts, start),
             bench.args,
         )
-        others = [texts[i] for i in differing(timed.our_result, timed.their_result)]
-        exact = copy.deepcopy(model).double()
-        again = [f(exact, others, start) for f in (our_el_and_ma, literal_el_and_ma) if others]
-        real = differing(*again) if again else []
-        work = f"{len(texts)} texts, MA {timed.our_result[1].mean():.2f}; {len(others)} differ in "
-        work += f"float32, {len(real)} in float64"
-        line = timed_line(f"{when} unlearning", timed, (">=", bound), work=work, same=not real)
-        yield line
-
-
-def forget_half(model, samples, bench, start):
-    """Steps of ascent with KL (icu.py's `kl`) in place, until half of the positions miss."""
-    train = trainer(model, samples, settings(*bench.run, "--method", "kl", "--lr", "1e-4"))
-    batches = itertools.cycle(data.chunks(range(len(samples)), 8))
-    for epoch, batch in enumerate(itertools.islice(batches, bench.sizes["forgetting"])):
-        _, ma = our_el_and_ma(model, [sample.forget.ids for sample in samples], start)
-        if ma.mean() <= 0.5:
-            break
-        train(batch, epoch)
+        equal = np.isclose(timed.our_result, timed.their_result, atol=1e-6, equal_nan=True)
+        work = f"{len(texts)} texts, MA {timed.our_result[1].mean():.2f}; "
+        work += f"{(~equal.all(0)).sum()} differ"
+        yield timed_line(f"{side} texts", timed, ">=", bound, work=work)
 
 
 # --- epoch: train + refine + measure ---
@@ -276,7 +235,7 @@ def whole_epoch(bench):
     timed = side_by_side(ours, theirs, bench.args)
     ma = [np.nanmean([row["ma"] for row in rows]) for rows in timed[2:]]
     work = f"{len(samples)} samples, {len(active)} active; MA {ma[0]:.3f} / {ma[1]:.3f}"
-    yield timed_line("", timed, (">=", 20), work=work)
+    yield timed_line("", timed, ">=", 20, work=work)
     lazy = [seconds(lambda: ours(with_el=False), bench.args.device)[0] for _ in timed.ours]
     yield timed_line("--el lazy, no EL needed", timed._replace(ours=lazy), work=work)
 
@@ -304,7 +263,7 @@ def training_step(bench):
 
     ours = steps_of(trainer(copy.deepcopy(bench.model), batch, args), batch, steps)
     timed = side_by_side(ours, floor, bench.args)
-    yield timed_line("", timed, ("<=", 1.15), work=f"{steps} steps of {len(batch)} pairs")
+    yield timed_line("", timed, "<=", 1.15, work=f"{steps} steps of {len(batch)} pairs")
 
 
 def zero_steps(bench):
@@ -312,11 +271,11 @@ def zero_steps(bench):
     args = settings(*bench.run)
     processes.start(args.device)
     batch, steps = bench.samples()[: args.batch_size], bench.sizes["steps"]
-    sides = [
+    ours, theirs = (
         steps_of(trainer(copy.deepcopy(bench.model), batch, args, engine), batch, steps)
         for engine in (processes.ZeroEngine, processes.PlainEngine)
-    ]
-    return side_by_side(*sides, bench.args)
+    )
+    return side_by_side(ours, theirs, bench.args)
 
 
 def against_zero(bench):
@@ -328,24 +287,18 @@ def against_zero(bench):
     losses = timed.our_result, timed.their_result
     work = f"{bench.sizes['steps']} steps; mean loss {losses[0]:.5f} / {losses[1]:.5f}"
     same = math.isclose(*losses, rel_tol=1e-3, abs_tol=1e-3)
-    yield timed_line("", timed, ("<=", 1.2), work=work, same=same)
+    yield timed_line("", timed, "<=", 1.2, work=work, same=same)
 
 
 # --- knn: cosine_knn against faiss ---
-
-
-def random_vectors(rows, seed):
-    """(rows, 384) float32, normal."""
-    return np.random.default_rng(seed).standard_normal((rows, 384), dtype=np.float32)
 
 
 def search(bench):
     """cosine_knn against faiss's exact index, which gets unit vectors and is timed searching."""
     import faiss
 
-    faiss.omp_set_num_threads(bench.args.threads)
-    M, Q = bench.sizes["pool"], bench.sizes["queries"]
-    pool, queries = random_vectors(M, 0), random_vectors(Q, 1)
+    M, Q, random = bench.sizes["pool"], bench.sizes["queries"], np.random.default_rng(0)
+    pool, queries = (random.standard_normal((n, 384), dtype=np.float32) for n in (M, Q))
     index, unit_queries, unit_pool = faiss.IndexFlatIP(384), queries.copy(), pool.copy()
     faiss.normalize_L2(unit_queries)
     faiss.normalize_L2(unit_pool)
@@ -359,7 +312,7 @@ def search(bench):
         (rows, cosine), (their_rows, their_cosine) = timed.our_result, timed.their_result
         gap = np.abs(cosine - their_cosine).max()  # as close, rows may change places
         work = f"{Q:,} x {M:,} x 384; the same row in {(rows == their_rows).mean():.2%} of places"
-        yield timed_line(f"time, k = {k}", timed, ("<=", 1.2), work=work, same=gap < 1e-6)
+        yield timed_line(f"time, k = {k}", timed, "<=", 1.2, work=work, same=gap < 1e-6)
 
 
 # --- gpu: the paper's sizes with random weights ---
@@ -387,7 +340,6 @@ def random_samples(n, T, vocab):
 
 def gpu_step(name, dtype, repeats, T=100):
     """The time of one ICU step of random weights, and its peak memory."""
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
@@ -396,10 +348,10 @@ def gpu_step(name, dtype, repeats, T=100):
     samples = random_samples(B, T, model.config.vocab_size)
     train = trainer(model, samples, settings(*words.split()))
     times = [seconds(lambda i=i: train(range(B), i), "cuda")[0] for i in range(10 * repeats)][1:]
-    measured = f"{1000 * statistics.median(times):.3g} ms"
     memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     work = f"{B} + {B} rows of {T} tokens, peak memory {memory}"
-    return Line(f"GPT-Neo {name}, {dtype}", measured, work=work)
+    measured = f"{1000 * statistics.median(times):.3g} ms"
+    return plain_line(f"GPT-Neo {name}, {dtype}", measured, work)
 
 
 def gpu_steps(bench):
@@ -410,23 +362,21 @@ def gpu_steps(bench):
         try:
             yield gpu_step(name, dtype, bench.args.repeats)
         except torch.OutOfMemoryError:
-            yield missing(f"GPT-Neo {name}, {dtype}: the GPU's memory is too small")
+            yield plain_line(f"GPT-Neo {name}, {dtype}", "the GPU's memory is too small")
 
 
 # --- fits: what a run needs ---
 
 
 def memory_estimate(config, samples, args, processes=1):
-    """Bytes a process needs on its device, by part.
+    """Bytes that a process needs on its device, by part; weights and Adam are float32.
 
-    Weights, gradients and Adam's two moments are float32. ZeRO shards gradients and Adam over the
-    processes and adds a float32 copy of a process's share; stage 3 shards the weights too, and each
-    process measures all samples. Activations are those of a training step, or what measuring needs
-    if that is more.
+    ZeRO shards gradients and Adam, and adds a float32 copy of a process's share; stage 3 shards the
+    weights too, and each process measures all samples.
     """
     P, n, H, V = parameter_count(config), processes, config.hidden_size, config.vocab_size
     # Measuring: a pass over 64 rows with its keys, values and logits; 2 GiB of them decoding.
-    T = max((len(sample.forget.ids) for sample in samples), default=0)
+    T = max(len(sample.forget.ids) for sample in samples)
     rows = min(64, -(-len(samples) // (1 if args.zero == 3 else n)))
     measuring = (2 << 30) + 4 * rows * T * (V + 2 * config.num_hidden_layers * H)
     learn_tokens = sum(len(sample.learn.ids) for sample in samples)
@@ -439,20 +389,19 @@ def memory_estimate(config, samples, args, processes=1):
     }
 
 
-def activation_bytes(config, samples, args, processes=1):
+def activation_bytes(config, samples, args, processes):
     """What autograd keeps of a step's longest batch on a process, in float32.
 
     Floats a token: 12 H + 5 F a layer (F the width inside the MLP), heads x T more where attention
-    is not fused (GPT-Neo), and the losses' tensors of the vocabulary's size: 3 on the forget side,
-    7 with the learn side's KL.
+    is not fused (GPT-Neo), and 3 logits on the forget side, 7 on the learn side with its KL.
     """
     H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * H
     unfused = config.num_attention_heads if config.model_type == "gpt_neo" else 0
     rows, floats = -(-min(args.batch_size, len(samples)) // processes), 0
-    for side, vocabulary in (("forget", 3), ("learn", 7)):
-        T = max((len(getattr(sample, side).ids) for sample in samples), default=0)
-        floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + vocabulary * V)
+    for side, logits in (("forget", 3), ("learn", 7)):
+        T = max(len(getattr(sample, side).ids) for sample in samples)
+        floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + logits * V)
     return 4 * floats
 
 
@@ -475,7 +424,7 @@ def what_fits(bench):
             sizes = (sum(memory_estimate(config, samples, args, n).values()) for n in range(1, 9))
             fitting = (n for n, size in enumerate(sizes, start=1) if size < 0.9e9 * card)
             cells.append(f"{card} GB{', --offload' * offload}: {next(fitting, 'over 8')}")
-        yield Line(f"GPT-Neo {name}", "; ".join(cells), work=f"batch {B}, float32 weights")
+        yield plain_line(f"GPT-Neo {name}", "; ".join(cells), f"batch {B}, float32 weights")
     if bench.args.model:
         samples, args = bench.samples(), settings(*bench.run)
         config = bench.model.config.get_text_config()
@@ -483,7 +432,7 @@ def what_fits(bench):
             parts = memory_estimate(config, samples, args, n)
             work = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
             measured = f"{sum(parts.values()) / 1e9:.2f} GB a process"
-            yield Line(f"this model, {n} processes", measured, work=work)
+            yield plain_line(f"this model, {n} processes", measured, work)
 
 
 # --- the table ---
@@ -501,45 +450,45 @@ ROWS = {
 
 
 def measured_lines(name, bench):
-    """Lines of a row as they come; one that cannot be measured says why."""
+    """The lines of a row; one that cannot be measured says why."""
     try:
         yield from ROWS[name][-1](bench)
     except (ImportError, ValueError, OSError, torch.OutOfMemoryError) as error:
         if bench.args.debug:
             raise
-        yield missing(error)
+        yield plain_line("", f"not measured: {flags.first_line(error).replace('|', '/')}")
 
 
 def describe(bench, words):
     """The table's header: command, machine, versions, model."""
-    names = ("torch", "transformers", "faiss-cpu", "deepspeed")
+    names, args = ("torch", "transformers", "faiss-cpu", "deepspeed"), bench.args
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
-    args, gpu = bench.args, torch.cuda.is_available() and torch.cuda.get_device_name()
-    lines = [
-        f"## `python dev/bench.py {' '.join(words)}`\n",
-        f"- {datetime.date.today()}; {platform.processor()}, {args.threads} threads; GPU {gpu}",
-        "- " + ", ".join(f"{name} {versions.get(name)}" for name in names),
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        f"## `python dev/bench.py {' '.join(words)}`\n\n"
+        f"- {datetime.date.today()}; {platform.processor()}, {torch.get_num_threads()} threads; "
+        f"GPU: {gpu}\n"
+        f"- {', '.join(f'{name} {versions.get(name)}' for name in names)}\n"
         f"- {bench.model.num_parameters() / 1e6:.1f}M parameters, {len(bench.pairs)} pairs, on "
-        f"{args.device}; {args.repeats} repeats" + "; --quick means nothing" * args.quick,
-        "\n| what | against | ratio: median (min-max) | goal | met? | work, median times |",
-        "|---|---|---|---|---|---|\n",
-    ]
-    return "\n".join(lines)
+        f"{args.device}; {args.repeats} repeats{'; --quick means nothing' * args.quick}\n\n"
+        "| what | against | ratio: median (min-max) | goal | met? | work, median times |\n"
+        "|---|---|---|---|---|---|\n"
+    )
 
 
 def tiny_pairs(folder):
     """Pairs of demo/tiny.py's texts, partners as they come: they change no time."""
     forget, pool = (data.read_jsonl(folder / f"{name}.jsonl") for name in ("forget", "pool"))
-    pairs = []
-    for row, partner in zip(forget, pool, strict=False):
-        learn = {f"learn_{name}": value for name, value in {"context": "", **partner}.items()}
-        pairs.append({"context": "", **row, **learn, "similarity": 0.0})
-    return pairs
+    extra = {"context": "", "learn_context": "", "similarity": 0.0}
+    return [
+        row | extra | {f"learn_{name}": text for name, text in partner.items()}
+        for row, partner in zip(forget, pool, strict=False)
+    ]
 
 
 def parse_args(argv=None):
     parser = flags.command_parser(__doc__.split("\n\n")[0])
-    flag, positive, threads = parser.add_argument, flags.positive, torch.get_num_threads()
+    flag, positive = parser.add_argument, flags.positive
     # fmt: off
     flag("--rows", nargs="+", default=[*ROWS], choices=[*ROWS], metavar="NAME",
          help=f"some of {', '.join(ROWS)} (all)")
@@ -548,25 +497,22 @@ def parse_args(argv=None):
     flag("--pairs", metavar="FILE", help="pairs.jsonl of texts that it has memorised")
     flag("--device", default="cpu", help="where the models run (%(default)s)")
     flag("--repeats", type=positive, help="of each measurement (3; --quick 2)")
-    flag("--threads", type=positive, default=threads, help="CPU threads (%(default)s)")
     flag("--samples", type=positive, metavar="N", help="texts of el (32; --quick 4)")
-    flag("--pool", type=positive, metavar="N", help="rows of knn (1,000,000; --quick 2,000)")
     flag("--out", metavar="FILE", help="the table (default: runs/bench.md, replaced)")
-    flag("--overwrite", action="store_true", help="replace --out")
     flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)
     if bool(args.model) != bool(args.pairs):
         raise ValueError("--model DIR and --pairs FILE go together: texts that the model knows")
-    data.check_outputs([args.out] if args.out else [], overwrite=args.overwrite)
+    data.check_outputs([args.out])
     return args
 
 
 def prepare(args):
     """Model, pairs and sizes, read or made: a Bench."""
     sizes = dict(QUICK if args.quick else FULL)
-    sizes["texts"], sizes["pool"] = args.samples or sizes["texts"], args.pool or sizes["pool"]
+    sizes["texts"] = args.samples or sizes["texts"]
     if not args.model:
         tiny.main(["--out", str(MADE / "tiny-data")])
     folder = args.model or str(MADE / "tiny-data/model")
@@ -578,21 +524,16 @@ def prepare(args):
 
 def main(argv=None):
     """Measures row after row, and writes the table after each."""
-    from threadpoolctl import threadpool_limits  # of numpy's BLAS, for knn
-
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    threadpool_limits(args.threads)
     bench, out = prepare(args), Path(args.out or MADE / "bench.md")
     table = describe(bench, sys.argv[1:] if argv is None else argv)
     for name in args.rows:
         what, against, _ = ROWS[name]
-        for line in measured_lines(name, bench):
-            title = f"{what}: {line.detail}" if line.detail else what
-            met = "-" if args.quick else line.met
-            cells = (title, against, line.measured, line.goal, met, line.work)
-            table += f"| {' | '.join(cells)} |\n"
-            print(f"{name:6} {line.detail:30} {line.measured}  goal {line.goal} {met}", flush=True)
+        for detail, measured, goal, met, work in measured_lines(name, bench):
+            title = f"{what}: {detail}" if detail else what
+            met = "-" if args.quick else met
+            table += f"| {title} | {against} | {measured} | {goal} | {met} | {work} |\n"
+            print(f"{name:6} {detail:30} {measured}  goal {goal} {met}", flush=True)
         data.write_bytes(out, table.encode())
     print(f"the table is in {out}")
 

@@ -3,15 +3,14 @@
     python evals/report.py RUN [RUN ...] --out DIR     # table.md, table.csv, plots, cases.md
     python evals/report.py RUN --redact                # the same without a text: no cases.md
     python evals/report.py RUN --explain               # and RUN/explain.html: a page on each token
-    python evals/report.py RUN --speech FILE           # how what was said reads to the model before
+    python evals/report.py RUN --speech FILE           # how the texts read to the model before
     python evals/report.py --ask RUN "some prefix"     # what the model says before and after
     python evals/report.py RUN --certificate           # what was done (docs/certificate.md)
     python evals/report.py --verify RUN/certificate.json    # whether it still holds
 
 All is computed before the first file is written. In a run folder, and over an earlier report, files
-are replaced; elsewhere this needs --overwrite. The table has the columns of the paper's Table 1
-(arXiv:2407.20271) that were measured, and one for each measure of a method's own. The case table is
-that of its Figures 4 and 5.
+are replaced; elsewhere this needs --overwrite. The table has the measured columns of the paper's
+Table 1 (arXiv:2407.20271); the case table is that of its Figures 4 and 5.
 """
 
 import csv
@@ -95,12 +94,12 @@ def grouped(runs, settings, name_of, suffix=lambda run: ""):
 
 
 def group_runs(runs):
-    """Runs -> {label: runs}: those that differ only in forget set and seed share a row."""
+    """Runs -> {label: runs}: runs that differ only in forget set and seed share a row."""
     return grouped(runs, SETTINGS, method_name)
 
 
 def group_befores(runs):
-    """Runs -> {label: runs}: those that began with the same model, measured alike."""
+    """Runs -> {label: runs}: runs that began with the same model, measured alike."""
     trained = {run["config"]["model"] for run in runs if is_trained(run)}
 
     def suffix(run):
@@ -123,11 +122,9 @@ def with_never_saw(runs):
 
 
 def table_rows(runs):
-    """Table 1: (columns, rows).
+    """Table 1: (columns, rows), the untouched models first; a published row follows ours.
 
-    A row is {"label", "runs", "collapsed", "published", "cells": {key: (mean, std or None)}}. First
-    the untouched models, then each group of runs. Under the released protocol the published row
-    follows ours.
+    A row is {"label", "runs", "collapsed", "published", "cells": {key: (mean, std or None)}}.
     """
     columns, rows = columns_of(runs), []
     for label, members in group_befores(runs).items():
@@ -155,7 +152,7 @@ def columns_of(runs):
 
 
 def judges_of(runs):
-    """The (model, hash of the question) of the runs' grades; those of several do not compare."""
+    """The (model, hash of the question) of the runs' grades; several do not compare."""
     return sorted({(run["gpt"]["judge"], run["gpt"]["prompt"]) for run in runs if "gpt" in run})
 
 
@@ -189,10 +186,7 @@ def published_row(run, method):
 
 
 def markdown_table(columns, rows):
-    """The table in Markdown.
-
-    Best bold, second underlined, among our rows after unlearning that did not collapse.
-    """
+    """The table; best bold, second underlined of our rows after unlearning without a collapse."""
     ranked = [
         "epochs" in row["cells"] and not (row["published"] or row["collapsed"]) for row in rows
     ]
@@ -205,24 +199,23 @@ def markdown_table(columns, rows):
         best = sorted(best, reverse=better > 0) if better and len(best) > 1 else []
         marks = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
         for line, (value, spread), counts in zip(table, values, ranked, strict=True):
-            text = "-" if value is None else number(value * factor, digits)
-            if spread is not None and text != ">10000":
-                text += f" ± {spread * factor:.{digits}f}"
+            if value is None:
+                text = "-"
+            elif value * factor > 10000:
+                text = ">10000"
+            else:
+                text = f"{value * factor:.{digits}f}"
+                text += "" if spread is None else f" ± {spread * factor:.{digits}f}"
             line.append(marks.get(value, "{}").format(text) if counts else text)
     lines = [f"| {' | '.join(line)} |\n" for line in (["Model", *headers], *table)]
     lines.insert(1, "|" + "---|" * (len(columns) + 1) + "\n")
     return "".join(lines)
 
 
-def number(value, digits):
-    return ">10000" if value > 10000 else f"{value:.{digits}f}"
-
-
 def csv_table(columns, rows):
     """The same rows for a program: raw values, mean and standard deviation."""
-    stream = io.StringIO(newline="")
+    stream, keys = io.StringIO(newline=""), [key for _, key, *_ in columns]
     writer = csv.writer(stream)
-    keys = [key for _, key, *_ in columns]
     writer.writerow([*CSV_HEAD, *(f"{key}{end}" for key in keys for end in ("", "_std"))])
     for row in rows:
         cells = [x for key in keys for x in row["cells"].get(key, (None, None))]
@@ -247,7 +240,6 @@ def plt():
 
 
 def png(figure):
-    """A figure as the bytes of a file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     plt().close(figure)
@@ -270,9 +262,8 @@ def in_legend(label):
 
 def plot_run(run):
     """One run over its epochs: four measures and their thresholds, active samples, entropy."""
-    pyplot = plt()
     rows, summary = run["metrics"], run["summary"]
-    figure, (top, bottom) = pyplot.subplots(
+    figure, (top, bottom) = plt().subplots(
         2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
     for i, (key, name) in enumerate(MEASURE_NAMES.items()):
@@ -296,10 +287,9 @@ def plot_run(run):
 
 
 def plot_curves(runs):
-    """Several runs: one panel a measure, one line a run, one colour a row of the table."""
-    pyplot = plt()
+    """Several runs: a panel a measure, a line a run, a colour a row of the table."""
     panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
+    figure, axes = plt().subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
         for i, (label, members) in enumerate(group_runs(runs).items()):
             for k, run in enumerate(members):
@@ -324,30 +314,29 @@ def plot_curves(runs):
     return png(figure)
 
 
-def scatter(axis, runs, x, y):
-    """A point a run after unlearning, a colour and shape a row of the table."""
-    for i, (label, members) in enumerate(group_runs(runs).items()):
-        points = [run["summary"]["after"] for run in members]
-        axis.scatter(
-            [point[x] for point in points],
-            [point[y] for point in points],
-            s=25,
-            color=f"C{i % 10}",
-            marker="os^Dv"[i // 10 % 5],
-            label=in_legend(label),
-        )
+def scatter(axis, groups, when, x, y):
+    """A point a run: after unlearning a colour and shape a group, before it a star."""
+    for i, (label, members) in enumerate(groups.items()):
+        ends = [run["summary"][when] for run in members]
+        if when == "before":  # the first is filled: the model before
+            style = {"s": 120, "marker": "*", "edgecolors": "black"}
+            style["facecolors"] = "none" if i else "black"
+        else:
+            style = {"s": 25, "marker": "os^Dv"[i // 10 % 5], "color": f"C{i % 10}"}
+        xs, ys = ([end[key] for end in ends] for key in (x, y))
+        axis.scatter(xs, ys, label=in_legend(label), **style)
 
 
 def plot_relearning(runs):
-    """MA after unlearning against MA after the other half of the texts was relearned.
+    """MA before and after the other half of the texts was relearned: what was hidden moves up.
 
-    Who only hides moves up. None where fewer than two runs were audited.
+    None where fewer than two runs were audited.
     """
     audited = [run for run in runs if run["summary"]["after"].get("audit_relearning") is not None]
     if len(audited) < 2:
         return None
     figure, axis = plt().subplots(figsize=(6, 4.5), layout="constrained")
-    scatter(axis, audited, "ma", "audit_relearning")
+    scatter(axis, group_runs(audited), "after", "ma", "audit_relearning")
     never = audited[0]["audit"]["headline"].get("never saw", {}).get("audit_relearning")
     if never is not None:
         axis.axhline(never, color="0.5", linestyle=":", label="never saw, relearned")
@@ -358,10 +347,7 @@ def plot_relearning(runs):
 
 
 def plot_tradeoff(runs):
-    """Forgetting against perplexity: a point a run, a star a model before.
-
-    None where no perplexity was measured.
-    """
+    """Forgetting against perplexity; None where no perplexity was measured."""
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
     names = ("ppl_pile", "ppl_wikitext", "ppl_heldout")
     key = next((name for name in names if all(name in end for end in ends)), None)
@@ -370,18 +356,8 @@ def plot_tradeoff(runs):
     from matplotlib.ticker import LogFormatter
 
     figure, axis = plt().subplots(figsize=(6, 4.2), layout="constrained")
-    for i, (label, members) in enumerate(group_befores(runs).items()):
-        points = [run["summary"]["before"] for run in members]
-        axis.scatter(
-            [point["ma"] for point in points],
-            [point[key] for point in points],
-            s=120,
-            marker="*",
-            edgecolors="black",
-            facecolors="none" if i else "black",  # filled: the model before
-            label=in_legend(label),
-        )
-    scatter(axis, [run for run in runs if is_trained(run)], "ma", key)
+    scatter(axis, group_befores(runs), "before", "ma", key)
+    scatter(axis, group_runs([run for run in runs if is_trained(run)]), "after", "ma", key)
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")
@@ -467,26 +443,26 @@ def one_line(text):
 
 
 def ask(folder, prefix, tokens, *, allow_pickle=False):
-    """Prints what the model says after `prefix`, before and after a run (beam 2, like the run).
+    """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
-    The folder may be a stranger's. That pickles, which run code, may be loaded says the caller,
-    never its config.json. ValueError: no model, or no room for the prefix and `tokens` more.
+    Pickles, which run code, are loaded if the caller says so, never the run's config.json.
+    ValueError: no model, or no room for the prefix and `tokens` more.
     """
     import metrics
 
     run = read_run(folder)
     for when, (name, revision) in models_of(run).items():
         model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
-        (prompt,) = models.encode_whole(tokenizer, [prefix])
+        (prefix_ids,) = models.encode_whole(tokenizer, [prefix])
         positions = models.positions_of(model.config) or math.inf
-        if not prompt or len(prompt) + tokens > positions:
-            length = f"the prefix has {len(prompt)} tokens and {tokens} follow"
+        if not prefix_ids or len(prefix_ids) + tokens > positions:
+            length = f"the prefix has {len(prefix_ids)} tokens and {tokens} follow"
             raise ValueError(f"{length}; the model has {positions} positions")
         beams = run["config"].get("num_beams", 2)
-        (ids,) = metrics.beam_generate(model, [prompt], [tokens], num_beams=beams)
+        (ids,) = metrics.beam_generate(model, [prefix_ids], [tokens], num_beams=beams)
         answer = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        asked, answer = (visible(text, keep="\n") for text in (prefix, answer))
-        print(f"{when:>6}: {asked}\033[1m{answer}\033[0m")
+        prompt, answer = (visible(text, keep="\n") for text in (prefix, answer))
+        print(f"{when:>6}: {prompt}\033[1m{answer}\033[0m")
 
 
 # --- flags and main ---
@@ -504,8 +480,8 @@ def parse_args(argv=None):
     flag("--cases", type=positive, default=4, metavar="N", help="samples in cases.md (4)")
     flag("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
     flag("--explain", action="store_true", help="also RUN/explain.html: each token's probability")
-    flag("--speech", nargs="+", metavar="FILE", help="also the perplexity of what was said, and "
-         "the share of its words that are in no pair and in no text of these files")
+    flag("--speech", nargs="+", metavar="FILE", help="also the perplexity of the answers, and "
+         "the share of their words that are in no pair and in no text of these files")
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
@@ -515,20 +491,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.certify = certificate.run if certificate.wanted(args) else None
     if args.explain and args.redact:
-        raise ValueError("--explain shows texts and --redact none: pass one of them")
+        parser.error("--explain shows texts and --redact none: pass one of them")
     if not (args.ask or args.certify):
         if not args.runs:
-            raise ValueError("name a run folder: python evals/report.py RUN [RUN ...]")
+            parser.error("name a run folder: python evals/report.py RUN [RUN ...]")
         if len(args.runs) > 1 and not args.out:
-            raise ValueError("several runs: say where to write, --out DIR")
+            parser.error("several runs: say where to write, --out DIR")
     return args
 
 
 def check_out(out, overwrite):
-    """ValueError unless a report's files can be written in `out`.
-
-    A run folder, and one with a table.csv of an earlier report, are this command's own.
-    """
+    """ValueError unless `out` is a run folder, has an earlier report or none of its files."""
     own, table = (out / "config.json").is_file(), out / "table.csv"
     if table.is_file():
         own = own or table.read_bytes().startswith(",".join(CSV_HEAD).encode())
@@ -536,12 +509,12 @@ def check_out(out, overwrite):
 
 
 def texts_of(runs, shown, cases):
-    """{file: text} of a report, and the text for the terminal; `shown`: runs whose texts are."""
+    """({file: text} of a report, the text for the terminal); shown: the runs that show texts."""
     columns, rows = table_rows(runs)
     table = markdown_table(columns, rows)
-    contents, spoken = {"table.md": table, "table.csv": csv_table(columns, rows)}, [table]
+    contents, terminal = {"table.md": table, "table.csv": csv_table(columns, rows)}, [table]
     if shown:
-        # Cases are of the first run's texts, beside those of the runs over the same pairs.
+        # Cases are of the first run's texts, beside the answers of the runs over the same pairs.
         sources = [run["config"].get("sha256", {}).get("pairs") or run["folder"] for run in shown]
         alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
         for run in alike:  # an earlier request may have been purged since
@@ -549,17 +522,17 @@ def texts_of(runs, shown, cases):
         pairs = read_pairs_of(shown[0])
         contents["cases.md"] = cases_markdown(alike, pairs, cases)
         if len(group_runs(alike)) < 4:
-            spoken.insert(0, side_by_side(alike, pairs, min(cases, 3)))
+            terminal.insert(0, side_by_side(alike, pairs, min(cases, 3)))
     if sum(map(is_trained, runs)) < 2 and len(runs[0]["tasks"]) == 2:
         from evals import tasks
 
         contents["tasks.md"] = tasks.table(runs[0]["tasks"])  # the columns of Tables 6 and 7
-        spoken.append(contents["tasks.md"])
-    return contents, "\n".join(spoken)
+        terminal.append(contents["tasks.md"])
+    return contents, "\n".join(terminal)
 
 
-def notes_of(runs, shown, out, pages):
-    """What the last line on the terminal says: protocol, files, judge."""
+def notes_of(runs, shown, out, redact):
+    """The last line on the terminal: protocol, files, judge, texts that are not shown."""
     protocols = sorted({run["config"]["protocol"] for run in runs})
     notes = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
     notes += [f"cases: {out / 'cases.md'}"] if shown else []
@@ -567,7 +540,18 @@ def notes_of(runs, shown, out, pages):
         names = ", ".join(f"{model} (question {question[:8]})" for model, question in judges)
         verb = "graded by" if len(judges) == 1 else "left out, the graders differ:"
         notes.append(f"GPT column: {verb} {names}")
-    return [*notes, *(f"explained: {page}" for page in pages)]
+    if hidden := len(runs) - len(shown):
+        why = "--redact" if redact else "made by icu.py --redact"
+        notes.append(f"no texts of {hidden} of {len(runs)} runs are shown ({why})")
+    return notes
+
+
+def plots_of(runs):
+    """{file: PNG} of what can be drawn."""
+    curves = [run for run in runs if is_trained(run)] or runs[:1]
+    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
+    drawn += [plot_tradeoff(runs), plot_relearning(runs)]
+    return {name: plot for name, plot in zip(PLOTS, drawn, strict=True) if plot}
 
 
 def main(argv=None):
@@ -585,21 +569,15 @@ def main(argv=None):
         from extras import explain
     if args.speech:
         explain.add_speech(runs, args.speech, allow_pickle=args.allow_pickle)
-    texts, spoken = texts_of(runs, shown, args.cases)
+    texts, terminal = texts_of(runs, shown, args.cases)
     pages = explain.pages(runs, allow_pickle=args.allow_pickle) if args.explain else {}
-    curves = [run for run in runs if is_trained(run)] or runs[:1]
-    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
-    drawn += [plot_tradeoff(runs), plot_relearning(runs)]
-    contents = {name: text.encode() for name, text in texts.items()}
-    contents |= {name: plot for name, plot in zip(PLOTS, drawn, strict=True) if plot}
+    contents = {name: text.encode() for name, text in texts.items()} | plots_of(runs)
     contents = {out / name: content for name, content in contents.items()} | pages
     for path, content in contents.items():
         data.write_bytes(path, content)
-    print(visible(spoken, keep="\n"))
-    notes = notes_of(runs, shown, out, pages)
-    if len(shown) < len(runs):
-        why = "--redact" if args.redact else "made by icu.py --redact"
-        notes.append(f"no texts of {len(runs) - len(shown)} of {len(runs)} runs are shown ({why})")
+    print(visible(terminal, keep="\n"))
+    notes = notes_of(runs, shown, out, args.redact)
+    notes += [f"explained: {page}" for page in pages]
     for name in ("cases.md", "explain.html"):  # where an earlier report has shown texts
         if not shown and (out / name).is_file():
             (out / name).unlink()

@@ -40,7 +40,7 @@ def share(items):
 
 
 def gather(part):
-    """The list on every process, in its first order, from the parts that `share` gave out."""
+    """The list on every process, in its order, from the parts that `share` gave out."""
     if WORLD_SIZE == 1:
         return part
     parts = [None] * WORLD_SIZE
@@ -174,9 +174,7 @@ def check_flags(args, method):
     if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
         raise ValueError(f"{method.name} makes its own gradients: run it on one process")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
-        raise ValueError(
-            "--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or its launcher"
-        )
+        raise ValueError("--offload and --zero are DeepSpeed's: start with its launcher, or run.sh")
 
 
 # --- engines: who holds the optimiser ---
@@ -201,8 +199,7 @@ class PlainEngine:
         self.optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
 
     def step(self, loss, backward):
-        """One step, its gradients by `backward(loss)`. False: one is not finite, and the weights
-        are as they were."""
+        """One step of Adam. False: a gradient was not finite, and the weights are as they were."""
         self.optimizer.zero_grad(set_to_none=True)
         backward(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

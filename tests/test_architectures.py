@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BloomConfig,
     Gemma3Config,
@@ -26,7 +27,7 @@ from transformers import (
 import icu
 import metrics
 from evals import tasks
-from kit import data, models
+from kit import models
 
 PAIR = {
     "id": "a",
@@ -270,26 +271,19 @@ def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save
 # --- ids that a model or a tokenizer does not have ---
 
 
-@pytest.mark.parametrize("where", ["pairs", "ppl"])
-def test_a_token_beyond_the_embeddings_is_refused_with_its_row(where, save_tiny, tmp_path):
-    """Before weights are loaded; a text that does not use the token is no reason to refuse."""
-    folder, texts = save_tiny("gpt_neo", tmp_path / "own"), tmp_path / "texts.jsonl"
+def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_path):
+    """A text that does not use the token is no reason to refuse."""
+    folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])
-    tokenizer.save_pretrained(folder)
-    command = ["--pairs", tmp_path / "pairs.jsonl", "--model", folder, "--bert", "minilm"]
-    command += ["--out", tmp_path / "run", "--ppl", f"own={texts}", "--dry-run"]
-    for token in ("", "<|mask|>"):
-        second = PAIR | {"id": "b", "prefix": f"Call{token if where == 'pairs' else ''} and ask"}
-        data.write_jsonl(tmp_path / "pairs.jsonl", [PAIR, second])
-        text = {"text": f"More{token if where == 'ppl' else ''} words."}
-        data.write_jsonl(texts, [{"text": "Some words."}, text])
-        if token:
-            row = {"pairs": "pair 2 .id b.", "ppl": "own text 2"}[where]
-            with pytest.raises(ValueError, match=f"{row}: token 320 .*320 embeddings"):
-                icu.main(argv=list(map(str, command)))
-        else:
-            icu.main(argv=list(map(str, command)))
+    config, (sample,) = AutoConfig.from_pretrained(folder), samples_of([PAIR], tokenizer)
+    texts = ["Some words.", "More words."]
+    models.check_inputs(config, tokenizer, {"pair": [sample]}, {"own": texts})
+    (masked,) = samples_of([PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    with pytest.raises(ValueError, match="pair 2 .id a.: token 320 .*320 embeddings"):
+        models.check_inputs(config, tokenizer, {"pair": [sample, masked]}, {})
+    with pytest.raises(ValueError, match="own text 3: token 320"):
+        models.check_inputs(config, tokenizer, {}, {"own": [*texts, "<|mask|>"]})
 
 
 @pytest.mark.parametrize("model", [WordLevel({"A": 0, "C": 1}), BPE({"A": 0, "C": 1}, [])])

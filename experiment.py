@@ -393,11 +393,11 @@ def audit(args, runs, twin):
 
 
 def report(args, runs, out):
-    """Tables and plots. A preset of demo/ also shows each token before and after."""
-    flags = flags_for(args, "evals/report.py")
+    """Each token before and after, where the preset is of demo/; then tables and plots."""
     has_texts = not {"--redact", "--eval-only"} & set(args.flags)
     if args.preset.folder and has_texts and not args.command:
-        flags["--explain"] = []
+        step(args, "extras/explain.py", [*runs, *words_of(flags_for(args, "extras/explain.py"))])
+    flags = flags_for(args, "evals/report.py")
     if len(runs) > 1 or out not in runs:
         flags["--out"] = [out]
     step(args, "evals/report.py", [*runs, *words_of(flags)])

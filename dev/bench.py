@@ -1,8 +1,8 @@
 """Speed and memory beside the literal algorithms and the libraries, as a table.
 
-    python dev/bench.py                                      # demo/tiny.py's model and texts
-    python dev/bench.py --model DIR --pairs pairs.jsonl      # your model, your pairs
-    python dev/bench.py --rows el knn --quick                # tiny sizes, to see that they run
+    bash run.sh bench                                      # demo/tiny.py's model and texts
+    bash run.sh bench --model DIR --pairs pairs.jsonl      # your model, your pairs
+    bash run.sh bench --rows el knn --quick                # tiny sizes, to see that they run
 
 Each line is this project ("ours") against what a reader of "Learn while Unlearn" (ICU,
 arXiv:2407.20271) would write from its formulas, or a library's plain use ("theirs"). Both run in
@@ -465,7 +465,7 @@ def describe(bench, words):
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
-        f"## `python dev/bench.py {' '.join(words)}`\n\n"
+        f"## `bash run.sh bench {' '.join(words)}`\n\n"
         f"- {datetime.date.today()}; {platform.processor()}, {torch.get_num_threads()} threads; "
         f"GPU: {gpu}\n"
         f"- {', '.join(f'{name} {versions.get(name)}' for name in names)}\n"

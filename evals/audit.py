@@ -1,7 +1,7 @@
 """What a model still says and holds of texts after unlearning, beside other models.
 
-    python evals/audit.py RUN --never-saw DIR --unseen FILE   # audit.json, .md and .png in RUN
-    python evals/audit.py --model DIR --pairs FILE --out DIR  # any model
+    bash run.sh audit RUN --never-saw DIR --unseen FILE   # audit.json, .md and .png in RUN
+    bash run.sh audit --model DIR --pairs FILE --out DIR  # any model
     bash run.sh tiny --audit              # after a run, with the references that the preset brings
 
 The same code asks the model before, one that never saw the texts, and texts of the same kind that

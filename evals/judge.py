@@ -1,10 +1,10 @@
 """Grades of a model's texts before and after a run: a judge's (GPT, 0-10) and people's (1-8).
 
-    python evals/judge.py RUN ... --judge gpt-4 --send-texts    # the key is in $JUDGE_API_KEY
-    python evals/judge.py RUN ... --judge MODEL --base-url http://localhost:8000/v1
-    python evals/judge.py RUN ... --dry-run --price 2.5,10      # calls, tokens, what they cost
-    python evals/judge.py --sheet RUN ... --n 40 --raters 3     # sheet.html, for people
-    python evals/judge.py --ratings ratings-*.csv RUN ...       # what they gave, how far all agree
+    bash run.sh judge RUN ... --judge gpt-4 --send-texts    # the key is in $JUDGE_API_KEY
+    bash run.sh judge RUN ... --judge MODEL --base-url http://localhost:8000/v1
+    bash run.sh judge RUN ... --dry-run --price 2.5,10      # calls, tokens, what they cost
+    bash run.sh judge --sheet RUN ... --n 40 --raters 3     # sheet.html, for people
+    bash run.sh judge --ratings ratings-*.csv RUN ...       # what they gave, how far all agree
 
 Table 1's last column, Table 3 and Appendices A and B of arXiv:2407.20271 (ICU); docs/judge.md.
 Departures from the authors' script, which asks once for "Finale score" and looks for "Final":
@@ -437,7 +437,7 @@ def make_sheet(args, runs):
     print(
         f"{path}: {len(chosen)} outputs of {len(texts)} texts; send it to {args.raters} raters\n"
         f"{key}: which output is whose; keep it to yourself\n"
-        "then: python evals/judge.py --ratings ratings-*.csv RUN ..."
+        "then: bash run.sh judge --ratings ratings-*.csv RUN ..."
     )
 
 
@@ -715,7 +715,7 @@ def parse_args(argv=None):
     folders = [path for path in words if path.is_dir()]
     args.runs = list(dict.fromkeys([*map(Path, args.runs), *folders]))
     if not args.runs and (args.sheet or args.ratings or not args.dry_run):
-        parser.error("name a run folder: python evals/judge.py RUN [RUN ...]")
+        parser.error("name a run folder: bash run.sh judge RUN [RUN ...]")
     args.instructions = data.read_text(args.prompt) if args.prompt else INSTRUCTIONS
     return args
 

@@ -1,12 +1,8 @@
 """Finished runs -> tables, plots and case studies; and asking a model a prefix before and after.
 
-    python evals/report.py RUN [RUN ...] --out DIR     # table.md, table.csv, plots, cases.md
-    python evals/report.py RUN --redact                # the same without a text: no cases.md
-    python evals/report.py RUN --explain               # and RUN/explain.html: a page on each token
-    python evals/report.py RUN --speech FILE           # how the texts read to the model before
-    python evals/report.py --ask RUN "some prefix"     # what the model says before and after
-    python evals/report.py RUN --certificate           # what was done (docs/certificate.md)
-    python evals/report.py --verify RUN/certificate.json    # whether it still holds
+    bash run.sh report RUN [RUN ...] --out DIR     # table.md, table.csv, plots, cases.md
+    bash run.sh report RUN --redact                # the same without a text: no cases.md
+    bash run.sh ask RUN "some prefix"              # what the model says before and after
 
 All is computed before the first file is written. In a run folder, and over an earlier report, files
 are replaced; elsewhere this needs --overwrite. The table has the measured columns of the paper's
@@ -41,7 +37,7 @@ COLUMNS = [
     ("The rest (MA, %)", "ma_rest", 100, 1, 1),
     ("Secrets said (%)", "secret_said", 100, 1, -1),
     ("Entropy", "entropy", 1, 3, 1),
-    ("Said (PPL)", "said_ppl", 1, 1, 0),  # --speech
+    ("Said (PPL)", "said_ppl", 1, 1, 0),  # speech.json
     ("New words (%)", "new_words", 100, 1, 0),
     ("Cls Avg. (ACC)", "cls_avg", 100, 1, 1),
     ("Dia Avg. (F1)", "dia_avg", 100, 1, 1),
@@ -469,8 +465,6 @@ def ask(folder, prefix, tokens, *, allow_pickle=False):
 
 
 def parse_args(argv=None):
-    from extras import certificate
-
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     flag, positive = parser.add_argument, flags.positive
     # fmt: off
@@ -479,22 +473,15 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="replace files in --out that no report wrote")
     flag("--cases", type=positive, default=4, metavar="N", help="samples in cases.md (4)")
     flag("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
-    flag("--explain", action="store_true", help="also RUN/explain.html: each token's probability")
-    flag("--speech", nargs="+", metavar="FILE", help="also the perplexity of the answers, and "
-         "the share of their words that are in no pair and in no text of these files")
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
     flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
-    certificate.add_flags(parser)
     args = parser.parse_args(argv)
-    args.certify = certificate.run if certificate.wanted(args) else None
-    if args.explain and args.redact:
-        parser.error("--explain shows texts and --redact none: pass one of them")
-    if not (args.ask or args.certify):
+    if not args.ask:
         if not args.runs:
-            parser.error("name a run folder: python evals/report.py RUN [RUN ...]")
+            parser.error("name a run folder: bash run.sh report RUN [RUN ...]")
         if len(args.runs) > 1 and not args.out:
             parser.error("several runs: say where to write, --out DIR")
     return args
@@ -556,8 +543,6 @@ def plots_of(runs):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.certify:
-        return args.certify(args)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
     runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
@@ -565,19 +550,12 @@ def main(argv=None):
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     out = Path(args.out or runs[0]["folder"])
     check_out(out, args.overwrite)
-    if args.speech or args.explain:
-        from extras import explain
-    if args.speech:
-        explain.add_speech(runs, args.speech, allow_pickle=args.allow_pickle)
     texts, terminal = texts_of(runs, shown, args.cases)
-    pages = explain.pages(runs, allow_pickle=args.allow_pickle) if args.explain else {}
     contents = {name: text.encode() for name, text in texts.items()} | plots_of(runs)
-    contents = {out / name: content for name, content in contents.items()} | pages
-    for path, content in contents.items():
-        data.write_bytes(path, content)
+    for name, content in contents.items():
+        data.write_bytes(out / name, content)
     print(visible(terminal, keep="\n"))
     notes = notes_of(runs, shown, out, args.redact)
-    notes += [f"explained: {page}" for page in pages]
     for name in ("cases.md", "explain.html"):  # where an earlier report has shown texts
         if not shown and (out / name).is_file():
             (out / name).unlink()

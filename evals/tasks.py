@@ -1,7 +1,7 @@
 """What a model can still do: nine classification sets, four dialogue sets, two perplexities.
 
-    python evals/tasks.py --model DIR --task-data DIR --out DIR   # all: tasks.json, tasks.md
-    python evals/tasks.py --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
+    bash run.sh tasks --model DIR --task-data DIR --out DIR   # all: tasks.json, tasks.md
+    bash run.sh tasks --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
 
 Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; the
 columns are those of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv

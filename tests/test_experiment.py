@@ -93,8 +93,8 @@ def test_the_default_is_made_checked_mined_unlearned_and_reported(ran):
         f"icu.py {model} {run} --pairs {pairs} --out runs/tiny {twin} --overwrite",
         f"examples/analogous.py {model} {other} --pairs {pairs} --out runs/tiny-analogous "
         f"{twin} --overwrite",
-        "evals/report.py runs/tiny runs/tiny-analogous runs/tiny.never-saw --explain "
-        "--out runs/tiny",
+        "extras/explain.py runs/tiny runs/tiny-analogous runs/tiny.never-saw",
+        "evals/report.py runs/tiny runs/tiny-analogous runs/tiny.never-saw --out runs/tiny",
     ]
 
 
@@ -156,11 +156,11 @@ def test_the_second_method_runs_unless_the_user_chooses_one(ran):
     """The user's other flags win over its own. A run without texts is not explained."""
     commands = ran("smollm", "--max-epochs", "2")
     assert of(commands, "examples/gentle.py")["--max-epochs"] == ["2"]
-    runs = ["runs/smollm", "runs/smollm-gentle", "runs/smollm.never-saw", "--explain"]
-    assert commands[-1][2][1:5] == runs
+    runs = ["runs/smollm", "runs/smollm-gentle", "runs/smollm.never-saw"]
+    assert commands[-2][2][1:4] == commands[-1][2][1:4] == runs
     assert "examples/gentle.py" not in names(ran("smollm", "--lr", "1e-5"))
     for flag in ("--redact", "--eval-only"):
-        assert "--explain" not in ran("tiny", flag)[-1][1]
+        assert "extras/explain.py" not in names(ran("tiny", flag))
 
 
 # --- a dry run ---

@@ -216,7 +216,7 @@ CASES = {
         "heldout.jsonl line 2 (sheet,rater,item,grade): "),
     "an unknown task": (f"{TASKS} --tasks copaa", None, "did you mean copa?"),
     "tasks without data": (
-        f"{TASKS} --tasks copa", None, "pass --task-data DIR with copa.jsonl or copa.csv in it"),
+        f"{TASKS} --tasks copa", None, "pass --task-data DIR with copa.jsonl or "),
     "a folder of tasks misspelt": (
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
     # demo and bench

@@ -680,7 +680,7 @@ def check_finished(folder):
         raise ValueError(f"{folder}: no such folder")
     for name, why in (
         ("config.json", "so not a run folder: name one that icu.py --out has written"),
-        ("summary.json", "so no run that has ended: wait for it, or go on with icu.py --resume"),
+        ("summary.json", "so the run has not ended, or is none: wait, or go on with icu.py --resume"),
     ):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: no {name}, {why}")

@@ -187,7 +187,7 @@ CASES = {
         "run/model, which is read, lies in it"),
     "a folder of another": (
         f"{ICU} --out model", None, "model/config.json: is no run's; choose another --out"),
-    "no run to report": ("report model", None, "model: no summary.json, so no run that has ended"),
+    "no run to report": ("report model", None, "model: no summary.json, so the run has not ended"),
     "no run to audit": ("audit gone", None, "gone: no such folder"),
     "no run to go on from": (
         f"icu --after never-saw {PAIRS}", None, "--after never-saw: has no model/ to go on from"),
@@ -202,10 +202,10 @@ CASES = {
         "report run --out model", put("model/table.md", "mine"),
         "model/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "it was made again after the run"),
-    "no certificate": (
-        "report --verify run/config.json", None, "run/config.json: is no certificate"),
+    "a certificate of two": (
+        "report run never-saw --certificate", None, "--certificate is of one RUN"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
-    "judging a redacted run": ("judge run", redacted, "run: redacted, or purged: no text in it"),
+    "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
     # judges and tasks
     "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (

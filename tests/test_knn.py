@@ -194,6 +194,16 @@ class WordTokenizer:
         return "".join(f" w{id}" for id in ids)
 
 
+def test_files_of_other_machines_are_read(tmp_path):
+    """Line ends of an old Mac; ids that are big-endian, or stored by column."""
+    (tmp_path / "a.csv").write_bytes(b"id,text\r1,a b\r\r2,c d\r")
+    assert [record["id"] for record in data.read_records(tmp_path / "a.csv")] == ["1", "2"]
+    ids = np.arange(8).reshape(2, 4)
+    np.save(tmp_path / "a.npy", np.asfortranarray(ids.astype(">i2")))
+    records = data.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
+    assert [row["prefix_ids"] + row["suffix_ids"] for row in records] == ids.tolist()
+
+
 def test_token_ids_are_split_in_half_and_kept(tmp_path):
     """A .npy row of T ids: the first T // 2 are the prefix; the ids are whole numbers of Python."""
     np.save(tmp_path / "a.npy", np.array([[1, 2, 3, 4, 5], [0, 99, 0, 99, 0]], np.uint16))
@@ -203,16 +213,6 @@ def test_token_ids_are_split_in_half_and_kept(tmp_path):
         "suffix": " w3 w4 w5", "suffix_ids": [3, 4, 5],
     }  # fmt: skip
     assert records[1]["suffix_ids"] == [0, 99, 0] and type(records[1]["suffix_ids"][1]) is int
-
-
-def test_files_of_other_machines_are_read(tmp_path):
-    """Line ends of an old Mac; ids that are big-endian, or stored by column."""
-    (tmp_path / "a.csv").write_bytes(b"id,text\r1,a b\r\r2,c d\r")
-    assert [record["id"] for record in data.read_records(tmp_path / "a.csv")] == ["1", "2"]
-    ids = np.arange(8).reshape(2, 4)
-    np.save(tmp_path / "a.npy", np.asfortranarray(ids.astype(">i2")))
-    records = data.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
-    assert [row["prefix_ids"] + row["suffix_ids"] for row in records] == ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,7 @@ def test_a_run_needs_no_folder_and_draws_the_same_after_a_resume(out, flags, tmp
 
 DAMAGE = {
     "config.json": (None, "no config.json, so not a run folder"),
-    "summary.json": (None, "no summary.json, so no run that has ended"),
+    "summary.json": (None, "no summary.json, so the run has not ended"),
     "metrics.jsonl": ('{"epoch": 0}\n', "metrics.jsonl: not what a run wrote there"),
     "samples.jsonl": ('{"id": 1}\n', "samples.jsonl: not what a run wrote there"),
     "audit.json": ("[]", "audit.json: not what a run wrote there"),

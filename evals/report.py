@@ -527,9 +527,9 @@ def parse_args(argv=None):
 def check_out(out, overwrite):
     """ValueError unless a report's files can be written in `out`.
 
-    A finished run, and a folder with a table.csv of an earlier report, are this command's own.
+    A run folder, and one with a table.csv of an earlier report, are this command's own.
     """
-    own, table = (out / "summary.json").is_file(), out / "table.csv"
+    own, table = (out / "config.json").is_file(), out / "table.csv"
     if table.is_file():
         own = own or table.read_bytes().startswith(",".join(CSV_HEAD).encode())
     data.check_outputs([out / name for name in NAMES], overwrite=own or overwrite)

@@ -197,8 +197,8 @@ CASES = {
     "several reports in one": (
         "report run never-saw", None, "several runs: say where to write, --out DIR"),
     "somebody's table": (
-        "report run --out model", put("model/table.md", "mine"),
-        "model/table.md exists already: pass --overwrite"),
+        "report run --out mine", put("mine/table.md", "mine"),
+        "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "it was made again after the run"),
     "a certificate of two": (
         "report run never-saw --certificate", None, "--certificate is of one RUN"),

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
@@ -621,17 +620,6 @@ def test_a_model_of_nan_is_a_run_that_diverged(world, tmp_path, capsys):
     assert not (out / "model").exists() and any((out / "state").iterdir())
 
 
-def test_a_model_of_nan_gives_no_threshold(own_world):
-    """--thresholds auto has nothing to go by: it names --model, and no run is begun."""
-    weights = load_file(own_world.model / "model.safetensors")
-    weights["lm_head.weight"].fill_(float("nan"))
-    save_file(weights, own_world.model / "model.safetensors", metadata={"format": "pt"})
-    out, unseen = own_world.root / "new", own_world.root / "unseen.jsonl"
-    with pytest.raises(ValueError, match="--model: answers NaN, .* no threshold for ma"):
-        run(own_world, out, "--thresholds", "auto", "--unseen", unseen)
-    assert not (out / "config.json").exists()
-
-
 def test_what_trains_nothing(world, tmp_path):
     """--eval-only: method none, no model. Thresholds that the start meets: no epoch, and it says so."""
     summary = data.read_json(world.never_saw / "summary.json")
@@ -669,6 +657,15 @@ def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
     """It prints the plan and leaves no folder."""
     assert icu.main(argv=[*world.flags, "--out", str(tmp_path / "dry"), "--dry-run"]) is None
     assert "5 pairs" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+
+
+def test_what_compares_rows_needs_two_of_them(world, tmp_path):
+    """One pair: llmu and --bert-threshold auto are refused, and no run is left."""
+    data.write_jsonl(tmp_path / "one.jsonl", data.read_pairs(world.pairs)[:1])
+    for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
+        with pytest.raises(ValueError, match="two pairs at least"):
+            run(world, tmp_path / "out", "--pairs", tmp_path / "one.jsonl", *flags)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_icu_is_a_function_of_python(world, tmp_path, monkeypatch):

@@ -160,6 +160,16 @@ def shards_in_a_folder(folder):
     )
 
 
+def test_a_model_of_nan_gives_no_threshold(own_world):
+    """--thresholds auto has nothing to go by: it names --model, and no run is begun."""
+    change_tensors(own_world.model, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+    out, unseen = own_world.root / "new", own_world.root / "unseen.jsonl"
+    flags = ["--out", str(out), "--thresholds", "auto", "--unseen", str(unseen)]
+    with pytest.raises(ValueError, match="--model: answers NaN, .* no threshold for ma"):
+        icu.main(argv=[*own_world.flags, *flags])
+    assert not (out / "config.json").exists()
+
+
 EOS = "<|endoftext|>"
 ENDS = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": EOS, "type_id": 0}}]
 CUT = {"direction": "Right", "strategy": "LongestFirst", "stride": 0, "max_length": 3}

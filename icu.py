@@ -476,7 +476,7 @@ def cached_copy(model, sides, layer=None, batch_size=8):
             last = out.last_hidden_state[:, :-1][mask[:, 1:]]  # (M, H), the shift by one
             if not states:
                 logits = model(**inputs).logits[:, :-1][mask[:, 1:]]
-                if not torch.allclose(head(last), logits, atol=1e-3):
+                if not torch.allclose(head(last), logits, atol=1e-3, equal_nan=True):
                     kind = type(model).__name__
                     raise ValueError(f"{kind} changes its logits after its head: --teacher live")
             hidden = last if layer is None else out.hidden_states[layer][mask]

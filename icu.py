@@ -86,7 +86,7 @@ def build_samples(
     which tells of a part without a token and of a text without room.
     """
     protocol = PROTOCOLS[protocol]
-    bos, encode = models.bos_of(tokenizer), models.pair_encoder(pairs, tokenizer)
+    bos, encode = models.bos_of(tokenizer), functools.partial(models.encode_field, tokenizer)
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
     targets = targets or protocol.targets
 
@@ -1036,7 +1036,7 @@ def read_inputs(args):
     for item in args.ppl:
         file = data.perplexity_file(item, args.data)
         ppl_texts[item.partition("=")[0]] = data.read_texts(file)
-    models.check_suffixes(args, models.true_suffixes(tokenizer, samples))
+    models.check_readable(args.bert, models.true_suffixes(tokenizer, samples), "--bert")
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     needs_never_saw = args.pairs and args.thresholds == "never-saw"
     never_saw = runs.read_never_saw(args) if needs_never_saw else None

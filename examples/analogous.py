@@ -1,12 +1,11 @@
-"""An analogous context: unlearn a text towards what the model says in its neighbour's place, so that
-there is a floor.
+"""An analogous context: a text is unlearned towards what the model says in its neighbour's place.
 
     bash run.sh tiny --script examples/analogous.py
 
 L = mean over targets of KL[q_t || p_theta(. | x_<t)] + beta L_kl (Eq. 4). q_t is what the frozen
-copy says after the neighbour's prompt and only the last K tokens x_(t-K) .. x_(t-1): what follows in
-such a text if it is not recognised. Near: generic predictions (2310.02238), context distillation,
-DUET (2601.21283: a refusing prompt steers the teacher).
+copy says after the neighbour's prompt and only the last K tokens x_(t-K) .. x_(t-1): what follows
+in such a text if it is not recognised. So the loss has a floor. Near: generic predictions
+(2310.02238), context distillation, DUET (2601.21283: a refusing prompt steers the teacher).
 """
 
 import icu

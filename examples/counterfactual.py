@@ -1,18 +1,18 @@
-"""A counterfactual: towards what the model would say if it did not recognise the text, and not all
-of the way.
+"""A counterfactual: most of the way to what the model would say if it did not know the text.
 
     bash run.sh smollm --script examples/counterfactual.py --lr 2e-4 --batch-size 4 --max-epochs 20
     bash run.sh tiny --script examples/counterfactual.py --lr 2e-3 --beta 4 --batch-size 16
     # seed 0: EL10 99.3 -> 0.1 %, MA 99.5 -> 57.9 %, entropy 4.86 -> 4.65 bits, held-out PPL
     # 16.5 -> 20.7, 30 epochs
 
-c_t is what the frozen copy says of x_t in the neighbour's place (its prompt, then the last K tokens:
-analogous.py). Where the text makes x_t likelier than c_t by over GAP nats, memory speaks: there q_t
-is c_t without x_t, elsewhere p_0(. | x_<t). L = (KL[q_t || p] + KL[p || q_t]) / 2, of which the
-second half (RKLD, arXiv:2406.01983) leaves no rest of x_t, + alpha KL of the neighbour's suffix
-after the text's prompt from what the copy says of it in its place + beta L_kl (Eq. 4). Only the MLPs
-move, the key-value memories of arXiv:2012.14913: that halves what general text pays. What is
-measured is theta_0 + SCALE (theta - theta_0), as WiSE-FT (arXiv:2109.01903) does.
+c_t is what the frozen copy says of x_t in the neighbour's place: after its prompt and the last K
+tokens (analogous.py). Where the text makes x_t likelier than c_t by over GAP nats, memory speaks:
+there q_t is c_t without x_t, elsewhere p_0(. | x_<t).
+L = (KL[q_t || p] + KL[p || q_t]) / 2 + alpha L_swapped + beta L_kl (Eq. 4). The second KL (RKLD,
+arXiv:2406.01983) leaves no rest of x_t. L_swapped is the KL of the neighbour's suffix after the
+text's prompt from what the copy says of it in its place. Only the MLPs move, the key-value memories
+of arXiv:2012.14913: that halves what general text pays. What is measured is
+theta_0 + SCALE (theta - theta_0), as in WiSE-FT (arXiv:2109.01903).
 """
 
 import torch

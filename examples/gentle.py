@@ -1,5 +1,4 @@
-"""UNDIAL, gently: towards the model's own words without x_t, held fast by the neighbours, by the MLPs
-alone.
+"""UNDIAL, gently: towards the model's own words without x_t, held by the neighbours, by MLPs alone.
 
     bash run.sh smollm      # beside ICU; smollm-pile without the reverse, twelve neighbours a text
     bash run.sh tiny --script examples/gentle.py --lr 2e-3 --alpha 0 --batch-size 16 --max-epochs 25

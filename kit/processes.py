@@ -40,7 +40,7 @@ def share(items):
 
 
 def gather(part):
-    """The list on every process, in its first order, from the parts that `share` gave out."""
+    """The list on every process, in its order, from the parts that `share` gave out."""
     if WORLD_SIZE == 1:
         return part
     parts = [None] * WORLD_SIZE
@@ -52,8 +52,8 @@ def gather(part):
 
 
 def sum_over_ranks(values, device="cpu"):
-    """Numbers added up over the processes, as a list of float."""
-    values = [value.item() if isinstance(value, torch.Tensor) else float(value) for value in values]
+    """Numbers or scalars added up over the processes, as a list of float."""
+    values = [v.item() if torch.is_tensor(v) else float(v) for v in values]
     if WORLD_SIZE == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -64,19 +64,17 @@ def sum_over_ranks(values, device="cpu"):
 def over_processes(function, items):
     """The list function(items), on every process; each computes it for its share of the items.
 
-    In lockstep each computes all of it and the first one's counts: two that differ in a last digit
-    would go on with other samples.
+    In lockstep each computes all of it, and the first one's counts: a last digit may differ.
     """
     return gather([function(items)])[0] if lockstep else gather(function(share(items)))
 
 
 def added_up(sums, device="cpu"):
-    """The numbers of `sums(part)`, added over the processes; part(items) is a process's share."""
+    """The numbers of `sums(part)` added up; part(items) is what this process computes of items."""
     return sums(lambda items: items) if lockstep else sum_over_ranks(sums(share), device)
 
 
 def wait_for_all():
-    """Returns on each process when all have come here."""
     if WORLD_SIZE > 1:
         dist.barrier()
 
@@ -88,9 +86,9 @@ def seed_everything(seed):
 
 
 def start(device, *, timeout=30, zero=2):
-    """Joins the processes that a launcher has started, if it has; ZeRO stage 3: in lockstep.
+    """Joins the processes that a launcher has started; under ZeRO stage 3 they go in lockstep.
 
-    A process waits `timeout` minutes for the others, here (ValueError) and later: measuring is long.
+    A process waits `timeout` minutes for the others, here (ValueError) and later.
     """
     global lockstep
     lockstep = LAUNCHED and zero == 3
@@ -125,8 +123,8 @@ def start(device, *, timeout=30, zero=2):
 def compile_op(seconds):
     """Compiles DeepSpeed's op for CPUs, one process at a time, if no earlier start has.
 
-    torch's own lock outlives a process that is killed while it compiles, and later ones would wait
-    for ever. This lock goes with its process, so who has it may remove torch's.
+    torch's own lock outlives a killed process, and later ones would wait for ever. This one goes
+    with its process, so who has it may remove torch's.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -143,9 +141,9 @@ def compile_op(seconds):
 
 
 def device_of(flag):
-    """What --device means: for cuda, or without it where there is one, this process's own GPU.
+    """The device of a --device flag: this process's own GPU where there is one and none is named.
 
-    ValueError where this machine has no such device.
+    ValueError: this machine has no such device.
     """
     gpu = f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
     device = gpu if flag == "cuda" or torch.cuda.is_available() and not flag else flag or "cpu"
@@ -167,10 +165,7 @@ def autocast(args):
 
 
 def check_flags(args, method):
-    """ValueError for flags of several processes that do not go together or are for nothing here.
-
-    method: icu.Method; with `touches_weights` it works on whole weights beside the training.
-    """
+    """ValueError for flags of several processes that do not go together, or with the method."""
     if args.zero == 3 and (args.teacher == "live" or method.touches_weights):
         flag = "--teacher live" if args.teacher == "live" else method.name
         raise ValueError(
@@ -179,16 +174,14 @@ def check_flags(args, method):
     if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
         raise ValueError(f"{method.name} makes its own gradients: run it on one process")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
-        raise ValueError(
-            "--offload and --zero are DeepSpeed's: start with bash run.sh PRESET, or its launcher"
-        )
+        raise ValueError("--offload and --zero are DeepSpeed's: start with its launcher, or run.sh")
 
 
 # --- engines: who holds the optimiser ---
 
 
 def make_engine(model, args):
-    """DeepSpeed's if a launcher started this process and the run trains, else the plain one."""
+    """DeepSpeed's where a launcher started a run that trains, else the plain one."""
     return ZeroEngine(model, args) if LAUNCHED and not args.eval_only else PlainEngine(model, args)
 
 
@@ -206,8 +199,7 @@ class PlainEngine:
         self.optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
 
     def step(self, loss, backward):
-        """One step, its gradients by `backward(loss)`. False: one is not finite, and the weights
-        are as they were."""
+        """One step of Adam. False: a gradient was not finite, and the weights are as they were."""
         self.optimizer.zero_grad(set_to_none=True)
         backward(loss)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -276,14 +268,12 @@ class ZeroEngine:
     def load(self, folder):
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
         if path is None:
-            raise ValueError("DeepSpeed found nothing to load")
+            raise ValueError(f"{folder}: no state of DeepSpeed's")
 
 
 def load_tensors(path, map_location=None):
-    """One of DeepSpeed's files; its own loader would run whatever the pickle in it says.
-
-    A run folder may come from elsewhere. Only tensors and what DeepSpeed puts beside them are made.
-    """
+    """One of DeepSpeed's files, which are pickles: one from elsewhere could run code, so only
+    tensors and what DeepSpeed puts beside them are made."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -303,7 +293,7 @@ def gathered(parameters):
 
 
 def whole_weights(model):
-    """The model's state_dict in the main process's CPU memory, {} on others; all take part."""
+    """The state_dict in the main process's CPU memory, {} on others; all of them call it."""
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):

@@ -21,7 +21,7 @@ from kit import data, flags, models, requests, runs
 from kit.text import visible
 
 CACHES = ("embeddings", "before", "judge")
-SAID = {"samples.jsonl": "generation", "judge.jsonl": "answer"}  # the field that holds a text
+TEXTS = {"samples.jsonl": "generation", "judge.jsonl": "answer"}  # the field that holds a text
 SHOWN = {"cases.md": "cases", "explain.html": "explanation"}
 OWN = {  # these go from a run over the pairs, and stay in one that went on from it
     "sheet.html": "sheet",
@@ -30,11 +30,11 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """not reached: your own input files of knn.py and icu.py; in other folders, runs over these
-pairs or that went on from them (name each); other pairs with the same texts (purge their runs too);
-reports (--out DIR) and leak reports elsewhere; copies and backups; what a disk keeps of removed
-files; what was sent to raters or to a judge elsewhere; the models' weights, before (which know the
-texts) and after (the measures say how far)"""
+BEYOND = """not reached: your own input files of knn.py and icu.py; in other folders, runs over
+these pairs or that went on from them (name each); other pairs with the same texts (purge their runs
+too); reports (--out DIR) and leak reports elsewhere; copies and backups; what a disk keeps of
+removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which
+know the texts) and after (the measures say how far)"""
 
 
 # --- what is there ---
@@ -79,7 +79,7 @@ def is_pairs(path, sha):
 
 
 def say(line):
-    """A line on stdout; the names in it may be anyone's."""
+    """A line on stdout."""
     print(visible(line))
 
 
@@ -117,7 +117,7 @@ def empty(path, field, ids, dry_run):
 
 def empty_run(run, ids, dry_run):
     """A run folder without what it shows of the texts whose ids begin with one of `ids`."""
-    for name, field in SAID.items():
+    for name, field in TEXTS.items():
         empty(run / name, field, ids, dry_run)
     for name, what in SHOWN.items():
         remove(run / name, what, dry_run)

@@ -35,7 +35,7 @@ from kit.protocols import PROTOCOLS
 GROWING = "metrics.jsonl", "samples.jsonl", "timing.jsonl"  # an epoch adds lines to them
 # What a run and the programs that evaluate it write into its folder: gone when it is begun again.
 RUN_FILES = (
-    "summary.json", "state", "method", "model", "model.part", "tasks-before", "tasks-after",
+    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after",
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "certificate.json",

@@ -15,6 +15,7 @@ BASE |= {
     "head_dim": 8,
 }
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FALCON = {name: value for name, value in BASE.items() if name != "head_dim"}
 ROTARY = {**GPT2, "rotary_dim": 4}
 
@@ -34,7 +35,6 @@ CONFIGS = {
     ),
     "gpt2": ("gpt2", GPT2),
     "gptj": ("gptj", ROTARY),
-    "codegen": ("codegen", ROTARY),
     "gpt_bigcode": ("gpt_bigcode", GPT2),
     "gpt_neox": ("gpt_neox", BASE),
     "opt": ("opt", {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 16}),
@@ -60,7 +60,7 @@ CONFIGS = {
     "gemma2": ("gemma2", {**BASE, "sliding_window": 8}),
     "gemma3_text": (
         "gemma3_text",
-        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        BASE | SLIDING,
     ),
     "phi": ("phi", {**BASE, "num_key_value_heads": 4}),
     "phi3": ("phi3", {**BASE, "pad_token_id": 0}),
@@ -74,35 +74,16 @@ CONFIGS = {
         "falcon",
         {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False},
     ),
-    "stablelm": ("stablelm", BASE),
-    "starcoder2": ("starcoder2", BASE),
     "olmo": ("olmo", BASE),
     "olmo2": ("olmo2", BASE),
     "cohere": ("cohere", BASE),
     "cohere2": (
         "cohere2",
-        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        BASE | SLIDING,
     ),
     "granite": ("granite", {**BASE, "logits_scaling": 4.0}),
     "smollm3": ("smollm3", {**BASE, "pad_token_id": 0}),
-    "exaone4": (
-        "exaone4",
-        {**BASE, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
     "gpt_oss": ("gpt_oss", {**BASE, "num_local_experts": 4, "sliding_window": 8}),
-    "biogpt": ("biogpt", BASE),
-    "xglm": (
-        "xglm",
-        {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "num_layers": 2,
-            "attention_heads": 4,
-            "ffn_dim": 64,
-            "max_position_embeddings": POSITIONS,
-        },
-    ),
-    "persimmon": ("persimmon", BASE),
     "llama4_text": (
         "llama4_text",
         {
@@ -131,7 +112,6 @@ CONFIGS = {
             "first_k_dense_replace": 1,
         },
     ),
-    "ctrl": ("ctrl", {**GPT2, "dff": 64}),
 }
 # These seven stand for the rest in every run of the suite.
 USUAL = ["gpt_neo", "opt", "llama", "gpt2", "qwen2-sliding", "gemma3_text", "bloom"]
@@ -140,22 +120,6 @@ STATEFUL = {
     "mamba": (
         "mamba",
         {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    ),
-    "recurrent_gemma": (
-        "recurrent_gemma",
-        {**BASE, "num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
-    ),
-    "jamba": (
-        "jamba",
-        {
-            **BASE,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "pad_token_id": 0,
-            "mamba_d_state": 4,
-        },
     ),
     "qwen3_next": (
         "qwen3_next",

@@ -1,7 +1,7 @@
 """What a measure may not depend on: the folder's generation settings, its batch, the architecture.
 
 python -m pytest tests/test_architectures.py -q            # seven architectures
-python -m pytest tests/test_architectures.py -q -m slow    # the other 33
+python -m pytest tests/test_architectures.py -q -m slow    # the others
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BloomConfig,
     Gemma3Config,
@@ -26,7 +27,7 @@ from transformers import (
 import icu
 import metrics
 from evals import tasks
-from kit import data, models
+from kit import models
 
 PAIR = {
     "id": "a",
@@ -62,15 +63,14 @@ def beams_alone(model, prompts, lengths):
 # --- the folder's generation_config.json ---
 
 FOLDER_SETTINGS = {
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "length_penalty": 3.0},
-    "tokens": {"suppress_tokens": [*range(40, 60)], "sequence_bias": [[[80], 50.0]]},
-    "lengths": {"min_length": 60, "max_length": 9, "return_dict_in_generate": True},
-    "sampling": {"do_sample": True, "temperature": 5.0, "num_return_sequences": 2, "num_beams": 4},
-}
+    "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "length_penalty": 3.0, "min_length": 60,
+    "suppress_tokens": [*range(40, 60)], "sequence_bias": [[[80], 50.0]], "max_length": 9,
+    "do_sample": True, "temperature": 5.0, "num_return_sequences": 2, "num_beams": 4,
+    "return_dict_in_generate": True,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOLDER_SETTINGS)
-def test_no_measure_obeys_the_folders_generation_config(name, speaker):
+def test_no_measure_obeys_the_folders_generation_config(speaker):
     """Generations are those under a plain generation config, and the model keeps its own."""
     model, tokenizer = speaker()
     text = [5, 9, 40, 41, 70, 71, 80, 40, 41, 9, 5, 40, 41, 70, 71]
@@ -83,7 +83,8 @@ def test_no_measure_obeys_the_folders_generation_config(name, speaker):
         )
 
     plain = measured()
-    model.generation_config.update(**FOLDER_SETTINGS[name])
+    for name, value in FOLDER_SETTINGS.items():
+        setattr(model.generation_config, name, value)
     own = model.generation_config.to_dict()
     assert measured() == plain
     assert model.generation_config.to_dict() == own
@@ -142,41 +143,28 @@ def test_positions_are_read_by_every_name(name):
 
 
 def test_replies_fit_a_model_of_few_positions(speaker):
-    """Prompts longer than the model, and a model too short for a whole reply: what fits."""
+    """Prompts longer than the model, and a model too short for a reply: what fits."""
     model, tokenizer = speaker(max_position_embeddings=24)
-    prompts = ["User 1: hello there, how are you?\nUser 2:", "User 1:"]
+    prompts = ["User 1: hello there, where are you?\nUser 2:", "User 1:"]
     assert len(tasks.replies(model, tokenizer, prompts, new_tokens=32)) == 2
 
 
 # --- strings that the ids do not say ---
 
 
-def measured_by_heart(pairs, tokenizer, model, monkeypatch):
-    """icu.measure_share of suffixes said by heart: (rows, what BERTScore is given)."""
-    samples, compared = samples_of(pairs, tokenizer), []
-    suffixes = [sample.forget.ids[sample.forget.cut :] for sample in samples]
-
-    def bertscore(candidates, references, *_, **__):
-        compared.append((candidates, references))
-        return (torch.ones(len(candidates)),) * 3
-
-    monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: suffixes)
-    monkeypatch.setattr(metrics, "bertscore", bertscore)
-    flags = {"protocol": "paper", "device": "cpu", "dtype": "float32", "num_beams": 2, "bert": ""}
-    return icu.measure_share(model, tokenizer, samples, SimpleNamespace(**flags)), compared[0]
-
-
-def test_what_is_compared_is_what_the_ids_say(speaker, monkeypatch):
-    """A file in NFD and a tokenizer of NFC: BLEU 1 by heart; an ordinary text is its own string."""
+def test_what_is_compared_is_what_the_ids_say(speaker, encoder_dir, monkeypatch):
+    """A file in NFD and a tokenizer of NFC: BLEU and BERTScore are 1 by heart."""
     model, tokenizer = speaker()
-    _, (_, references) = measured_by_heart([PAIR], tokenizer, model, monkeypatch)
-    assert references == [PAIR["suffix"]]
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     text = " über der Österbrücke neun, sagt Angélique Lefèvre aus Orléans."
-    nfd = PAIR | {"suffix": unicodedata.normalize("NFD", text)}
-    rows, (candidates, references) = measured_by_heart([nfd], tokenizer, model, monkeypatch)
-    assert [row["bleu"] for row in rows] == [1.0]
-    assert candidates == references == [unicodedata.normalize("NFC", text)] != [nfd["suffix"]]
+    samples = samples_of([PAIR | {"suffix": unicodedata.normalize("NFD", text)}], tokenizer)
+    assert models.true_suffixes(tokenizer, samples) == [text] != [samples[0].suffix]
+    suffixes = [sample.forget.ids[sample.forget.cut :] for sample in samples]
+    monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: suffixes)
+    args = SimpleNamespace(device="cpu", num_beams=2, bert=str(encoder_dir))
+    (row,) = icu.speech(model, tokenizer, samples, args)
+    assert (row["bleu"], row["generation"]) == (1.0, text)
+    assert row["bertscore"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
@@ -235,27 +223,22 @@ def check_scores(model, row):
     assert [logp for logp, _ in scores] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
 
 
-def check_folder(name, folder):
-    """A folder of this architecture is taken for what it is, weights included."""
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    architectures.small(name).save_pretrained(folder)
-    model, _ = models.load_model(str(folder))
-    assert model.config.model_type == architectures.config_of(name).model_type
-
-
 # As transformers 5.23 has it.
-NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "xglm", "deepseek_v3"}
+NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"}
 
 
-def check_in_float64(name):
-    """float64 is refused, or beams and EL in it are those of a row at a time."""
-    model, rows = architectures.small(name, dtype=torch.float64), architectures.rows()
+def check_architecture(name, folder):
+    """In float32 and from a folder, in float64 or refused there: as a row at a time."""
+    check_measures(name)
+    architectures.small(name).save_pretrained(folder)
+    models.load_model(str(folder))
     if name in NO_FLOAT64:
-        kind = model.config.model_type
-        with pytest.raises(ValueError, match=f"x: .*float64 .*{kind}: pass --dtype float32"):
-            models.check_float64(model, "x")
+        kind = architectures.config_of(name).model_type
+        with pytest.raises(ValueError, match=f"float64 .*{kind}: pass --dtype float32"):
+            models.load_model(str(folder), dtype="float64")
         return
-    models.check_float64(model, "x")
+    model, _ = models.load_model(str(folder), dtype="float64")
+    rows = architectures.rows()
     prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
     assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
     el = metrics.extraction_likelihood(model, torch.tensor([rows[2]]), 2)
@@ -263,47 +246,16 @@ def check_in_float64(name):
 
 
 @pytest.mark.parametrize("name", architectures.USUAL)
-def test_every_measure_equals_a_plain_loop_on_every_architecture(name):
-    """A row's measures do not depend on its batch."""
-    check_measures(name)
-
-
-@pytest.mark.parametrize("name", architectures.USUAL)
-def test_the_folder_of_every_architecture_loads(name, save_tiny, tmp_path):
-    """Its weights are those of its config."""
-    check_folder(name, save_tiny("gpt_neo", tmp_path / "m"))
-
-
-@pytest.mark.parametrize("name", architectures.USUAL)
-def test_float64_is_right_or_refused(name):
-    """No architecture is measured in float64 where transformers computes it wrongly."""
-    check_in_float64(name)
+def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny, tmp_path):
+    """A row's measures do not depend on its batch; float64 is right or refused."""
+    check_architecture(name, save_tiny("gpt_neo", tmp_path / "m"))
 
 
 @pytest.mark.slow
-def test_the_other_architectures_are_measured_as_well(save_tiny, tmp_path):
-    """The three claims above, of all that transformers builds in a second."""
-    failures = {}
-    for name in sorted(architectures.CONFIGS.keys() - set(architectures.USUAL)):
-        for check, arguments in (
-            (check_measures, (name,)),
-            (check_folder, (name, save_tiny("gpt_neo", tmp_path / name))),
-            (check_in_float64, (name,)),
-        ):
-            try:
-                check(*arguments)
-            except Exception as error:
-                failures[name, check.__name__] = str(error)[:300]
-    assert failures == {}
-
-
-def test_float64_is_refused_where_a_model_is_loaded(save_tiny, tmp_path):
-    """So by every command."""
-    folder = save_tiny("llama", tmp_path / "m")
-    architectures.small("bloom").save_pretrained(folder)
-    models.load_model(str(folder))
-    with pytest.raises(ValueError, match="float64 .*bloom"):
-        models.load_model(str(folder), dtype="float64")
+@pytest.mark.parametrize("name", sorted(architectures.CONFIGS.keys() - set(architectures.USUAL)))
+def test_the_other_architectures_are_measured_as_well(name, save_tiny, tmp_path):
+    """All that transformers builds in a second."""
+    check_architecture(name, save_tiny("gpt_neo", tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", architectures.STATEFUL)
@@ -319,26 +271,19 @@ def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save
 # --- ids that a model or a tokenizer does not have ---
 
 
-@pytest.mark.parametrize("where", ["pairs", "ppl"])
-def test_a_token_beyond_the_embeddings_is_refused_with_its_row(where, save_tiny, tmp_path):
-    """Before weights are loaded; a text that does not use the token is no reason to refuse."""
-    folder, texts = save_tiny("gpt_neo", tmp_path / "own"), tmp_path / "texts.jsonl"
+def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_path):
+    """A text that does not use the token is no reason to refuse."""
+    folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])
-    tokenizer.save_pretrained(folder)
-    command = ["--pairs", tmp_path / "pairs.jsonl", "--model", folder, "--bert", "minilm"]
-    command += ["--out", tmp_path / "run", "--ppl", f"own={texts}", "--dry-run"]
-    for token in ("", "<|mask|>"):
-        second = PAIR | {"id": "b", "prefix": f"Call{token if where == 'pairs' else ''} and ask"}
-        data.write_jsonl(tmp_path / "pairs.jsonl", [PAIR, second])
-        text = {"text": f"More{token if where == 'ppl' else ''} words."}
-        data.write_jsonl(texts, [{"text": "Some words."}, text])
-        if token:
-            row = {"pairs": "pair 2 .id b.", "ppl": "own text 2"}[where]
-            with pytest.raises(ValueError, match=f"{row}: token 320 .*320 embeddings"):
-                icu.main(argv=list(map(str, command)))
-        else:
-            icu.main(argv=list(map(str, command)))
+    config, (sample,) = AutoConfig.from_pretrained(folder), samples_of([PAIR], tokenizer)
+    texts = ["Some words.", "More words."]
+    models.check_inputs(config, tokenizer, {"pair": [sample]}, {"own": texts})
+    (masked,) = samples_of([PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    with pytest.raises(ValueError, match="pair 2 .id a.: token 320 .*320 embeddings"):
+        models.check_inputs(config, tokenizer, {"pair": [sample, masked]}, {})
+    with pytest.raises(ValueError, match="own text 3: token 320"):
+        models.check_inputs(config, tokenizer, {}, {"own": [*texts, "<|mask|>"]})
 
 
 @pytest.mark.parametrize("model", [WordLevel({"A": 0, "C": 1}), BPE({"A": 0, "C": 1}, [])])

@@ -4,7 +4,6 @@ python -m pytest tests/test_icu.py -q
 """
 
 import copy
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -117,14 +116,6 @@ def test_a_loss_is_a_part_of_the_global_mean(name):
     assert added_up.item() == pytest.approx(LOSSES[name](side).item(), abs=1e-12)
 
 
-def test_values_are_summed_by_row():
-    """(B,), 0 for a text without targets, also for the last one."""
-    side = toy_side((2, 0, 3, 0))
-    logps = loop_logps(side)
-    expected = [sum(logps[:2]), 0, sum(logps[2:]), 0]
-    assert side.by_row(side.logp).tolist() == pytest.approx(expected, abs=1e-12)
-
-
 # --- methods ---
 
 
@@ -144,27 +135,11 @@ class FakeBatch:
         self.forward, self.frozen = sides.__getitem__, frozen.__getitem__
 
 
-FLAGS = {
-    "protocol": "paper",
-    "forget_weight": 0.7,
-    "alpha": 0.5,
-    "beta": 0.3,
-    "dpo_beta": 0.1,
-    "seed": 0,
-    "batch_size": 2,
-    "dtype": "float32",
-    "device": "cpu",
-    "lr": 1e-4,
-    "teacher": "cached",
-    "answer": "neighbour",
-    "answers": 2,
-    "eval_only": False,
-}
-
-
 def args_of(**flags):
     """The flags of a few steps."""
-    return Namespace(**FLAGS | flags)
+    few = {"forget_weight": 0.7, "alpha": 0.5, "beta": 0.3, "lr": 1e-4}
+    few |= {"batch_size": 2, "answers": 2, "device": "cpu"}
+    return Namespace(**vars(icu.make_parser().parse_args([])) | few | flags)
 
 
 def loss_of(method, sides, frozen, **flags):
@@ -252,38 +227,20 @@ def train(engine, sides, args, method, *, epochs, active=None, frozen=None, run=
     return losses
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_the_first_step_is_that_of_the_formula(name):
+def test_the_first_step_is_that_of_eq_6():
     """On a two-token model the loop moves the weights as autograd on the formula says."""
-    f, lrn, ans = ([0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1])
-    model, args = Bigram(), args_of(batch_size=8, dtype="float64", lr=0.1, teacher="live")
+    model, args = Bigram(), args_of(dtype="float64", teacher="live")
     start = model.table.detach().clone()
     engine = processes.PlainEngine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    texts = {"forget": f, "learn": lrn, "answer": ans}
-    sides = {side: [[icu.Text(ids, 2, 2, ids[:2])]] for side, ids in texts.items()}
-    train(engine, sides, args, METHODS[name](), epochs=[1])
-
-    def sum_logp(table, ids):
-        return sum(table.log_softmax(-1)[ids[i - 1], ids[i]] for i in (2, 3))
-
+    ids = {"forget": [0, 1, 1, 0], "learn": [1, 0, 0, 0]}
+    sides = {side: [[icu.Text(row, 2, 2, row[:2])]] for side, row in ids.items()}
+    train(engine, sides, args, icu.ICU(), epochs=[1])
     table = start.clone().requires_grad_()
-    sums = [sum_logp(table, ids) for ids in (f, lrn, ans)]
-    forget, learn, answer = (value / 2 for value in sums)  # two targets each: means
-    p0, logp = start.softmax(-1), table.log_softmax(-1)
+    logp, p0 = table.log_softmax(-1), start.softmax(-1)
+    forget, learn = (sum(logp[row[t - 1], row[t]] for t in (2, 3)) / 2 for row in ids.values())
     kl = (p0[0] * (p0[0].log() - logp[0])).sum()  # both learn targets follow token 0
-    lose, win = sums[0] - sum_logp(start, f), sums[2] - sum_logp(start, ans)
-    formula = {
-        "icu": 0.7 * forget - 0.5 * learn + 0.3 * kl,
-        "kumpr": 0.7 * forget,
-        "graddiff": 0.7 * forget - 0.5 * learn,
-        "kl": 0.7 * forget + 0.3 * kl,
-        "llmu": 0.7 * forget - 0.5 * answer + 0.3 * kl,
-        "po": -0.5 * answer,
-        "dpo": 0.7 * -torch.log(torch.sigmoid(0.1 * (win - lose))),
-        "npo": 0.7 * -20 * torch.log(torch.sigmoid(-0.1 * lose)),
-    }[name]
-    (gradient,) = torch.autograd.grad(formula, table)
+    (gradient,) = torch.autograd.grad(0.7 * forget - 0.5 * learn + 0.3 * kl, table)
     torch.testing.assert_close(model.table.detach(), start - 0.1 * gradient)
 
 
@@ -309,19 +266,6 @@ def likelihood(model, texts):
         logits, ids, row, _ = icu.at_targets(model, texts)
     side = icu.Side(logits, ids, row, None, len(ids), len(texts), len(texts))
     return side.by_row(side.logp) / side.by_row(torch.ones_like(side.logp))
-
-
-@pytest.mark.parametrize("name", list(METHODS))
-def test_each_method_makes_a_memorised_text_less_likely(name, make_model):
-    """A few steps on a text that the model has learned by heart lower its likelihood."""
-    model, texts, method = make_model("gpt_neo", dtype=torch.float32), some_texts(), METHODS[name]()
-    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
-    memorise(model, texts[:3])
-    args = args_of(forget_weight=1.0, lr=2e-3)
-    sides = icu.sides_of(samples, None, 1, args, method)
-    before = likelihood(model, texts[:3])
-    train(processes.PlainEngine(model, args), sides, args, method, epochs=range(1, 6))
-    assert (likelihood(model, texts[:3]) < before - 0.03).all()
 
 
 def test_llmu_answers_come_from_other_rows_and_are_the_only_targets():
@@ -358,8 +302,8 @@ def test_the_cached_copy_gives_the_live_ones_logits(kind, make_model):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
-    for rows, asked in (([1, 0], [*texts[1:], texts[0]]), ([], [])):
-        one, other = cached("learn", rows, asked), live("learn", rows, asked)
+    for rows, chosen in (([1, 0], [*texts[1:], texts[0]]), ([], [])):
+        one, other = cached("learn", rows, chosen), live("learn", rows, chosen)
         torch.testing.assert_close(one[0].float(), other[0].float(), rtol=1e-4, atol=1e-4)
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
         torch.testing.assert_close(one[3].float(), other[3].float(), rtol=1e-4, atol=1e-4)
@@ -414,41 +358,31 @@ def test_a_row_is_its_tokens_with_a_boundary(kind, tokenizers, protocol):
 
 def test_further_neighbours_are_read_as_the_first(tokenizers):
     """Each is a Text of its own; one that is too long is cut and counted."""
-
-    def build(pair, positions=256):
-        return icu.build_samples(
-            [pair], tokenizers["gpt_neo"], protocol="paper", positions=positions
-        )
-
     learn = [{name: row[name] for name in row if name.startswith("learn_")} for row in PAIRS]
-    (sample,), cut = build(PAIRS[0] | {"further": [PAIRS[1], *learn]})
-    one, other = (build(row)[0][0] for row in PAIRS)
-    assert sample.learn == one.learn and cut == 0 and one.further == []
-    assert sample.further == [other.learn, one.learn, other.learn]
-    positions = max(len(one.forget.ids), len(one.learn.ids))
-    long = {"learn_context": "", "learn_prefix": "The", "learn_suffix": " old mill" * positions}
-    (sample,), cut = build(PAIRS[0] | {"further": [long]}, positions)
-    assert cut == 1 and len(sample.further[0].ids) == positions
+    rows = [*PAIRS, PAIRS[0] | {"further": [*reversed(learn)]}]
+    (one, other, both), cut = icu.build_samples(
+        rows, tokenizers["gpt_neo"], protocol="paper", positions=256
+    )
+    assert both.learn == one.learn and cut == 0 and one.further == []
+    assert both.further == [other.learn, one.learn]
+    learn[0]["learn_suffix"] *= 100
+    (sample,), cut = icu.build_samples(
+        rows[2:], tokenizers["gpt_neo"], protocol="paper", positions=64
+    )
+    assert cut == 1 and len(sample.further[1].ids) == 64
 
 
-def test_ids_are_used_verbatim_where_they_decode_to_the_text(tokenizers):
-    """Ids that another merge order would give are kept; ids of another vocabulary are not used."""
+def test_ids_are_used_where_they_decode_to_the_text(tokenizers):
+    """Ids that another merge order would give are kept; those of another vocabulary are not."""
     tokenizer = tokenizers["gpt_neo"]
-
-    def prompt(pair):
-        return icu.build_samples([pair], tokenizer, protocol="paper", positions=99)[0][
-            0
-        ].forget.prompt
-
     letters = [tokenizer.encode(c)[0] for c in "The"]  # valid ids, not what encoding gives
-    names = [f"{side}{part}" for side in ("", "learn_") for part in ("context", "prefix", "suffix")]
-    ids = {f"{name}_ids": tokenizer.encode(PAIRS[0][name]) for name in names}
-    pair = PAIRS[0] | ids | {"prefix": "The", "prefix_ids": letters}
-    further = pair | {"further": [{name: pair[name] for name in pair if "learn" in name}]}
-    assert prompt(pair) == prompt(further) == letters
-    further["further"].append(further["further"][0] | {"learn_suffix_ids": [5, 6, 7]})
-    for strange in (pair | {"prefix_ids": [5, 6, 7]}, further):
-        assert prompt(strange) == tokenizer.encode("The")
+    for ids, prompt in ((letters, letters), ([5, 6, 7], tokenizer.encode("The"))):
+        side = {"learn_prefix": "The", "learn_prefix_ids": ids}
+        pair = PAIRS[0] | side | {"prefix": "The", "prefix_ids": ids}
+        pair["further"] = [{name: pair[name] for name in pair if "learn" in name}]
+        (sample,), _ = icu.build_samples([pair], tokenizer, protocol="paper", positions=99)
+        for text in (sample.forget, sample.learn, *sample.further):
+            assert text.prompt == prompt
 
 
 def test_collate_never_predicts_padding_or_position_zero():
@@ -479,11 +413,11 @@ def test_the_filter_is_eq_5(protocol, expected):
         assert forgotten == wanted
 
 
-@pytest.mark.parametrize(
-    ("el", "ma", "active", "epoch", "reason"),
-    [(0.01, 0.5, 3, 1, "thresholds"), (0.01, 0.6, 3, 1, None), (0.05, 0.5, 3, 1, None), (None, 0.5, 3, 1, "thresholds"),
-     (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"), (None, None, 3, 1, None)],
-)  # fmt: skip
+@pytest.mark.parametrize(("el", "ma", "active", "epoch", "reason"), [
+    (0.01, 0.5, 3, 1, "thresholds"), (0.01, 0.6, 3, 1, None), (0.05, 0.5, 3, 1, None),
+    (None, 0.5, 3, 1, "thresholds"), (None, None, 3, 1, None),
+    (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"),
+])  # fmt: skip
 def test_the_stop_rule(el, ma, active, epoch, reason):
     """Both means strictly under, or nothing active, or the cap; an EL of no row does not count."""
     args = Namespace(max_epochs=9, eval_only=False, protocol="paper")
@@ -494,40 +428,21 @@ def test_the_stop_rule(el, ma, active, epoch, reason):
 # --- an epoch ---
 
 
-def one_epoch(model, n, active, **flags):
-    """train_epoch of kumpr on `active` of n equal samples: (losses, the sizes of the batches)."""
-    args, sizes, plain = args_of(**flags), [], model.forward
-
-    def counting(*a, **k):
-        sizes.append(len(k["input_ids"]))
-        return plain(*a, **k)
-
-    model.forward = counting
-    sides = {"forget": [[icu.Text([4, 5, 6, 7], 2, 2, [])]] * n}
+def one_epoch(model, n, active):
+    """train_epoch of kumpr on `active` of n equal samples, two a batch."""
+    args, sides = args_of(), {"forget": [[icu.Text([4, 5, 6, 7], 2, 2, [])]] * n}
     engine = processes.PlainEngine(model, args)
-    try:
-        losses = train(engine, sides, args, baselines.KUMPR(), epochs=[1], active=active)
-    finally:
-        model.forward = plain
-    return losses, sizes
+    train(engine, sides, args, baselines.KUMPR(), epochs=[1], active=active)
 
 
 def test_active_samples_are_packed_densely(make_model):
     """Seven of nine active, batch 2: four steps, three full and one of one, no empty batch."""
-    model = make_model("gpt_neo", dtype=torch.float32)
-    assert one_epoch(model, 9, [0, 1, 3, 4, 6, 7, 8])[1] == [2, 2, 2, 1]
-
-
-def test_a_batch_with_nothing_active_leaves_the_losses_alone(make_model):
-    """Released code steps on it too; an epoch's loss is that of its one text, in any batch."""
-    model, losses = make_model("gpt_neo", dtype=torch.float32), []
-    before = copy.deepcopy(model.state_dict())
-    for i in range(4):
-        model.load_state_dict(before)
-        loss, sizes = one_epoch(model, 4, [i], batch_size=1, protocol="released")
-        losses.append(loss)
-        assert len(sizes) == 4
-    assert losses[0]["loss"] < 0 and losses == [losses[0]] * 4
+    model, sizes = make_model("gpt_neo", dtype=torch.float32), []
+    model.register_forward_pre_hook(
+        lambda model, args, words: sizes.append(len(words["input_ids"])), with_kwargs=True
+    )
+    one_epoch(model, 9, [0, 1, 3, 4, 6, 7, 8])
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(make_model):
@@ -575,18 +490,6 @@ def test_a_run_folder_keeps_its_contract(world):
     assert AutoTokenizer.from_pretrained(world.run / "model").decode([5])
 
 
-def test_the_same_seed_gives_the_same_run(world, tmp_path):
-    """Through the command line, and with EL asked lazily: metrics, samples and weights, byte for byte."""
-    command = [sys.executable, str(ROOT / "icu.py"), *world.flags, "--out", str(tmp_path / "again")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
-    assert len(lines) == 3  # one an epoch
-    for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (world.run / name).read_bytes(), name
-
-
 @pytest.mark.parametrize("limits, left_out", [("1e-9,1e-9", [1]), ("1e-9,2", [])])
 def test_lazy_el_leaves_out_what_decides_nothing(world, tmp_path, limits, left_out):
     """The same run without EL where MA alone says that it goes on; else EL decides."""
@@ -609,7 +512,7 @@ def test_a_run_with_every_method(world, tmp_path, name):
 
 
 def test_a_model_of_nan_is_a_run_that_diverged(world, tmp_path, capsys):
-    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1, a state."""
+    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1."""
     out = tmp_path / "blown"
     with pytest.raises(SystemExit) as stopped:
         run(world, out, "--lr", "1e25")
@@ -621,7 +524,7 @@ def test_a_model_of_nan_is_a_run_that_diverged(world, tmp_path, capsys):
 
 
 def test_what_trains_nothing(world, tmp_path):
-    """--eval-only: method none, no model. Thresholds that the start meets: no epoch, and it says so."""
+    """--eval-only: method none, no model. Thresholds that the start meets: no epoch."""
     summary = data.read_json(world.never_saw / "summary.json")
     assert summary["method"] == "none" and summary["before"] == summary["after"]
     assert not (world.never_saw / "model").exists()
@@ -653,21 +556,6 @@ def test_auto_thresholds_are_the_measures_of_unseen_text(world, tmp_path):
     assert 0 <= limits["ma"] < 1 and limits["el10"] > 0 and 0 < limits["bertscore"] < 1
 
 
-def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
-    """It prints the plan and leaves no folder."""
-    assert icu.main(argv=[*world.flags, "--out", str(tmp_path / "dry"), "--dry-run"]) is None
-    assert "5 pairs" in capsys.readouterr().out and not (tmp_path / "dry").exists()
-
-
-def test_what_compares_rows_needs_two_of_them(world, tmp_path):
-    """One pair: llmu and --bert-threshold auto are refused, and no run is left."""
-    data.write_jsonl(tmp_path / "one.jsonl", data.read_pairs(world.pairs)[:1])
-    for flags in (["--bert-threshold", "auto"], ["--method", "llmu"]):
-        with pytest.raises(ValueError, match="two pairs at least"):
-            run(world, tmp_path / "out", "--pairs", tmp_path / "one.jsonl", *flags)
-    assert not (tmp_path / "out" / "config.json").exists()
-
-
 def test_icu_is_a_function_of_python(world, tmp_path, monkeypatch):
     """In a notebook: the numbers of the run folder as Python objects, and no file."""
     monkeypatch.chdir(tmp_path)
@@ -676,27 +564,20 @@ def test_icu_is_a_function_of_python(world, tmp_path, monkeypatch):
         model, tokenizer, data.read_pairs(world.pairs), bert="minilm", lr=2e-4, batch_size=2,
         max_epochs=2, thresholds=(1e-9, 1e-9), seed=7, bert_threshold=0.9, bleu_threshold=2,
     )  # fmt: skip
-    files = (
-        data.read_jsonl(world.run / "metrics.jsonl"),
-        data.read_jsonl(world.run / "samples.jsonl"),
-    )
-    for row, written in zip(result.metrics, files[0], strict=True):
+    rows = data.read_jsonl(world.run / "metrics.jsonl")
+    for row, written in zip(result.metrics, rows, strict=True):
         assert row == {name: value for name, value in written.items() if name in row}
-    assert [row["generation"] for row in result.samples] == [
-        row["generation"] for row in files[1][-5:]
-    ]
+    last = data.read_jsonl(world.run / "samples.jsonl")[-5:]
+    assert [row["generation"] for row in result.samples] == [row["generation"] for row in last]
     assert result.progress.stopped == "max epochs" and not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="lrr is no setting"):
         icu.unlearn(model, tokenizer, [], lrr=1)
 
 
 def test_a_copy_runs_its_own_losses(world, tmp_path):
-    """baselines.py finds the losses of the copy that runs it, not those of icu.py."""
-    code = (
-        (ROOT / "icu.py")
-        .read_text()
-        .replace("return -learn_loss(side)", "return 0 * learn_loss(side)")
-    )
+    """baselines.py uses the losses of the copy that runs it, not those of icu.py."""
+    code = (ROOT / "icu.py").read_text()
+    code = code.replace("return -learn_loss(side)", "return 0 * learn_loss(side)")
     (tmp_path / "mine.py").write_text(code)
     words = ["--method", "kumpr", "--max-epochs", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, str(tmp_path / "mine.py"), *world.flags, *words]

@@ -4,8 +4,6 @@ python -m pytest tests/test_models.py -q
 """
 
 import json
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +15,7 @@ import knn
 import metrics
 from kit import data, models, processes
 
-THAI = ["ห้องสมุดปิดเวลาห้าโมงเย็น กรุณาคืนหนังสือ", "เรือข้ามฟากมาช้าเพราะหมอกลงจัดในตอนเช้า"]
-AMHARIC = ["ሰላም ለዓለም እንዴት ነህ", "መጽሐፍ ቤቱ በአምስት ሰዓት ይዘጋል"]
+THAI = ["ห้องสมุดปิดเวลา", "เรือข้ามฟากมาช้า"]
 EMOJI = ["😀😃🎉 🚀🔥", "🐟🐳 🌊⛵"]
 LATIN = ["Zoë Müller waited at the old mill.", "The ferry was late because of the fog."]
 NEAR = {"learn_id": "p", "learn_context": "", "learn_prefix": "A van", "learn_suffix": " stood."}
@@ -104,30 +101,6 @@ def test_weights_must_be_those_of_the_config(kind, save_tiny, tmp_path, capfd):
     assert "REPORT" not in "".join(capfd.readouterr())  # transformers' own table
 
 
-def test_a_run_prints_no_table_of_transformers(world, tmp_path, encoder_dir, capfd):
-    """An encoder with a tensor more, as BERT has its heads, is no reason for a report."""
-    encoder = Path(shutil.copytree(encoder_dir, tmp_path / "bert"))
-    change_tensors(encoder, lambda tensors: tensors.update({"cls.bias": torch.ones(3)}))
-    icu.main(
-        argv=[*world.flags, "--bert", str(encoder), "--eval-only", "--out", str(tmp_path / "r")]
-    )
-    assert "REPORT" not in "".join(capfd.readouterr())
-
-
-def test_ids_of_another_tokenizer_are_encoded_anew_with_a_note(world, capsys):
-    """A note where no row's *_ids fit, none where there are none or where they fit."""
-    _, tokenizer = models.check_model(str(world.model))
-    pairs = [pair("a", "The van", " near it."), pair("b", "Call", " on Tuesday.")]
-    names = [f"{side}{part}" for side in data.SIDES for part in data.PARTS]
-    own = [row | {f"{n}_ids": models.encode(tokenizer, row[n]) for n in names} for row in pairs]
-    foreign = [row | {f"{n}_ids": [5, 6] for n in names} for row in pairs]
-    for rows, fit, notes in ((pairs, False, 0), (own, True, 0), (foreign, False, 1)):
-        assert models.pairs_have_own_ids(rows, tokenizer) == fit
-        assert capsys.readouterr().out.count("note: the *_ids of 2 pairs are another") == notes
-    with pytest.raises(ValueError, match=r"pair 2 \(id b\)"):
-        models.pairs_have_own_ids([own[0], foreign[1]], tokenizer)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there_is_refused():
     """--device cuda is no wish; without the flag the run is on the CPU."""
@@ -140,30 +113,30 @@ def test_a_device_that_is_not_there_is_refused():
 # --- the plain engine ---
 
 
-def test_a_method_that_makes_its_own_gradients_updates_as_a_step(make_model):
-    """update() after a backward pass is step(loss); a gradient that is not finite moves nothing."""
+def test_the_plain_engine_steps_by_the_gradients_that_backward_makes(make_model):
+    """Two halves are one loss; a gradient that is not finite moves nothing."""
     ids, engines = torch.randint(4, 90, (2, 12)), []
     for _ in range(2):
         engines.append(processes.PlainEngine(make_model("gpt_neo"), SimpleNamespace(lr=1e-3)))
-    losses = [engine.model(input_ids=ids, labels=ids).loss for engine in engines]
-    assert engines[0].step(losses[0])
-    (losses[1] / 2).backward(retain_graph=True)
-    (losses[1] / 2).backward()
-    assert engines[1].update()
-    weights = [dict(engine.model.named_parameters()) for engine in engines]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    before = [parameter.clone() for parameter in engines[0].model.parameters()]
-    next(engines[0].model.parameters()).grad.fill_(float("nan"))
-    assert not engines[0].update()
-    assert all(map(torch.equal, before, engines[0].model.parameters()))
-    with pytest.raises(ValueError, match="DeepSpeed does not give: run it on one process"):
-        processes.ZeroEngine.update(None)
+    one, other = (engine.model for engine in engines)
+
+    def halves(loss):
+        (loss / 2).backward(retain_graph=True)
+        (loss / 2).backward()
+
+    assert engines[0].step(one(input_ids=ids, labels=ids).loss, torch.Tensor.backward)
+    assert engines[1].step(other(input_ids=ids, labels=ids).loss, halves)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    before = [parameter.clone() for parameter in one.parameters()]
+    loss = one(input_ids=ids, labels=ids).loss * float("nan")
+    assert not engines[0].step(loss, torch.Tensor.backward)
+    assert all(map(torch.equal, before, one.parameters()))
 
 
 # --- scripts that an encoder, or BLEU's usual words, cannot read ---
 
 
-@pytest.mark.parametrize("texts", [THAI, AMHARIC, EMOJI])
+@pytest.mark.parametrize("texts", [THAI, EMOJI])
 def test_unrelated_texts_of_unknown_pieces_have_no_bertscore(texts, encoder_dir):
     """All pieces are [UNK], so any two would score 1; readable rows beside them score as alone."""
     f1 = metrics.bertscore([texts[1], LATIN[0], ""], [texts[0], LATIN[1], texts[0]], encoder_dir)[2]
@@ -186,26 +159,22 @@ def test_a_row_without_a_bertscore_is_not_forgotten_by_it():
 
 
 def test_a_run_warns_of_what_its_encoder_cannot_read_and_finishes(world, tmp_path, capsys):
-    """One line names another encoder; config.json has the words of BLEU; the other row counts."""
+    """One line names another encoder; the other row counts."""
     rows = [pair("a", "A note:", THAI[0]), pair("b", "A note:", LATIN[0])]
     data.write_jsonl(tmp_path / "pairs.jsonl", rows)
     command = ["--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(world.model)]
-    command += ["--bert", "minilm", "--eval-only", "--out", str(tmp_path / "run")]
-    icu.main(argv=command)
+    icu.main(argv=[*command, "--bert", "minilm", "--eval-only", "--out", str(tmp_path / "run")])
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "cannot read" in line]
     assert "1 of 2 texts (up to 100%" in warning
     assert "--bert bert-base-multilingual-cased" in warning
-    assert data.read_json(tmp_path / "run" / "config.json")["bleu_tokens"] == ["13a", "char"]
     rows = data.read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert {row["id"] for row in rows if row["bertscore"] is None} == {"a"}
-    with pytest.raises(ValueError, match="here 1 of 2: pass a number, or --bert bert-base-multi"):
-        icu.main(argv=[*command, "--overwrite", "--bert-threshold", "auto"])
 
 
 def test_a_few_unknown_pieces_are_no_reason_for_a_warning(encoder_dir, capsys):
     """Latin texts with a sign that the encoder does not know are read."""
     text = "Zoë Müller ticked the box ✓ and went home to the old mill by the river."
-    assert models.check_readable(encoder_dir, [*LATIN, text], "--bert") == 3
+    models.check_readable(encoder_dir, [*LATIN, text], "--bert")
     assert capsys.readouterr().out == ""
 
 
@@ -222,9 +191,8 @@ def test_knn_warns_of_forget_texts_that_its_encoder_cannot_read(tmp_path, capsys
 
 
 @pytest.mark.parametrize(("text", "tokens"), [
-    ("患者林晓雨住在青石镇柳河路十四号，她的账户尾号是 7731。", "zh"),
-    ("図書館は午後五時に閉まります", "char"), (THAI[0], "char"), (LATIN[0], "13a"),
-    ("Доброе утро", "13a"), ("도서관은 다섯 시에", "13a"), ("7731", "13a"),
+    ("患者林晓雨住在青石镇，账户尾号是 7731。", "zh"), ("図書館は午後五時に閉まります", "char"),
+    (THAI[0], "char"), (LATIN[0], "13a"), ("도서관은 다섯 시에", "13a"), ("7731", "13a"),
     ("The sign says 出口 and nothing else.", "13a"),
 ])  # fmt: skip
 def test_words_of_bleu_are_those_of_the_references_script(text, tokens):

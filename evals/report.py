@@ -489,7 +489,7 @@ def parse_args(argv=None):
 
 def check_out(out, overwrite):
     """ValueError unless `out` is a run folder, has an earlier report or none of its files."""
-    own, table = (out / "config.json").is_file(), out / "table.csv"
+    own, table = (out / "summary.json").is_file(), out / "table.csv"
     if table.is_file():
         own = own or table.read_bytes().startswith(",".join(CSV_HEAD).encode())
     data.check_outputs([out / name for name in NAMES], overwrite=own or overwrite)

@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     """What a model makes of one text, teacher-forced; index 0 of the arrays is x_2."""
 
     logp: np.ndarray  # (T - 1,) log p(x_t | x_<t)
-    top: np.ndarray  # (T - 1,) the same under top-k 40; -inf where x_t falls out
+    reach: np.ndarray  # (T - 1,) bool, whether x_t is one of the 40 likeliest tokens
     hit: np.ndarray  # (T - 1,) bool, whether the greedy token is x_t
     z: np.ndarray  # (T - 1,) Min-K%++: (log p(x_t) - mean) / deviation of the next token's log p
     states: np.ndarray  # (layers + 1, H) hidden states, mean over the suffix
@@ -60,8 +60,7 @@ def read(model, texts, batch_size=8):
             own = logp.gather(-1, target[:, None])[:, 0]
             if logp.isnan().any():
                 raise ValueError("the model's logits are not finite: there is nothing to ask it")
-            best = logp.topk(min(TOP_K, logp.shape[-1])).values
-            top = torch.where(own >= best[:, -1], own - best.logsumexp(-1), -math.inf)
+            reach = own >= logp.topk(min(TOP_K, logp.shape[-1])).values[:, -1]
             p = logp.exp()
             mean = (p * logp).sum(-1)
             deviation = ((p * logp.square()).sum(-1) - mean.square()).clamp(min=1e-12).sqrt()
@@ -70,15 +69,9 @@ def read(model, texts, batch_size=8):
                 (decode(h[start:-1]) == target[start:]).float().mean()
                 for h in (hidden[:-1] if decode else ())
             ]
-            states = torch.stack([layer[text.cut :].mean(0) for layer in hidden])
-            arrays = (
-                own.double(),
-                top,
-                logp.argmax(-1) == target,
-                (own - mean) / deviation,
-                states.float(),
-                torch.tensor(lens),
-            )
+            states = torch.stack([layer[text.cut :].mean(0) for layer in hidden]).float()
+            hit, z = logp.argmax(-1) == target, (own - mean) / deviation
+            arrays = own.double(), reach, hit, z, states, torch.tensor(lens)
             readings.append(Reading(*(x.cpu().numpy() for x in arrays), start))
     return readings
 
@@ -86,8 +79,7 @@ def read(model, texts, batch_size=8):
 def lens_of(model):
     """states (n, H) -> the token (n,) that the model's final norm and head read in them, or None.
 
-    The logit lens (nostalgebraist 2020; arXiv:2303.08112): an early layer taken for the last.
-    None for a model whose final norm has an unknown name.
+    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name.
     """
     body = getattr(model.base_model, "decoder", model.base_model)
     names = [name for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name)]
@@ -100,28 +92,14 @@ def lens_of(model):
 # --- how likely is the text itself, if someone samples? (Hayes et al., arXiv:2410.19482) ---
 
 
-def extraction_logp(reading, top=False):
-    """log p_z of the suffix after the prefix in nats, at temperature 1 or (`top`) under top-k 40.
-
-    By heart: near 0; never saw: -2 a token or less; -inf where top-k 40 never draws it.
-    """
-    return float((reading.top if top else reading.logp)[reading.start :].sum())
+def extraction_logp(reading):
+    """log p_z of the suffix after the prefix in nats. By heart 0; never saw -2 a token or less."""
+    return float(reading.logp[reading.start :].sum())
 
 
-def samples_needed(logp, p=0.5):
-    """The samples n of (n, p)-extraction: 1 - (1 - p_z)^n >= p. By heart: 1; p_z = 0: inf.
-
-    n = log(1 - p) / log(1 - p_z), by log1p and expm1, which keep a p_z of e^-300.
-    """
-    if logp == -math.inf:
-        return math.inf
-    if logp > -1e-300:
-        return 1.0
-    # log(1 - p_z)
-    miss = math.log1p(-math.exp(logp)) if logp < -1e-9 else math.log(-math.expm1(logp))
-    if miss == 0:  # p_z is under the smallest double
-        return math.exp(min(709.0, math.log(-math.log1p(-p)) - logp))
-    return max(1.0, math.ceil(math.log1p(-p) / miss))
+def extractable(logp, n, p):
+    """1.0 if the text is (n, p)-extractable, 1 - (1 - p_z)^n >= p, else 0.0."""
+    return float(1 - (1 - math.exp(logp)) ** n >= p)
 
 
 # --- what comes out when someone does sample? (arXiv:2511.04934, 2410.03523) ---
@@ -335,11 +313,9 @@ def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
 
 
 def probe(forgotten, unseen, seed=0, shuffles=20):
-    """(the ranks of the layer that tells most, the AUC of shuffled labels).
+    """(the ranks of the layer that tells most, the AUC of shuffled labels, chosen alike).
 
     forgotten, unseen: states (N, layers, H) and (M, layers, H).
-
-    The best of many layers is above 0.5 by chance, and so is that of shuffled labels, chosen alike.
     """
     rng, y = np.random.default_rng(seed), [1.0] * len(forgotten) + [-1.0] * len(unseen)
 
@@ -355,7 +331,7 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
 
 
 class Data(NamedTuple):
-    """What a model is asked about."""
+    """What is measured, and how."""
 
     args: argparse.Namespace
     tokenizer: object
@@ -363,21 +339,19 @@ class Data(NamedTuple):
     pairs: list
     samples: list  # of icu.Sample, as `pairs`
     others: list  # the same kind, unseen
-    readings: dict = {}  # {"forgotten", "unseen": [Reading]} of the model that is asked
-    before: dict = {}  # the same of the model before, if there is one and another is asked
+    readings: dict = {}  # {"forgotten", "unseen": [Reading]} of this model
+    before: dict = {}  # the same of the model before, if there is one
 
 
 def likelihood(model, data):
-    logp, top = (
-        [extraction_logp(r, top) for r in data.readings["forgotten"]] for top in (False, True)
-    )
+    readings = data.readings["forgotten"]
+    logp = [extraction_logp(r) for r in readings]
     measures = {
         "log p of the suffix (nats)": logp,
-        "in reach of top-k 40": [float(x > -math.inf) for x in top],
+        "in reach of top-k 40": [float(r.reach[r.start :].all()) for r in readings],
     }
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
-        reached = [float(samples_needed(x, p) <= n) for x in logp]
-        measures[f"extractable with {n:,} samples, p {p}"] = reached
+        measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
     measures["log p, unseen texts"] = [extraction_logp(r) for r in data.readings["unseen"]]
     return measures
 
@@ -390,8 +364,8 @@ def sampling(model, data):
         rows = []
         for i, one in part:
             suffix = one.forget.ids[one.forget.cut :]
-            prompt = one.forget.prompt
-            drawn = sample(model, prompt, len(suffix), n=n, seed=seed * 100_003 + i)
+            texts_seed = seed * 100_003 + i
+            drawn = sample(model, one.forget.prompt, len(suffix), n=n, seed=texts_seed)
             leaks = sum(repeats(ids, suffix) for ids in drawn)
             rows.append((leaks, [in_order(ids, suffix) for ids in drawn]))
         return rows
@@ -545,10 +519,10 @@ def make_report(measures, only, *, samples, seed):
     headlines = {question: QUESTIONS[question].headline.format(n=samples) for question in only}
     shown, sentences = {question: {} for question in only}, {}
     for model, questions in measures.items():
-        for question, values_by_name in questions.items():
-            for name, values in values_by_name.items():
-                cells = shown[question].setdefault(name, {})
-                cells[model] = figures.bootstrap(values, seed=seed)
+        for question, answers in questions.items():
+            for name, values in answers.items():
+                figure = figures.bootstrap(values, seed=seed)
+                shown[question].setdefault(name, {})[model] = figure
     for question, title in titles.items():
         end = "cannot be told without a model that never saw them"
         if "never saw" in measures:
@@ -596,21 +570,15 @@ def cell(figure):
     if figure["value"] is None:
         return figure["why"]
     digits = 1 if abs(figure["value"]) >= 10 else 3
-    return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+    return "{value:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **figure)
 
 
 def markdown(report):
     """audit.md: a sentence a question, then a table a question."""
     lines = [f"# What is still in {report['model']}", ""]
     lines += [f"- {sentence}" for sentence in report["sentences"].values()]
-    about = (
-        f"Means over n = {report['n']} texts [95 % bootstrap interval]; higher is more memorised."
-    )
-    lines += [
-        "",
-        f"{about} Evidence of suppression: what no question finds may still be there.",
-        "",
-    ]
+    about = f"Means over n = {report['n']} texts [95 % bootstrap interval]; higher: more memorised."
+    lines += ["", f"{about} Evidence of suppression: more may still be there.", ""]
     names = [name for name in MODELS if name in report["models"]]
     for question, measures in report["figures"].items():
         lines += [f"## {report['titles'][question]}", ""]
@@ -621,13 +589,6 @@ def markdown(report):
         lines.append("")
     lines += [f"- {name}: {value:.3f}" for name, value in report["derived"].items()]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def finite(value):
-    """The same for JSON: an infinity as text, since JSON has none."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def picture(report):
@@ -641,9 +602,8 @@ def picture(report):
         cells = report["figures"].get(question, {}).get(headline, {})
         for name in [name for name in MODELS if cells.get(name, {}).get("value") is not None]:
             value, low, high = (cells[name][key] for key in ("value", "low", "high"))
-            if all(map(math.isfinite, (value, low, high))):
-                axis.bar(name, value, color=colours[name], width=0.6)
-                axis.vlines(name, low, high, color="black", linewidth=1)
+            axis.bar(name, value, color=colours[name], width=0.6)
+            axis.vlines(name, low, high, color="black", linewidth=1)
         axis.set_title(title, fontsize=8, wrap=True)
         axis.set_ylabel(headline, fontsize=7)
         axis.axhline(0, color="0.7", linewidth=0.5)
@@ -682,20 +642,13 @@ def make_parser():
 # fmt: on
 
 
-def parse_args(argv=None):
-    return make_parser().parse_args(argv)
-
-
 def resolve(args):
-    """The flags with what a run folder says in their place, and `models`: {model's name in the
-    table: (folder or hub name, revision)}.
-    """
+    """The flags, a run's own among them, and `models`: {column: (folder or hub name, revision)}."""
     given = [args.model, args.pairs, args.out]
     if any([*given, args.before]) if args.run else not all(given):
         ways = "evals/audit.py RUN, or pass --model DIR --pairs FILE --out DIR"
         raise ValueError(f"name a run folder, {ways}")
-    args, asked = argparse.Namespace(**vars(args)), {"after": (args.model, None)}
-    asked["before"] = args.before, None
+    named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
         config, pairs = run["config"], run["config"].get("pairs")
@@ -703,22 +656,22 @@ def resolve(args):
         if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
             why = f"purged, or --redact, or {pairs} is not the file of the run"
             raise ValueError(f"{args.run}: its texts are gone ({why})")
-        asked = {"after": (config["model"], config.get("revision"))}  # --eval-only
+        named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
-            asked = runs.models_of(run)
+            named = runs.models_of(run)
         args.out, args.pairs, args.protocol = args.run, pairs, config["protocol"]
         args.context, args.targets = config.get("context", False), config.get("targets")
         args.relearn_lr = args.relearn_lr or config.get("lr")
         args.never_saw = args.never_saw or config.get("never_saw")
-    asked["never saw"] = model_that_never_saw(args.never_saw)
-    args.models = {name: model for name, model in asked.items() if model[0]}
+    named["never saw"] = model_that_never_saw(args.never_saw)
+    args.models = {name: model for name, model in named.items() if model[0]}
     args.relearn_lr = args.relearn_lr or 1e-4
     args.device = processes.device_of(args.device)
     return args
 
 
 def model_that_never_saw(name):
-    """(folder or hub name, revision) of --never-saw: a model, or its finished --eval-only run."""
+    """(folder or hub name, revision) of --never-saw: a model, or its --eval-only run."""
     if not (name and Path(name, "summary.json").is_file()):
         return name, None
     run = runs.read_run(name)
@@ -758,15 +711,12 @@ def read_inputs(args):
 
 
 def main(argv=None):
-    args = resolve(parse_args(argv))
+    args = resolve(make_parser().parse_args(argv))
     outputs = [Path(args.out, f"audit.{kind}") for kind in ("md", "png", "json")]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.pairs, args.unseen])
     inputs = read_inputs(args)
     processes.start(args.device)
-    if "relearning" in inputs.args.only:
-        half = len(inputs.samples) // 2
-        rate = f"lr {args.relearn_lr:g}, {len(args.models)} models"
-        processes.print0(f"relearning: {args.relearn_steps} steps of {half} texts, {rate}")
+
     measures, readings = {}, {}
     # The others are compared with the model before.
     for name in sorted(args.models, key=["before", "after", "never saw"].index):
@@ -793,7 +743,7 @@ def write(inputs, measures, outputs):
     page, image, document = outputs
     data.write_bytes(page, markdown(report).encode())
     data.write_bytes(image, picture(report))
-    data.write_json(document, finite(report))
+    data.write_json(document, report)
     print("\n".join(report["sentences"].values()))
     print(f"audit.md, audit.json and audit.png are in {args.out}")
 

@@ -7,18 +7,15 @@ Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2
 columns are those of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv
 2210.01504), which the published figures were made with; `harness` are the templates of EleutherAI's
 lm-evaluation-harness 0.4. Departures from the published evaluation:
-1. Context and choice are encoded together and split where the context ends, as the harness does.
+1. Context and choice are encoded together and split where the context ends, as in the harness.
    Released code: apart; with GPT-2's tokenizer only a context that ends in a space is another.
 2. What is too long for the model loses its beginning, as in the harness. Released code: cuts at 512
    tokens, and a context at its end, where the question is.
 3. Every ARC row keeps its own choices. Released code: pads or cuts rows without exactly four.
-4. Rows run in batches of like length, and the choices of a row share one pass over their context.
-   The scores are those of the plain loop (tests/test_tasks.py).
+4. The choices of a row share one pass over their context. The scores stay the same.
 """
 
 import ast
-import csv
-import io
 import math
 import re
 import string
@@ -68,13 +65,11 @@ def winogrande(row, harness):
     """{sentence, option1, option2, answer "1" or "2"}: which word fits in the sentence's "_".
 
     Released: the text before " _", then each option with the rest. Harness: two contexts, each up
-    to and with an option, then the rest: the same tokens are scored twice.
+    to and with an option, then the rest.
     """
     sentence, answer = field(row, "sentence"), int(row["answer"]) - 1
     options = [field(row, "option1"), field(row, "option2")]
-    before, blank, after = sentence.partition("_" if harness else " _")
-    if not blank or (" _" in after and not harness):
-        raise ValueError(f"`sentence` must have one blank, _, after a space: {sentence!r}")
+    before, after = sentence.split("_", 1) if harness else sentence.split(" _")
     if harness:
         return [before + option for option in options], [" " + after.strip()] * 2, answer
     return before, [f" {option}{after}" for option in options], answer
@@ -94,8 +89,8 @@ def copa(row, harness):
 
 
 def arc(row, harness):
-    """{question, choices {text, label}, answerKey}, or the original's
-    {question {stem, choices [{text, label}]}, answerKey}.
+    """{question, choices {text, label}, answerKey}, or {question {stem, choices [{text, label}]},
+    answerKey}.
     """
     if isinstance(original := row["question"], dict):
         columns = {key: [one[key] for one in original["choices"]] for key in ("text", "label")}
@@ -107,7 +102,7 @@ def arc(row, harness):
 
 
 def piqa(row, harness):
-    """{goal, sol1, sol2, label}; the label may stand in a file of its own (`read_rows`)."""
+    """{goal, sol1, sol2, label}."""
     goal, choices = field(row, "goal"), [" " + field(row, "sol1"), " " + field(row, "sol2")]
     return f"Question: {goal}\nAnswer:" if harness else goal, choices, int(row["label"])
 
@@ -128,8 +123,7 @@ def mathqa(row, harness):
 def pubmedqa(row, harness):
     """{question, context {contexts}, final_decision}, or {QUESTION, CONTEXTS, final_decision}.
 
-    Released: one paragraph, `abstract` in Jang et al.'s file, which is the first of contexts.
-    Harness: all of them.
+    Released: the first paragraph, `abstract` in Jang et al.'s file. Harness: all of them.
     """
     question = field(row, "QUESTION" if "QUESTION" in row else "question")
     decisions = ["yes", "no", "maybe"] if harness else ["yes", "maybe", "no"]
@@ -156,8 +150,8 @@ def normalize_turn(text):
     """A turn as Jang et al. give it to the model.
 
     Lower case but for "I" and the heads of sentences, with a full stop; no space before a mark or
-    beside an apostrophe. Of the 39,932 turns of the four sets 26 differ from the released code's,
-    by a space that it leaves between a closing quote and the mark after it.
+    beside an apostrophe. Released code: leaves one between a closing quote and a mark (26 turns of
+    39,932).
     """
     text = re.sub(" +", " ", text.lower())
     text = re.sub(" ([.,?!])", r"\1", text)
@@ -172,8 +166,8 @@ def plain_text(row, harness):
     return field(row, "text")
 
 
-# In the order and with the names of Tables 6 and 7: set -> (column, function, source if there is no
-# local file: a public file that is fetched and checked, or a repository of the hub, configuration).
+# As in Tables 6 and 7: set -> (column, function, source if there is no local file: a public file,
+# or a repository of the hub and its configuration).
 # fmt: off
 CLASSIFICATION = {
     "lambada": ("Lamba.", lambada, "lambada.csv"),
@@ -199,7 +193,7 @@ PERPLEXITY = {
 SETS = CLASSIFICATION | DIALOGUE | PERPLEXITY
 # fmt: on
 
-# --- the fields of a row; what does not fit raises, and check_rows names the row ---
+# --- the fields of a row; check_rows names the row that does not fit ---
 
 
 def field(row, name):
@@ -233,34 +227,29 @@ def unpack(row, name):
     """A list or dict; in a CSV file as Python writes it. It is parsed, and never evaluated."""
     value = row[name]
     if isinstance(value, str):
-        tree = ast.parse(value.strip(), mode="eval")
-        value = ast.literal_eval(_Arrays().visit(tree))
-    if not isinstance(value, list | dict):
-        raise ValueError(f"`{name}` is {str(value)[:40]!r}, not a list or an object")
+        value = ast.literal_eval(_Arrays().visit(ast.parse(value.strip(), mode="eval")))
     return value
 
 
-def make_item(name, row, harness):
-    """What a row asks: (context or contexts, choices, answer), (prompt, reply), or a text."""
-    item = SETS[name][1](row, harness)
-    if name in CLASSIFICATION:
-        context, choices, answer = item
-        for text in [*choices, *([context] if isinstance(context, str) else context)]:
-            field({"context or choice": text}, "context or choice")
-        if not 0 <= answer < len(choices):
-            raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
-    return item
-
-
 def check_rows(name, rows, harness):
-    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one."""
+    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one.
+
+    An item is (context or contexts, choices, answer), (prompt, reply), or a text.
+    """
     items, bad = {}, []
     for n, row in enumerate(rows, start=1):
         try:
-            items[n] = make_item(name, row, harness)
+            item = SETS[name][1](row, harness)
+            if name in CLASSIFICATION:
+                context, choices, answer = item
+                for text in [*choices, *([context] if isinstance(context, str) else context)]:
+                    field({"context or choice": text}, "context or choice")
+                if not 0 <= answer < len(choices):
+                    raise ValueError(f"the answer is number {answer + 1} of {len(choices)} choices")
+            items[n] = item
         except KeyError as error:
             bad.append(f"row {n}: no field `{error.args[0]}`")
-        except (ValueError, TypeError, AttributeError, IndexError, SyntaxError) as error:
+        except Exception as error:
             bad.append(f"row {n}: {error}")
     return {"rows": items, "bad": bad}
 
@@ -273,7 +262,7 @@ def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="pa
 
     tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad",
     "source"}, or {"missing": why} if it is nowhere, or {"error": why} if it has no good row.
-    ValueError: no set at hand at all, no good row in a set that was named.
+    ValueError: no set at hand, or no good row in a set that was named.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"--task-data {data_dir}: no such folder")
@@ -295,11 +284,9 @@ def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="pa
             if not everything:
                 raise
             sets[name] = {"error": str(error)}
-    missing = [
-        f"{name}: {loaded['missing']}" for name, loaded in sets.items() if "missing" in loaded
-    ]
-    if len(missing) == len(sets):
-        raise ValueError("no set is at hand: " + "; ".join(missing))
+    if all("missing" in loaded for loaded in sets.values()):
+        reasons = [f"{name}: {loaded['missing']}" for name, loaded in sets.items()]
+        raise ValueError("no set is at hand: " + "; ".join(reasons))
     return sets
 
 
@@ -310,8 +297,8 @@ def bare(name):
 def find_rows(name, data_dir):
     """(rows, their source): a local file, else a public file, else the hub; else FileNotFoundError.
 
-    Local is NAME.csv, .json, .jsonl or .xml in data_dir or a folder in it, also as NAME-dev and the
-    like: the test split for Lambada, the validation split for the others (section 5.1).
+    Local is NAME.csv, .json, ... in data_dir or a folder in it, also NAME-dev and the like: the
+    test split for Lambada, the validation split for the others (section 5.1).
     """
     splits, source = ("", "validation", "valid", "val", "dev"), SETS[name][2]
     stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
@@ -339,21 +326,16 @@ def find_rows(name, data_dir):
 
 def read_rows(path):
     """The rows of a file as dicts. Labels may stand one a line in FILE-labels.lst, as PIQA's do."""
-    try:
-        rows, labels = READERS[path.suffix](path), path.with_name(f"{path.stem}-labels.lst")
-    except (csv.Error, ElementTree.ParseError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    rows, labels = READERS[path.suffix](path), path.with_name(f"{path.stem}-labels.lst")
     if labels.is_file():
         values = data.read_text(labels).split()
-        if len(values) != len(rows):
-            raise ValueError(f"{labels}: {len(values)} labels for {len(rows)} rows of {path.name}")
-        rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
+        with data.reading(f"{labels}: not a label for each row of {path.name}"):
+            rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
     return rows
 
 
 def read_csv(path):
-    csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
-    return list(csv.DictReader(io.StringIO(data.read_text(path), newline=""), strict=True))
+    return [row for _, row in data.numbered_csv(path)]
 
 
 def read_json(path):
@@ -367,32 +349,31 @@ def read_json(path):
 
 
 def read_copa_xml(path):
-    """The original COPA's items, <item asks-for most-plausible-alternative><p/><a1/><a2/></item>,
-    with SuperGLUE's fields.
-    """
-    return [
-        {
-            "premise": item.findtext("p"),
-            "choice1": item.findtext("a1"),
-            "choice2": item.findtext("a2"),
-            "question": item.get("asks-for"),
-            "label": int(item.get("most-plausible-alternative")) - 1,
-        }
-        for item in ElementTree.fromstring(data.read_text(path)).iter("item")
-    ]
+    """The original COPA's items, with SuperGLUE's fields."""
+    text = data.read_text(path)
+    with data.reading(f"{path}: not COPA's XML"):
+        return [
+            {
+                "premise": item.findtext("p"),
+                "choice1": item.findtext("a1"),
+                "choice2": item.findtext("a2"),
+                "question": item.get("asks-for"),
+                "label": int(item.get("most-plausible-alternative")) - 1,
+            }
+            for item in ElementTree.fromstring(text).iter("item")
+        ]
 
 
 READERS = {".csv": read_csv, ".json": read_json, ".jsonl": data.read_jsonl, ".xml": read_copa_xml}
 
-# --- scoring: how likely texts are after others, the choices of a context by one pass over it ---
+# --- scoring: how likely texts are after others ---
 
 
 def encode_pairs(tokenizer, requests):
     """(context, continuation) texts -> (context ids, continuation ids), split as the harness does.
 
-    The two are encoded together and split at the number of tokens of the context alone, whose last
-    spaces go to the continuation: a BPE's word begins with its space. BOS is added where the
-    tokenizer adds one (OPT, Llama); an empty context is BOS, or EOS.
+    Both together are split at the number of tokens of the context alone, whose last spaces go to
+    the continuation: a BPE's word begins with its space. An empty context is BOS, or EOS.
     """
     contexts = [context.rstrip() for context, _ in requests]
     joined = [context + continuation for context, continuation in requests]
@@ -405,15 +386,16 @@ def encode_pairs(tokenizer, requests):
 def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     """How likely each continuation is after its context: [(sum of log p in nats, greedy ids)].
 
-    pairs: (context ids, continuation ids), neither empty, the continuation no longer than the
-    model's positions. The greedy ids are the model's guess for each token of the continuation, the
-    ones before it given. A context that is too long loses its beginning. desc: a bar's name.
+    pairs: (context ids, continuation ids), no context empty. The greedy ids are the model's guess
+    for each token, the ones before it given. A context that is too long loses its beginning; None
+    for a continuation that is empty or does not fit the model. desc: a bar's name.
     """
     positions, answers, same_context = positions_of(model), [None] * len(pairs), {}
     # The last token is only predicted: a row may have one more than the model has positions.
     rows = [(context + continuation)[-positions - 1 :] for context, continuation in pairs]
     for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
-        same_context.setdefault(tuple(row[: -len(continuation)]), []).append(i)
+        if 0 < len(continuation) <= positions:
+            same_context.setdefault(tuple(row[: -len(continuation)]), []).append(i)
     groups = []  # (trunk: what the inputs of a group begin with, [(index, the rest, its tokens)])
     for members in same_context.values():
         trunk = commonprefix([rows[i][:-1] for i in members])
@@ -441,8 +423,8 @@ def progress(items, desc, unit):
 def batches(sizes, budget, positions):
     """Lists of indices of sizes, each (length of a beginning, of its ends, how many ends).
 
-    Those of like length are together, the longest first. A list holds about `budget` tokens with
-    its padding, and is no wider than the model's positions.
+    The longest first. A list holds about `budget` tokens with its padding, and is no wider than the
+    model's positions.
     """
     tokens = [beginning + end * count for beginning, end, count in sizes]
     batch = []
@@ -460,9 +442,8 @@ def batches(sizes, budget, positions):
 def continuation_logits(model, groups):
     """Yields (index, logits (K, V) of its K tokens) for each member of the groups.
 
-    A trunk goes through the model once; each tail goes on from a copy of its keys and values.
-    Trunks are padded on the left, so that a tail follows without a hole: GPT-Neo's local attention
-    counts slots.
+    Each tail goes on from a copy of its trunk's keys and values. Trunks are padded on the left, so
+    that a tail follows without a hole: GPT-Neo's local attention counts slots.
     """
     members = [(g, *member) for g, (_, members) in enumerate(groups) for member in members]
     with_tail = [member for member in members if member[2]]
@@ -474,15 +455,17 @@ def continuation_logits(model, groups):
     first = model(
         input_ids=x, attention_mask=mask, position_ids=places(mask), logits_to_keep=last, **shared
     ).logits  # (G, last, V)
-    rest = iter(())
+    rest = ()
     if with_tail:
         owners = torch.tensor([g for g, *_ in with_tail], device=model.device)
         cache.batch_select_indices(owners)
         x, more = pad([tail for *_, tail, _ in with_tail], "right", model.device)  # (R, L)
         mask = torch.cat([mask[owners], more], 1)  # (R, C + L)
         at = places(mask)[:, -x.shape[1] :]
-        rest = model(input_ids=x, attention_mask=mask, position_ids=at, **shared).logits
-        rest = iter(rest)  # (R, L, V)
+        rest = model(
+            input_ids=x, attention_mask=mask, position_ids=at, **shared
+        ).logits  # (R, L, V)
+    rest = iter(rest)
     for g, i, tail, ids in members:
         logits = first[g, last - (len(ids) - len(tail)) :]
         yield i, torch.cat([logits, next(rest)[: len(tail)]]) if tail else logits
@@ -490,11 +473,9 @@ def continuation_logits(model, groups):
 
 def pad(rows, side, device):
     """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the left or the right."""
-    rows = [torch.tensor(row) for row in rows]
-    masks = [torch.ones_like(row) for row in rows]
-    return (
-        pad_sequence(part, batch_first=True, padding_side=side).to(device) for part in (rows, masks)
-    )
+    pad_to = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = [torch.tensor(row, device=device) for row in rows]
+    return pad_to(ids), pad_to([torch.ones_like(row) for row in ids])
 
 
 def places(mask):
@@ -512,9 +493,7 @@ def positions_of(model):
 def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc=None):
     """The greedy reply to each prompt: up to `new_tokens` tokens, or to the next user's turn."""
     positions = positions_of(model)
-    new_tokens = min(
-        new_tokens, positions // 2
-    )  # a very short model still reads some of the prompt
+    new_tokens = min(new_tokens, positions // 2)  # some of the prompt is always read
     ids = models.encode_whole(tokenizer, prompts)
     ids, answers = [row[new_tokens - positions :] for row in ids], [""] * len(prompts)
     sizes = [(len(row), new_tokens, 1) for row in ids]
@@ -535,7 +514,7 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
 
 
 def words(text):
-    """What of a text counts in F1: its words in lower case without punctuation and articles."""
+    """A text's words in lower case without punctuation and articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -552,10 +531,10 @@ def unigram_f1(candidate, reference):
 def evaluate(
     model, tokenizer, sets, *, protocol="paper", length_norm=False, batch_tokens=None, samples=None
 ):
-    """Every set's figure: {set: {"metric", "value", "rows", "bad_rows", ...}, "averages": {...}}.
+    """{set: {"metric", "value" (accuracy and F1 0-1), "rows", "bad_rows", ...}, "averages": {...}}.
 
-    sets: of read_sets. samples: a list that gets a dict a row. Accuracies and F1 are 0-1. A set
-    without a figure has "missing" or "error" instead of "value", and is in no average.
+    sets: of read_sets. samples: a list that gets a dict a row. A set without a figure has "missing"
+    or "error" instead of "value", and is in no average.
     """
     protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
@@ -573,14 +552,19 @@ def evaluate(
         if "rows" not in loaded:
             results[name] = loaded
             continue
-        rows, bad, judged = loaded["rows"], loaded["bad"], list(loaded["rows"])
+        rows, bad = loaded["rows"], loaded["bad"]
         if name in PERPLEXITY:
-            metric = "perplexity"
-            joined = protocol.joined_perplexity
-            value = perplexity(model, tokenizer, list(rows.values()), joined=joined, desc=name)
+            metric, judged = "perplexity", rows
+            value = metrics.perplexity(
+                model,
+                tokenizer,
+                [*rows.values()],
+                released=protocol.joined_perplexity,
+                added_up=processes.added_up,
+            )
         else:
             metric, judge = ("f1", dialogues) if name in DIALOGUE else ("accuracy", choices)
-            judged = processes.over_processes(partial(judge, desc=name), list(rows.items()))
+            judged = processes.over_processes(partial(judge, desc=name), [*rows.items()])
             bad = bad + [row["unfit"] for row in judged if "unfit" in row]
             judged = [row for row in judged if "unfit" not in row]
             value = mean([row["right" if metric == "accuracy" else "f1"] for row in judged])
@@ -610,21 +594,20 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
     for _, (context, choices, _) in items:
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
-    pairs, positions = encode_pairs(tokenizer, requests), positions_of(model)
-    fitting = [pair for pair in pairs if 0 < len(pair[1]) <= positions]
-    scores = loglikelihoods(model, fitting, batch_tokens=batch_tokens, desc=desc)
-    pairs, scores, judged = iter(pairs), iter(scores), []
+    pairs, judged = encode_pairs(tokenizer, requests), []
+    scores = iter(loglikelihoods(model, pairs, batch_tokens=batch_tokens, desc=desc))
+    pairs = iter(pairs)
     for n, (_, choices, answer) in items:
         ids = [ids for _, ids in islice(pairs, len(choices))]
-        answers = list(islice(scores, sum(0 < len(each) <= positions for each in ids)))
-        if len(answers) < len(choices):
+        answers = list(islice(scores, len(choices)))
+        if None in answers:
             lengths = ", ".join(str(len(each)) for each in ids)
-            why = f"row {n}: choices of {lengths} tokens, and the model has {positions} positions"
-            judged.append({"row": n, "unfit": why})
+            room = f"and the model has {positions_of(model)} positions"
+            judged.append({"row": n, "unfit": f"row {n}: choices of {lengths} tokens, {room}"})
             continue
         logps = [logp for logp, _ in answers]
         if len(choices) == 1:
-            ((_, guess),) = answers
+            guess = answers[0][1]
             right = guess == ids[0]
             right = right or (lenient and words(tokenizer.decode(guess)) == words(choices[0]))
         else:
@@ -637,30 +620,13 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
 
 
 def judge_replies(model, tokenizer, items, *, batch_tokens, desc=None):
-    """{"row", "reply", "f1"} for each (row number, (prompt, reply)): F1 of the model's reply."""
+    """{"row", "reply", "f1"} for each (row number, (prompt, reply))."""
     prompts = [prompt for _, (prompt, _) in items]
     texts = replies(model, tokenizer, prompts, batch_tokens=batch_tokens, desc=desc)
     return [
         {"row": n, "reply": text, "f1": unigram_f1(text, reference)}
         for (n, (_, reference)), text in zip(items, texts, strict=True)
     ]
-
-
-def perplexity(model, tokenizer, texts, *, joined, desc):
-    """metrics.perplexity with a bar: a hook counts the tokens that have gone through the model."""
-    total = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
-    with tqdm(total=total, desc=desc, unit=" tokens", disable=not processes.is_main) as bar:
-
-        def count(module, args, inputs, output):
-            bar.update(int(inputs["attention_mask"].sum()))
-
-        hook = model.register_forward_hook(count, with_kwargs=True)
-        try:
-            return metrics.perplexity(
-                model, tokenizer, texts, released=joined, added_up=processes.added_up
-            )
-        finally:
-            hook.remove()
 
 
 def mean(values):
@@ -678,9 +644,7 @@ def averages(results):
 
 
 def table(results_by_label):
-    """Markdown in the columns of Tables 6 and 7, a line a label, accuracy and F1 in percent, and
-    what was left out.
-    """
+    """Markdown in the columns of Tables 6 and 7, in percent, a line a label; what was left out."""
 
     def cell(results, name, scale):
         return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
@@ -708,7 +672,7 @@ def table(results_by_label):
                 state = "missing" if "missing" in result else "not measured"
                 lines.append(f"- {label}: {name} is {state}: {why}")
             elif count := result.get("bad_rows"):
-                some = "; ".join(result.get("bad", [])[:3])
+                some = "; ".join(result["bad"][:3])
                 lines.append(f"- {label}: {count} bad rows of {name} are left out: {some}")
     return "\n".join(map(visible, lines)).rstrip() + "\n"
 
@@ -720,10 +684,10 @@ def table(results_by_label):
 def make_parser():
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="the causal LM: a folder, or a hub name")
+    add("--model", required=True, metavar="DIR", help="a folder, or a hub name")
     add("--tasks", nargs="+", default=["all"], type=flags.one_of(["all", *SETS]), metavar="NAME",
         help=f"all, or some of: {', '.join(SETS)}")
-    add("--task-data", metavar="DIR", help="folder with NAME.csv, .json, .jsonl, .xml, NAME-dev...")
+    add("--task-data", metavar="DIR", help="with NAME.csv, .json, .jsonl, .xml, NAME-dev...")
     add("--out", required=True, metavar="DIR", help="for tasks.json, tasks.md, task_rows.jsonl")
     add("--overwrite", action="store_true", help="replace a tasks.json that is there")
     add("--revision", metavar="SHA", help="hub revision of --model")
@@ -743,13 +707,9 @@ def make_parser():
 # fmt: on
 
 
-def parse_args(argv=None):
-    return make_parser().parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    device = processes.device_of(args.device)
+    args = make_parser().parse_args(argv)
+    args.device = processes.device_of(args.device)
     sets = read_sets(
         args.tasks,
         args.task_data,
@@ -763,18 +723,20 @@ def main(argv=None):
     weights = {"allow_pickle": args.allow_pickle, "revision": args.revision}
     config, tokenizer = models.check_model(args.model, **weights)
     for name, loaded in sets.items():  # str(item) has all texts of a row in it
-        texts = {f"{name} row {n}": str(item) for n, item in loaded.get("rows", {}).items()}
-        models.check_texts(config, tokenizer, texts)
+        rows = loaded.get("rows", {})
+        lines = {f"{name} row {n}": str(item) for n, item in rows.items()}
+        models.check_texts(config, tokenizer, lines)
         if args.dry_run:
-            state = loaded.get("missing") or loaded.get("error")
-            state = state or f"{len(loaded['rows'])} rows from {loaded['source']}"
+            state = f"{len(rows)} rows from {loaded['source']}" if rows else [*loaded.values()][0]
             processes.print0(f"{name}: {state}")
     if args.dry_run:
         return
-    processes.start(device)
-    model, tokenizer = models.load_model(args.model, dtype=args.dtype, device=device, **weights)
+    processes.start(args.device)
+    model, tokenizer = models.load_model(
+        args.model, dtype=args.dtype, device=args.device, **weights
+    )
     samples = []
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
+    with processes.autocast(args):
         results = evaluate(
             model,
             tokenizer,

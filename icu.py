@@ -481,8 +481,9 @@ def cached_copy(model, sides, layer=None, batch_size=8):
                     raise ValueError(f"{kind} changes its logits after its head: --teacher live")
             hidden = last if layer is None else out.hidden_states[layer][mask]
             sizes = [len(text.targets) for text in chunk]
-            states += zip(last.split(sizes), hidden.split(sizes), strict=True)
-            no_states = last[:0], hidden[:0]  # of a process without a text
+            parts = [part.split(sizes) for part in (last, ids[mask], hidden)]
+            states += zip(*parts, strict=True)
+            no_states = [(last[:0], ids[mask][:0], hidden[:0])]  # of a process without a text
         remaining = iter(zip(texts, states, strict=True))
         kept[name] = [[next(remaining) for _ in row] for row in rows]
 
@@ -491,11 +492,11 @@ def cached_copy(model, sides, layer=None, batch_size=8):
         known = [pair for row in rows for pair in kept[name][row]]
         if [text for text, _ in known] != texts:
             raise ValueError(f"side {name!r} has other texts each epoch: pass --teacher live")
-        states = [states for _, states in known] or [no_states]
-        last, hidden = (torch.cat(parts) for parts in zip(*states, strict=True))
-        ids, _, mask = collate(texts, model.device)
-        logits = in_float32(head(last))
-        return logits, ids[mask], mask.nonzero()[:, 0], None if layer is None else hidden
+        states = [states for _, states in known] or no_states
+        last, ids, hidden = (torch.cat(parts) for parts in zip(*states, strict=True))
+        sizes = torch.tensor([len(own) for _, own, _ in states])
+        row = torch.arange(len(states)).repeat_interleave(sizes).to(ids.device)
+        return in_float32(head(last)), ids, row, None if layer is None else hidden
 
     return ask
 

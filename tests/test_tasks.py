@@ -22,21 +22,12 @@ from evals import tasks
 from kit import data
 from kit import models as kit_models
 
-# Two rows of each set, written by hand in the public schema.
+# One or two rows of each set, written by hand in the public schema.
 ROWS = {
     "lambada": [
         {"text": "He took milk in his tea"},
-        {"text": "The dog ran for the ball"},
     ],
     "hellaswag": [
-        {
-            "ctx": "A man stands on a roof. he",
-            "ctx_a": "A man stands on a roof.",
-            "ctx_b": "he",
-            "label": "2",
-            "activity_label": "Roof shingle removal",
-            "endings": ["is singing.", "eats [laughs] a tile.", "falls", "lifts  it."],
-        },
         {
             "ctx": "How to peel an onion [title] Cut the ends. [step] Use a knife.",
             "ctx_a": "Cut the ends. [step] Use a",
@@ -53,7 +44,6 @@ ROWS = {
             "option2": "box",
             "answer": "1",
         },
-        {"sentence": "Ann saw _ here.", "option1": "Al", "option2": "Bo", "answer": "2"},
     ],
     "copa": [
         {
@@ -94,11 +84,6 @@ ROWS = {
     ],
     "mathqa": [
         {
-            "Problem": "what is 19 x 2 ?",
-            "correct": "a",
-            "options": "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none",
-        },
-        {
             "Problem": "what is 20 percent of 5000 ?",
             "correct": "b",
             "options": "a ) rs . 400 , b ) 1 , 000 , c ) 1,200 , d ) 100 , e ) 2 , 000",
@@ -110,15 +95,9 @@ ROWS = {
             "context": {"contexts": ["Cups were filled.", "They were measured."]},
             "final_decision": "yes",
         },
-        {
-            "question": "Is ice warm?",
-            "context": {"contexts": ["Ice was held."]},
-            "final_decision": "no",
-        },
     ],
     "wizard_of_wikipedia": [
         {"text": ["i like red .", "Me too! is it your favorite colour", "it is , i'm sure"]},
-        {"text": ["hello", "hi there"]},
     ],
     "pile": [
         {"text": "The parcel was left at the mill."},
@@ -132,7 +111,7 @@ ROWS |= {name: ROWS["wizard_of_wikipedia"] for name in tasks.DIALOGUE}
 # A row in both styles: (released, harness), each (context, choices, answer).
 PROMPTS = {
     ("lambada", 0): [("He took milk in his", [" tea"], 0)] * 2,
-    ("hellaswag", 1): [
+    ("hellaswag", 0): [
         (
             "How to peel an onion [title] Cut the ends. [step] Use a knife.",
             [" [title] Peel the skin. [step] Do it.", " Eat it.", " Wash  it.", " Call."],
@@ -171,7 +150,7 @@ PROMPTS = {
         ("To open a jar,", [" turn the lid", " turn the table "], 0),
         ("Question: To open a jar,\nAnswer:", [" turn the lid", " turn the table "], 0),
     ],
-    ("mathqa", 1): [
+    ("mathqa", 0): [
         ("what is 20 percent of 5000 ?", ["rs . 400", "1", "1,200", "100", "2 , 000"], 1),
         (
             "Question: what is 20 percent of 5000 ?\nAnswer:",
@@ -355,7 +334,7 @@ def test_local_files_are_found_under_their_usual_names(tmp_path, offline, file, 
     data.write_jsonl(tmp_path / file, ROWS[name])
     data.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
     loaded = tasks.read_sets([name], tmp_path)[name]
-    assert len(loaded["rows"]) == 2 and loaded["source"] == str(tmp_path / file)
+    assert loaded["source"] == str(tmp_path / file)
 
 
 def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
@@ -391,7 +370,7 @@ def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monk
     data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     sets = tasks.read_sets(["arc_challenge", "pubmedqa"], tmp_path)
     assert calls == [("allenai/ai2_arc", "ARC-Challenge", "validation"), "pubmed_qa.csv"]
-    assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 2]
+    assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 1]
 
 
 # --- scores ---
@@ -588,7 +567,7 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
     printed = capsys.readouterr()
     results = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
     assert list(results) == [*tasks.SETS, "averages", "settings"]
-    assert all(results[name]["rows"] == 2 for name in tasks.SETS)
+    assert all(results[name]["rows"] == len(ROWS[name]) for name in tasks.SETS)
     assert results["piqa"]["bad"] == ["row 3: `sol2` is '', not a text"]
     values = [results[name]["value"] for name in tasks.DIALOGUE]
     assert results["averages"]["dia"] == pytest.approx(sum(values) / 4)
@@ -598,7 +577,8 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
     columns = "Lamba. Hella. Wino. COPA ARC-E ARC-C Piqa MathQ PubQ".split()
     assert table.startswith("| | " + " (ACC) | ".join([*columns, "Avg."]))
     assert " (F1) | ".join(["WoW", "ED", "BST", "WoI", "Avg."]) in table
-    assert len(data.read_jsonl(out / "task_rows.jsonl")) == 2 * 13
+    scored = [*tasks.CLASSIFICATION, *tasks.DIALOGUE]
+    assert len(data.read_jsonl(out / "task_rows.jsonl")) == sum(len(ROWS[name]) for name in scored)
     assert "wizard_of_internet: 100%" in printed.err
     tasks.main([*command, "--overwrite", "--tasks", "piqa", "--task-limit", "1"])
     assert json.loads((out / "tasks.json").read_text(encoding="utf-8"))["piqa"]["rows"] == 1
@@ -675,7 +655,9 @@ test_split: {"test" if split == "test" else "null"}
             [response[0][0] for response in sample["resps"]], abs=1e-4
         )
     figures = output["results"][f"local_{name}"]
-    assert sum(row["right"] for row in ours) / 2 == pytest.approx(figures["acc,none"])
+    right = sum(row["right"] for row in ours) / len(ours)
+    assert right == pytest.approx(figures["acc,none"])
     if "acc_norm,none" in figures:
         normed = judge(model, tokenizer, items, length_norm=True)
-        assert sum(row["right"] for row in normed) / 2 == pytest.approx(figures["acc_norm,none"])
+        right = sum(row["right"] for row in normed) / len(normed)
+        assert right == pytest.approx(figures["acc_norm,none"])

@@ -6,7 +6,7 @@
 
 The same code asks the model before, one that never saw the texts, and texts of the same kind that
 no model saw. Higher is more memorised. A figure is a mean over texts with a bootstrap interval.
-This is evidence of suppression, not of absence: what no question here finds may still be there.
+This is evidence of suppression: what no question here finds may still be there.
 Tokens are x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
 """
 
@@ -109,7 +109,7 @@ def extractable(logp, n, p):
 def sample(model, prompt, length, *, n, seed):
     """n samples at temperature 1 after a prompt, lists of at most `length` ids without EOS.
 
-    Samples that are the same so far share a row of the model's input and cache.
+    Samples that are the same so far share a row.
     """
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
     cache, drawn = DynamicCache(), []
@@ -360,8 +360,7 @@ def sampling(model, data):
     n, seed = data.args.samples, data.args.seed
 
     def scores(part):
-        """(how many of n samples leak, the share in order of each) of each text."""
-        rows = []
+        rows = []  # (how many of n samples leak, the share in order of each) of each text
         for i, one in part:
             suffix = one.forget.ids[one.forget.cut :]
             texts_seed = seed * 100_003 + i
@@ -484,7 +483,6 @@ QUESTIONS = {
     "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer"),
 }
 # fmt: on
-NEEDS_UNSEEN = ("membership", "inside")
 
 
 def answers(model, data, *, before=None, desc=None):
@@ -546,7 +544,6 @@ def derive(shown):
     """{name: value} of two models together: privleak beside the AUCs, R of relearning."""
 
     def both(cells):
-        """[value after, value of the model that never saw], or None."""
         values = [cells.get(model, {}).get("value") for model in ("after", "never saw")]
         return None if None in values else values
 
@@ -681,15 +678,16 @@ def model_that_never_saw(name):
 
 
 def read_inputs(args):
-    """(flags without the questions that cannot be asked, Data), before a weight is loaded."""
+    """Data, before a weight is loaded; args.only loses the questions that cannot be answered."""
     pairs = data.read_pairs(args.pairs)
     unseen = data.read_unseen(args.unseen) if args.unseen else []
-    left_out = [*(() if unseen else NEEDS_UNSEEN), *(["relearning"] if len(pairs) < 2 else [])]
+    left_out = [] if unseen else ["membership", "inside"]
+    left_out += ["relearning"] if len(pairs) < 2 else []
     only = [question for question in args.only if question not in left_out]
     if not only:
         needs = "needs two texts, or texts of the same kind: --unseen FILE"
         raise ValueError(f"--only {' '.join(args.only)}: {needs}")
-    args = argparse.Namespace(**vars(args) | {"only": only})
+    args.only = only
     checked = {
         name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
         for name, (model, revision) in args.models.items()
@@ -732,14 +730,13 @@ def main(argv=None):
 def write(inputs, measures, outputs):
     """Prints the sentences and writes audit.md, audit.png and audit.json."""
     args = inputs.args
-    report = {"model": args.models["after"][0], "n": len(inputs.samples), "seed": args.seed}
-    report["models"] = {name: model for name, (model, _) in args.models.items()}
+    folders = {name: folder for name, (folder, _) in args.models.items()}
+    report = {"model": folders["after"], "n": len(inputs.samples), "seed": args.seed}
+    report["models"] = folders
     report |= make_report(measures, args.only, samples=args.samples, seed=args.seed)
     if marked := sum("spans" in pair for pair in inputs.pairs):
-        report["sentences"]["marked"] = (
-            f"Parts of {marked} texts were marked; the answers are about whole texts, "
-            "whose rest was to stay."
-        )
+        rest = "the answers are about whole texts, whose rest was to stay"
+        report["sentences"]["marked"] = f"Parts of {marked} texts were marked; {rest}."
     page, image, document = outputs
     data.write_bytes(page, markdown(report).encode())
     data.write_bytes(image, picture(report))

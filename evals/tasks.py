@@ -586,9 +586,8 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
     """{"row", "logp" of each choice, "right"} of each (row number, (context, choices, answer)).
 
     The choice with the highest sum of log p is the model's; with length_norm, per character, the
-    harness' acc_norm. A single choice must be the greedy guess, token by token; lenient, as the
-    released code: but for case, punctuation and articles. {"row", "unfit": why} of a row that the
-    model has no room for.
+    harness' acc_norm. A single choice must be the greedy guess; lenient, as the released code: but
+    for case, punctuation and articles. {"row", "unfit": why} of a row without room.
     """
     requests = []
     for _, (context, choices, _) in items:
@@ -689,19 +688,19 @@ def make_parser():
         help=f"all, or some of: {', '.join(SETS)}")
     add("--task-data", metavar="DIR", help="with NAME.csv, .json, .jsonl, .xml, NAME-dev...")
     add("--out", required=True, metavar="DIR", help="for tasks.json, tasks.md, task_rows.jsonl")
-    add("--overwrite", action="store_true", help="replace a tasks.json that is there")
+    add("--overwrite", action="store_true", help="replace a tasks.json")
     add("--revision", metavar="SHA", help="hub revision of --model")
     add("--allow-pickle", action="store_true", help="also load pickles, which can run code")
     add("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
     add("--protocol", default="paper", choices=[*PROTOCOLS],
         help="released: texts joined for perplexity, of COPA SuperGLUE's 100 rows, of Lambada also "
              "words in other case (%(default)s)")
-    add("--length-norm", action="store_true", help="judge choices by their log p a character")
-    add("--task-limit", type=flags.positive, metavar="N", help="only the first N rows of each set")
+    add("--length-norm", action="store_true", help="judge choices by log p a character")
+    add("--task-limit", type=flags.positive, metavar="N", help="the first N rows of each set")
     add("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; GPU 4096)")
     add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     add("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16: autocast")
-    add("--dry-run", action="store_true", help="only say which sets are at hand")
+    add("--dry-run", action="store_true", help="say which sets are at hand")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on

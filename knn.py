@@ -11,10 +11,7 @@ paper in this:
    piece of one are dropped whole and reported. --allow-copies gives the published behaviour.
 2. A pool text longer than --passage-words is cut into passages: the encoder reads only about 256
    word pieces, and a neighbour should be of the size of a record.
-3. The search is exact, in float64; ties go to the lower row.
-Measured: 1,000 queries in 500,000 rows of 384 (random, seed 0) cost 1.0 times (k = 1) and 1.16
-times (k = 10) the CPU time of faiss-cpu 1.15.1's IndexFlatIP on one thread (numpy 2.4.6), and 97 MB
-of memory beside the pool's 732 MB.
+3. The search is exact, in float64; ties go to the lower row (dev/BENCHMARKS.md: time and memory).
 """
 
 import hashlib
@@ -54,16 +51,12 @@ def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
 
     exclude: a mask (M,) or the numbers of rows never returned. Indices (Q, k) are int64,
     similarities float32; where fewer than k rows are left, index -1 and similarity -inf (faiss's
-    convention). Cosines are computed in float64 and rounded, so the result depends on neither
-    `block` nor the BLAS. ValueError: NaN or inf.
+    convention). The result depends on neither `block` nor the BLAS. ValueError: NaN or inf.
     """
     queries, pool = np.asarray(queries, dtype=np.float32), np.asarray(pool)
-    assert queries.ndim == pool.ndim == 2 and queries.shape[1] == pool.shape[1], "(Q, D) and (M, D)"
-    assert k >= 1 and block >= 1, (k, block)
     excluded = np.asarray([] if exclude is None else exclude)
     if excluded.dtype != bool:  # numbers of rows
         excluded = np.isin(np.arange(len(pool)), excluded)
-    assert excluded.shape == (len(pool),), "a mask has a place for each row of the pool"
     # 1024 queries at a time: memory is one matrix of 1024 x block cosines, whatever Q and M are.
     starts = range(0, max(len(queries), 1), 1024)
     results = [
@@ -170,7 +163,7 @@ def encoder_folder(encoder):
 
 
 def embedding_file(texts, folder):
-    """Where the embeddings of these texts by this encoder are kept: a hash of both."""
+    """Where the embeddings of these texts are kept."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in ENCODER_FILES for file in folder.rglob(pattern)}):
         digest.update(f"{file.relative_to(folder)} {data.sha256_of(file)}\n".encode())
@@ -180,10 +173,7 @@ def embedding_file(texts, folder):
 
 
 def embed(texts, encoder, *, batch_size=64, device="cpu"):
-    """Sentence embeddings (N, D) float32 of the texts, kept in the cache.
-
-    Equal texts get equal vectors. ValueError if the encoder does not load.
-    """
+    """Sentence embeddings (N, D) float32 of the texts, kept in the cache."""
     folder = encoder_folder(encoder)
     cached = embedding_file(texts, folder)
     if cached.is_file():
@@ -197,7 +187,7 @@ def embed(texts, encoder, *, batch_size=64, device="cpu"):
 
 
 def encode(texts, folder, batch_size, device):
-    """Embeddings (N, D) float32 from the sentence encoder in `folder`."""
+    """`embed` without the cache."""
     from sentence_transformers import SentenceTransformer  # slow, and not needed when all is cached
 
     from kit import models
@@ -220,15 +210,12 @@ def encode(texts, folder, batch_size, device):
 
 
 def plain_text(record):
-    """What the guard compares of a pool row: all its parts as one plain text."""
+    """What the guard compares of a pool row."""
     return texts.plain("".join(record[part] for part in PARTS))
 
 
 def leak_finder(forget, max_overlap):
-    """The rules: a function of a pool row that yields (share, number of a target) where one holds.
-
-    share, 0-1: of the target's letters or n-grams, or of the densest stretch of the row.
-    """
+    """The rules: a function of a pool row that yields (share 0-1, number of a target)."""
     plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
@@ -302,7 +289,7 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
 
 
 def print_leaks(keep, reasons, max_overlap):
-    """Prints what the leak guard dropped and the worst three. ValueError: it left no row."""
+    """Prints what the leak guard dropped and the worst three."""
     copies = [reason for reason in reasons if reason["reason"] == "copy"]
     print(
         f"leak guard: {len(reasons)} of {len(keep)} pool rows dropped, "
@@ -365,7 +352,7 @@ def passages_of(pool, keep, forget, words):
 
 
 def load_tokenizer(name):
-    """A tokenizer from a folder or the hub; one with only vocab.json and merges.txt is GPT-2's."""
+    """A tokenizer; one with only vocab.json and merges.txt is GPT-2's."""
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     bare = Path(name, "vocab.json").is_file() and not Path(name, "tokenizer_config.json").is_file()
@@ -375,7 +362,7 @@ def load_tokenizer(name):
 
 
 def is_gpt2(tokenizer):
-    """Whether ids mean what they mean to GPT-2, by the ids of two words."""
+    """Whether the ids of two words are GPT-2's."""
     return len(tokenizer) > 50256 and tokenizer.decode([15496, 995]) == "Hello world"
 
 
@@ -413,7 +400,7 @@ def make_pair(forget, near, similarities, *, with_ids):
 
 # fmt: off
 def make_parser():
-    """The flags of this file; experiment.py asks for them too."""
+    """The flags; experiment.py asks for them too."""
     parser = flags.command_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")
@@ -450,7 +437,7 @@ def make_parser():
 
 
 def read_input(args):
-    """(forget records, pool records, whether both have GPT-2 ids) for the flags."""
+    """(forget records, pool records, whether both have GPT-2 ids)."""
     files = [] if args.pile else [args.forget, args.pool]
     needs_tokenizer = args.pile or any(file.lower().endswith(".npy") for file in files)
     tokenizer = load_tokenizer(args.tokenizer) if needs_tokenizer else None

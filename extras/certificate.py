@@ -3,9 +3,9 @@
     bash run.sh certificate RUN --received 2026-03-09 --request-id R-17 --sign KEY
     bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
 
-It is evidence of suppression (docs/certificate.md explains every line). Everything in it but the
-request comes from files of the run folder, so --verify makes it again, byte for byte. It outlives
-its texts: config.json and samples.jsonl are hashed without what kit/purge.py changes in them.
+docs/certificate.md explains every line. All but the request comes from files of the run folder, so
+--verify makes it again, byte for byte. It outlives its texts: config.json and samples.jsonl are
+hashed without what kit/purge.py changes in them.
 """
 
 import contextlib
@@ -52,13 +52,12 @@ NOT_REACHED = (
 
 
 def build(folder, request, signed_by=None, kept=None):
-    """The certificate of a finished run as a dict.
+    """The certificate of a finished run, for a request {"ids", "received", "approved_by"}.
 
-    request: {"ids", "received", "approved_by"}. kept: an earlier certificate, whose figures of the
-    never-saw model count where that run is gone. ValueError: no run that has trained a model.
+    kept: an earlier certificate, whose figures of never-saw count where that run is gone.
     """
     run = read_run(folder)
-    models_of(run)  # ValueError: it has none of its own
+    models_of(run)  # fails where it has none of its own
     folder, config, summary = run["folder"], run["config"], run["summary"]
     ended = (folder / "summary.json").stat().st_mtime
     never, why = never_saw(run)
@@ -91,7 +90,7 @@ def build(folder, request, signed_by=None, kept=None):
 
 
 def scope_of(run):
-    """How many texts, and their salted hashes of hashes.json; ValueError: it is of other texts."""
+    """How many texts, and their salted hashes."""
     config, path = run["config"], run["folder"] / "hashes.json"
     ids, sha = {row["id"] for row in own_rows(run, 0)}, config["sha256"]["pairs"]
     scope = {"texts": len(ids), "pairs_sha256": sha}
@@ -110,7 +109,7 @@ def scope_of(run):
 
 
 def model_of(run):
-    """The model before and after, by the sha256 of its files; of a path the name alone."""
+    """The model before and after, by sha256; of a path the name alone."""
     config = run["config"]
     sha, path = config["sha256"].get("model"), Path(config["model"])
     return {
@@ -122,7 +121,7 @@ def model_of(run):
 
 
 def never_saw(run):
-    """(the run of a model that never saw the texts, or None; why there is none, or None)."""
+    """(the run of a model that never saw the texts, why there is none): one is None."""
     folder = run["config"].get("never_saw")
     if not folder:
         return None, "the run names no model that never saw the texts (--never-saw)"
@@ -137,7 +136,7 @@ def never_saw(run):
 def figures_of(run, never):
     """{measure: {"before", "after", "never_saw", "unseen"}}: each an `interval`, or None.
 
-    A perplexity is {"value"} alone (summary.json's): it is of one corpus.
+    A perplexity is {"value"} alone: it is of one corpus.
     """
     summary, first = run["summary"], own_rows(run, 0)
     after = own_rows(run, summary["epochs"])
@@ -161,14 +160,14 @@ def figures_of(run, never):
 
 
 def own_rows(run, epoch):
-    """The rows of samples.jsonl of an epoch, without the texts of earlier requests (--after)."""
+    """The rows of an epoch, without the texts of earlier requests (--after)."""
     return [row for row in run["samples"] if row["epoch"] == epoch and not row.get("watched")]
 
 
 def interval(values):
     """{"value", "low", "high", "n"}: the mean over n texts and its 95 % bootstrap interval.
 
-    None stands for no number. low and high are None for too few texts.
+    low and high are None for too few texts.
     """
     values = [value for value in values if value is not None]
     if not values:
@@ -179,7 +178,7 @@ def interval(values):
 
 
 def risks(run, never):
-    """A sentence of fixed words for each measure of memory: what is left, beside never-saw's."""
+    """A sentence for each measure of memory."""
     rows = own_rows(run, run["summary"]["epochs"])
     marked = any("ma_spans" in row for row in rows)
     sentences = []
@@ -196,15 +195,12 @@ def risks(run, never):
 
 
 def left_of(row, name):
-    """A measure of a text; None where it is of all of a marked text, whose rest is to stay."""
+    """A measure of a row; None of a marked text as a whole, whose rest is to stay."""
     return None if "ma_spans" in row and name in LEFT else row.get(name)
 
 
 def compared(difference, known):
-    """By the interval of the mean difference, text by text: above 0, under 0, or within MARGIN.
-
-    known: whether there is a model that never saw the texts.
-    """
+    """By the interval of the mean difference, text by text: above 0, under 0, or within MARGIN."""
     words = f"cannot be told with n = {difference['n'] if difference else 0}"
     if not known:
         return f"{words}, without figures of a model that never saw them"
@@ -221,7 +217,7 @@ def compared(difference, known):
 
 
 def untested(certificate):
-    """What the certificate cannot speak of, given the rest of it."""
+    """What the certificate cannot speak of."""
     missing = []
     if certificate["audit"] == ["not audited"]:
         missing += ["sampling, membership inference, relearning, quantised copies (evals/audit.py)"]
@@ -235,10 +231,7 @@ def untested(certificate):
 
 
 def hashes_of(folder):
-    """{name: sha256} of the run's files and of each file of its model.
-
-    config.json and samples.jsonl without what a purge changes: its mark, and what was said.
-    """
+    """{name: sha256} of the run's files, without what a purge changes, and of its model's."""
     config = data.read_json(folder / "config.json")
     kept = {name: value for name, value in config.items() if name not in ("redact", "purged")}
     rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
@@ -252,7 +245,7 @@ def hashes_of(folder):
 
 
 def digest(value):
-    """sha256 of a value as JSON with sorted keys."""
+    """sha256 of a value as sorted JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -278,7 +271,7 @@ th { width: 38mm; color: #555 }"""
 
 
 def render(certificate):
-    """The page of a certificate as bytes; the same dict gives the same bytes."""
+    """The page of a certificate as bytes."""
     done = ("method", "model", "code", "configuration")
     files = [f"{name} {sha}" for name, sha in certificate["files"].items()]
     sections = {
@@ -299,11 +292,11 @@ def render(certificate):
     body = "".join(f"<section><h2>{name}</h2>{part}</section>\n" for name, part in sections.items())
     title = f"<h1>Certificate of a run</h1><p><b>{shown(certificate['what'])}</b></p>"
     page = f"<!doctype html><html lang=en>{head}\n{title}\n{body}</html>\n"
-    return page.encode("utf-8", "backslashreplace")
+    return page.encode()
 
 
 def shown(value):
-    """A value as HTML: a list line by line, a dict in a row, or "not given"."""
+    """A value as HTML."""
     if isinstance(value, list) and value:
         more = [f"and {len(value) - SHOWN} more, in {FILE}"] if len(value) > SHOWN else []
         return "<br>".join(map(shown, value[:SHOWN] + more))
@@ -331,7 +324,7 @@ def bullets(values):
 
 
 def figure_table(figures):
-    """A row a measure: 0.123 [0.101, 0.140] on each side, or a dash where it was not measured."""
+    """A row a measure: 0.123 [0.101, 0.140] a side, or a dash."""
     rows = ["<tr><th><th>before<th>after<th>never saw<th>unseen"]
     for name, sides in figures.items():
         row = f"<tr><th>{shown(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}"
@@ -350,17 +343,17 @@ NAMESPACE = "icu-certificate"
 
 
 def ssh_keygen(*words, stdin=b""):
-    """What `ssh-keygen WORDS` prints. ValueError: the last line of its complaint."""
+    """What `ssh-keygen WORDS` prints."""
     command = ["ssh-keygen", *map(str, words)]
     done = subprocess.run(command, input=stdin, capture_output=True, check=False)
     if done.returncode:
-        complaint = (done.stderr + done.stdout).decode("utf-8", "replace").strip()
+        complaint = (done.stderr + done.stdout).decode().strip()
         raise ValueError(f"ssh-keygen {words[0]}: {complaint.splitlines()[-1].strip()}")
     return done.stdout
 
 
 def public_key(path):
-    """`TYPE BASE64` of a public or private key file, without the comment, often a name."""
+    """`TYPE BASE64` of a key file, without the comment, often a name."""
     content = data.read_text(path)
     if "PRIVATE KEY" in content:
         content = ssh_keygen("-y", "-f", path).decode()
@@ -368,12 +361,12 @@ def public_key(path):
 
 
 def sign(content, key):
-    """The signature of these bytes by the private key in the file `key`."""
+    """The signature of these bytes by a private key file."""
     return ssh_keygen("-Y", "sign", "-q", "-f", key, "-n", NAMESPACE, stdin=content)
 
 
 def trouble(content, signature, key):
-    """Why the file `signature` is not one of these bytes by the public key `key`, or None."""
+    """Why the file `signature` is not one of these bytes by `key`, or None."""
     with tempfile.TemporaryDirectory() as folder:
         signers = Path(folder, "signers")
         signers.write_text(f'signer namespaces="{NAMESPACE}" {key}\n')
@@ -385,15 +378,14 @@ def trouble(content, signature, key):
 
 
 # --- the ledger: a line a certificate, each with the sha256 of the line before ---
-# ledger.head names the last line, since the chain cannot tell that lines are gone from its end. Who
-# may write to DIR can make a whole new chain: a copy of ledger.head elsewhere pins the past.
+# ledger.head names the last line, as lines could go from the end. Who may write to DIR can make a
+# new chain: a copy of ledger.head elsewhere pins the past.
 
 
 def add_line(folder, row):
     """Adds the dict `row` as the next line, unless it stands there already; returns its number.
 
-    A kill between the two files leaves an older head, which the next line makes new. ValueError: a
-    damaged ledger.
+    A kill between the two files leaves an older head, which the next line makes new.
     """
     path, head = Path(folder, LEDGER), Path(folder, HEAD)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -415,13 +407,13 @@ def add_line(folder, row):
 
 
 def line_hashes(path):
-    """The sha256 of each line of a ledger, without its line break; None stands before the first."""
+    """The sha256 of each line of a ledger, with None before the first."""
     lines = path.read_bytes().splitlines()
     return [None, *(hashlib.sha256(line).hexdigest() for line in lines)]
 
 
 def ledger_differences(path):
-    """What is wrong with a ledger: [], or one sentence that names the first such line."""
+    """What is wrong with a ledger: [], or a sentence on the first such line."""
     hashes, last = line_hashes(path), data.read_json(path.with_name(HEAD))
     for number, row in enumerate(data.read_jsonl(path), start=1):
         if (row.get("line"), row.get("previous")) != (number, hashes[number - 1]):
@@ -439,7 +431,7 @@ def ledger_differences(path):
 def differences(path, folder, key=None):
     """What of a certificate is not so any more, a list of sentences.
 
-    folder: its run; key: the public key file of who must have signed.
+    key: the public key file of who must have signed.
     """
     certificate = data.read_json(path)
     content = {name: value for name, value in certificate.items() if name != "sha256"}
@@ -455,14 +447,14 @@ def differences(path, folder, key=None):
 
 
 def signature_differences(path, signer, key):
-    """What is wrong with the signature of a certificate that names `signer`, or none."""
+    """What is wrong with the signature of `signer`."""
     signature, unlike = Path(f"{path}.sig"), []
     if signer and not signature.is_file():
-        unlike.append(f"{signature.name}: missing, and the certificate says that it is signed")
+        unlike.append(f"{signature.name}: missing, but the certificate is signed")
     elif signer and (why := trouble(path.read_bytes(), signature, signer)):
         unlike.append(f"{signature.name}: not a signature of {path.name} by its key ({why})")
     elif not signer and signature.is_file():
-        unlike.append(f"{signature.name}: there, and the certificate says that it is not signed")
+        unlike.append(f"{signature.name}: there, but the certificate is not signed")
     if key and signer != public_key(key):
         other = f"signed with another key than {key}" if signer else "not signed"
         unlike.append(f"{path.name}: {other}")
@@ -470,7 +462,7 @@ def signature_differences(path, signer, key):
 
 
 def run_differences(certificate, folder):
-    """What of a run folder is not as its certificate has it."""
+    """What of a run folder is not as certified."""
     files = certificate["files"]
     try:
         now = hashes_of(folder)
@@ -504,12 +496,12 @@ def date(value):
 
 
 def verify(args):
-    """Prints what differs, a line each, and exits 1; or that nothing does."""
+    """Prints what differs, and exits 1; or that nothing does."""
     path = Path(args.verify)
     if path.name == LEDGER:
         unlike = ledger_differences(path)
     else:
-        unlike = differences(path, Path(args.runs[0]) if args.runs else path.parent, args.key)
+        unlike = differences(path, Path(args.run or path.parent), args.key)
         signer = data.read_json(path).get("signed_by")
         print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
     for line in unlike:
@@ -520,13 +512,8 @@ def verify(args):
 
 
 def certify(args):
-    """Writes certificate.json, its page, the signature and the ledger's line.
-
-    All is computed before the first is written.
-    """
-    if len(args.runs) != 1:
-        raise ValueError("a certificate is of one RUN: bash run.sh certificate RUN")
-    folder = Path(args.runs[0])
+    """Writes certificate.json, its page, the signature and the ledger's line."""
+    folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
     purge.keep_hashes(folder)
@@ -554,7 +541,7 @@ def certify(args):
 def make_parser():
     parser = flags.command_parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="a finished run folder")
+    add("run", nargs="?", metavar="RUN", help="a finished run folder")
     add("--received", type=date, metavar="2026-03-09", help="when the request came")
     add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     add("--approved-by", metavar="NAME", help="who says that this may go out")
@@ -568,7 +555,10 @@ def make_parser():
 
 
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not (args.run or args.verify):
+        parser.error("name a RUN, or --verify FILE")
     (verify if args.verify else certify)(args)
 
 

@@ -35,8 +35,7 @@ def chain_of(after):
     while after:
         folder = Path(after)
         if not ((folder / "summary.json").is_file() and (folder / "model").is_dir()):
-            why = "has not ended with a model (summary.json, model/)"
-            raise ValueError(f"--after {folder}: {why}")
+            raise ValueError(f"--after {folder}: has not ended with summary.json and model/")
         config = data.read_json(folder / "config.json")
         chain.append((folder, config))
         after = config.get("after")
@@ -49,7 +48,7 @@ def is_purged(config):
 
 
 def pairs_of(folder, config):
-    """The pairs of an earlier request, their ids RUN/ID. ValueError: they are gone or changed."""
+    """The pairs of an earlier request, their ids RUN/ID."""
     file = config["pairs"]
     if models.fingerprint(file) != config["sha256"]["pairs"]:
         raise ValueError(f"{file}: is gone, or not what {folder} was made with (sha256)")
@@ -57,7 +56,7 @@ def pairs_of(folder, config):
 
 
 def earlier_pairs(after):
-    """The pairs of all requests up to the run `after` whose texts are there, the latest first."""
+    """The pairs, where they are there, of all requests up to the run `after`, the latest first."""
     chain = [(folder, config) for folder, config in chain_of(after) if not is_purged(config)]
     return [pair for folder, config in chain for pair in pairs_of(folder, config)]
 
@@ -72,9 +71,8 @@ def hashes(pairs, salt=None):
     """hashes.json: it tells whether a text was among these pairs, for one who has the text.
 
     {"salt": 32 hex digits, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix
-    in UTF-8 with the salt's 16 bytes as key; "grams": what knn.py's leak guard keeps partners of
-    later requests free of. One who can guess a text, such as a name and a telephone number, can
-    check the guess. salt: random, or that of an earlier hashes.json.
+    in UTF-8 with the salt's 16 bytes as key; "grams": for knn.py's leak guard. One who can guess a
+    text can check the guess. salt: random, or that of an earlier hashes.json.
     """
     salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
 
@@ -96,16 +94,11 @@ def hashes(pairs, salt=None):
 
 
 def with_earlier(args, pairs):
-    """(the pairs, followed by those of earlier requests; {index: Earlier} of the latter).
-
-    A run whose texts were purged is named and passed over: knn.py still keeps its texts out of the
-    partners.
-    """
+    """(the pairs, followed by those of earlier requests; {index: Earlier} of the latter)."""
     watched = []
     for folder, config in chain_of(args.after) if args.watch else ():
         if is_purged(config):
-            why = "its texts are gone (purged, or --redact): they cannot be watched"
-            print0(f"note: {folder}: {why}")
+            print0(f"note: {folder}: its texts are gone (purged, or --redact), so not watched")
             continue
         rows = data.read_jsonl(folder / "samples.jsonl")
         ends = {f"{folder.name}/{row['id']}": row for row in rows}  # the last epoch's stay
@@ -133,9 +126,8 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
     """The set of forgotten samples: watched texts that came back leave it, the others join it.
 
     rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten in this
-    epoch; watched: {index: Earlier}. A text comes back when Eq. 5 called it forgotten and does no
-    longer, or when its MA is above its own run's end by more than MARGIN. One that is joined to a
-    new text begins with it.
+    epoch; watched: {index: Earlier}. A text comes back when Eq. 5 calls it forgotten no longer, or
+    when its MA rose by more than MARGIN. One that is joined to a new text begins with it.
     """
     for i, earlier in watched.items():
         ma = rows[i].get("ma_spans", rows[i]["ma"])
@@ -161,8 +153,7 @@ def differences(config, args, flags, files):
 def resolve(args):
     """What --after says of a run: {"model", "revision", "earlier", "original"}; else "earlier": [].
 
-    earlier: fingerprints of the pairs that are watched; original: {"model", "revision"} that the
-    chain began with. ValueError for a run that this one cannot go on from.
+    earlier: fingerprints of the pairs that are watched; original: what the chain began with.
     """
     if bool(args.model) == bool(args.after):
         raise ValueError(

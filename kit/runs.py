@@ -47,14 +47,14 @@ RUN_FILES = (
 
 
 class Progress:
-    """Where a run is, besides its weights."""
+    """Where a run is."""
 
     def __init__(self):
         self.epoch = 0  # the next one; 0 is the measuring before any training
         self.forgotten = set()  # indices of samples left out of training (Eq. 5)
         self.skipped_steps = 0  # since the run began: their loss or gradient was not finite
         self.stopped = None  # why, once it has
-        self.files = {}  # bytes of each of the GROWING files at the end of the last epoch
+        self.files = {}  # bytes of each GROWING file at the end of the last epoch
 
 
 def states(out):
@@ -85,10 +85,7 @@ def save_state(out, engine, progress, method):
 
 
 def load_state(out, engine, method):
-    """The Progress of the newest state, loaded into engine and method. No file in it is a pickle.
-
-    ValueError: it cannot be loaded.
-    """
+    """The Progress of the newest state, loaded into engine and method; no file is a pickle."""
     folder, progress = states(out)[0], Progress()
     way_out = "remove it to go on from the state before it, or begin again with --overwrite"
     with data.reading(f"{folder}: cannot be loaded; {way_out}"):
@@ -115,10 +112,8 @@ def check_run_folder(args):
     if not own or any(map(Path.is_symlink, files)):
         raise ValueError(f"--out {out}: holds files that are no run, or a link: choose another")
     if config and not (args.overwrite or args.resume):
-        way_out = "pass --overwrite to replace it, or --resume to go on"
+        way_out = "pass --overwrite, or --resume to go on"
         raise ValueError(f"--out {out}: already holds a run; {way_out}")
-    if args.resume and config and "purged" in config:
-        raise ValueError(f"{out} was purged: its texts are gone; begin again with --overwrite")
     reads = [getattr(args, name) for name in ("model", "pairs", "bert", "unseen", "never_saw")]
     reads += [item.partition("=")[2] for item in args.ppl]
     reads += [folder for folder, _ in requests.chain_of(args.after)]
@@ -129,7 +124,7 @@ def check_run_folder(args):
 
 @contextlib.contextmanager
 def only_owner(out):
-    """No other process writes the run folder meanwhile. ValueError: the pid of one that does."""
+    """No other process writes the run folder meanwhile."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / ".lock", blocking=False):  # however the process ends, it goes
@@ -148,10 +143,7 @@ def half_written(out):
 
 
 def start_run_folder(out, config):
-    """The folder of a new run: what a run writes is removed from it, and config.json comes last.
-
-    So a kill leaves the old run, perhaps to be trained again, or the new one.
-    """
+    """The folder of a new run. config.json comes last: a kill leaves the old run or the new one."""
     out.mkdir(parents=True, exist_ok=True)
     for path in [*out.glob("state/*/progress.json"), *(out / name for name in RUN_FILES)]:
         if path.is_dir():
@@ -162,7 +154,7 @@ def start_run_folder(out, config):
 
 
 def append(path, rows):
-    """Adds rows to a JSONL file and waits until they are on the disk."""
+    """Adds rows to a JSONL file."""
     with open(path, "ab") as file:
         file.writelines(map(data.json_bytes, rows))
         file.flush()
@@ -182,7 +174,7 @@ PLACES = (
 
 
 def describe_run(args, method, thresholds):
-    """config.json: every flag, thresholds, versions, git revision, fingerprints."""
+    """The content of config.json."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     files = {name: getattr(args, name) for name in ("pairs", "model", "bert", "unseen")}
@@ -226,11 +218,10 @@ def versions():
 
 
 def check_resume(args, method):
-    """The config.json of the run to go on with. ValueError: what this command has otherwise."""
+    """The config.json of the run to go on with, which was made with the same settings and data."""
     config = Path(args.out) / "config.json"
     if not config.is_file():
-        way_out = "begin it with the same command without --resume"
-        raise ValueError(f"{args.out} holds no run: {way_out}")
+        raise ValueError(f"{args.out} holds no run: begin it without --resume")
     before = data.read_json(config)
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
@@ -256,11 +247,10 @@ def flat(config):
 
 
 class Run:
-    """A run: how far it is, its rows, and the folder that it is written to (none without --out).
+    """A run in progress, and the folder that it is written to (none without --out).
 
     before: the config.json of the run to go on with, or None. thresholds: {"el10", "ma",
-    "bertscore", "bleu"}, once known; metrics: the rows of metrics.jsonl so far; samples: those of
-    samples.jsonl of the last epoch.
+    "bertscore", "bleu"}, once known; metrics: the rows so far; samples: those of the last epoch.
     """
 
     def __init__(self, args, method, before=None):
@@ -282,7 +272,7 @@ class Run:
         return self.out and self.out / "method"
 
     def begin(self, engine):
-        """Weights and files become those of the newest state, or of a new run: its Progress."""
+        """Loads the newest state, or begins the folder of a new run; returns its Progress."""
         self.engine = engine
         print0(HEADER)
         if self.out and self.resumed:
@@ -298,7 +288,7 @@ class Run:
         return self.progress
 
     def pick_up(self):
-        """Goes on from the newest state, or from the beginning where there is none yet."""
+        """Goes on from the newest state, or from the beginning."""
         saved = states(self.out)
         if saved:
             self.progress = load_state(self.out, self.engine, self.method)
@@ -318,11 +308,11 @@ class Run:
         print0(f"resumed from {saved[0].name if saved else 'the beginning'}")
 
     def seed(self):
-        """Each epoch begins from a random state of its own: one that is repeated draws the same."""
+        """Each epoch begins from a random state of its own."""
         processes.seed_everything((self.args.seed + self.progress.epoch) % 2**32)
 
     def show_step(self, loss, n_active, of_epoch):
-        """Moves the progress bar by this part of an epoch."""
+        """Moves the progress bar."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {n_active} to forget", refresh=False)
         self.bar.update(of_epoch)
 
@@ -331,9 +321,8 @@ class Run:
     ):
         """Writes an epoch down, prints its line and saves a state.
 
-        means: `mean_measures`; measured: the measures of each sample; watched: indices of texts of
-        earlier requests; forgotten, stopped: as in Progress; losses, perplexities: {name: mean};
-        seconds: what measuring took.
+        measured: the measures of each sample, means: theirs; watched: indices of texts of earlier
+        requests; losses, perplexities: {name: mean}; seconds: what measuring took.
         """
         args, progress, epoch = self.args, self.progress, self.progress.epoch
         names = dict.fromkeys([*LOSSES, *losses])
@@ -363,7 +352,7 @@ class Run:
     def export(self, model, tokenizer):
         """Writes model/ and summary.json, whose content it returns; the states go.
 
-        A run that diverged has no model: its last good state is kept, and it ends with exit 1.
+        A run that diverged keeps its last good state instead of a model, and ends with exit 1.
         """
         out, diverged, summary = self.out, self.progress.stopped == "diverged", self.summary()
         if out and not (self.args.eval_only or diverged):
@@ -385,7 +374,7 @@ class Run:
         return summary
 
     def summary(self):
-        """How the run ended, with the measures of its first and last epoch."""
+        """The content of summary.json."""
         args, reason, rows = self.args, self.progress.stopped, self.metrics
         if len(rows) == 1 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
@@ -407,10 +396,7 @@ class Run:
 
 @contextlib.contextmanager
 def running(args, method, before=None):
-    """A Run in --out that no other process writes meanwhile, or in memory without --out.
-
-    Too little memory and a full disk are a ValueError that says what is left and how to go on.
-    """
+    """A Run. Too little memory and a full disk are a ValueError that says how to go on."""
     run = Run(args, method, before)
     out, go_on = run.out, "go on with the same command and --resume"
     with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
@@ -431,7 +417,7 @@ def running(args, method, before=None):
 
 
 def is_finished(out):
-    """Whether the run in this folder has nothing left to do."""
+    """Whether nothing is left to do in this folder."""
     if not (Path(out) / "summary.json").is_file():
         return False
     if (Path(out) / "model").is_dir():
@@ -449,11 +435,10 @@ def remove_states(out):
 
 
 def remembered(args, method, inputs, compute):
-    """compute(), or what it gave a run with the same model, texts and flags, kept in the cache.
+    """compute(), or what it gave a run with the same model, texts, flags and code, in the cache.
 
-    All runs of a comparison begin with the same model and texts. The key hashes all that the answer
-    depends on, the code included. A model of the hub without a pinned --revision is measured anew,
-    and so is one in a notebook, and one that the method changes before training.
+    Measured anew are a model of the hub without a pinned --revision, one in a notebook, and one
+    that the method changes before training.
     """
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights = models.fingerprint(args.model) or (pinned and [args.model, pinned])
@@ -489,7 +474,7 @@ HEADER = " epoch active   EL10     MA   BLEU   BERT entropy     loss  forget   l
 
 
 def epoch_text(row):
-    """One aligned line an epoch, under HEADER."""
+    """A line under HEADER."""
 
     def cell(name, width, digits):
         value = row.get(f"{name}_spans", row[name])  # what decides
@@ -503,7 +488,7 @@ def epoch_text(row):
 
 
 def alarms(rows):
-    """What a person should hear of a run so far: {kind: sentence}; rows: those of metrics.jsonl."""
+    """Warnings of a run so far: {kind: sentence}; rows: those of metrics.jsonl."""
     start, now, warnings = rows[0], rows[-1], {}
     if now["ma"] is None:
         return {"collapse": "the model's logits are not finite"}
@@ -533,7 +518,7 @@ def say_epoch(rows):
 
 
 def thresholds_text(thresholds, args):
-    """When the run stops and what counts as forgotten. ValueError: one of them is NaN."""
+    """When the run stops and what counts as forgotten."""
     if unknown := [name for name, value in thresholds.items() if value is None]:
         source = "--bert" if "bertscore" in unknown else "--model"
         raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}")
@@ -545,7 +530,7 @@ def thresholds_text(thresholds, args):
 
 
 def plan_text(args, inputs):
-    """What the run will do, in a few lines."""
+    """What the run will do."""
     n, tokens = len(inputs.samples), sum(len(sample.forget.ids) for sample in inputs.samples)
     what = "measure only" if args.eval_only else args.method
     weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
@@ -577,7 +562,7 @@ def is_below(value, limit):
 
 
 def mean(values):
-    """The mean of what is not None; None of nothing."""
+    """The mean of what is not None, or None."""
     values = [value for value in values if value is not None]
     return round(sum(values) / len(values), 6) if values else None
 
@@ -620,15 +605,11 @@ def read_run(folder):
     audit: audit.json; gpt, human: judge.json and people.json, where they are; tasks: {when:
     tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"],
     under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
-    ValueError for what is no such folder.
     """
     folder = Path(folder)
-    for name, why in (
-        ("config.json", "so not a run folder: name one that icu.py --out has written"),
-        ("summary.json", "so the run has not ended, or is none: wait, or go on with icu.py --resume"),
-    ):
-        if not (folder / name).exists():
-            raise ValueError(f"{folder}: no {name}, {why}")
+    if not (folder / "summary.json").exists():
+        why = "so the run has not ended, or is none: wait, or go on with icu.py --resume"
+        raise ValueError(f"{folder}: no summary.json, {why}")
     run = {"folder": folder, "tasks": {}}
     with data.reading(f"{folder}: not as a run wrote it, copy it again or leave it out"):
         for name in ("config", "summary"):
@@ -653,7 +634,7 @@ EVALUATIONS = (
 
 
 def read_evaluation(run, file):
-    """Puts what an eval has written into `run`; its {"before" or "after": {column: figure}}."""
+    """Puts an eval's file into `run`; returns {"before" or "after": {column: figure}}."""
     document, name = data.read_json(file), file.name
     if name == "tasks.json":
         when, averages = file.parent.name.removeprefix("tasks-"), document["averages"]
@@ -671,33 +652,31 @@ def read_evaluation(run, file):
 
 
 def read_never_saw(args):
-    """The measures of --never-saw, an --eval-only run over the same pairs. ValueError: another."""
-    run, where = read_run(args.never_saw), f"--never-saw {args.never_saw}"
+    """The measures of --never-saw, an --eval-only run over the same pairs."""
+    run, measured = read_run(args.never_saw), ("protocol", "context", "num_beams", "dtype")
+    differ = requests.differences(run["config"], args, measured, ("bert", "pairs"))
     if run["summary"]["method"] != "none":
-        raise ValueError(f"{where}: a run that has trained; make one with --eval-only")
-    measured = ("protocol", "context", "num_beams", "dtype")
-    if differ := requests.differences(run["config"], args, measured, ("bert", "pairs")):
-        raise ValueError(f"{where}: measured otherwise ({', '.join(differ)})")
+        differ.append("without --eval-only")
+    if differ:
+        raise ValueError(f"--never-saw {args.never_saw}: made otherwise ({', '.join(differ)})")
     return run["summary"]["before"]
 
 
 def models_of(run):
-    """{"before", "after"}: (folder or name, revision) of the models. ValueError: it has none."""
+    """{"before", "after"}: (folder or name, revision) of the models."""
     if not (run["folder"] / "model").is_dir():
-        why = "diverged" if run["summary"]["stopped"] == "diverged" else "only measured"
-        raise ValueError(f"{run['folder']}: this run {why}; it has no model of its own")
+        raise ValueError(f"{run['folder']}: no model of its own, it diverged or only measured")
     before = run["config"]["model"], run["config"].get("revision")
     return {"before": before, "after": (str(run["folder"] / "model"), None)}
 
 
 def read_pairs_of(run):
-    """{id: pair} of a run, with those of earlier requests that it watched. ValueError: changed."""
-    config, folder = run["config"], run["folder"]
-    with data.reading(f"the pairs of {folder} (--redact goes on without its texts)"):
+    """{id: pair} of a run, with those of earlier requests that it watched."""
+    config = run["config"]
+    with data.reading(f"the pairs of {run['folder']} (--redact goes on without its texts)"):
         pairs = [*data.read_pairs(config["pairs"]), *requests.earlier_pairs(config.get("after"))]
     pairs = {pair["id"]: pair for pair in pairs}
     shown = (row["id"] for row in run["samples"] if row["generation"] is not None)
     if lost := next((id for id in shown if id not in pairs), None):
-        why = f"no pair {lost}, which {folder} has: it was made again after the run"
-        raise ValueError(f"{config['pairs']}: {why}")
+        raise ValueError(f"{config['pairs']}: no pair {lost}, made again after the run")
     return pairs

@@ -166,7 +166,7 @@ CASES = {
         "icu FLAGS --out run --resume --seed 8", None, "seed was 7, is 8; pass --overwrite"),
     "nothing to resume": (
         f"{ICU} --resume", None,
-        "new holds no run: begin it with the same command without --resume"),
+        "new holds no run: begin it without --resume"),
     "a model inside the run": (
         f"{ICU} --model run/model --out run --overwrite", None,
         "run/model, which is read, lies in it"),
@@ -176,7 +176,7 @@ CASES = {
     "no run to go on from": (f"icu --after never-saw {PAIRS}", None, "--after never-saw: has no"),
     "no run to purge": ("purge model", None, "model: holds no run"),
     "asking what only measured": (
-        "report --ask never-saw The", None, "only measured; it has no model of its own"),
+        "report --ask never-saw The", None, "no model of its own, it diverged or only measured"),
     "asking too much": (
         "report --ask run The --tokens 300", None, "300 follow; the model has 256 positions"),
     "several reports in one": (
@@ -184,8 +184,8 @@ CASES = {
     "somebody's table": (
         "report run --out mine", put("mine/table.md", "mine"),
         "mine/table.md exists already: pass --overwrite"),
-    "pairs made anew": ("report run", second_pair(id="x"), "it was made again after the run"),
-    "a certificate of two": ("certificate run never-saw", None, "a certificate is of one RUN"),
+    "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
+    "a certificate of two": ("certificate run never-saw", None, "unrecognized arguments"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
     "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
     # judges and tasks

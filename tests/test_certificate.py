@@ -284,7 +284,7 @@ def test_signatures(run, tmp_path, capsys):
     assert any("missing" in line for line in verify(path, capsys)[1])
     signature.write_bytes(good)
     edit(path, lambda c: c.update(signed_by=None))
-    assert any("says that it is not signed" in line for line in verify(path, capsys)[1])
+    assert any("the certificate is not signed" in line for line in verify(path, capsys)[1])
     certify(run)  # not signed: the old signature would be a wrong one
     assert not signature.exists() and verify(path, capsys, "--key", f"{mine}.pub")[0] == 1
 

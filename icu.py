@@ -334,7 +334,7 @@ class Method:
     def load_state(self, tensors):
         """Takes up again what `state` gave."""
 
-    # What follows is the toolkit's, not to be overridden.
+    # What follows is the toolkit's; of it only `name` may be set.
 
     @property
     def file(self):
@@ -395,10 +395,11 @@ METHOD = ICU  # what this file runs
 def terms_of(method, batch, args):
     """The terms of a batch: the method's and, where only spans are to be forgotten, Eq. (4) over
     the other tokens of their texts."""
-    terms = method.loss(batch, args)
-    if "kept" in batch.sides:
-        kept = kl_term(batch.forward("kept"), batch.frozen("kept"), args)
-        terms = terms | {"kept": (args.beta, kept)}
+    with autocast(args):
+        terms = method.loss(batch, args)
+        if "kept" in batch.sides:
+            kept = kl_term(batch.forward("kept"), batch.frozen("kept"), args)
+            terms = terms | {"kept": (args.beta, kept)}
     return terms
 
 
@@ -436,14 +437,19 @@ def freeze(model, sides, args, method):
     """What a copy of the model that never changes says of the sides that the method names.
 
     Returns ask(name, rows, texts) -> logits (M, V), ids (M,), row (M,), hidden (M, H) or None at
-    the targets of these texts, those of `rows` of the side; or None where no copy is needed.
+    the targets of these texts, those of `rows` of the side.
     """
     names = [*method.frozen, *(["kept"] if "kept" in sides else [])]
-    if not names:
-        return None
     make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
-        return make(model, {name: sides[name] for name in names}, method.layer)
+        copied = make(model, {name: sides[name] for name in names}, method.layer) if names else None
+
+    def ask(name, rows, texts):
+        if name not in names:
+            raise ValueError(f"frozen({name!r}): {method.name} must name this side in `frozen`")
+        return copied(name, rows, texts)
+
+    return ask
 
 
 def live_copy(model, sides, layer=None):
@@ -736,10 +742,14 @@ def check_loss(model, tokenizer, samples, frozen, args, method):
     sides = sides_of(samples, tokenizer, 1, args, method)
     rows = [*range(len(samples))][: args.batch_size]
     state = {name: tensor.clone() for name, tensor in method.state().items()}
-    with autocast(args), torch.random.fork_rng():
+    with torch.random.fork_rng():
         batch = Batch(model, sides, rows, frozen=frozen, layer=method.layer)
-        loss = weighted_sum(terms_of(method, batch, args))
-    if not loss.requires_grad:
+        terms = terms_of(method, batch, args)
+    for name, term in terms.items():
+        if not isinstance(term, tuple | list) or len(term) != 2 or term[1].shape != ():
+            what = "is not (weight, value), the value one number (Side.mean)"
+            raise ValueError(f"{method.name}: its term {name!r} {what}")
+    if not weighted_sum(terms).requires_grad:
         raise ValueError(f"{method.name}: no value of its loss has a gradient")
     if state:
         method.load_state(state)
@@ -760,12 +770,11 @@ def train_epoch(engine, sides, active, args, method, *, frozen, run):
     batches = data.chunks(order, args.batch_size)
     for rows in batches:
         rows = [row for row in rows if row in active]
-        with autocast(args):
-            batch = Batch(
-                engine.model, sides, rows, frozen=frozen, layer=method.layer, epoch=progress.epoch
-            )
-            terms = terms_of(method, batch, args)
-            loss = weighted_sum(terms)
+        batch = Batch(
+            engine.model, sides, rows, frozen=frozen, layer=method.layer, epoch=progress.epoch
+        )
+        terms = terms_of(method, batch, args)
+        loss = weighted_sum(terms)
         parts = {"loss": loss} | {f"loss_{name}": value for name, (_, value) in terms.items()}
         totals = processes.sum_over_ranks([*parts.values()], args.device)
         values = dict(zip(parts, totals, strict=True))
@@ -799,13 +808,11 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
         # Released code: the filter also runs before the first epoch; paper: after each one.
         if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, rows, thresholds, args)
-        forgotten = requests.watch(
-            forgotten,
-            rows,
-            forgotten_now=refine(set(), rows, thresholds, args),
-            watched=inputs.watched,
-            epoch=epoch,
-        )
+        if inputs.watched:
+            now = refine(set(), rows, thresholds, args)
+            forgotten = requests.watch(
+                forgotten, rows, forgotten_now=now, watched=inputs.watched, epoch=epoch
+            )
 
         def stop(rows):
             if mean_measures(rows)["ma"] is None:
@@ -821,7 +828,7 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
         with torch.no_grad():
-            own = method.measures(model, tokenizer, inputs.samples, args)
+            own = {} if args.eval_only else method.measures(model, tokenizer, inputs.samples, args)
     run.end_epoch(
         mean_measures(rows) | {f"own_{name}": number(value) for name, value in own.items()},
         rows,

@@ -539,13 +539,9 @@ def evaluate(
     protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
     choices = partial(
-        judge_choices,
-        model,
-        tokenizer,
-        batch_tokens=batch_tokens,
-        length_norm=length_norm,
-        lenient=protocol.lenient_tasks,
-    )
+        judge_choices, model, tokenizer,
+        batch_tokens=batch_tokens, length_norm=length_norm, lenient=protocol.lenient_tasks,
+    )  # fmt: skip
     # A step of decoding costs much the same for one row as for many: batches are never small.
     dialogues = partial(judge_replies, model, tokenizer, batch_tokens=max(batch_tokens, 4096))
     for name, loaded in sets.items():

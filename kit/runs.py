@@ -69,7 +69,9 @@ def save_state(out, engine, progress, method):
         folder.mkdir(parents=True, exist_ok=True)
     wait_for_all()
     engine.save(folder)
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in method.state().items()}
+    tensors = {
+        name: tensor.detach().cpu().clone().contiguous() for name, tensor in method.state().items()
+    }
     if is_main and tensors:
         save_file(tensors, folder / "method.safetensors")
     wait_for_all()
@@ -93,7 +95,7 @@ def load_state(out, engine, method):
         progress.forgotten = set(progress.forgotten)
         engine.load(folder)
         if (tensors := folder / "method.safetensors").is_file():
-            method.load_state(load_file(tensors))
+            method.load_state(load_file(tensors, device=str(engine.model.device)))
     return progress
 
 
@@ -205,7 +207,8 @@ def code_sha256(*files):
         digests[file] = data.sha256_of(file)
         for node in ast.walk(ast.parse(file.read_bytes())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module != "kit":
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             pending += [file.parent / f"{name.replace('.', '/')}.py" for name in names]
     ordered = sorted(digests, key=lambda file: file.name)
     return hashlib.sha256("".join(map(digests.get, ordered)).encode()).hexdigest()

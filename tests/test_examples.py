@@ -454,3 +454,20 @@ def test_what_a_method_does_to_the_model_is_not_remembered_for_others(world, tmp
         icu.main(method, argv=[*world.flags, "--max-epochs", "1", "--out", str(tmp_path / name)])
         before.append(data.read_json(tmp_path / name / "summary.json")["before"]["ma"])
     assert before[0] < before[1] - 0.2
+
+
+def test_a_slip_in_the_terms_is_named(world, tmp_path):
+    """A value that is not one number, and a side that `frozen` does not name, before measuring."""
+
+    class Vector(icu.Method):
+        def loss(self, batch, args):
+            return {"forget": (1.0, batch.forward("forget").logp)}
+
+    class Forgotten(icu.Method):
+        def loss(self, batch, args):
+            return {"kl": (1.0, icu.kl_term(batch.forward("learn"), batch.frozen("learn"), args))}
+
+    for method, slip in ((Vector, "term 'forget'"), (Forgotten, "frozen..learn")):
+        with pytest.raises(ValueError, match=slip):
+            icu.main(method, argv=[*world.flags, "--out", str(tmp_path / "run")])
+        assert not (tmp_path / "run" / "config.json").exists()

@@ -74,12 +74,8 @@ def icu_loss(model, frozen, forget, learn, kept, alpha, beta):
 def generate(model, prompt, length, num_beams):
     """What the model says after the prompt: at most `length` tokens, the last of them EOS if it stopped by itself."""
     settings = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": length}
-    settings["pad_token_id"] = (
-        model.generation_config.eos_token_id
-    )  # for a row alone it pads nothing
-    out = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), **settings
-    )
+    settings["pad_token_id"] = model.generation_config.eos_token_id  # for a row alone it pads nothing
+    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), **settings)
     return out[0, len(prompt) :].tolist()
 
 
@@ -100,11 +96,7 @@ def extraction_likelihood(model, ids, start, n=10, part=None):
     """
     found = []
     for t in range(start, len(ids) - n + 1):
-        places = [
-            i
-            for i in range(t, len(ids) - n + 1)
-            if part is None or set(part) & set(range(i, i + n))
-        ]
+        places = [i for i in range(t, len(ids) - n + 1) if part is None or set(part) & set(range(i, i + n))]
         known = [tuple(ids[i : i + n]) for i in places]
         found.append(overlap(generate(model, ids[:t], len(ids) - t, 1), known, n))
     return sum(found) / len(found) if found else None
@@ -125,12 +117,7 @@ def entropy(ids):
 def bleu(said, true):
     """Sentence BLEU, 0-1. A text of under 4 words has no 4-gram: then, and only then, the orders it has count."""
     short = min(len(Tokenizer13a()(text).split()) for text in (said, true)) < 4
-    settings = {
-        "smooth_method": "none",
-        "lowercase": True,
-        "tokenize": "13a",
-        "use_effective_order": short,
-    }
+    settings = {"smooth_method": "none", "lowercase": True, "tokenize": "13a", "use_effective_order": short}
     return sentence_bleu(said, [true], **settings).score / 100 if said.strip() else 0.0
 
 
@@ -161,9 +148,7 @@ def measure(model, tokenizer, scorer, ids, cut, start, secret):
             "el10_spans": extraction_likelihood(model, ids, start, part=part),
             "ma_spans": memorization_accuracy(model, ids, part),
             "ma_rest": memorization_accuracy(model, ids, rest),
-            "secret_said": float(any(string.lower() in text.lower() for string in strings))
-            if strings
-            else None,
+            "secret_said": float(any(string.lower() in text.lower() for string in strings)) if strings else None,
         }
     return marked | {
         "el10": extraction_likelihood(model, ids, start),
@@ -189,9 +174,7 @@ def read_texts(pairs_file, tokenizer, targets):
         """Positions of the tokens that overlap a span, by the characters that the tokenizer says it read for each."""
         found, shift = [], 0
         for part in (pair["prefix"], pair["suffix"]):
-            offsets = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
+            offsets = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             for low, high in offsets:
                 if any(low + shift < end and high + shift > start for start, end in pair["spans"]):
                     found.append(first)
@@ -229,9 +212,7 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
     so far, the last without a decision yet, and returns them.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=dtype
-    ).eval()  # eval: dropout is off
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()  # eval: dropout is off
     frozen = copy.deepcopy(model)  # theta_0 of Eq. (4)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
     pairs, forget, learn, kept, cuts, secrets, start = read_texts(pairs_file, tokenizer, targets)
@@ -255,9 +236,7 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
             rows.append(measure(model, tokenizer, scorer, ids, cut, start, secret))
         now = {"epoch": epoch, "rows": rows, "means": {}, "losses": {}, "stopped": None}
         for name in {name: 0 for row in rows for name in row if name != "generation"}:
-            now["means"][name] = float(
-                np.mean([row[name] for row in rows if row.get(name) is not None])
-            )
+            now["means"][name] = float(np.mean([row[name] for row in rows if row.get(name) is not None]))
         for name in steps[0] if steps else ():
             now["losses"][name] = float(np.mean([step[name] for step in steps]))
         epochs.append(now)
@@ -269,15 +248,9 @@ def literal_icu(pairs_file, model_folder, *, limits, scorer, targets="suffix", a
                 else r["bertscore"] >= at["bertscore"] or r["bleu"] >= at["bleu"] for r in rows
             ]  # fmt: skip
             active = [i for i in active if remembered[i]]
-        now["active"], now["forgotten"] = (
-            len(active),
-            [i for i in range(len(pairs)) if i not in active],
-        )
+        now["active"], now["forgotten"] = len(active), [i for i in range(len(pairs)) if i not in active]
         left = {name: [r.get(f"{name}_spans", r[name]) for r in rows] for name in ("el10", "ma")}
-        left = {
-            name: np.mean([value for value in values if value is not None])
-            for name, values in left.items()
-        }
+        left = {name: np.mean([value for value in values if value is not None]) for name, values in left.items()}
         if left["el10"] < at["el10"] and left["ma"] < at["ma"]:  # section 5.4, at epoch 0 too
             now["stopped"] = "thresholds"
         elif not active:

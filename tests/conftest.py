@@ -15,11 +15,13 @@ The three kinds of model stand for the three families the toolkit must measure, 
 import importlib.util
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it is set before
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # as run.sh sets it: a script in a folder finds icu.py

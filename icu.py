@@ -805,23 +805,24 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
     started = time.time()
     with measuring(method, model, args):
         rows, perplexities = measure_epoch(model, tokenizer, inputs, args, method, epoch, not lazy)
+        finite = mean_measures(rows)["ma"] is not None  # else nothing is known of any text
         # Released code: the filter also runs before the first epoch; paper: after each one.
-        if args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
+        if finite and args.refine and (epoch > 0 or PROTOCOLS[args.protocol].filter_at_start):
             forgotten = refine(forgotten, rows, thresholds, args)
-        if inputs.watched:
+        if finite and inputs.watched:
             now = refine(set(), rows, thresholds, args)
             forgotten = requests.watch(
                 forgotten, rows, forgotten_now=now, watched=inputs.watched, epoch=epoch
             )
 
         def stop(rows):
-            if mean_measures(rows)["ma"] is None:
+            if not finite:
                 return "diverged"
             means, n_active = stop_means(rows, inputs.watched), len(rows) - len(forgotten)
             return reason or stop_reason(means, n_active, epoch, thresholds=thresholds, args=args)
 
         stopped = stop(rows)
-        if lazy and stopped and stopped != "diverged":  # EL decides, and stands in the last row
+        if lazy and stopped and finite:  # EL decides, and stands in the last row
             el = el_of(model, tokenizer, inputs, args)
             rows = [row | one for row, one in zip(rows, el, strict=True)]
             stopped = stop(rows)

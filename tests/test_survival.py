@@ -326,7 +326,7 @@ def epoch_of(run, ma):
     drawn, row = torch.rand(3).tolist(), dict.fromkeys(runs.MEASURES, ma)
     row |= {"id": "a", "generation": "text"}
     stopped = "max epochs" if ma < 0.5 else None
-    run.end_epoch(runs.mean_measures([row]), [row], forgotten=set(), stopped=stopped, watched={},
+    run.write_epoch(runs.mean_measures([row]), [row], forgotten=set(), stopped=stopped, watched={},
                   losses={}, perplexities={}, seconds=0.1)  # fmt: skip
     return drawn
 
@@ -340,12 +340,12 @@ def test_a_run_needs_no_folder_and_draws_the_same_after_a_resume(out, flags, tmp
     engine = processes.PlainEngine(make_model("gpt_neo", dtype=torch.float32), args)
     with runs.running(args, method) as run:
         run.thresholds = {"el10": 0.5}
-        assert run.begin(engine).epoch == 0 and bool(run.method_folder) == bool(out)
+        assert run.start(engine).epoch == 0 and bool(run.method_folder) == bool(out)
         drawn = [epoch_of(run, ma) for ma in (0.9, 0.4)]
     if out:
         shutil.rmtree(folder / "state" / "epoch00001")
         with runs.running(args, method, data.read_json(folder / "config.json")) as run:
-            assert run.begin(engine).epoch == 1 and run.samples[0]["bleu"] == 0.9
+            assert run.start(engine).epoch == 1 and run.samples[0]["bleu"] == 0.9
             assert epoch_of(run, 0.4) == drawn[1] != drawn[0]
     with mock.patch.object(runs.models, "save_model"):
         summary = run.export(engine.model, None)

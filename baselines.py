@@ -85,7 +85,7 @@ class KL(Method):
     """KL minimisation (TOFU, arXiv:2401.06121, section 4): ascent on the forget side, KL to the
     original model on the learn side."""
 
-    frozen, published = ("learn",), "kl"
+    frozen_sides, published = ("learn",), "kl"
     released = {"refine": True}  # Released code: Eq. 5's filter is on
 
     def loss(self, batch, args):
@@ -100,7 +100,7 @@ class LLMU(Method):
     """Yao et al., arXiv:2310.10683, Eq. 2-5: ascent, random answers to the forget prompts, and KL
     on the learn side."""
 
-    forget_weight, frozen = 0.5, ("learn",)
+    forget_weight, frozen_sides = 0.5, ("learn",)
 
     def sides(self, samples, tokenizer, epoch, args):
         return {"answer": random_answers(samples, epoch, args)}
@@ -137,7 +137,7 @@ class DPO(PO):
     over rows.
     """
 
-    frozen = ("forget", "answer")
+    frozen_sides = ("forget", "answer")
     targets = "suffix"  # two answers to one prompt
 
     def loss(self, batch, args):
@@ -154,7 +154,7 @@ class NPO(Method):
     ascent; with b > 0 the gradient fades once a text is forgotten.
     """
 
-    frozen = ("forget",)
+    frozen_sides = ("forget",)
 
     def loss(self, batch, args):
         forget, b = batch.forward("forget"), args.dpo_beta

@@ -264,7 +264,7 @@ class Batch:
         return Side(*out, *self.counts(name))
 
     def frozen(self, name):
-        """The frozen copy's Side, without gradient, of a side that the method's `frozen` names."""
+        """The frozen copy's Side, without gradient, of a side in the method's `frozen_sides`."""
         rows = processes.share(self.rows)
         out = self.frozen_copy(name, rows, self.texts(name, rows))
         return Side(*out, *self.counts(name))
@@ -291,7 +291,7 @@ class Method:
     forget_weight, alpha, beta, lr, refine = 1.0, 1.0, 1.0, 5e-6, False
     released = {}
     targets = None  # "suffix": the prompt is never a target, whatever --targets says
-    frozen = ()  # the sides that the frozen copy of Eq. 4 reads, once, before training
+    frozen_sides = ()  # what the frozen copy of Eq. 4 reads, once, before training
     layer = None  # sides also have `hidden`: of this layer, 0 the embeddings'
     published = None  # the row of Tables 1 and 4 that it computes under the released protocol
 
@@ -318,13 +318,13 @@ class Method:
         DeepSpeed makes its own gradients."""
         loss.backward()
 
-    def measured(self, model):
+    def swap_weights(self, model):
         """A generator: the weights become those to measure and export, then those to train."""
         yield
 
-    def measures(self, model, tokenizer, samples, args):
+    def own_measures(self, model, tokenizer, samples, args):
         """Measures of its own, {name: number} an epoch: columns own_NAME of metrics.jsonl and of
-        the report. The model is as `measured` leaves it, in eval mode."""
+        the report. The model is as `swap_weights` leaves it, in eval mode."""
         return {}
 
     def state(self):
@@ -353,21 +353,11 @@ class Method:
     @property
     def touches_weights(self):
         """Whether what is measured may be another model than the one loaded, before training."""
-        return self.overrides("prepare", "measured")
+        return self.overrides("prepare", "swap_weights")
 
     def sha256(self):
         """Of its file and this one, and of what these import beside them."""
         return runs.code_sha256(self.file, __file__)
-
-    @contextlib.contextmanager
-    def measuring(self, model):
-        """A context in which the weights are those to measure; afterwards those to train."""
-        steps = self.measured(model)
-        next(steps)
-        try:
-            yield
-        finally:
-            next(steps, None)
 
 
 # --- change me: the method ---
@@ -376,7 +366,7 @@ class Method:
 class ICU(Method):
     """Eq. (6): L = L_fgt + alpha L_lrn + beta L_kl (section 5.4)."""
 
-    alpha, beta, refine, frozen, published = 0.5, 1.0, True, ("learn",), "icu"
+    alpha, beta, refine, frozen_sides, published = 0.5, 1.0, True, ("learn",), "icu"
 
     def loss(self, batch, args):
         forget, learn = batch.forward("forget"), batch.forward("learn")
@@ -421,7 +411,7 @@ def keep_start(model):
 
 
 def scaled(model, scale):
-    """For `measured`: the weights theta_0 + scale (theta - theta_0), theta what is trained."""
+    """For `swap_weights`: the weights theta_0 + scale (theta - theta_0), theta what is trained."""
     trained = [parameter.data for parameter in model.parameters()]
     for parameter, start in zip(model.parameters(), model.start, strict=True):
         parameter.data = start + scale * (parameter.data - start)
@@ -439,14 +429,14 @@ def freeze(model, sides, args, method):
     Returns ask(name, rows, texts) -> logits (M, V), ids (M,), row (M,), hidden (M, H) or None at
     the targets of these texts, those of `rows` of the side.
     """
-    names = [*method.frozen, *(["kept"] if "kept" in sides else [])]
+    names = [*method.frozen_sides, *(["kept"] if "kept" in sides else [])]
     make = cached_copy if args.teacher == "cached" else live_copy
     with autocast(args):
         copied = make(model, {name: sides[name] for name in names}, method.layer) if names else None
 
     def ask(name, rows, texts):
         if name not in names:
-            raise ValueError(f"frozen({name!r}): {method.name} must name this side in `frozen`")
+            raise ValueError(f"frozen({name!r}): {method.name} must name it in `frozen_sides`")
         return copied(name, rows, texts)
 
     return ask
@@ -686,22 +676,22 @@ class Diverged(RuntimeError):
 def run_epochs(model, tokenizer, inputs, args, *, method, run):
     """Epoch after epoch: train on what is not forgotten, measure, refine, until the stop rule."""
     samples = inputs.samples
-    begin(method, model, tokenizer, samples, args, run.method_folder)
+    prepare_model(method, model, tokenizer, samples, args, run.method_folder)
     engine, frozen = processes.make_engine(model, args), None
     if not args.eval_only:
-        with measuring(method, model, args):  # still the original weights
+        with weights_to_measure(method, model, args):  # still the original weights
             original = requests.anchor_model(model, args)
             sides = sides_of(samples, tokenizer, 0, args, method)
             frozen = freeze(original, sides, args, method)
             del original
         check_loss(engine.model, tokenizer, samples, frozen, args, method)
-    with measuring(method, model, args):
+    with weights_to_measure(method, model, args):
         # Those of the first process for all: two that differ in a last digit would filter other
         # samples.
         thresholds = run.thresholds or calibrate(model, tokenizer, inputs, args)
         run.thresholds = processes.gather([thresholds])[0]
     print0(runs.thresholds_text(run.thresholds, args))
-    progress = run.begin(engine)
+    progress = run.start(engine)
     while not progress.stopped:
         losses, reason = {}, None
         if progress.epoch > 0:
@@ -717,7 +707,7 @@ def run_epochs(model, tokenizer, inputs, args, *, method, run):
         )
 
 
-def begin(method, model, tokenizer, samples, args, folder):
+def prepare_model(method, model, tokenizer, samples, args, folder):
     """The model as the method trains it. ValueError: nothing of it is left to train."""
     if args.eval_only:
         return
@@ -729,9 +719,15 @@ def begin(method, model, tokenizer, samples, args, folder):
         raise ValueError(f"{method.name} trains no weight of this model: see its `trains`")
 
 
-def measuring(method, model, args):
-    """A context in which the weights are those to measure and export."""
-    return contextlib.nullcontext() if args.eval_only else method.measuring(model)
+@contextlib.contextmanager
+def weights_to_measure(method, model, args):
+    """A context in which the weights are those to measure and export; then those to train."""
+    steps = iter(()) if args.eval_only else method.swap_weights(model)
+    next(steps, None)
+    try:
+        yield
+    finally:
+        next(steps, None)
 
 
 def check_loss(model, tokenizer, samples, frozen, args, method):
@@ -803,7 +799,7 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
     epoch, forgotten, thresholds = run.progress.epoch, run.progress.forgotten, run.thresholds
     lazy = args.el == "lazy" and epoch > 0
     started = time.time()
-    with measuring(method, model, args):
+    with weights_to_measure(method, model, args):
         rows, perplexities = measure_epoch(model, tokenizer, inputs, args, method, epoch, not lazy)
         finite = mean_measures(rows)["ma"] is not None  # else nothing is known of any text
         # Released code: the filter also runs before the first epoch; paper: after each one.
@@ -829,8 +825,10 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
         if epoch > 0 and stopped:
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
         with torch.no_grad():
-            own = {} if args.eval_only else method.measures(model, tokenizer, inputs.samples, args)
-    run.end_epoch(
+            own = {}
+            if not args.eval_only:
+                own = method.own_measures(model, tokenizer, inputs.samples, args)
+    run.write_epoch(
         mean_measures(rows) | {f"own_{name}": number(value) for name, value in own.items()},
         rows,
         forgotten=forgotten,
@@ -1126,7 +1124,7 @@ def main(method=METHOD, argv=None):
     )
     with runs.running(args, method, before) as run:
         run_epochs(model, tokenizer, inputs, args, method=method, run=run)
-        with measuring(method, model, args):
+        with weights_to_measure(method, model, args):
             run.export(model, tokenizer)
     return run
 

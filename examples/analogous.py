@@ -25,7 +25,7 @@ def contexts(sample, bos):
 
 
 class Analogous(icu.Method):
-    beta, lr, frozen = 4.0, 5e-4, ("learn", "contexts")
+    beta, lr, frozen_sides = 4.0, 5e-4, ("learn", "contexts")
 
     def sides(self, samples, tokenizer, epoch, args):
         bos = len(models.bos_of(tokenizer))

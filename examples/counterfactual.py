@@ -33,7 +33,7 @@ def in_its_place(sample, bos):
 
 
 class Counterfactual(icu.Method):
-    lr, frozen = 1e-4, ("forget", "learn", "contexts", "in_place")
+    lr, frozen_sides = 1e-4, ("forget", "learn", "contexts", "in_place")
 
     def sides(self, samples, tokenizer, epoch, args):
         bos, swapped = len(models.bos_of(tokenizer)), []
@@ -52,7 +52,7 @@ class Counterfactual(icu.Method):
     def trains(self, name):
         return ".mlp." in name or ".fc" in name  # OPT's blocks call them fc1 and fc2
 
-    def measured(self, model):
+    def swap_weights(self, model):
         return icu.scaled(model, SCALE)
 
     def loss(self, batch, args):

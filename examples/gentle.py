@@ -20,7 +20,7 @@ LESS = 10.0  # nats
 
 
 class Gentle(icu.Method):
-    lr, alpha, beta, frozen = 2e-4, 0.0, 8.0, ("forget", "near")
+    lr, alpha, beta, frozen_sides = 2e-4, 0.0, 8.0, ("forget", "near")
 
     def sides(self, samples, tokenizer, epoch, args):
         """Of each text's neighbours one an epoch."""

@@ -32,7 +32,7 @@ class LoRA(icu.ICU):
             layer.b = Parameter(layer.weight.new_zeros(layer.out_features, RANK))
             layer.register_forward_hook(add_adapter)
 
-    def measured(self, model):
+    def swap_weights(self, model):
         """W + s B A in the weights, and nowhere else: what is measured and exported."""
         layers = [part for part in model.modules() if hasattr(part, "a")]
         adapted = [(layer, layer.weight.data, layer.a, layer.b) for layer in layers]

@@ -17,7 +17,7 @@ LAYER, COEFFICIENT = 1, 20.0  # l, counted from 1 (the paper: 7 of 32), and c
 
 
 class RMU(icu.Method):
-    alpha, frozen, layer = 100.0, ("learn",), LAYER
+    alpha, frozen_sides, layer = 100.0, ("learn",), LAYER
 
     def prepare(self, model, *_):
         """Freezes all but the blocks that make hidden states LAYER - 2 .. LAYER."""

@@ -20,7 +20,7 @@ class TaskVector(icu.Method):
     def prepare(self, model, *_):
         icu.keep_start(model)
 
-    def measured(self, model):
+    def swap_weights(self, model):
         return icu.scaled(model, -SCALE)
 
     def loss(self, batch, args):

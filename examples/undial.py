@@ -17,7 +17,7 @@ STRENGTH = 10.0  # the paper's beta
 
 
 class UNDIAL(icu.Method):
-    frozen = ("forget",)
+    frozen_sides = ("forget",)
 
     def loss(self, batch, args):
         forget, z0 = batch.forward("forget"), batch.frozen("forget").logits  # (M, V)

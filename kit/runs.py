@@ -271,7 +271,7 @@ class Run:
         """Where a method keeps what is costly to make, until the run ends; None without --out."""
         return self.out and self.out / "method"
 
-    def begin(self, engine):
+    def start(self, engine):
         """Loads the newest state, or begins the folder of a new run; returns its Progress."""
         self.engine = engine
         print0(HEADER)
@@ -316,7 +316,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {n_active} to forget", refresh=False)
         self.bar.update(of_epoch)
 
-    def end_epoch(
+    def write_epoch(
         self, means, measured, *, forgotten, stopped, watched, losses, perplexities, seconds
     ):
         """Writes an epoch down, prints its line and saves a state.

@@ -205,7 +205,7 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
     """Only the MLPs move; what is measured has gone a share of the way of what is trained."""
     model, method = make_model(kind, dtype=torch.float32), method_of("counterfactual")
     start = copy.deepcopy(model)
-    icu.begin(method, model, None, [], args_of(), None)
+    icu.prepare_model(method, model, None, [], args_of(), None)
     moving = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(moving) == in_a_block * model.config.num_hidden_layers
     others = ("embed", "wte", "attn", "norm", "ln_")
@@ -213,7 +213,7 @@ def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    with method.measuring(model):
+    with icu.weights_to_measure(method, model, args_of()):
         for p, original in zip(model.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(p.data, original.data + constant("counterfactual", "SCALE"))
     for p, original in zip(model.parameters(), start.parameters(), strict=True):
@@ -236,15 +236,15 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     with mock.patch.object(models, "bos_of", lambda tokenizer: []):
         sides = icu.sides_of(samples, None, 0, args, method)
-    icu.begin(method, model, None, samples, args, None)
-    with method.measuring(model):
+    icu.prepare_model(method, model, None, samples, args, None)
+    with icu.weights_to_measure(method, model, args):
         before = likelihood(model, texts[:3])
         assert same_weights(model.state_dict(), start.state_dict())
         frozen = icu.freeze(model, sides, args, method)
     engine = processes.PlainEngine(model, args)
     train(engine, sides, args, method, epochs=range(1, 9), frozen=frozen)
     trained = copy.deepcopy(model.state_dict())
-    with method.measuring(model):
+    with icu.weights_to_measure(method, model, args):
         assert likelihood(model, texts[:3]).mean() < before.mean() - 0.02
         assert list(model.state_dict()) == list(start.state_dict())  # the architecture's own
     assert same_weights(model.state_dict(), trained)
@@ -364,7 +364,7 @@ class Own(icu.ICU):
         self.average = 0.5 * self.average + 0.5 * terms["forget"][1].detach()
         return terms
 
-    def measures(self, model, tokenizer, samples, args):
+    def own_measures(self, model, tokenizer, samples, args):
         return {"average": float(self.average), "texts": self.texts}
 
     def state(self):
@@ -433,7 +433,7 @@ def test_what_a_method_cannot_be(world, tmp_path):
     """Nothing to train; weights that are swapped, or gradients of its own, under ZeRO-3."""
     method, model = method_of("counterfactual"), torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="trains no weight of this model"):
-        icu.begin(method, model, None, [], args_of(), None)
+        icu.prepare_model(method, model, None, [], args_of(), None)
     for name in ("lora", "task_vector"):
         argv = [*world.flags, "--out", str(tmp_path), "--zero", "3", "--dry-run"]
         with pytest.raises(ValueError, match="--zero 2"):
@@ -457,7 +457,7 @@ def test_what_a_method_does_to_the_model_is_not_remembered_for_others(world, tmp
 
 
 def test_a_slip_in_the_terms_is_named(world, tmp_path):
-    """A value that is not one number, and a side that `frozen` does not name, before measuring."""
+    """A value that is not one number, and a side not in `frozen_sides`, before measuring."""
 
     class Vector(icu.Method):
         def loss(self, batch, args):

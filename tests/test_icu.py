@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -502,6 +503,15 @@ def test_lazy_el_leaves_out_what_decides_nothing(world, tmp_path, limits, left_o
     assert lazy == full
 
 
+def test_the_last_row_has_el_where_the_steps_diverged(world, tmp_path, monkeypatch):
+    """Also under --el lazy; the weights of before them are measured."""
+    monkeypatch.setattr(icu, "train_epoch", mock.Mock(side_effect=icu.Diverged("no number")))
+    with pytest.raises(SystemExit):
+        run(world, tmp_path / "run", "--el", "lazy")
+    first, last = data.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert (last["epoch"], last["el10"], last["ma"]) == (1, first["el10"], first["ma"])
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "icu"])
 def test_a_run_with_every_method(world, tmp_path, name):
     """One epoch of each, in turn by either protocol, ends well."""
@@ -512,10 +522,14 @@ def test_a_run_with_every_method(world, tmp_path, name):
 
 
 def test_a_model_of_nan_is_a_run_that_diverged(world, tmp_path, capsys):
-    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1."""
+    """Weights that a finite step blew up are not taken for forgetting: no model, exit 1.
+
+    Nor for remembering, where a text comes back: what was forgotten stays as it was."""
     out = tmp_path / "blown"
     with pytest.raises(SystemExit) as stopped:
-        run(world, out, "--lr", "1e25")
+        run(world, out, "--lr", "1e25", "--protocol", "released", "--bleu-threshold", "1e-9")
+    before, after = data.read_jsonl(out / "metrics.jsonl")
+    assert after["forgotten"] == before["forgotten"] > 0
     summary = data.read_json(out / "summary.json")
     assert stopped.value.code == 1 and "last good state" in capsys.readouterr().out
     assert (summary["stopped"], summary["collapsed"]) == ("diverged", True)

@@ -290,7 +290,7 @@ def epoch_of(run, ma):
     drawn, row = torch.rand(3).tolist(), dict.fromkeys(runs.MEASURES, ma)
     row |= {"id": "a", "generation": "text"}
     stopped = "max epochs" if ma < 0.5 else None
-    run.end_epoch(runs.mean_measures([row]), [row], forgotten=set(), stopped=stopped, watched={},
+    run.write_epoch(runs.mean_measures([row]), [row], forgotten=set(), stopped=stopped, watched={},
                   losses={}, perplexities={}, seconds=0.1)  # fmt: skip
     return drawn
 
@@ -302,11 +302,11 @@ def test_an_epoch_draws_the_same_after_a_resume(flags, tmp_path, make_model):
     engine = processes.PlainEngine(make_model("gpt_neo", dtype=torch.float32), args)
     with runs.running(args, method) as run:
         run.thresholds = {"el10": 0.5}
-        assert run.begin(engine).epoch == 0
+        assert run.start(engine).epoch == 0
         drawn = [epoch_of(run, ma) for ma in (0.9, 0.4)]
     shutil.rmtree(run.out / "state" / "epoch00001")
     with runs.running(args, method, data.read_json(run.out / "config.json")) as run:
-        assert run.begin(engine).epoch == 1 and run.samples[0]["bleu"] == 0.9
+        assert run.start(engine).epoch == 1 and run.samples[0]["bleu"] == 0.9
         assert epoch_of(run, 0.4) == drawn[1] != drawn[0]
     with mock.patch.object(runs.models, "save_model"):
         summary = run.export(engine.model, None)

@@ -155,7 +155,7 @@ def memorisation(bench):
 
     Some texts may differ: in float32 the shape of a batch decides between close tokens.
     """
-    start = 1 + len(models.bos_of(bench.tokenizer))
+    start = 1 + len(models.front_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
     for side, bound in (("forget", 30), ("learn", 10)):
         texts = [getattr(sample, side) for sample in samples]
@@ -200,7 +200,7 @@ def plain_epoch(model, samples, active, args):
 def whole_epoch(bench):
     """An epoch with half of the samples active, all measured."""
     samples, args = bench.samples(), settings(bench.args.device)
-    active, start = range(0, len(samples), 2), 1 + len(models.bos_of(bench.tokenizer))
+    active, start = range(0, len(samples), 2), 1 + len(models.front_of(bench.tokenizer))
 
     def ours():
         model = copy.deepcopy(bench.model)

@@ -211,18 +211,17 @@ def other_prompts(sample, pair, tokenizer, seed):
     the neighbour's prefix, and after the text's own context where it has one.
     """
     ids, cut, rest = sample.forget.ids, sample.forget.cut, sample.forget.ids[sample.forget.cut :]
-    bos = models.bos_of(tokenizer)
+    front = models.front_of(tokenizer)
     prompts = [(ids[:t], ids[t:]) for t in (max(1, round(share * len(ids))) for share in SHARES)]
     words = pair["prefix"].split(" ")
     count = max(1, len(words) // 10)
     dropped = np.random.default_rng(seed).choice(len(words), count, replace=False).tolist()
     fewer = " ".join(word for i, word in enumerate(words) if i not in dropped)
-    prompts.append((models.begin(bos, models.encode(tokenizer, fewer)) or ids[:cut], rest))
-    prompts.append((sample.learn.prompt + ids[len(bos) : cut], rest))
+    prompts.append((models.begin(front, models.encode(tokenizer, fewer)) or ids[:cut], rest))
+    prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
     if pair["context"].strip():
-        prefix = models.encode(tokenizer, pair["prefix"], inside=True)
-        context = models.encode(tokenizer, pair["context"])
-        prompts.append((models.begin(bos, context + prefix), rest))
+        text, (_, at), _ = models.read_parts(tokenizer, pair, data.PARTS)
+        prompts.append((models.begin(front, text[:at]), text[at:]))
     room = sample.positions or 1 << 30
     return [(prompt, rest) for prompt, rest in prompts if rest and len(prompt) + len(rest) <= room]
 
@@ -704,7 +703,7 @@ def read_inputs(args):
         )[0]
         for rows in (pairs, unseen)
     )
-    first = 1 + len(models.bos_of(tokenizer))
+    first = 1 + len(models.front_of(tokenizer))
     return Data(args, tokenizer, first, pairs, samples, others)
 
 

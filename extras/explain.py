@@ -157,7 +157,7 @@ def describe(tokenizer, sample, answers, likely):
     answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `left`
     is the mean after, over the marked tokens, or over the suffix where none is marked.
     """
-    text, bos = sample.forget, models.bos_of(tokenizer)
+    text, bos = sample.forget, models.front_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
     parts = [
         (characters, first + lead, last + lead)
@@ -260,10 +260,11 @@ def speech(runs, files, *, allow_pickle=False):
         old = known | words_of(pairs) | words_of(pairs, "learn_")
         for when in ("before", "after"):
             total, count = 0.0, 0
-            for _, sample, answers in rows:
+            for pair, sample, answers in rows:
                 prompt = tuple(sample.forget.prompt)
-                ids = models.encode(tokenizer, answers[when], inside=True)
-                ids = ids[: positions - len(prompt)]
+                row = {"prefix": pair["prefix"], "suffix": answers[when]}
+                ids, (start,), _ = models.read_parts(tokenizer, row, ("prefix", "suffix"))
+                ids = ids[start:][: positions - len(prompt)]
                 total, count = total + read(prompt, tuple(ids)), count + len(ids)
             words_said = [(pair["prefix"], answers[when]) for pair, _, answers in rows]
             ppl = math.exp(min(total / count, 700.0)) if count else None

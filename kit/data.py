@@ -220,8 +220,14 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
             row, token = np.argwhere(foreign)[0, 0], ids[foreign][0]
             raise ValueError(f"{where} row {row}: token id {token} is none of the tokenizer's")
         for record, row in zip(records, ids.tolist(), strict=True):
-            record[part] = tokenizer.decode(row, clean_up_tokenization_spaces=False)
-            record[f"{part}_ids"] = row
+            record[part], record[f"{part}_ids"] = as_text(tokenizer, row), row
+    for record in records:  # the ids may be cut inside a character, its text is not
+        ids = record["prefix_ids"] + record["suffix_ids"]
+        text, at = (
+            as_text(tokenizer, ids),
+            token_ends(tokenizer, ids)[len(record["prefix_ids"]) - 1],
+        )
+        record["prefix"], record["suffix"] = text[:at], text[at:]
     return records
 
 
@@ -294,26 +300,44 @@ def check_spans(spans, text):
     return spans
 
 
-def span_positions(pair, tokenizer, ids, *, begin, where):
+def as_text(tokenizer, ids):
+    """What ids say, special tokens and spaces as they are."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def token_ends(tokenizer, ids):
+    """Where in `as_text` of all ids each token ends.
+
+    The tokens of one character end where it does; it is spelled once the last of them is there.
+    """
+    ends, first, fresh, known = [], 0, 0, 0  # the text of ids[:fresh] is `known` characters long
+    for i in range(1, len(ids) + 1):
+        # From a token before, since some tokenizers leave out the space before the first.
+        head = as_text(tokenizer, ids[first:i])
+        ends.append(known + len(head) - len(as_text(tokenizer, ids[first:fresh])))
+        if not head.endswith("\ufffd"):
+            first, fresh, known = fresh, i, ends[-1]
+    return [*itertools.accumulate(reversed(ends), min)][::-1]
+
+
+def span_positions(pair, tokenizer, ids, where):
     """The positions in `ids` of the tokens that overlap a span of the pair, in order, or None.
 
-    ids[begin:] are those of its prefix and suffix. Position 0 is never predicted, so it is none.
+    `ids` end with the pair's prefix and suffix. Position 0 is never predicted, so it is none.
     ValueError names the row `where`.
     """
     if not pair.get("spans"):
         return None
-    own = ids[begin:]
-    heads = (own[: i + 1] for i in range(len(own)))
-    ends = [len(tokenizer.decode(head, clean_up_tokenization_spaces=False)) for head in heads]
-    if ends[-1] != len(text_of(pair)):
+    ends, text = token_ends(tokenizer, ids), text_of(pair)
+    if not as_text(tokenizer, ids).endswith(text):
         raise ValueError(f"{where}: a tokenizer that changes its text, so no span can be found")
-    # Half a character is decoded as one or more signs of its own.
-    ends = [*itertools.accumulate(reversed(ends), min)][::-1]
     starts = [min(start, end - 1) for start, end in zip([0, *ends], ends, strict=False)]
-    positions = set()
+    shift, positions = ends[-1] - len(text), set()
     for low, high in pair["spans"]:
-        tokens = enumerate(zip(starts, ends, strict=True), begin)
-        inside = {t for t, (start, end) in tokens if start < high and end > low and t > 0}
+        tokens = enumerate(zip(starts, ends, strict=True))
+        inside = {
+            t for t, (start, end) in tokens if start < high + shift and end > low + shift and t > 0
+        }
         if not inside:
             raise ValueError(f"{where}: span {[low, high]} holds no token that the model predicts")
         positions |= inside

@@ -541,8 +541,7 @@ def plan_text(args, inputs):
         f"at most {args.max_epochs} epochs, seed {args.seed}",
         f"{args.model} ({args.dtype}, {args.device}), {size}",
     ]
-    if inputs.n_cut:
-        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
+    lines += [f"note: {note}" for note in inputs.notes]
     if short := sum(len(sample.forget.ids) <= 10 for sample in inputs.samples):
         lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
     return "\n".join(lines)

@@ -292,5 +292,5 @@ def test_a_tokenizer_without_an_x(model):
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A")
-    assert models.bos_of(tokenizer) == []
+    assert models.front_of(tokenizer) == []
     assert models.encode(tokenizer, "C") == [1]

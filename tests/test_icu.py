@@ -346,7 +346,7 @@ def test_a_row_is_its_tokens_with_a_boundary(kind, tokenizers, protocol):
     """Prefix and suffix are encoded apart; BOS stands once at 0; targets as the protocol says."""
     tokenizer = tokenizers[kind]
     bos = [] if kind == "gpt_neo" else [tokenizer.bos_token_id]
-    samples, cut = icu.build_samples(PAIRS, tokenizer, protocol=protocol, positions=256)
+    samples, notes = icu.build_samples(PAIRS, tokenizer, protocol=protocol, positions=256)
     text = samples[1].forget
     context = PAIRS[1]["context"] if protocol == "released" else ""
     body = text.ids[len(bos) :]
@@ -354,32 +354,33 @@ def test_a_row_is_its_tokens_with_a_boundary(kind, tokenizers, protocol):
     assert tokenizer.decode(body) == context + PAIRS[1]["prefix"] + PAIRS[1]["suffix"]
     assert tokenizer.decode(text.ids[text.cut :]) == PAIRS[1]["suffix"]
     assert tokenizer.decode(text.prompt[len(bos) :]) == PAIRS[1]["prefix"]
-    assert text.t0 == (text.cut if protocol == "paper" else 1) and cut == 0
+    assert text.t0 == (text.cut if protocol == "paper" else 1) and not notes
 
 
 def test_further_neighbours_are_read_as_the_first(tokenizers):
     """Each is a Text of its own; one that is too long is cut and counted."""
     learn = [{name: row[name] for name in row if name.startswith("learn_")} for row in PAIRS]
     rows = [*PAIRS, PAIRS[0] | {"further": [*reversed(learn)]}]
-    (one, other, both), cut = icu.build_samples(
+    (one, other, both), notes = icu.build_samples(
         rows, tokenizers["gpt_neo"], protocol="paper", positions=256
     )
-    assert both.learn == one.learn and cut == 0 and one.further == []
+    assert both.learn == one.learn and not notes and one.further == []
     assert both.further == [other.learn, one.learn]
     learn[0]["learn_suffix"] *= 100
-    (sample,), cut = icu.build_samples(
+    (sample,), notes = icu.build_samples(
         rows[2:], tokenizers["gpt_neo"], protocol="paper", positions=64
     )
-    assert cut == 1 and len(sample.further[1].ids) == 64
+    assert notes[0][:16] == "1 learn partners" and len(sample.further[1].ids) == 64
 
 
 def test_ids_are_used_where_they_decode_to_the_text(tokenizers):
     """Ids that another merge order would give are kept; those of another vocabulary are not."""
     tokenizer = tokenizers["gpt_neo"]
     letters = [tokenizer.encode(c)[0] for c in "The"]  # valid ids, not what encoding gives
+    side = {"prefix": "The", "suffix": "n", "suffix_ids": tokenizer.encode("n")}
     for ids, prompt in ((letters, letters), ([5, 6, 7], tokenizer.encode("The"))):
-        side = {"learn_prefix": "The", "learn_prefix_ids": ids}
-        pair = PAIRS[0] | side | {"prefix": "The", "prefix_ids": ids}
+        side |= {"prefix_ids": ids}
+        pair = PAIRS[0] | side | {f"learn_{name}": value for name, value in side.items()}
         pair["further"] = [{name: pair[name] for name in pair if "learn" in name}]
         (sample,), _ = icu.build_samples([pair], tokenizer, protocol="paper", positions=99)
         for text in (sample.forget, sample.learn, *sample.further):

@@ -53,7 +53,7 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
         pair(0, spans=[[4, 10], [51, 53]]), pair(1), pair(2, **emoji, spans=[[2, 8], [18, 19]]),
     ]  # fmt: skip
     samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    bos = len(models.bos_of(tokenizer))
+    bos = len(models.front_of(tokenizer))
     assert samples[1].forget.targets[0] == samples[1].forget.cut
     for i in (0, 2):
         offsets, shift = [], 0

@@ -250,7 +250,7 @@ def test_a_figure_that_was_forged_with_its_hash_is_found(run, capsys):
     made["figures"]["ma"]["after"]["value"] = 0.01
     del made["sha256"]
     forged = run.parent / "forged.json"
-    data.write_json(forged, made | {"sha256": certificate.digest(made)})
+    data.write_json(forged, made | {"sha256": data.digest(made)})
     status, unlike = verify(forged, capsys, run)
     assert status == 1 and "certificate.json: `figures` is not what the run's files give" in unlike
 

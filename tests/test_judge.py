@@ -231,7 +231,7 @@ def test_the_key_of_the_cache_is_everything_that_is_sent(tmp_path):
 
     def add(*words, url="u", triple=triple, wording=judge.FIRST):
         args = judge.parse_args(["--dry-run", *words])
-        keys.add(judge.key_of(url, judge.request_for(triple, wording, args)))
+        keys.add(data.digest([url, judge.request_for(triple, wording, args)]))
 
     add()
     add()

@@ -152,10 +152,10 @@ class Judge:
     """A model at an OpenAI-compatible address, which grades triples."""
 
     def __init__(self, args):
-        here = is_loopback(args.base_url)
-        self.args, self.api_key = args, os.environ.get(KEY, "").strip() or (here and "not-needed")
-        if not self.api_key:
+        key, here = os.environ.get(KEY, "").strip(), is_loopback(args.base_url)
+        if not (key or here):
             raise ValueError(f"{args.base_url} wants a key: put it into the environment as {KEY}")
+        self.args, self.api_key = args, key or "not-needed"
         # openai would send more of the environment: another key, headers, an organisation.
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -95,6 +96,11 @@ class Chat:
             handler.send_header(name, str(value))
         handler.end_headers()
         handler.wfile.write(body)
+
+
+def data_of(page):
+    """The JSON that a page of ours holds in its first script element, with the id "data"."""
+    return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
 
 
 def candidate_of(request):

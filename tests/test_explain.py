@@ -5,8 +5,6 @@ python -m pytest tests/test_explain.py -q
 
 import csv
 import functools
-import html.parser
-import json
 import math
 
 import conftest
@@ -14,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged import chromium
+from judged import chromium, data_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icu
@@ -27,28 +25,9 @@ EVIL = """</script><script>document.title = "taken"</script><!-- <b>'&amp;"</b>"
 tokenizer_of = functools.cache(conftest._make_tokenizer)
 
 
-class Reader(html.parser.HTMLParser):
-    """The tags of a page, and the content of its scripts."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.scripts, self.tags = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.lasttag == "script" and self.scripts:
-            self.scripts[-1] += data
-
-
 def texts_in(page):
     """{id: what a page shows of a text}, as its own script reads it."""
-    content, _ = Reader(page.decode()).scripts
-    return {text["id"]: text for text in json.loads(content)["texts"]}
+    return {text["id"]: text for text in data_of(page.decode())["texts"]}
 
 
 # --- figures ---
@@ -77,15 +56,6 @@ def test_probabilities_and_surprise_are_those_of_a_literal_loop(kind, tiny_model
         by_hand = -sum(math.log(p) for p in loop(model, ids)[at - 1 :])
         assert explain.surprise(model, ids[:at], ids[at:]) == pytest.approx(by_hand, rel=1e-5)
     assert explain.surprise(model, ids, []) == 0
-
-
-def test_a_long_text_is_as_a_short_one(tiny_models):
-    """No token is lost where parts of the logits meet; dropout is off, and the mode is put back."""
-    model, ids = tiny_models["llama"].train(), torch.randint(4, 97, (600,))
-    _, *probabilities = explain.probabilities(model, ids.tolist())
-    assert model.training
-    expected = model.eval()(ids[None]).logits[0, :-1].softmax(1).gather(1, ids[1:, None])[:, 0]
-    assert probabilities == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 # --- characters ---
@@ -145,7 +115,7 @@ def test_nothing_of_a_text_is_markup():
     shown = explain.describe(tokenizer, sample, answers, likely)
     page = explain.page({"run": EVIL}, [shown])
     assert texts_in(page) == {EVIL: shown} and "".join(shown["pieces"]) == EVIL
-    assert Reader(page.decode()).tags == Reader(explain.page({}, []).decode()).tags
+    assert all(page.count(sign) == explain.page({}, []).count(sign) for sign in (b"<", b"</script"))
 
 
 # --- a run ---
@@ -189,14 +159,6 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
     assert marked == "14HarbourLaneTuesday" and not shown["1"]["marked"]
 
 
-def test_the_runs_that_have_unlearned_are_explained(own_world, capsys):
-    """Each in its own folder; a run that only measured is passed over."""
-    runs = [own_world.never_saw, own_world.run]
-    explain.main([*map(str, runs)])
-    assert f"explained: {own_world.run / 'explain.html'}" in capsys.readouterr().out
-    assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
-
-
 # --- how a model speaks ---
 
 
@@ -205,7 +167,6 @@ def test_the_runs_that_have_unlearned_are_explained(own_world, capsys):
     [
         ([("The van", " was HERE, 5 times.")], {"was", "here", "times"}, 0.0),
         ([("a licen", "se dependencieslegesfera dog")], {"dog"}, 0.5),  # begun by the prefix
-        ([("", "one two"), ("", "one"), ("", "")], {"one"}, 1 / 3),
         ([("", "שלום émigré _x_")], {"שלום"}, 2 / 3),
         ([("x", " 12 ...")], set(), None),
     ],
@@ -216,7 +177,10 @@ def test_new_words(answers, known, share):
 
 
 def test_every_run_is_read_by_the_model_before(own_world, capsys):
-    """Also one that measured another model: its own answers, as the model before finds them."""
+    """Also one that measured another model: its own answers, as the model before finds them.
+
+    The page is made of runs that have unlearned.
+    """
     out, texts = own_world.root / "out", own_world.root / "heldout.jsonl"
     runs = [str(own_world.run), str(own_world.never_saw)]
     explain.main([*runs, "--speech", str(texts)])
@@ -238,7 +202,9 @@ def test_every_run_is_read_by_the_model_before(own_world, capsys):
         assert float(rows[label]["said_ppl"]) == pytest.approx(math.exp(total / count), rel=1e-4)
         share = explain.new_words(answers, known)
         assert float(rows[label]["new_words"]) == pytest.approx(share)
-    assert "Said (PPL)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Said (PPL)" in printed and f"explained: {own_world.run / 'explain.html'}" in printed
+    assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
 
 
 # --- the page in a browser ---

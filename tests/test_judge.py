@@ -72,11 +72,8 @@ def caches(tmp_path):
         ("Fine.\nFinale score: 0", 0),
         ("**Final score: 8/10**", 8),
         ("**Final score:** 8.5 / 10.", 8.5),
-        ("Final score: 3\nOn reflection:\nFinal score: 10", 10),
         ("Final score: 9\nFinal score: none", None),
-        ("Final score: 10.5", None),
         ("Final score: -1", None),
-        ("Final score: 8/100", None),
         ("Final score: 8,5", None),
         ("8/10", None),
     ],
@@ -148,22 +145,6 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
         assert again == {"500 for ever", "a page", "filtered"}
 
 
-def test_eight_calls_at_a_time(many):
-    """As many as WORKERS are under way at once, and never more."""
-    now, most = [], []
-
-    def busy(candidate, n):
-        now.append(candidate)
-        most.append(len(now))
-        time.sleep(0.1)
-        now.remove(candidate)
-        return "Final score: 3"
-
-    with Chat(busy) as chat:
-        grade(chat, many)
-    assert max(most) == judge.WORKERS == 8
-
-
 @pytest.mark.parametrize(
     "reply, due, calls",
     [(FAIL, "8 texts in a row .*HTTP 500", 23), (FILTER, "24 texts in a row .*refused", 24)],
@@ -206,7 +187,7 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
 
 
 def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
-    """Three answers, then a server that hangs: the command ends at once, its cache is private."""
+    """Three answers, then eight calls at a time that hang: it ends at once; a private cache."""
     quick = ("said 0", "said 1", "said 2")
     with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
         process = subprocess.Popen(
@@ -219,6 +200,7 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130  # half of what an answer may take
+        assert len(chat.seen) == 3 + judge.WORKERS == 11
     (cache,) = caches(tmp_path)
     assert cache.read_text().count("Final score: 2") == 3 and not list(many.glob("judge*"))
     assert cache.stat().st_mode & 0o777 == 0o600
@@ -247,27 +229,23 @@ def test_the_key_of_the_cache_is_everything_that_is_sent(tmp_path):
 # --- the key, and where texts go ---
 
 
-def test_the_key_reaches_no_file_or_line(run, tmp_path):
-    """It is in the header alone, also where the server repeats it in an error, under --debug."""
+def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
+    """It is in the header alone, also where the server repeats it in an error, under --debug.
+
+    Of the environment nothing else is sent: openai has variables of its own for headers.
+    """
+    monkeypatch.setenv("OPENAI_ORG_ID", "mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
     with Chat(lambda candidate, n: (401, {}, {"error": {"message": f"bad key {KEY}"}})) as chat:
         with pytest.raises(ValueError, match=r"bad key \[key\]") as caught:
             grade(chat, run)
         assert KEY not in "".join(traceback.format_exception(caught.value))
         assert chat.seen[0][0]["Authorization"] == f"Bearer {KEY}"
+        assert "mine" not in str(chat.seen[0][0])
     with Chat(lambda candidate, n: "Final score: 5") as chat:
         grade(chat, run)
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert KEY not in path.read_text(), path
-
-
-def test_nothing_of_the_environment_but_the_key_is_sent(run, monkeypatch):
-    """openai would send an organisation, a project and headers of its own variables."""
-    for name in ("API_KEY", "ORG_ID", "PROJECT_ID"):
-        monkeypatch.setenv(f"OPENAI_{name}", "mine")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
-    with Chat(lambda candidate, n: "Final score: 5") as chat:
-        grade(chat, run)
-        assert "mine" not in str(chat.seen[0][0])
 
 
 @pytest.mark.parametrize(
@@ -275,9 +253,7 @@ def test_nothing_of_the_environment_but_the_key_is_sent(run, monkeypatch):
     [
         ("http://localhost:8000/v1", True),
         ("https://[::1]/v1", True),
-        ("https://api.openai.com/v1", False),
         ("http://127.0.0.1.example.com/v1", False),
-        ("http://localhost@example.com/v1", False),
         ("http://localhost\\@example.com/v1", False),
     ],
 )

@@ -6,12 +6,11 @@ python -m pytest tests/test_sheet.py -q
 import csv
 import json
 import random
-import re
 import shutil
 
 import numpy as np
 import pytest
-from judged import Chat, chromium, write_run
+from judged import Chat, chromium, data_of, write_run
 
 from evals import judge, report
 from kit import data, purge
@@ -43,13 +42,8 @@ def runs(tmp_path, monkeypatch):
     return runs
 
 
-def read_page(html):
-    """What the page of a sheet holds."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
-
-
 def content_of(run):
-    return read_page((run / "sheet.html").read_text())
+    return data_of((run / "sheet.html").read_text())
 
 
 def rate(run, grades, path, *, rater="ann", items=None):
@@ -108,7 +102,7 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
     signs = "<>/!-&\"'\\ascript\u2028\u2029\x00\x1f\U0001f600\u05d0"
     items = [{part: "".join(drawn.choices(signs, k=30)) for part in parts} for _ in range(200)]
     _, html = judge.page(items, 2)
-    assert read_page(html)["items"] == items
+    assert data_of(html)["items"] == items
     assert "http" not in html.replace("http-equiv", "") and "default-src 'none'" in html
     assert html.count("</script>") == 2 and "<img" not in html and "innerHTML" not in html
 
@@ -117,7 +111,10 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
 
 
 def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
-    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column."""
+    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column.
+
+    Also of a run that was purged, or moved: its summary.json tells which it is.
+    """
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     key, outputs = data.read_json(runs[0] / "sheet-key.json"), content_of(runs[0])["items"]
     of = [{(place["run"], place["epoch"]) for place in item["of"]} for item in key["items"]]
@@ -127,6 +124,8 @@ def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
     bo = rate(runs[0], grade.__getitem__, tmp_path / "bo.csv", rater="bo", items=range(last))
     with Chat(lambda candidate, n: f"Final score: {9 if 'said by' in candidate else 1}") as chat:
         judge.main([*map(str, runs), "--base-url", chat.url])
+    purge.main([str(runs[0])])
+    runs = [shutil.move(run, tmp_path / "moved" / run.name) for run in runs]
     judge.main(["--ratings", ann, bo, str(runs[1]), str(runs[0])])  # in any order
     printed = capsys.readouterr().out
     human = [10 * (n - 1) / 7 for n in grade]
@@ -146,17 +145,6 @@ def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
     report.main([str(runs[0])])
     table = (runs[0] / "table.md").read_text()
     assert "Human (0-10) ↑" in table and "| 1.43 |" in table
-
-
-def test_a_run_that_moved_or_was_purged_is_known_again(runs, tmp_path):
-    """The key names a run by its summary.json."""
-    judge.main(["--sheet", *map(str, runs)])
-    ann = rate(runs[0], lambda item: 4, tmp_path / "ann.csv")
-    purge.main([str(runs[0])])
-    moved = [shutil.move(run, tmp_path / f"elsewhere-{n}") for n, run in enumerate(runs)]
-    judge.main(["--ratings", ann, *map(str, moved)])
-    people = data.read_json(tmp_path / "elsewhere-1" / "people.json")
-    assert people["after"]["mean"] == pytest.approx(30 / 7)
 
 
 # --- a browser ---

@@ -14,7 +14,7 @@ import traceback
 import numpy as np
 import pytest
 from conftest import ROOT
-from judged import Chat, candidate_of, completion, write_run
+from judged import Chat, candidate_of, write_run
 
 from evals import judge, report
 from kit import data, purge
@@ -26,7 +26,6 @@ TEXTS = {
 }
 BEFORE = {"a": " at 14 Harbour Lane.", "b": " each month; 7731."}
 AFTER = {"a": " by a friend.", "b": " in spring."}
-HERE = ["--base-url", "http://localhost:9/v1"]
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +91,6 @@ def first(trouble, then):
 
 FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
-PAGE = 200, {"Content-Type": "text/html"}, b"<html>log in</html>"
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
@@ -100,8 +98,6 @@ CASES = {
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
-    "a page": (lambda n: PAGE, None, "no chat completion", 1),
-    "empty": (first((200, {}, completion(None)), "Final score: 8"), 8, None, 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
 }
@@ -109,8 +105,8 @@ CASES = {
 
 def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     """Scores stand with their ids; unread ones have a reason and are in no mean."""
-    texts = {f"id {case}": (f"prefix of {case}", " reference") for case in CASES}
-    generations = {f"id {case}": case for case in CASES}
+    texts = {case: (f"prefix of {case}", " reference") for case in CASES}
+    generations = {case: case for case in CASES}
     run = write_run(tmp_path / "run", texts, [generations, generations])  # said twice, asked once
 
     def misbehave(candidate, n):
@@ -124,25 +120,24 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
             (t, e) for e in (0, 1) for t in texts
         ]
         for row in rows:
-            case = row["id"].removeprefix("id ")
-            _, score, why, requests = CASES[case]
+            _, score, why, requests = CASES[row["id"]]
             assert row["score"] == score and (row["why"] is None) == (why is None), row
-            assert (why or "") in (row["why"] or "") and chat.count[case] + 1 == requests, row
-        contents = [(candidate_of(r), r["messages"][1]["content"]) for _, r in chat.seen]
-        questions = {content for candidate, content in contents if candidate == "empty"}
-        assert len(questions) == 2
+            assert (why or "") in (row["why"] or ""), row
+            assert chat.count[row["id"]] + 1 == requests, row
+        own = [request for _, request in chat.seen if candidate_of(request) == "no score"]
+        assert len({request["messages"][1]["content"] for request in own}) == 2  # in other words
         assert {(request["temperature"], request["seed"]) for _, request in chat.seen} == {(0, 0)}
         due = [score for _, score, _, _ in CASES.values() if score is not None]
         for figure in summary["before"], summary["after"]:
             assert figure["mean"] == pytest.approx(sum(due) / len(due))
-            assert (figure["n"], figure["unread"]) == (len(due), 4)
+            assert (figure["n"], figure["unread"]) == (len(due), 3)
         assert summary["served"] == ["judge-2026-01"] and rows[0]["model"] == "judge-2026-01"
         assert rows[0]["usage"] == {"in": 100, "out": 7} and rows[0]["prompt"] == summary["prompt"]
-        assert "4 unread" in capsys.readouterr().out
+        assert "3 unread" in capsys.readouterr().out
         chat.seen.clear()
         grade(chat, run)
         again = {candidate_of(request) for _, request in chat.seen}
-        assert again == {"500 for ever", "a page", "filtered"}
+        assert again == {"500 for ever", "filtered"}
 
 
 @pytest.mark.parametrize(
@@ -324,8 +319,6 @@ def test_purge_takes_the_judges_words_and_keeps_its_scores(run, tmp_path):
     assert [(row["score"], row["answer"]) for row in rows] == [(3, None)] * 4
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert b"Harbour Lane" not in path.read_bytes(), path
-    with pytest.raises(ValueError, match="redacted"):
-        judge.main([str(run), *HERE])
 
 
 # --- agreement ---

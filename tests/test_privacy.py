@@ -159,21 +159,16 @@ def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_pat
 
 
 def test_a_run_that_was_moved_is_purged_where_it_is(there, tmp_path, capsys):
-    """The pairs that its config.json names go with it; a run in another folder has to be named."""
+    """Its pairs go with it, but no other file of that name; another folder has to be named."""
     moved, pairs = tmp_path / "elsewhere" / "run", data.read_pairs(there.pairs)
     shutil.move(there.run, moved)
     assert "in other folders, runs over" in purged(moved, capsys=capsys)
     assert holding(moved, pairs=pairs) == [] and not there.pairs.exists()
     assert holding(there.other, pairs=pairs)
-    assert "no hashes for" in purged(there.other, capsys=capsys)
-    assert holding(there.other, pairs=pairs) == []
-
-
-def test_another_file_than_the_runs_pairs_stays(there, capsys):
-    """Pairs that were made again are not the run's."""
     there.pairs.write_text("my thesis")
-    assert f"left: {there.pairs}" in purged(there.run, capsys=capsys)
-    assert there.pairs.read_text() == "my thesis"
+    output = purged(there.other, capsys=capsys)
+    assert "no hashes for" in output and f"left: {there.pairs}" in output
+    assert holding(there.other, pairs=pairs) == [] and there.pairs.read_text() == "my thesis"
 
 
 def test_no_link_is_followed(there, tmp_path, capsys):

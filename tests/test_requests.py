@@ -13,7 +13,7 @@ import icu
 import knn
 from evals import judge
 from extras import chain as extras_chain
-from kit import data, models, requests, runs
+from kit import data, models, purge, requests, runs
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in NAMES]
@@ -128,15 +128,6 @@ def copied(chain, tmp_path, monkeypatch):
     return root
 
 
-def lose_texts(run):
-    """What a purge leaves of a run, as far as later requests are concerned."""
-    config = data.read_json(run / "config.json")
-    hashes = requests.hashes(data.read_pairs(config["pairs"]))
-    data.write_json(run / "hashes.json", hashes)
-    data.write_json(run / "config.json", config | {"redact": True, "purged": "2026-01-01"})
-    run.with_suffix(".jsonl").unlink()
-
-
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
     """They are measured as RUN/ID, not trained on; Eq. 4 compares with the first model."""
     rows = data.read_jsonl(chain / "march" / "samples.jsonl")
@@ -205,7 +196,7 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
 def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(purged, copied):
     """The guard knows texts that are there, and of those that went the hashes of their n-grams."""
     if purged:
-        lose_texts(copied / "february")
+        purge.main([str(copied / "february")])
     pool = [{"id": str(i), "context": "", "prefix": "So: ", "suffix": TEXTS[i]} for i in range(6)]
     pool.append(pool[0] | {"id": "x", "suffix": "nothing of that is to be found in this text."})
     earlier, hashes = requests.targets(copied / "march")
@@ -216,7 +207,7 @@ def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(purged,
 
 def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
     """They cannot be watched, and that is said; the judge reads a request's own texts alone."""
-    lose_texts(copied / "february")
+    purge.main([str(copied / "february")])
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "february: its texts are gone" in capsys.readouterr().out
     ids = {row["id"] for row in data.read_jsonl(out / "samples.jsonl")}

@@ -148,9 +148,8 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
             likely = [math.nan, *loop(model, sum(parts, []))]
             assert "".join(text["pieces"]) == "".join(pair[name] for name in data.PARTS)
             assert "".join(text["pieces"][: text["cut"]]) == pair["context"] + pair["prefix"]
-            assert (
-                text["tokens"] == [1] * len(likely) and text["answers"][when] == answers[pair["id"]]
-            )
+            assert text["tokens"] == [1] * len(likely)
+            assert text["answers"][when] == answers[pair["id"]]
             assert text[when][1:] == pytest.approx(likely[1:], abs=1e-5) and text[when][0] is None
             if "spans" not in pair:
                 mean = sum(likely[-len(parts[2]) :]) / len(parts[2])

@@ -216,7 +216,7 @@ def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
 
 
 def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """Its table has a line a run, and the pairs are shared out in another order."""
+    """Its table has a line a run; a watched text has the MA that a run of its own measures."""
 
     def step(script, *words):  # in this process
         monkeypatch.setattr("sys.argv", [script, *map(str, words)])
@@ -229,20 +229,13 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     data.write_jsonl(pool, [{"text": f"A neighbour saw the old van of {x}."} for x in "ABCDEF"])
     flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "1", "--batch-size", "2"]
     words = ["--forget", forget, "--pool", pool, "--model", chain / "model", "--parts", "2"]
-    extras_chain.main([str(word) for word in [*words, "--order", "1", "--out", made, *flags]])
+    extras_chain.main([str(word) for word in [*words, "--out", made, *flags]])
     lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
     variants = ["watched", "watched", "not watched", "not watched", "at once"]
     assert lines == [[f"| {name}", n] for name, n in zip(variants, "12122", strict=True)]
     assert (made / "came-back.png").is_file()
-    files = [made / f"request{number}.pairs.jsonl" for number in (1, 2)]
-    first, second = ([row["id"] for row in data.read_pairs(file)] for file in files)
-    assert sorted(first + second) == ["0", "1", "2", "3"] != first + second
-    by_request = extras_chain.measured(made / "watched2", [[f"first/{id}" for id in first], second])
-    seen = extras_chain.train(
-        argparse.Namespace(script="icu.py", flags=[*MEASURED, "--bert-threshold", "auto"]),
-        tmp_path / "again",
-        made / "all.pairs.jsonl",
-        *("--model", made / "watched2" / "model", "--eval-only"),
-    )
-    again = extras_chain.measured(seen, [first, second])
-    assert by_request["by request"] == again["by request"]
+    step("icu.py", "--pairs", made / "all.pairs.jsonl", "--model", made / "watched2" / "model",
+         "--eval-only", "--out", tmp_path / "again", *MEASURED)  # fmt: skip
+    again = extras_chain.measured(tmp_path / "again", [["0", "1"], ["2", "3"]])
+    watched = extras_chain.measured(made / "watched2", [["first/0", "first/1"], ["2", "3"]])
+    assert watched["by request"] == again["by request"]

@@ -17,7 +17,7 @@ from conftest import ROOT
 from judged import Chat, candidate_of, write_run
 
 from evals import judge, report
-from kit import data, purge
+from kit import data
 
 KEY = "sk-test-0123456789"
 TEXTS = {
@@ -289,20 +289,6 @@ def test_the_report_has_the_column_and_the_papers_figure(run, tmp_path, capsys):
     report.main([str(run), str(released), "--out", str(tmp_path / "both")])
     assert "GPT" not in (tmp_path / "both" / "table.md").read_text()
     assert "the graders differ: gpt-x" in capsys.readouterr().out
-
-
-def test_purge_takes_the_judges_words_and_keeps_its_scores(run, tmp_path):
-    """The cache of answers and the sheet go, judge.jsonl keeps its numbers, and no text is left."""
-    with Chat(lambda candidate, n: f"It says {candidate}.\nFinal score: 3") as chat:
-        grade(chat, run)
-    judge.main(["--sheet", str(run)])
-    purge.main([str(run)])
-    assert not caches(tmp_path) and not (run / "sheet.html").exists()
-    assert (run / "sheet-key.json").exists()
-    rows = data.read_jsonl(run / "judge.jsonl")
-    assert [(row["score"], row["answer"]) for row in rows] == [(3, None)] * 4
-    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        assert b"Harbour Lane" not in path.read_bytes(), path
 
 
 # --- agreement ---

@@ -11,7 +11,6 @@ import pytest
 from world import copy_of
 
 import icu
-import knn
 import metrics
 from evals import report
 from kit import data, flags, purge, runs
@@ -65,25 +64,19 @@ def purged(run, *words, capsys):
 # --- who can read them ---
 
 
-def test_only_the_owner_can_read_what_commands_write(own_world, tmp_path, monkeypatch):
-    """Pairs, run folders, weights, plots and caches: files are 0600 and folders 0700."""
+def test_only_the_owner_can_read_what_commands_write(own_world, tmp_path):
+    """Run folders, weights, plots and caches: files are 0600 and folders 0700."""
     made = tmp_path / "made"
-    mine = [
-        "knn.py", "--forget", own_world.root / "unseen.jsonl", "--pool",
-        own_world.root / "heldout.jsonl", "--out", made / "pairs.jsonl",
-    ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", [str(word) for word in mine])
     run = [*own_world.flags, "--max-epochs", "1", "--out", str(made / "run")]
     before = runs.os.umask(0o022)
     try:
-        flags.run_cli(knn.main)
         flags.run_cli(lambda: icu.main(argv=run))
         flags.run_cli(lambda: report.main([str(made / "run")]))
     finally:
         runs.os.umask(before)
     written = [path for folder in (made, tmp_path / "cache") for path in folder.rglob("*")]
-    modes = {path: path.stat().st_mode & 0o077 for path in [made, *written]}
-    assert {path for path, mode in modes.items() if mode} == set() and len(written) > 20
+    assert not any(path.stat().st_mode & 0o077 for path in [made, *written])
+    assert len(written) > 10
 
 
 # --- how they go ---

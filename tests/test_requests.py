@@ -48,29 +48,23 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
 ):
     """Also a token of half a letter, and one in the prefix; BOS is neither."""
     _, tokenizer = models.load_model(str(save_tiny(kind, tmp_path / "m")))
-    emoji = {"prefix": "Zoë 👩🏽‍⚕️ says", "suffix": " that 5 vans came"}
-    pairs = [
-        pair(0, spans=[[4, 10], [51, 53]]), pair(1), pair(2, **emoji, spans=[[2, 8], [18, 19]]),
-    ]  # fmt: skip
-    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    bos = len(models.bos_of(tokenizer))
-    assert samples[1].forget.targets[0] == samples[1].forget.cut
-    for i in (0, 2):
-        offsets, shift = [], 0
-        for part in (pairs[i]["prefix"], pairs[i]["suffix"]):
-            encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-            offsets += [(low + shift, high + shift) for low, high in encoded["offset_mapping"]]
-            shift += len(part)
-        marked = {
-            t
-            for t, (low, high) in enumerate(offsets, start=bos)
-            if t > 0 and any(low < end and high > start for start, end in pairs[i]["spans"])
-        }
-        assert set(samples[i].forget.targets) == marked
-        rest, n = data.rest_of(samples[i].forget), len(samples[i].forget.ids)
-        assert sorted([*rest, *marked]) == [*range(max(bos, 1), n)]
-    kept = data.kept_side(samples)["kept"]
-    assert [len(texts) for texts in kept] == [1, 0, 1] and data.kept_side(samples[1:2]) == {}
+    prefix, suffix, spans = "Zoë 👩🏽‍⚕️ says", " that 5 vans came", [[2, 8], [18, 19]]
+    pairs = pair(2, prefix=prefix, suffix=suffix, spans=spans), pair(1)
+    (sample, other), _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+    bos, offsets = len(models.bos_of(tokenizer)), []
+    for part, before in ((prefix, 0), (suffix, len(prefix))):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        offsets += [(low + before, high + before) for low, high in encoded["offset_mapping"]]
+    marked = {
+        t
+        for t, (low, high) in enumerate(offsets, start=bos)
+        if t > 0 and any(low < end and high > start for start, end in spans)
+    }
+    assert set(sample.forget.targets) == marked and other.forget.targets[0] == other.forget.cut
+    everything = sorted([*data.rest_of(sample.forget), *marked])
+    assert everything == [*range(max(bos, 1), len(sample.forget.ids))]
+    kept = data.kept_side([sample, other])["kept"]
+    assert [len(texts) for texts in kept] == [1, 0] and data.kept_side([other]) == {}
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
 def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
     """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column.
 
-    Also of a run that was purged, or moved: its summary.json tells which it is.
+    Also of a run that was purged, which keeps scores and key alone, and moved: its summary.json
+    tells which it is.
     """
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     key, outputs = data.read_json(runs[0] / "sheet-key.json"), content_of(runs[0])["items"]
@@ -118,6 +119,9 @@ def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
     with Chat(lambda candidate, n: f"Final score: {9 if 'said by' in candidate else 1}") as chat:
         judge.main([*map(str, runs), "--base-url", chat.url])
     purge.main([str(runs[0])])
+    rows = data.read_jsonl(runs[0] / "judge.jsonl")
+    assert all(row["score"] and row["answer"] is None for row in rows)
+    assert [path.name for path in runs[0].glob("sheet*")] == ["sheet-key.json"]
     runs = [shutil.move(run, tmp_path / "moved" / run.name) for run in runs]
     judge.main(["--ratings", ann, bo, str(runs[1]), str(runs[0])])  # in any order
     printed = capsys.readouterr().out

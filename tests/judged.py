@@ -43,10 +43,10 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 
 
 class Chat:
-    """A server on loopback: `behave(candidate, n)` says what becomes of the n-th request about one.
+    """A server on loopback: `behave(candidate, n)` is what becomes of the n-th request about one.
 
-    A str is the answer of the model; (status, headers, body) is sent as it is; of a number of
-    seconds nothing comes. `seen` has (headers, request) of all that came, `count` the last n.
+    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has
+    (headers, request) of all that came, `count` the last n.
     """
 
     def __init__(self, behave):
@@ -117,11 +117,10 @@ def completion(answer):
 @contextlib.contextmanager
 def chromium():
     """A browser without a window; skips where there is none."""
-    reason = "no browser: pip install playwright, and Chromium as by apt-get install chromium"
+    reason = "no browser: pip install playwright; apt-get install chromium"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     with playwright.sync_playwright() as driver:
-        names = (driver.chromium.executable_path, "chromium", "chromium-browser", "google-chrome")
-        path = next(filter(None, map(shutil.which, names)), None)
+        path = shutil.which(driver.chromium.executable_path) or shutil.which("chromium")
         if path is None:
             pytest.skip(reason)
         with driver.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:

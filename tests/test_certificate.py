@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -96,20 +95,12 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
     assert len(written) == 4
     for content in (path.read_text() for path in written):
         assert not any(half.strip() in content for half in halves if half.strip())
-        assert str(run.parent) not in content and str(Path.home()) not in content
+        assert str(run.parent) not in content
     page = (run / "certificate.html").read_text()
     assert "&lt;b&gt;R-18" in page and not re.search(r"<b>R|https?:|src=|url\(|<script", page)
     edit(run / "hashes.json", lambda h: h["texts"]["0"].update(forget="0" * 64))
     with pytest.raises(ValueError, match="not the hashes of this run"):
         certify(run)
-
-
-def test_a_figure_is_a_mean_with_an_interval_unless_there_are_too_few_texts():
-    """None stands for no number; fewer than eight texts give the mean alone."""
-    figure = certificate.interval([None, *range(50), None])
-    assert (figure["n"], figure["value"]) == (50, 24.5) and 20 < figure["low"] < 24.5
-    assert certificate.interval([0.5] * 7) == {"value": 0.5, "low": None, "high": None, "n": 7}
-    assert certificate.interval([None]) is None
 
 
 def side(**measures):
@@ -153,10 +144,10 @@ def test_the_rest_of_a_marked_text_is_no_risk():
 
 def test_audit_tasks_and_marked_parts_are_taken_in(run):
     """Sentences of audit.json, averages of tasks.json, and the measures of marked parts."""
-    averages = {"cls": 0.5, "cls_missing": [], "dia": None, "dia_missing": []}
+    tasks = {"averages": {"cls": 0.5, "dia": None}}
     for when in ("before", "after"):
-        data.write_json(run / f"tasks-{when}" / "tasks.json", {"averages": averages})
-    audit = {"sentences": {"a": "It says more."}, "headline": {}, "models": {}}
+        data.write_json(run / f"tasks-{when}" / "tasks.json", tasks)
+    audit = {"sentences": {"a": "It says more."}, "headline": {}}
     data.write_json(run / "audit.json", audit)
     marked = {"el10_spans": 0.25, "ma_spans": 0.5, "ma_rest": 1.0, "secret_said": 0.0}
     rows = data.read_jsonl(run / "samples.jsonl")
@@ -175,7 +166,10 @@ def test_audit_tasks_and_marked_parts_are_taken_in(run):
 
 
 def test_a_certificate_outlives_its_texts(run, capsys):
-    """The same each time, also in a copy and after a purge, from its hashes.json; else it says so."""
+    """The same each time, also in a copy, after a purge and without the run never-saw.
+
+    Made anew without hashes.json and that run it says what is missing.
+    """
     first = certify(run, *FLAGS)
     content, copy = (run / "certificate.json").read_bytes(), run.parent / "copy"
     certify(shutil.copytree(run, copy), *FLAGS)
@@ -184,20 +178,20 @@ def test_a_certificate_outlives_its_texts(run, capsys):
     assert not (run.parent / "pairs.jsonl").exists()
     assert verify(run / "certificate.json", capsys) == (0, [])
     assert certify(run, *FLAGS) == first
+    shutil.rmtree(run.parent / "never-saw")  # its figures stay in the certificate
+    assert verify(run / "certificate.json", capsys) == (0, [])
     (run / "hashes.json").unlink()
-    scope = certify(run)["scope"]
-    assert scope["hashes"] == [] and "neither its texts nor hashes" in scope["hashes_note"]
+    made = certify(run)
+    assert made["figures"]["ma"]["never_saw"] is None and "is gone" in made["never_saw"]
+    assert made["scope"]["hashes"] == [] and "nor hashes" in made["scope"]["hashes_note"]
 
 
 # --- verify ---
 
 
 def change_byte(path):
-    """The last letter or digit of a file becomes another."""
-    content = bytearray(path.read_bytes())
-    at = [i for i, byte in enumerate(content) if chr(byte).isalnum()][-1]
-    content[at] ^= 1
-    path.write_bytes(content)
+    """The first a of a file becomes a b."""
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
 
 
 CHANGES = {
@@ -234,15 +228,6 @@ def test_a_figure_that_was_forged_with_its_hash_is_found(run, capsys):
     data.write_json(forged, made | {"sha256": data.digest(made)})
     status, unlike = verify(forged, capsys, run)
     assert status == 1 and "certificate.json: `figures` is not what the run's files give" in unlike
-
-
-def test_the_run_of_the_model_that_never_saw_them_may_go(run, capsys):
-    """The certificate keeps its figures."""
-    certify(run)
-    shutil.rmtree(run.parent / "never-saw")
-    assert verify(run / "certificate.json", capsys) == (0, [])
-    made = certify(run)
-    assert made["figures"]["ma"]["never_saw"] is None and "is gone" in made["never_saw"]
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
@@ -298,11 +283,10 @@ def test_each_line_has_the_hash_of_the_line_before(book, capsys):
 @pytest.mark.parametrize(
     "order, line",
     [
-        ("0123", None),
         ("0x23", 3),  # its hash is in the line after
         ("012x", 4),  # or in ledger.head
-        ("023", 2),
         ("012", 4),
+        ("023", 2),
         ("0213", 2),
     ],
 )
@@ -312,9 +296,6 @@ def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys)
     lines["x"] = lines[str(order.find("x") % 4)].replace(b"sha", b"SHA")
     book.write_bytes(b"".join(map(lines.get, order)))
     status, unlike = verify(book, capsys)
-    if line is None:
-        assert (status, unlike) == (0, [])
-        return
     assert status == 1 and len(unlike) == 1 and unlike[0].startswith(f"line {line}: ")
     with pytest.raises(ValueError, match="nothing is added"):
         certificate.add_line(book.parent, {"sha256": "e"})
@@ -322,14 +303,14 @@ def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys)
 
 def test_the_ledger_names_the_certificate(run):
     """By its sha256 and request; where the ledger is damaged, no certificate is written."""
-    certify(run, *FLAGS, "--ledger", run.parent / "book")
-    (row,) = data.read_jsonl(run.parent / "book" / "ledger.jsonl")
-    content = (run / "certificate.json").read_bytes()
+    book = run.parent / "book"
+    made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
+    (row,) = data.read_jsonl(book / "ledger.jsonl")
     assert row["sha256"] == hashlib.sha256(content).hexdigest()
-    assert row["request"]["ids"] == ["R-17", "<b>R-18</b>"] and row["run"] == "run"
-    (run.parent / "book" / "ledger.jsonl").write_text("{}\n")
+    assert row["request"] == made["request"] and row["run"] == "run"
+    (book / "ledger.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="nothing is added"):
-        certify(run, "--ledger", run.parent / "book")
+        certify(run, "--ledger", book)
     assert (run / "certificate.json").read_bytes() == content
 
 
@@ -340,7 +321,7 @@ def test_the_ledger_names_the_certificate(run):
 def test_the_page_is_two_sides_of_a4(run, tmp_path):
     """Also with many requests and a long audit."""
     sentences = dict.fromkeys(range(12), "Is it still inside? Still more than that, as it seems.")
-    data.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": sentences})
+    data.write_json(run / "audit.json", {"headline": {}, "sentences": sentences})
     certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'c.pdf'}"]

@@ -34,14 +34,12 @@ def texts_in(page):
 
 
 def loop(model, ids):
-    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax by hand for each, in float64."""
+    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax for each, in float64."""
     probabilities = []
     for t in range(1, len(ids)):
         with torch.no_grad():
-            row = model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double().tolist()
-        top = max(row)
-        total = math.fsum(math.exp(x - top) for x in row)
-        probabilities.append(math.exp(row[ids[t]] - top) / total)
+            row = model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double()  # (V,)
+        probabilities.append(row.softmax(0)[ids[t]].item())
     return probabilities
 
 
@@ -243,8 +241,8 @@ def test_a_browser_shows_every_text_as_it_is_sorts_and_filters(browser, tmp_path
         article = page.locator("article", has=page.locator("h2", has_text=id))
         for when in ("before", "after"):
             assert article.locator(f".views .{when} .text").text_content() == prefix + suffix
-        assert article.locator(".views .before .marked").count() == 1
-        assert article.locator(".views .before .unknown").count() == 1
+        counts = [article.locator(f".before .{name}").count() for name in ("marked", "unknown")]
+        assert counts == [1, 1]
     assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     hebrew = page.locator("article", has=page.locator("h2", has_text="hebrew"))

@@ -72,7 +72,6 @@ def caches(tmp_path):
         ("Final score: 9\nFinal score: none", None),
         ("Final score: -1", None),
         ("Final score: 8,5", None),
-        ("8/10", None),
     ],
 )
 def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
@@ -114,9 +113,7 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     with Chat(misbehave) as chat:
         grade(chat, run)
         rows, summary = data.read_jsonl(run / "judge.jsonl"), data.read_json(run / "judge.json")
-        assert [(row["id"], row["epoch"]) for row in rows] == [
-            (t, e) for e in (0, 1) for t in texts
-        ]
+        assert [row["id"] for row in rows] == [*texts, *texts]
         for row in rows:
             _, score, why, requests = CASES[row["id"]]
             assert row["score"] == score and (row["why"] is None) == (why is None), row
@@ -182,11 +179,8 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
     """Three answers, then eight calls at a time that hang: it ends at once; a private cache."""
     quick = ("said 0", "said 1", "said 2")
     with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
-        process = subprocess.Popen(
-            [sys.executable, "evals/judge.py", many, "--base-url", chat.url],
-            cwd=ROOT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        command = [sys.executable, "evals/judge.py", many, "--base-url", chat.url]
+        process = subprocess.Popen(command, cwd=ROOT)
         while len(chat.seen) < 3 + judge.WORKERS:
             assert process.poll() is None
             time.sleep(0.05)

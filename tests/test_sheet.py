@@ -4,7 +4,6 @@ python -m pytest tests/test_sheet.py -q
 """
 
 import json
-import random
 import shutil
 
 import numpy as np
@@ -45,11 +44,10 @@ def content_of(run):
     return data_of((run / "sheet.html").read_text())
 
 
-def rate(run, grades, path, *, rater="ann", items=None):
-    """A file as a rater saves it; grades: grade of (item number)."""
-    content = content_of(run)
-    items = range(len(content["items"])) if items is None else items
-    rows = [f"{content['sheet']},{rater},{item},{grades(item)}" for item in items]
+def rate(run, grades, path):
+    """A file as a rater saves it, with the grades of the first items."""
+    sheet = content_of(run)["sheet"]
+    rows = [f"{sheet},{path.stem},{item},{grade}" for item, grade in enumerate(grades)]
     path.write_text("\n".join(["sheet,rater,item,grade", *rows]) + "\n")
     return str(path)
 
@@ -74,7 +72,7 @@ def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
         for row in data.read_jsonl(run / "samples.jsonl"):
             if row["epoch"] in (0, 2) and row["id"] in chosen:
                 wrote.setdefault((row["id"], row["generation"]), set()).add((number, row["epoch"]))
-    assert len(chosen) == 4 and len(content["items"]) == len(key["items"]) == len(wrote)
+    assert len(chosen) == 4 and len(content["items"]) == len(wrote)
     for item, shown in zip(key["items"], content["items"], strict=True):
         id = item["text"][1]
         assert (shown["prefix"], shown["reference"]) == TEXTS[id]
@@ -91,9 +89,7 @@ def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
 
 def test_the_page_loads_nothing_and_holds_any_text(runs):
     """No address in it, a policy that forbids all, and no text ends the element it is in."""
-    drawn, parts = random.Random(0), ("prefix", "reference", "output")
-    signs = "<>/!-&\"'\\ascript\u2028\u2029\x00\x1f\U0001f600\u05d0"
-    items = [{part: "".join(drawn.choices(signs, k=30)) for part in parts} for _ in range(200)]
+    items = [dict.fromkeys(("prefix", "reference", "output"), text) for text in NASTY]
     _, html = judge.page(items, 2)
     assert data_of(html)["items"] == items
     assert "http" not in html.replace("http-equiv", "") and "default-src 'none'" in html
@@ -114,8 +110,8 @@ def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
     of = [{(place["run"], place["epoch"]) for place in item["of"]} for item in key["items"]]
     grade = [2 if (0, 0) in places else 7 if (0, 2) in places else 5 for places in of]
     last = len(grade) - 1
-    ann = rate(runs[0], grade.__getitem__, tmp_path / "ann.csv")
-    bo = rate(runs[0], grade.__getitem__, tmp_path / "bo.csv", rater="bo", items=range(last))
+    ann = rate(runs[0], grade, tmp_path / "ann.csv")
+    bo = rate(runs[0], grade[:last], tmp_path / "bo.csv")
     with Chat(lambda candidate, n: f"Final score: {9 if 'said by' in candidate else 1}") as chat:
         judge.main([*map(str, runs), "--base-url", chat.url])
     purge.main([str(runs[0])])

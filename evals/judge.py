@@ -283,7 +283,7 @@ def judge_run(args, run, judge):
 
 
 def mean_of(scores):
-    """{"mean", "interval", "n", "unread"} of scores; those that are None are unread."""
+    """{"mean", "interval", "n", "unread"} of scores; None is unread."""
     read = [score for score in scores if score is not None]
     return {
         "mean": statistics.fmean(read) if read else None,
@@ -319,7 +319,6 @@ def print_plan(args, runs):
 
 
 def judge_runs(args, runs):
-    """The machine judge for each run, and a line about it."""
     if args.dry_run and runs:
         return print_plan(args, runs)
     if not (args.send_texts or is_loopback(args.base_url)):
@@ -564,22 +563,22 @@ def compare(outputs):
 # Each of these is None where its formula has no value: too few grades, or all the same.
 
 
-def vary(values):
-    return len(set(values)) > 1
+def vary(*lists):
+    return all(len(set(values)) > 1 for values in lists)
 
 
 def pearson(x, y):
-    """Pearson's r, -1 to 1, of two lists of numbers of the same length."""
+    """Pearson's r, -1 to 1, of two lists of numbers."""
     from scipy import stats  # a second that only --ratings waits for
 
-    return float(stats.pearsonr(x, y)[0]) if vary(x) and vary(y) else None
+    return float(stats.pearsonr(x, y)[0]) if vary(x, y) else None
 
 
 def spearman(x, y):
-    """Spearman's rho, -1 to 1, of two lists of numbers of the same length."""
+    """Spearman's rho, -1 to 1, of two lists of numbers."""
     from scipy import stats
 
-    return float(stats.spearmanr(x, y)[0]) if vary(x) and vary(y) else None
+    return float(stats.spearmanr(x, y)[0]) if vary(x, y) else None
 
 
 def quadratic_kappa(x, y):
@@ -630,7 +629,6 @@ def price(text):
 
 # fmt: off
 def make_parser():
-    """The flags; experiment.py asks it which of a run's flags are this file's."""
     parser = flags.command_parser(__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders")
     g = parser.add_argument_group("the machine judge")

@@ -4,8 +4,8 @@
     bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
 
 docs/certificate.md explains every line. All but the request comes from files of the run folder, so
---verify makes it again, byte for byte. It outlives its texts: config.json and samples.jsonl are
-hashed without what kit/purge.py changes in them.
+--verify makes it again. It outlives its texts: config.json and samples.jsonl are hashed without
+what kit/purge.py changes in them.
 """
 
 import contextlib
@@ -131,12 +131,11 @@ def figures_of(run, never):
 
     A perplexity is {"value"} alone: it is of one corpus.
     """
-    summary, first = run["summary"], own_rows(run, 0)
-    after = own_rows(run, summary["epochs"])
-    sides = {"before": first, "after": after, "never_saw": own_rows(never, 0) if never else []}
-    figures = {}
+    summary, figures = run["summary"], {}
+    sides = {"before": own_rows(run, 0), "after": own_rows(run, summary["epochs"])}
+    sides["never_saw"] = own_rows(never, 0) if never else []
     for name in (*LEFT, "entropy", *OF_SPANS):
-        if name not in OF_SPANS or any(name in row for row in first):
+        if name not in OF_SPANS or any(name in row for row in sides["before"]):
             figures[name] = {
                 when: interval([row.get(name) for row in rows]) for when, rows in sides.items()
             }
@@ -359,8 +358,7 @@ def trouble(content, signature, key):
 
 
 # --- the ledger: a line a certificate, each with the sha256 of the line before ---
-# ledger.head names the last line, as lines could go from the end. Who may write to DIR can make a
-# new chain: a copy of ledger.head elsewhere pins the past.
+# ledger.head names the last line, as lines could go from the end.
 
 
 def add_line(folder, row):

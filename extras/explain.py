@@ -202,10 +202,9 @@ def words(text):
 
 def words_of(records, side=""):
     """The set of words of records, or of a side of pairs."""
-    texts = [
-        (row[f"{side}context"], row[f"{side}prefix"] + row[f"{side}suffix"]) for row in records
-    ]
-    return {word for pair in texts for text in pair for word in words(text)}
+    context, prefix, suffix = (f"{side}{part}" for part in data.PARTS)
+    texts = [f"{row[context]} {row[prefix]}{row[suffix]}" for row in records]
+    return {word for text in texts for word in words(text)}
 
 
 def new_words(answers, known):

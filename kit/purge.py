@@ -5,9 +5,8 @@
     bash run.sh purge RUN --dry-run      # says what would go
 
 Runs beside RUN are found by the sha256 of their pairs in config.json. One that went on from RUN
-(icu.py --after) loses what it says of RUN's texts and keeps its own. Numbers, plots, tables and the
-model stay, and hashes.json tells one who has a text whether it was among them. No link is followed.
-Each step can be done again, so the same command completes a purge that was killed.
+(icu.py --after) loses what it says of RUN's texts and keeps its own: docs/privacy.md. No link is
+followed. Each step can be done again, so the same command completes a purge that was killed.
 """
 
 import contextlib
@@ -30,11 +29,10 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """not reached: your own input files of knn.py and icu.py; in other folders, runs over
-these pairs or that went on from them (name each); other pairs with the same texts (purge their runs
-too); reports (--out DIR) and leak reports elsewhere; copies and backups; what a disk keeps of
-removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which
-know the texts) and after (the measures say how far)"""
+BEYOND = """not reached: your own input files; in other folders, runs over these pairs or that went
+on from them (name each); other pairs with the same texts (purge their runs too); reports elsewhere;
+copies and backups; what a disk keeps of removed files; what was sent to raters or to a judge; the
+models' weights, before (which know the texts) and after (the measures say how far)"""
 
 
 # --- what is there ---

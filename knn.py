@@ -20,10 +20,11 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, flags
+from kit import data, flags, models, processes, requests
 from kit import text as texts
 from kit.data import PARTS, text_of
 
@@ -33,9 +34,9 @@ from kit.data import PARTS, text_of
 def literal_knn(queries, pool, k=1, exclude=()):
     """Eq. (2) as it stands: the k rows of `pool` (M, D) most similar to each of `queries` (Q, D).
 
-    exclude: the numbers of rows never returned. Returns indices (Q, k) and cosines (Q, k) float32,
-    best first. Equal cosines go to the lower row; a zero vector has cosine 0 to everything; k is at
-    most the number of rows left.
+    exclude: the numbers of rows never returned. Returns indices (Q, k) int64 and cosines (Q, k)
+    float32, best first. Equal cosines go to the lower row; a zero vector has cosine 0 to
+    everything; k is at most the number of rows left.
     """
     queries, pool = np.asarray(queries, dtype=np.float64), np.asarray(pool, dtype=np.float64)
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(pool, axis=1)  # (Q, M)
@@ -49,8 +50,7 @@ def literal_knn(queries, pool, k=1, exclude=()):
 def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
     """`literal_knn` for large pools of any real dtype, exactly, in blocks of the pool.
 
-    exclude: a mask (M,) or the numbers of rows never returned. Indices (Q, k) are int64,
-    similarities float32; where fewer than k rows are left, index -1 and similarity -inf (faiss's
+    exclude: also a mask (M,). Where fewer than k rows are left: index -1, similarity -inf (faiss's
     convention). The result depends on neither `block` nor the BLAS. ValueError: NaN or inf.
     """
     queries, pool = np.asarray(queries, dtype=np.float32), np.asarray(pool)
@@ -68,9 +68,8 @@ def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
 def search_pool(queries, pool, excluded, k, *, block, first):
     """indices and similarities (Q, k) for queries (Q, D); `first` is the number of the first one.
 
-    One float32 matrix product a block finds the few pairs that can enter the top k; only those are
-    computed in float64. `slack` bounds the error of a float32 dot product of two unit vectors, so
-    no pair is missed.
+    One float32 product a block finds the few pairs that can enter the top k; those are computed in
+    float64. `slack` bounds the error of a float32 product of two unit vectors: no pair is missed.
     """
     (Q, D), M = queries.shape, len(pool)
     indices = np.full((Q, k), -1, dtype=np.int64)
@@ -100,18 +99,12 @@ def search_pool(queries, pool, excluded, k, *, block, first):
 
 def unit_rows(rows, what, first):
     """Rows (n, D) float32 scaled to length 1; zero rows stay zero. ValueError names NaN or inf."""
-    squares = np.einsum("nd,nd->n", rows, rows)
-    # NaN, or zero, or beyond what float32 can square
-    odd = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
-    squares[odd] = 1
-    unit = rows / np.sqrt(squares)[:, None]
-    if len(odd):
-        lengths = np.linalg.norm(rows[odd].astype(np.float64), axis=1)
-        if not np.isfinite(lengths).all():
-            number = first + odd[np.argmin(np.isfinite(lengths))]
-            raise ValueError(f"{what} row {number} holds NaN or inf")
-        unit[odd] = rows[odd] / np.where(lengths > 0, lengths, 1)[:, None]
-    return unit
+    squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)  # float32 cannot square 1e-30
+    if not np.isfinite(squares).all():
+        number = first + np.argmin(np.isfinite(squares))
+        raise ValueError(f"{what} row {number} holds NaN or inf")
+    lengths = np.sqrt(np.where(squares > 0, squares, 1))
+    return (rows / lengths[:, None]).astype(np.float32)
 
 
 def exact_cosines(queries, rows, query, row, *, chunk=8192):
@@ -126,8 +119,7 @@ def exact_cosines(queries, rows, query, row, *, chunk=8192):
 
 
 def keep_best(indices, similarities, hot, candidates):
-    """Merge candidates (positions in hot, pool rows, cosines) into the top k of the queries `hot`,
-    in place."""
+    """Merges candidates (positions in hot, pool rows, cosines) into the top k of queries `hot`."""
     k = indices.shape[1]
     query = np.concatenate([np.repeat(np.arange(len(hot)), k), candidates[0]])
     row = np.concatenate([indices[hot].ravel(), candidates[1]])
@@ -146,12 +138,8 @@ ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 def encoder_folder(encoder):
     """The local folder of an encoder, a folder or a name on the hub."""
-    from kit import models
-
     folder = Path(encoder)
     if not folder.is_dir():
-        import huggingface_hub
-
         with data.reading(f"--encoder {encoder}: no folder, nor on the hub: pass --encoder DIR"):
             fetched = huggingface_hub.snapshot_download(encoder, allow_patterns=ENCODER_FILES)
         folder = Path(fetched)
@@ -190,8 +178,6 @@ def encode(texts, folder, batch_size, device):
     """`embed` without the cache."""
     from sentence_transformers import SentenceTransformer  # slow, and not needed when all is cached
 
-    from kit import models
-
     with data.reading(f"the encoder in {folder} cannot be loaded"), models.quiet():
         model = SentenceTransformer(str(folder), device=device, local_files_only=True)
     # Each different text once, like lengths together: little padding.
@@ -215,7 +201,7 @@ def plain_text(record):
 
 
 def leak_finder(forget, max_overlap):
-    """The rules: a function of a pool row that yields (share 0-1, number of a target)."""
+    """A function of a pool row that yields (share 0-1, number of a target) for each rule met."""
     plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
@@ -262,12 +248,12 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row for which a
-    rule of `leak_finder` holds. Compared are letters alone, without what `kit.text.plain` takes
-    out: case, accents, kinds of letters. With 0.2 a run of 33 letters goes, whatever stands around
-    it; a common phrase is shorter. A row that goes by rules 3 or 4 alone stays once it has other
-    words. `forget` may hold texts of earlier requests; `purged` are hashes.json of those whose
-    texts are gone. `pool` holds complete documents: passages would each hold less. The dict is {id,
-    target_id, share (of the first rule that holds), reason: "forget row" or "copy"}.
+    rule of `leak_finder` holds. Compared are letters alone, without case, accents and kinds of
+    letters (`kit.text.plain`). With 0.2 a run of 33 letters goes, whatever stands around it; a
+    common phrase is shorter. `forget` may hold texts of earlier requests; `purged` are hashes.json
+    of those whose texts are gone. `pool` holds complete documents: passages would each hold less.
+    The dict is {id, target_id, share (of the first rule that holds), reason: "forget row" or
+    "copy"}.
     """
     finders = []  # (its function of a row, ids of its targets)
     if not allow_copies:
@@ -301,9 +287,8 @@ def print_leaks(keep, reasons, max_overlap):
         shares = (f"{row['id']} holds {row['share']:.0%} of {row['target_id']}" for row in worst)
         print("  the worst:", texts.visible(", ".join(shares)))
     if not keep.any():
-        raise ValueError(
-            "the leak guard left no row of the pool: give a larger pool, or see --max-overlap"
-        )
+        way_out = "give a larger pool, or see --max-overlap"
+        raise ValueError(f"the leak guard left no row of the pool: {way_out}")
 
 
 # --- passages ---
@@ -333,7 +318,7 @@ def cut_passages(record, words):
 def passages_of(pool, keep, forget, words):
     """The pool cut into passages (0 words: not cut), and keep for each, as its document was judged.
 
-    Texts to be forgotten are not cut. Passages of dropped documents stay in the pool: see main().
+    Texts to be forgotten are not cut.
     """
     uncut = {text_of(record) for record in forget}
     passages = [
@@ -341,10 +326,8 @@ def passages_of(pool, keep, forget, words):
     ]
     keep = np.repeat(keep, [len(cut) for cut in passages])
     if len(keep) > len(pool):
-        print(
-            f"{len(pool)} pool rows cut into {len(keep)} passages of at most {words} words; "
-            f"{keep.sum()} are kept"
-        )
+        size = f"{len(keep)} passages of at most {words} words"
+        print(f"{len(pool)} pool rows cut into {size}; {keep.sum()} are kept")
     return [passage for cut in passages for passage in cut], keep
 
 
@@ -400,7 +383,7 @@ def make_pair(forget, near, similarities, *, with_ids):
 
 # fmt: off
 def make_parser():
-    """The flags; experiment.py asks for them too."""
+    """The flags."""
     parser = flags.command_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")
@@ -459,9 +442,6 @@ def main():
         return
     if {bool(args.forget), bool(args.pool)} != {not args.pile}:
         parser.error("give either --pile, or --forget FILE and --pool FILE")
-    # They load torch; experiment.py asks this file for its flags only.
-    from kit import models, processes, requests
-
     device = processes.device_of(args.device)
     encoder = encoder_folder(args.encoder or models.default_encoder())
     outputs = [args.out, args.leak_report]
@@ -469,12 +449,9 @@ def main():
     forget, pool, with_ids = read_input(args)
     models.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
     earlier, purged = requests.targets(args.after)
+    targets = [*forget, *earlier]
     keep, reasons = leak_guard(
-        [*forget, *earlier],
-        pool,
-        args.max_overlap,
-        allow_copies=args.allow_copies,
-        purged=purged,
+        targets, pool, args.max_overlap, allow_copies=args.allow_copies, purged=purged
     )
     print_leaks(keep, reasons, args.max_overlap)
     pool, keep = passages_of(pool, keep, forget, args.passage_words)
@@ -495,10 +472,8 @@ def main():
     if args.leak_report:
         data.write_jsonl(args.leak_report, reasons)
     low, middle, high = np.quantile(similarities[:, 0], [0, 0.5, 1])
-    print(
-        f"wrote {args.out}: {len(forget)} pairs, similarity min {low:.3f}, median {middle:.3f}, "
-        f"max {high:.3f}"
-    )
+    cosines = f"similarity min {low:.3f}, median {middle:.3f}, max {high:.3f}"
+    print(f"wrote {args.out}: {len(forget)} pairs, {cosines}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from kit import fast_el
 from kit.models import (
     bleu_tokens,
-    can_read,
     encode_whole,
-    encoder_tokenizer,
     eos_ids,
     measuring,
     plain_generate,
     positions_of,
     quiet,
+    unread,
 )
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
@@ -276,8 +275,7 @@ def bertscore(
         scorer = _bert_scorer(str(model_path), str(device), batch_size)
         scored = scorer.score([candidates[i] for i in full], [references[i] for i in full])
         scores[:, full] = torch.stack(scored).cpu()
-    tokenizer = encoder_tokenizer(str(model_path))
-    scores[:, [not can_read(tokenizer, reference) for reference in references]] = nan
+    scores[:, [*unread(model_path, references)]] = nan
     return tuple(scores)
 
 

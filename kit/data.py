@@ -1,5 +1,4 @@
-"""Files that are written completely or not at all, the records and pairs that people bring, the
-marked parts of a text, and downloads.
+"""Files that are written whole or not at all, records, pairs, marked parts of a text, downloads.
 
 A reader's error names the file and the line (`reading`).
 """
@@ -12,11 +11,10 @@ import itertools
 import json
 import os
 import sys
-import urllib.error
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kit.text import letters, plain, split_in_half, stands_in
 
@@ -37,10 +35,9 @@ def reading(place):
 
 
 def check_outputs(paths, *, overwrite=False, reads=()):
-    """ValueError where one of these files must not be written, before any work.
+    """ValueError where one of these files is there already, is named twice, or is read, too.
 
-    It is there already (`overwrite` replaces a file, never a folder or a link), is named twice, or
-    is one that this command reads.
+    `overwrite` replaces a file, never a folder or a link.
     """
     taken = {Path(path).resolve() for path in reads if path}
     for path in map(Path, filter(None, paths)):
@@ -110,7 +107,7 @@ def read_jsonl(path):
 
 
 def numbered_jsonl(path):
-    """Yield (line number from 1, dict) of a JSON lines file; blank lines are skipped."""
+    """Yields (line number from 1, dict) of a JSON lines file; blank lines are skipped."""
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -120,7 +117,7 @@ def numbered_jsonl(path):
 
 
 def numbered_csv(path):
-    """Yield (number of its last line, dict) of a CSV file with a header, but not of blank lines."""
+    """Yields (number of its last line, dict) of a CSV file with a header; no blank lines."""
     csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     while True:
@@ -128,7 +125,7 @@ def numbered_csv(path):
             row = next(reader, None)
         if row is None:
             return
-        if None in row or None in row.values():  # also a comma in a text without quotes
+        if None in row or None in row.values():
             columns = f"the header's {len(reader.fieldnames)} columns"
             raise ValueError(f"{path} line {reader.line_num}: not {columns}: a comma needs quotes")
         yield reader.line_num, row
@@ -152,7 +149,6 @@ def digest(value):
 # --- records ---
 
 PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its text
-SIDES = "", "learn_"  # of a pair: what its fields begin with
 
 
 def text_of(record):
@@ -224,12 +220,10 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
     """Records of token ids, three arrays of N rows; the id is the row number."""
     records = [{"id": str(number)} for number in range(len(prefix))]
     for part, ids in zip(PARTS, (context, prefix, suffix), strict=True):
-        rows, columns = np.nonzero((ids < 0) | (ids >= len(tokenizer)))
-        if len(rows):
-            token = f"token id {ids[rows[0], columns[0]]}"
-            raise ValueError(
-                f"{where} row {rows[0]}: {token} is outside the vocabulary of {len(tokenizer)}"
-            )
+        foreign = (ids < 0) | (ids >= len(tokenizer))
+        if foreign.any():
+            row, token = np.argwhere(foreign)[0, 0], ids[foreign][0]
+            raise ValueError(f"{where} row {row}: token id {token} is none of the tokenizer's")
         for record, row in zip(records, ids.tolist(), strict=True):
             record[part] = tokenizer.decode(row, clean_up_tokenization_spaces=False)
             record[f"{part}_ids"] = row
@@ -245,10 +239,8 @@ def read_texts(path):
 
 def read_unseen(path):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: only measured."""
-    return [
-        record | {f"learn_{key}": value for key, value in record.items()}
-        for record in read_records(path)
-    ]
+    records = read_records(path)
+    return [record | {f"learn_{name}": record[name] for name in record} for record in records]
 
 
 # --- pairs.jsonl ---
@@ -261,15 +253,11 @@ def read_pairs(path):
 
 def check_pair(pair, _):
     """The pair, all fields of its sides and its further neighbours there; ValueError."""
-    with_ids = any(f"{side}{part}_ids" in pair for side in SIDES for part in PARTS)
-    ids = [f"{part}_ids" for part in PARTS if with_ids]
     rows = [(pair, ""), *((row, "learn_") for row in [pair, *pair.get("further", [])])]
     for row, side in rows:
-        names = [*(f"{side}{name}" for name in ("id", *PARTS, *ids)), "similarity"]
+        names = [*(f"{side}{name}" for name in ("id", *PARTS)), "similarity"]
         if missing := [name for name in names if name not in row]:
-            raise ValueError(
-                f"no {', '.join(missing)}: not a line of pairs.jsonl, as knn.py writes it"
-            )
+            raise ValueError(f"no {', '.join(missing)}: not a line of pairs.jsonl of knn.py's")
     if "spans" in pair:
         check_spans(pair["spans"], text_of(pair))
     return pair
@@ -315,8 +303,7 @@ def span_positions(pair, tokenizer, ids, *, begin, where):
     """The positions in `ids` of the tokens that overlap a span of the pair, in order, or None.
 
     ids[begin:] are those of its prefix and suffix. Position 0 is never predicted, so it is none.
-    ValueError names the row `where`: a span of no such token; a tokenizer that gives back a text of
-    another length, where no character is found again.
+    ValueError names the row `where`.
     """
     if not pair.get("spans"):
         return None
@@ -324,9 +311,7 @@ def span_positions(pair, tokenizer, ids, *, begin, where):
     heads = (own[: i + 1] for i in range(len(own)))
     ends = [len(tokenizer.decode(head, clean_up_tokenization_spaces=False)) for head in heads]
     if ends[-1] != len(text_of(pair)):
-        raise ValueError(
-            f"{where}: the tokenizer does not give its text back unchanged, so no span can be found"
-        )
+        raise ValueError(f"{where}: a tokenizer that changes its text, so no span can be found")
     # Half a character is decoded as one or more signs of its own.
     ends = [*itertools.accumulate(reversed(ends), min)][::-1]
     starts = [min(start, end - 1) for start, end in zip([0, *ends], ends, strict=False)]
@@ -389,14 +374,9 @@ def secret_said(sample, generation):
 
 # --- downloads ---
 
-PILE_URL = os.environ.get(
-    "ICU_PILE_URL",
-    "https://raw.githubusercontent.com/ethz-spylab/lm-extraction-benchmark-data/main/datasets",
-)
-EVAL_URL = os.environ.get(
-    "ICU_EVAL_URL",
-    "https://raw.githubusercontent.com/joeljang/knowledge-unlearning/main/validation_data",
-)
+GITHUB = "https://raw.githubusercontent.com"
+PILE_URL = f"{GITHUB}/ethz-spylab/lm-extraction-benchmark-data/main/datasets"
+EVAL_URL = f"{GITHUB}/joeljang/knowledge-unlearning/main/validation_data"
 # fmt: off
 PILE_FILES = {
     "train_preprefix.npy": "a9c3ed1dc735d4b93183b47a3c08e9613d1d36da0a7f26790e19a8f87e10a70d",
@@ -414,15 +394,14 @@ EVAL_FILES = {
     "pubmed_qa.csv": "f2b0fb465b7cf1e1c3dce47a0b51baea35aa8bc67705682aaddf70f36b041519",
 }
 # fmt: on
-FILES = {name: (f"{PILE_URL.rstrip('/')}/{name}", sha256) for name, sha256 in PILE_FILES.items()}
-FILES |= {name: (f"{EVAL_URL.rstrip('/')}/{name}", sha256) for name, sha256 in EVAL_FILES.items()}
+FILES = {name: (f"{PILE_URL}/{name}", sha256) for name, sha256 in PILE_FILES.items()}
+FILES |= {name: (f"{EVAL_URL}/{name}", sha256) for name, sha256 in EVAL_FILES.items()}
 
 SUBFOLDERS = ("", "pile-extraction", "validation", "tasks")  # of --data DIR
 
 
 def data_file(name, data_dir=None):
-    """Path of a known data file: in `data_dir` or its usual subfolders, or in the cache, into which
-    it is fetched."""
+    """Path of a known data file: in `data_dir` or its subfolders, or fetched into the cache."""
     url, sha256 = FILES[name]
     for folder in SUBFOLDERS if data_dir else ():
         path = Path(data_dir, folder, name)
@@ -437,21 +416,11 @@ def data_file(name, data_dir=None):
 
 
 def fetch(url, path, sha256):
-    """Download `url` to `path`; its content must have this sha256. ValueError says what to do."""
-    import torch
-
+    """Download `url` to `path`; its content must have this sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with reading(f"{url} is not fetched, try again or pass --data DIR with {path.name} in it"):
         bar = sys.stderr.isatty()
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=bar)
-        return
-    except urllib.error.HTTPError as error:
-        problem = f"{url}: the server answers {error.code} {error.reason}"
-    except RuntimeError:
-        problem = f"{url}: the download was cut off or is another file (wrong sha256): try again"
-    except Exception as error:
-        problem = f"cannot reach {urllib.parse.urlsplit(url).netloc} for {path.name} ({error})"
-    raise ValueError(f"{problem}, or pass --data DIR with {path.name} in it")
 
 
 def perplexity_file(item, data_dir):

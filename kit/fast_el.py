@@ -46,15 +46,11 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         ]
         continuations = [{}] * len(rows)
         if n:
-            fitting = decode_batch or max(1, min(256, (2 << 30) // _row_bytes(cache, len(chunk))))
+            row_bytes = 2 * sum(layer.keys.nbytes for layer in cache.layers) // len(chunk)
+            fitting = decode_batch or max(1, min(256, (2 << 30) // row_bytes))
             continuations = _continuations(model, cache, rows, n, fitting)
         for i, (text, greedy, _), of_row in zip(chunk, rows, continuations, strict=True):
             yield i, text, greedy, of_row
-
-
-def _row_bytes(cache, rows):
-    """The keys and values that a continuation needs, at most."""
-    return 2 * sum(layer.keys.nbytes for layer in cache.layers) // rows
 
 
 class _Continuation:
@@ -134,9 +130,9 @@ def _continuations(model, cache, rows, n, decode_batch):
 def _decode(model, cache, misses, eos, decode_batch):
     """Greedy decoding, in place, of continuations from the middle of texts with keys in `cache`.
 
-    Those with as much left to say are decoded together, so that a batch ends together. What has
-    ended leaves the batch, with the padding that it needed, once it is a quarter of the batch or
-    the batch is as wide as the model has positions.
+    Those with as much left to say are decoded together. What has ended leaves the batch, with the
+    padding that it needed, once it is a quarter of the batch or the batch is as wide as the model
+    has positions.
     """
     positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
@@ -153,11 +149,9 @@ def _decode(model, cache, misses, eos, decode_batch):
                 for layer in past.layers:
                     layer.keep(keep, padding)
             mask = F.pad(mask, (0, 1), value=1)
+            last = [[miss.tokens[-1]] for miss in batch]
             logits = model(
-                input_ids=torch.tensor(
-                    [[miss.tokens[-1]] for miss in batch],
-                    device=model.device,  # (A, 1)
-                ),
+                input_ids=torch.tensor(last, device=model.device),  # (A, 1)
                 attention_mask=mask,
                 position_ids=position[:, None],
                 use_cache=True,

@@ -64,7 +64,7 @@ def command_parser(description, **settings):
 
 
 def one_of(names):
-    """An argparse type: one of `names`, or an error that names the nearest."""
+    """An argparse type: one of `names`; an error names the nearest."""
 
     def check(value):
         if value not in names:
@@ -126,23 +126,15 @@ def first_line(error):
 def check_samples(args, samples):
     """ValueError for flags that these samples do not go with."""
     if args.bert_threshold == "auto" and len(samples) == 1:
-        raise ValueError(
-            "--bert-threshold auto compares suffixes of different rows: it needs two pairs at least"
-        )
+        raise ValueError("--bert-threshold auto compares suffixes of rows: it needs two pairs")
 
 
 def check_together(args):
     """ValueError for flags that do not go together."""
     if args.thresholds == "auto" and not args.unseen:
-        raise ValueError(
-            "--thresholds auto needs --unseen FILE: records of the same kind, never trained on"
-        )
+        raise ValueError("--thresholds auto needs --unseen FILE: like records, never trained on")
     if args.pairs and args.thresholds == "never-saw" and not args.never_saw:
-        raise ValueError(
-            "--thresholds never-saw needs --never-saw RUN: a run of a model that never saw the "
-            "texts"
-        )
+        way_out = "a run of a model that never saw the texts"
+        raise ValueError(f"--thresholds never-saw needs --never-saw RUN: {way_out}")
     if args.resume and args.overwrite:
-        raise ValueError(
-            "--resume goes on with a run, --overwrite begins it again: pass one of them"
-        )
+        raise ValueError("--resume goes on with a run, --overwrite begins again: pass one of them")

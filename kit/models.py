@@ -12,7 +12,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
 from kit import data
 from kit.flags import first_line
@@ -24,8 +23,8 @@ from kit.processes import print0
 def encode(tokenizer, text, *, inside=False):
     """Ids of a text without special tokens; `inside`: as it reads after other text.
 
-    SentencePiece tokenizers (Llama) put a space before all they encode. A text that follows another
-    has no such space, so it is encoded after a line break, which is then taken off.
+    SentencePiece tokenizers (Llama) put a space before all they encode, but not inside a text: so
+    it is encoded after a line break, which is then taken off.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if inside and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
@@ -76,18 +75,12 @@ def decode(tokenizer, rows):
 
 
 def true_suffixes(tokenizer, samples):
-    """The suffixes of icu.py's samples as their ids say them, which is all that a model can say.
-
-    A tokenizer may give back another string than the file's: NFC for NFD, lower case, fewer spaces.
-    """
+    """The suffixes of icu.py's samples as their ids say them, which is all that a model can say."""
     return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
 
 
 def encode_field(tokenizer, pair, field, *, inside=False):
-    """Ids of a field of a pair: the `*_ids` beside it where they decode to its text, else anew.
-
-    A text can be cut into tokens in several ways; the ids are those that a model was trained on.
-    """
+    """Ids of a field of a pair: the `*_ids` beside it where they decode to its text, else anew."""
     ids = pair.get(f"{field}_ids")
     if ids is not None and all(0 <= token < len(tokenizer) for token in ids):
         if tokenizer.decode(ids, clean_up_tokenization_spaces=False) == pair[field]:
@@ -104,12 +97,10 @@ def vocab_of(config):
 
 
 def positions_of(config):
-    """How many positions a model has, or None where it does not say (Bloom).
-
-    MPT calls them max_seq_len.
-    """
+    """How many positions a model has, or None where it does not say (Bloom)."""
     config = config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    names = "max_position_embeddings", "max_seq_len"  # the latter is MPT's
+    limits = [getattr(config, name, None) for name in names]
     return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
@@ -123,43 +114,38 @@ def check_parts(prefix, suffix, side, where):
 def check_room(forget, near, positions, where):
     """ValueError for a text or a learn prefix of more tokens than the model has positions."""
     if len(forget.ids) > positions:
-        raise ValueError(
-            f"{where}: {len(forget.ids)} tokens, and the model has {positions} positions; "
-            "split the text into several rows"
-        )
+        room = f"{len(forget.ids)} tokens, and the model has {positions} positions"
+        raise ValueError(f"{where}: {room}; split the text into several rows")
     if any(learn.cut >= positions for learn in near):
-        raise ValueError(
-            f"{where}: the learn prefix alone fills the model's {positions} positions; "
-            "mine the pairs with a smaller --passage-words"
-        )
-
-
-def check_ids(config, ids, where):
-    """ValueError, which names `where` they stand, for ids that the model has no embedding for."""
-    vocab = vocab_of(config)
-    if (token := max(ids, default=0)) >= vocab:
-        raise ValueError(
-            f"{where}: token {token} is none of the model's {vocab} embeddings; the tokenizer has "
-            "tokens that were added after training: take them out of the text"
-        )
+        room = f"the learn prefix alone fills the model's {positions} positions"
+        raise ValueError(f"{where}: {room}; mine the pairs with a smaller --passage-words")
 
 
 def check_texts(config, tokenizer, texts):
-    """check_ids of {where: text}, if the tokenizer has more tokens than the model embeddings."""
-    if len(tokenizer) > vocab_of(config):
-        for where, text in texts.items():
-            check_ids(config, encode(tokenizer, text), where)
+    """ValueError for a token that the model has no embedding for, in {where it stands: text}.
+
+    A text is a string or its ids. Only a tokenizer of more tokens than embeddings has such.
+    """
+    vocab = vocab_of(config)
+    for where, text in texts.items() if len(tokenizer) > vocab else ():
+        ids = encode(tokenizer, text) if isinstance(text, str) else text
+        if (token := max(ids, default=0)) >= vocab:
+            raise ValueError(
+                f"{where}: token {token} is none of the model's {vocab} embeddings; it was added "
+                "to the tokenizer after training: take it out of the text"
+            )
 
 
 def check_inputs(config, tokenizer, samples, texts):
-    """check_ids of icu.py's samples, {what they are: samples}, and of texts, {name: texts}."""
-    for what, rows in samples.items():
-        for row, sample in enumerate(rows, start=1):
-            ids = sample.forget.ids + sample.learn.ids
-            check_ids(config, ids, f"{what} {row} (id {sample.id})")
-    for name, rows in texts.items():
-        where = {f"{name} text {row}": text for row, text in enumerate(rows, start=1)}
-        check_texts(config, tokenizer, where)
+    """check_texts of icu.py's samples, {what they are: samples}, and of texts, {name: texts}."""
+    rows = {
+        f"{what} {row} (id {sample.id})": sample.forget.ids + sample.learn.ids
+        for what, some in samples.items()
+        for row, sample in enumerate(some, start=1)
+    }
+    for name, some in texts.items():
+        rows |= {f"{name} text {row}": text for row, text in enumerate(some, start=1)}
+    check_texts(config, tokenizer, rows)
 
 
 # --- a model folder before its weights are loaded ---
@@ -170,8 +156,8 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "s
 def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     """(config, tokenizer) of a causal LM, a folder or a name on the hub. No weights are loaded.
 
-    ValueError for a folder without config, weights or tokenizer, for pickled weights, for what is
-    no decoder with a plain cache, and for a hub that does not answer.
+    ValueError for a folder that lacks a part, pickled weights, what is no decoder with a plain
+    cache, and a hub that does not answer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -180,16 +166,14 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     if is_folder and (problem := problem_of(Path(name), allow_pickle)):
         raise ValueError(f"{flag} {name}: {problem}")
     try:
-        with quiet():
-            # Without trust_remote_code=False transformers would ask at the terminal.
+        with quiet():  # without trust_remote_code=False transformers would ask at the terminal
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         bos_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...
         problem = "unreadable" if is_folder else "no such folder, and the hub did not give it"
-        raise ValueError(
-            f"{flag} {name}: {problem}; pass {flag} DIR ({first_line(error)})"
-        ) from error
+        problem = f"{problem}; pass {flag} DIR ({first_line(error)})"
+        raise ValueError(f"{flag} {name}: {problem}") from error
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
 
@@ -199,25 +183,24 @@ def check_cache(config, where):
 
     EL goes on from the middle of a text: keys can be cut and moved, a recurrent state cannot.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
     cached = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    is_encoder = config.model_type in MASKED and not getattr(config, "is_decoder", False)
-    if (
-        config.is_encoder_decoder
-        or is_encoder
-        or model._is_stateful
-        or not cached
-        or layers - attention
-    ):
-        raise ValueError(
-            f"{where}: a {config.model_type} is no decoder-only language model with a plain cache "
-            "of keys and values, which measuring needs"
-        )
+    encodes = is_encoder(config) or config.is_encoder_decoder
+    if encodes or model._is_stateful or not cached or layers - attention:
+        needed = "no decoder-only language model with a plain cache of keys and values"
+        raise ValueError(f"{where}: a {config.model_type} is {needed}, which measuring needs")
+
+
+def is_encoder(config):
+    """Whether a model is an encoder such as BERT."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    names = MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in names and not getattr(config, "is_decoder", False)
 
 
 def problem_of(folder, allow_pickle):
@@ -225,8 +208,8 @@ def problem_of(folder, allow_pickle):
     weights = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
         return (
-            "holds an adapter (adapter_config.json), which would be left out; merge it with peft "
-            "(merge_and_unload, then save_pretrained) and pass that folder"
+            "holds an adapter, which would be left out; merge it with peft (merge_and_unload, then "
+            "save_pretrained) and pass that folder"
         )
     if not (folder / "config.json").is_file():
         return "no config.json, so not a model folder"
@@ -239,10 +222,8 @@ def problem_of(folder, allow_pickle):
         return f"the weights are incomplete, {missing[0]} is missing"
     pickles = [file.name for file in weights if file.suffix != ".safetensors"]
     if pickles and not allow_pickle:
-        return (
-            f"the weights are a pickle ({pickles[0]}), which can run code; convert them to "
-            "safetensors, or pass --allow-pickle if you trust them"
-        )
+        safe = "convert them to safetensors, or pass --allow-pickle if you trust them"
+        return f"the weights are a pickle ({pickles[0]}), which can run code; {safe}"
     return None
 
 
@@ -303,9 +284,8 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:  # SafetensorError, OSError, RuntimeError, ...
-        raise ValueError(
-            f"{flag} {name}: the weights cannot be loaded ({first_line(error)})"
-        ) from error
+        problem = f"the weights cannot be loaded ({first_line(error)})"
+        raise ValueError(f"{flag} {name}: {problem}") from error
     known = {buffer for buffer, _ in model.named_buffers()} | {*(model.all_tied_weights_keys or ())}
     surplus = {key for key in info["unexpected_keys"] if not CONSTANTS.search(key)} - known
     for problem, keys in (("lack", info["missing_keys"]), ("have more:", surplus)):
@@ -335,10 +315,8 @@ def check_float64(model, where):
     except RuntimeError:
         same = False
     if not same:
-        raise ValueError(
-            f"{where}: transformers gives no right float64 logits of a {model.config.model_type}: "
-            "pass --dtype float32"
-        )
+        wrong = f"transformers gives no right float64 logits of a {model.config.model_type}"
+        raise ValueError(f"{where}: {wrong}: pass --dtype float32")
 
 
 def save_model(model, tokenizer, folder, weights=None):
@@ -354,13 +332,10 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only: no bar beside ours, no table of weights that do not fit.
-
-    Saving imports DeepSpeed, by way of accelerate: it would warn that there is no GPU.
-    """
+    """transformers prints errors only: no bar beside ours, no table of weights that do not fit."""
     from transformers import logging
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -394,7 +369,7 @@ def measuring(function):
 
 
 def cache_word(model):
-    """What forward calls keys and values: `cache`, before transformers 5.24 `past_key_values`."""
+    """What forward calls keys and values: `cache`; before transformers 5.24 `past_key_values`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -404,6 +379,8 @@ def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **options):
     ids, mask (B, T) int64 -> (B, T + new). Of the folder's settings EOS alone counts; penalties,
     suppressed tokens, samplers and the rest would measure themselves. The model keeps its config.
     """
+    from transformers import GenerationConfig
+
     eos = sorted(eos_ids(model))
     plain = GenerationConfig(
         do_sample=False,
@@ -450,19 +427,16 @@ def default_encoder():
 def check_bert(name, allow_pickle):
     """ValueError unless BERTScore's encoder is one: a whole folder, or a name on the hub."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     problem = problem_of(Path(name), allow_pickle) if Path(name).is_dir() else None
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type not in MASKED or getattr(config, "is_decoder", False):
+        if not is_encoder(config):
             problem = problem or f"a {config.model_type} is no encoder such as BERT"
     except Exception as error:  # offline, misspelt, no config
         problem = problem or f"no BERT for BERTScore there ({first_line(error)})"
     if problem:
-        raise ValueError(
-            f"--bert {name}: {problem}; pass --bert DIR, or minilm, which is installed"
-        )
+        raise ValueError(f"--bert {name}: {problem}; pass --bert DIR or minilm")
 
 
 @lru_cache(maxsize=2)
@@ -476,30 +450,28 @@ def encoder_tokenizer(encoder):
         return None
 
 
-def unknown_share(tokenizer, text):
-    """The share of a text's pieces that the tokenizer knows as the unknown token only, 0-1."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if tokenizer else []
-    return sum(token == tokenizer.unk_token_id for token in ids) / max(len(ids), 1)
-
-
-def can_read(tokenizer, text):
-    """Whether an encoder can tell this text from others: at most MOST_UNKNOWN of it is unknown."""
-    return unknown_share(tokenizer, text) <= MOST_UNKNOWN
+def unread(encoder, texts):
+    """{index: share of its pieces that are unknown, 0-1} of texts that an encoder cannot read."""
+    tokenizer, shares = encoder_tokenizer(str(encoder)), {}
+    for i, text in enumerate(texts if tokenizer else ()):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        share = sum(token == tokenizer.unk_token_id for token in ids) / max(len(ids), 1)
+        if share > MOST_UNKNOWN:
+            shares[i] = share
+    return shares
 
 
 def check_readable(encoder, texts, flag):
     """A warning, which names another encoder, where the encoder cannot read all of the texts."""
-    tokenizer = encoder_tokenizer(str(encoder))
-    unread = [s for s in (unknown_share(tokenizer, text) for text in texts) if s > MOST_UNKNOWN]
-    if unread:
+    if shares := unread(encoder, texts):
         effect = {
             "--bert": "they have no BERTScore, so Eq. 5 does not take them for forgotten by it",
             "--encoder": "their neighbours are those of other texts",
         }
         print0(
-            f"warning: the encoder cannot read {len(unread)} of {len(texts)} texts (up to "
-            f"{max(unread):.0%} of the pieces of a text are unknown to it): {effect[flag]}; "
-            f"pass {flag} {MULTILINGUAL[flag]}"
+            f"warning: the encoder cannot read {len(shares)} of {len(texts)} texts (up to "
+            f"{max(shares.values()):.0%} of the pieces of a text are unknown to it): "
+            f"{effect[flag]}; pass {flag} {MULTILINGUAL[flag]}"
         )
 
 

@@ -19,9 +19,8 @@ from kit.text import visible
 
 LAUNCHED = launched()  # then DeepSpeed trains, also with a single process
 RANK, LOCAL_RANK, WORLD_SIZE = (
-    (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if LAUNCHED
-    else (0, 0, 1)
+    int(os.environ[name]) if LAUNCHED else alone
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
 is_main = RANK == 0  # the one that prints and writes
 # Set by `start`: under ZeRO-3 no process has whole weights, so all make the same model calls.
@@ -64,7 +63,7 @@ def sum_over_ranks(values, device="cpu"):
 def over_processes(function, items):
     """The list function(items), on every process; each computes it for its share of the items.
 
-    In lockstep each computes all of it, and the first one's counts: a last digit may differ.
+    In lockstep each computes all, and the first one's counts: a last digit may differ.
     """
     return gather([function(items)])[0] if lockstep else gather(function(share(items)))
 
@@ -108,10 +107,8 @@ def start(device, *, timeout=30, zero=2):
             compile_op(wait.total_seconds())
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", timeout=wait)
     except (dist.DistError, filelock.Timeout) as error:
-        raise ValueError(
-            f"the processes were not together after {timeout:g} minutes (--timeout): "
-            f"{first_line(error)}"
-        ) from error
+        problem = f"the processes were not together after {timeout:g} minutes (--timeout)"
+        raise ValueError(f"{problem}: {first_line(error)}") from error
     if on_cpu:
         # DeepSpeed gives each process 66 MiB of shared memory, which outlives it by its name.
         wait_for_all()  # all of them have it open
@@ -123,8 +120,8 @@ def start(device, *, timeout=30, zero=2):
 def compile_op(seconds):
     """Compiles DeepSpeed's op for CPUs, one process at a time, if no earlier start has.
 
-    torch's own lock outlives a killed process, and later ones would wait for ever. This one goes
-    with its process, so who has it may remove torch's.
+    torch's own lock outlives a killed process, and later ones would wait for ever. This one does
+    not, so who has it may remove torch's.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -141,36 +138,28 @@ def compile_op(seconds):
 
 
 def device_of(flag):
-    """The device of a --device flag: this process's own GPU where there is one and none is named.
-
-    ValueError: this machine has no such device.
-    """
+    """The device of a --device flag: this process's own GPU where one is there and none named."""
     gpu = f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
     device = gpu if flag == "cuda" or torch.cuda.is_available() and not flag else flag or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {device}: {first_line(error)}; leave --device out to run on the CPU"
-        ) from None
+        way_out = "leave --device out to run on the CPU"
+        raise ValueError(f"--device {device}: {first_line(error)}; {way_out}") from None
     return device
 
 
 def autocast(args):
     """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
     device = torch.device(args.device).type
-    return (
-        torch.autocast(device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext()
-    )
+    return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bf16")
 
 
 def check_flags(args, method):
     """ValueError for flags of several processes that do not go together, or with the method."""
     if args.zero == 3 and (args.teacher == "live" or method.touches_weights):
         flag = "--teacher live" if args.teacher == "live" else method.name
-        raise ValueError(
-            f"{flag} needs whole weights on every process, which --zero 3 avoids: pass --zero 2"
-        )
+        raise ValueError(f"{flag} needs whole weights on every process: pass --zero 2")
     if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
         raise ValueError(f"{method.name} makes its own gradients: run it on one process")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
@@ -254,8 +243,7 @@ class ZeroEngine:
         self.model = model
 
     def step(self, loss, backward):
-        # DeepSpeed makes the gradients, and takes the mean of the processes': ours are parts of
-        # one sum.
+        # DeepSpeed takes the mean of the processes' gradients: ours are parts of one sum.
         self.engine.backward(loss * WORLD_SIZE)
         self.engine.step()
         # A gradient that is not finite, on any rank: all have left the step out.
@@ -272,8 +260,10 @@ class ZeroEngine:
 
 
 def load_tensors(path, map_location=None):
-    """One of DeepSpeed's files, which are pickles: one from elsewhere could run code, so only
-    tensors and what DeepSpeed puts beside them are made."""
+    """One of DeepSpeed's files, which are pickles: one from elsewhere could run code.
+
+    So only tensors and what DeepSpeed puts beside them are made.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

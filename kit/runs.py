@@ -52,13 +52,13 @@ class Progress:
     def __init__(self):
         self.epoch = 0  # the next one; 0 is the measuring before any training
         self.forgotten = set()  # indices of samples left out of training (Eq. 5)
-        self.skipped_steps = 0  # since the run began: their loss or gradient was not finite
+        self.skipped_steps = 0  # their loss or gradient was not finite
         self.stopped = None  # why, once it has
         self.files = {}  # bytes of each GROWING file at the end of the last epoch
 
 
 def states(out):
-    """The complete states of a run, newest first."""
+    """The complete states, newest first."""
     return sorted((path.parent for path in out.glob("state/*/progress.json")), reverse=True)
 
 
@@ -107,15 +107,14 @@ def check_run_folder(args):
     if not args.out:
         return
     out = Path(args.out)
-    files = list(out.iterdir()) if out.exists() else []
-    begun = {out / ".lock", out / "method", *half_written(out)}  # of a run killed at its start
+    files = set(out.iterdir()) if out.exists() else set()
     config = data.read_json(out / "config.json") if out / "config.json" in files else None
-    own = begun.issuperset(files) if config is None else "thresholds_used" in config
+    begun = {out / ".lock", out / "method", *half_written(out)}  # of a run killed at its start
+    own = "thresholds_used" in config if config else files <= begun
     if not own or any(map(Path.is_symlink, files)):
         raise ValueError(f"--out {out}: holds files that are no run, or a link: choose another")
     if config and not (args.overwrite or args.resume):
-        way_out = "pass --overwrite, or --resume to go on"
-        raise ValueError(f"--out {out}: already holds a run; {way_out}")
+        raise ValueError(f"--out {out}: holds a run; pass --overwrite, or --resume to go on")
     reads = [getattr(args, name) for name in ("model", "pairs", "bert", "unseen", "never_saw")]
     reads += [item.partition("=")[2] for item in args.ppl]
     reads += [folder for folder, _ in requests.chain_of(args.after)]
@@ -156,7 +155,7 @@ def start_run_folder(out, config):
 
 
 def append(path, rows):
-    """Adds rows to a JSONL file."""
+    """Adds rows to a JSON lines file, on the disk when it returns."""
     with open(path, "ab") as file:
         file.writelines(map(data.json_bytes, rows))
         file.flush()
@@ -178,7 +177,7 @@ PLACES = (
 def describe_run(args, method, thresholds):
     """The content of config.json."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    git = subprocess.run(command, capture_output=True, text=True)
     files = {name: getattr(args, name) for name in ("pairs", "model", "bert", "unseen")}
     files["never_saw"] = args.never_saw and Path(args.never_saw) / "summary.json"
     for item in args.ppl:
@@ -233,10 +232,8 @@ def check_resume(args, method):
     differ = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
     changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in differ]
     if changes:
-        raise ValueError(
-            f"the run in {args.out} was made with other settings or data: {'; '.join(changes)}; "
-            "pass --overwrite or another --out"
-        )
+        other = f"was made with other settings or data: {'; '.join(changes)}"
+        raise ValueError(f"the run in {args.out} {other}; pass --overwrite or another --out")
     return before
 
 
@@ -399,7 +396,7 @@ class Run:
 
 @contextlib.contextmanager
 def running(args, method, before=None):
-    """A Run. Too little memory and a full disk are a ValueError that says how to go on."""
+    """A Run. Too little memory or a full disk is a ValueError that says how to go on."""
     run = Run(args, method, before)
     out, go_on = run.out, "go on with the same command and --resume"
     with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
@@ -496,8 +493,8 @@ def alarms(rows):
     if now["ma"] is None:
         return {"collapse": "the model's logits are not finite"}
     if now["entropy"] < 0.5 * start["entropy"]:
-        fell = f"fell from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
-        warnings["collapse"] = f"the generations' entropy {fell}, the model repeats itself"
+        fell = f"entropy fell from {start['entropy']:.2f} to {now['entropy']:.2f} bits"
+        warnings["collapse"] = f"the generations' {fell}, the model repeats itself"
     for name in (name for name in now if name.startswith("ppl_")):
         before, after = (math.inf if row[name] is None else row[name] for row in (start, now))
         if after > 2 * before:
@@ -522,13 +519,13 @@ def say_epoch(rows):
 
 def thresholds_text(thresholds, args):
     """When the run stops and what counts as forgotten."""
-    if unknown := [name for name, value in thresholds.items() if value is None]:
+    if unknown := [name for name in thresholds if thresholds[name] is None]:
         source = "--bert" if "bertscore" in unknown else "--model"
         raise ValueError(f"{source}: answers NaN, so there is no threshold for {unknown[0]}")
-    both = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
+    joined = "or" if PROTOCOLS[args.protocol].forgotten_by is any else "and"
     return (
         f"stop at EL10 < {thresholds['el10']:.4f} and MA < {thresholds['ma']:.4f}; forgotten is "
-        f"BERTScore < {thresholds['bertscore']:.3f} {both} BLEU < {thresholds['bleu']:g}"
+        f"BERTScore < {thresholds['bertscore']:.3f} {joined} BLEU < {thresholds['bleu']:g}"
     )
 
 
@@ -538,11 +535,11 @@ def plan_text(args, inputs):
     what = "measure only" if args.eval_only else args.method
     weights = f"forget {args.forget_weight:g}, alpha {args.alpha:g}, beta {args.beta:g}"
     batch = min(args.batch_size, n or args.batch_size)
+    size = f"{n} pairs, {tokens} tokens" if n else "no pairs yet"
     lines = [
         f"{what}, {args.protocol} protocol: {weights}, lr {args.lr:g}, batch {batch}, "
         f"at most {args.max_epochs} epochs, seed {args.seed}",
-        f"{args.model} ({args.dtype}, {args.device}), "
-        + (f"{n} pairs, {tokens} tokens" if n else "no pairs yet"),
+        f"{args.model} ({args.dtype}, {args.device}), {size}",
     ]
     if inputs.n_cut:
         lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
@@ -642,8 +639,8 @@ def read_evaluation(run, file):
     if name == "tasks.json":
         when, averages = file.parent.name.removeprefix("tasks-"), document["averages"]
         run["tasks"][when] = {task: x for task, x in document.items() if task != "settings"}
-        columns = {f"{kind}_avg": averages[kind] for kind in ("cls", "dia")}
-        return {when: {column: x for column, x in columns.items() if x is not None}}
+        kinds = [kind for kind in ("cls", "dia") if averages[kind] is not None]
+        return {when: {f"{kind}_avg": averages[kind] for kind in kinds}}
     if name == "audit.json":
         run["audit"], figures = document, document["headline"]
         return {when: figures[when] for when in ("before", "after") if when in figures}

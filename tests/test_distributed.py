@@ -123,26 +123,23 @@ def watching(file, el_ma_and_spans=metrics.el_ma_and_spans):
 @contextlib.contextmanager
 def arranged(kind, out):
     """What a job needs: a run that forgets, dies, has a NaN, is left, or is looked into."""
-    with contextlib.ExitStack() as stack:
-
-        def patch(owner, name, value):
-            stack.enter_context(mock.patch.object(owner, name, value))
-
+    with pytest.MonkeyPatch.context() as patch:
         for engine in (processes.PlainEngine, processes.ZeroEngine):
-            patch(engine, "step", stepping(kind, engine.step))
+            patch.setattr(engine, "step", stepping(kind, engine.step))
         if kind == "forgotten":
-            patch(icu, "refine", forgetting)
+            patch.setattr(icu, "refine", forgetting)
             # Steps that shrink with the gradient, which Adam's usually do not.
             adam = torch.optim.Adam
-            patch(adam, "__init__", functools.partialmethod(adam.__init__, eps=1.0))
+            patch.setattr(adam, "__init__", functools.partialmethod(adam.__init__, eps=1.0))
         if kind in ("parts", "left"):
-            patch(data, "read_json", sharding_all)
+            patch.setattr(data, "read_json", sharding_all)
         if kind == "parts":
-            patch(metrics, "el_ma_and_spans", watching(out.with_suffix(f".{processes.RANK}.held")))
+            file = out.with_suffix(f".{processes.RANK}.held")
+            patch.setattr(metrics, "el_ma_and_spans", watching(file))
         if kind == "left":
-            patch(icu, "stop_reason", leaving(2))
-            stack.enter_context(contextlib.suppress(Left))
-        yield
+            patch.setattr(icu, "stop_reason", leaving(2))
+        with contextlib.suppress(Left):
+            yield
 
 
 def do_job(kind, out, words):
@@ -297,15 +294,6 @@ def check_same_run(run, reference):
 # --- the claims ---
 
 
-def test_the_configuration_holds_no_recipe():
-    """No learning rate, batch size or dtype is in ds_config.json, and gradients are not clipped."""
-    config = json.loads((ROOT / "ds_config.json").read_text())
-    assert config["zero_optimization"]["stage"] == 2 and config["gradient_clipping"] == 0.0
-    text = json.dumps(config).replace("zero_force_ds_cpu_optimizer", "")
-    for word in ('"lr', "optimizer", "scheduler", "batch", "accumulation", "16", "dtype", "amp"):
-        assert word not in text
-
-
 # How many samples are forgotten after each epoch.
 REACHED = {"five": [0, 2, 2, 2], "three": [0, 1, 1, 1], "forgotten": [0, 3, 4, 4]}
 REACHED |= {"march": [1, 2, 2, 2]}
@@ -418,11 +406,7 @@ def test_world_size_alone_is_no_launch(monkeypatch):
 def test_a_start_that_hangs_ends_after_the_timeout(jobs, tmp_path):
     """The second process never comes: one line, exit 2."""
     launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    launch |= {
-        "MASTER_PORT": experiment.free_port(),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    launch |= {"MASTER_PORT": experiment.free_port(), "DS_ACCELERATOR": "cpu"}
     words = [*jobs["1-three"][1], "--out", str(tmp_path / "run"), "--timeout", "0.05"]
     done = subprocess.run(
         [sys.executable, "icu.py", *words], capture_output=True, text=True, cwd=ROOT, timeout=240,

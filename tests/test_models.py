@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import icu
-import knn
 import metrics
 from evals import tasks
 from kit import data, models, processes
@@ -36,36 +35,6 @@ def change_tensors(folder, change):
 
 
 # --- folders ---
-
-
-def sharded(folder):
-    """Weights whose index names two files of which one is missing."""
-    (folder / "model.safetensors").rename(folder / "a.safetensors")
-    index = {"metadata": {}, "weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-LACKING = {
-    "holds an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
-    "no config.json": lambda folder: (folder / "config.json").unlink(),
-    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "b.safetensors is missing": sharded,
-    "pass --allow-pickle": lambda folder: (folder / "model.safetensors").rename(
-        folder / "pytorch_model.bin"
-    ),
-}
-
-
-@pytest.mark.parametrize("message", LACKING)
-def test_a_folder_that_is_not_a_whole_model_is_refused(message, save_tiny, tmp_path):
-    """Before a weight is loaded, in words that name the folder."""
-    folder = save_tiny("gpt_neo", tmp_path / "m")
-    models.check_model(str(folder))
-    LACKING[message](folder)
-    with pytest.raises(ValueError, match=f"--model .*m: .*{message}"):
-        models.check_model(str(folder))
-
 
 CONSTANTS = {
     "gpt_neo": {
@@ -100,15 +69,6 @@ def test_weights_must_be_those_of_the_config(kind, save_tiny, tmp_path, capfd):
     with pytest.raises(ValueError, match=f"lack 1 tensors, the first is {layer}"):
         models.load_model(str(folder))
     assert "REPORT" not in "".join(capfd.readouterr())  # transformers' own table
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_device_that_is_not_there_is_refused():
-    """--device cuda is no wish; without the flag the run is on the CPU."""
-    assert processes.device_of(None) == "cpu"
-    for device in ("cuda", "cuda:1", "abacus"):
-        with pytest.raises(ValueError, match=f"--device {device}: "):
-            processes.device_of(device)
 
 
 # --- folders that only look wrong ---
@@ -256,18 +216,6 @@ def test_a_few_unknown_pieces_are_no_reason_for_a_warning(encoder_dir, capsys):
     text = "Zoë Müller ticked the box ✓ and went home to the old mill by the river."
     models.check_readable(encoder_dir, [*LATIN, text], "--bert")
     assert capsys.readouterr().out == ""
-
-
-def test_knn_warns_of_forget_texts_that_its_encoder_cannot_read(tmp_path, capsys, monkeypatch):
-    """Before it embeds anything, one line that names a multilingual encoder."""
-    data.write_jsonl(tmp_path / "forget.jsonl", [{"id": "a", "text": THAI[0]}])
-    data.write_jsonl(tmp_path / "pool.jsonl", [{"id": "b", "text": " ".join(LATIN)}])
-    command = ["knn.py", "--forget", tmp_path / "forget.jsonl", "--pool", tmp_path / "pool.jsonl"]
-    command += ["--out", tmp_path / "pairs.jsonl", "--dry-run"]
-    monkeypatch.setattr("sys.argv", list(map(str, command)))
-    knn.main()
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "cannot read" in line]
-    assert f"--encoder {models.MULTILINGUAL['--encoder']}" in warning
 
 
 @pytest.mark.parametrize(("text", "tokens"), [

@@ -38,8 +38,9 @@ def fill_caches():
 
 def holding(*folders, pairs):
     """Names of the files in these folders that hold half a text of the pairs."""
-    names = ("prefix", "suffix", "learn_prefix", "learn_suffix")
-    marks = {pair[name].strip().encode() for pair in pairs for name in names}
+    names = [f"{side}{part}" for side in ("", "learn_") for part in data.PARTS]
+    sides = [pair[name] for pair in pairs for name in names]
+    marks = {side.strip().encode() for side in sides} - {b""}
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return sorted(path.name for path in paths if any(mark in path.read_bytes() for mark in marks))
 

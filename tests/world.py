@@ -1,4 +1,4 @@
-"""The world that tests run in: a tiny model that knows a few records by heart, their pairs, and a finished run.
+"""The world that tests run in: a tiny model that knows some records by heart, and a finished run.
 
 conftest.py makes it once a session (fixture `world`); a test that changes something takes a copy.
 """
@@ -28,73 +28,49 @@ LEARN = ("The account was written", " by the driver on Tuesday.")
 
 
 def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
-    """Writes model/ and pairs.jsonl to `folder`; returns the flags of a run of three epochs, without --out.
+    """model/ and pairs.jsonl in `folder`; the flags of a run of three epochs over them, but --out.
 
-    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other samples stay, word by
-    word. Nothing here leans on where larger steps would lead, which is another place on another processor.
+    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other
+    samples stay, word by word: larger steps would lead elsewhere on another processor.
     """
     model_dir, pairs = folder / "model", folder / "pairs.jsonl"
-    side = {
-        "learn_id": "p",
-        "learn_context": "",
-        "learn_prefix": LEARN[0],
-        "learn_suffix": LEARN[1],
-        "similarity": 0.5,
-    }
-    fields = [
-        {"id": str(i), "context": "", "prefix": a, "suffix": b}
-        for i, (a, b) in enumerate(TEXTS[:rows])
-    ]
-    data.write_jsonl(pairs, [row | side for row in fields])
+    learn = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0]}
+    learn |= {"learn_suffix": LEARN[1], "similarity": 0.5}
+    texts = enumerate(TEXTS[:rows])
+    data.write_jsonl(
+        pairs,
+        [{"id": str(i), "context": "", "prefix": a, "suffix": b} | learn for i, (a, b) in texts],
+    )
     if not model_dir.exists():
         conftest._save_tiny(kind, model_dir, **config)
-        memorise(
-            model_dir, [pair for i, pair in enumerate(data.read_pairs(pairs)) if i not in STRANGERS]
-        )
-    flags = [
-        "--pairs",
-        pairs,
-        "--model",
-        model_dir,
-        "--bert",
-        "minilm",
-        "--device",
-        "cpu",
-        "--lr",
-        "2e-4",
-    ]
-    flags += ["--batch-size", "2", "--max-epochs", "3", "--thresholds", "1e-9,1e-9", "--seed", "7"]
-    return [str(flag) for flag in [*flags, "--bert-threshold", "0.9", "--bleu-threshold", "2"]]
+        known = [pair for pair in data.read_pairs(pairs) if int(pair["id"]) not in STRANGERS]
+        memorise(model_dir, known)
+    flags = "--bert minilm --device cpu --lr 2e-4 --batch-size 2 --max-epochs 3 --seed 7 "
+    flags += "--thresholds 1e-9,1e-9 --bert-threshold 0.9 --bleu-threshold 2"
+    return ["--pairs", str(pairs), "--model", str(model_dir), *flags.split()]
 
 
-def make_requests(folder, **how):
-    """The same for a second request, rows 3 and 4, part of each marked, that goes on from a run over the other three.
+def make_requests(folder, **settings):
+    """The same for a second request, rows 3 and 4, parts of them marked, after one over the others.
 
-    That run forgot all its texts, by thresholds that all meet. So those that the model still knows are back at once,
-    and the last of them leaves again when `watched` measures it as -1.
+    That run forgot all its texts, by thresholds that all meet. So those that the model still knows
+    are back at once, and the last of them leaves again when `watched` measures it as -1.
     """
-    flags, out = make_inputs(folder, **how), folder / "first"
-    pairs, mine = data.read_pairs(folder / "pairs.jsonl"), {"3": "555-0142", "4": "first day"}
-    for row in (row for row in pairs if row["id"] in mine):
-        at = (row["prefix"] + row["suffix"]).index(mine[row["id"]])
-        row["spans"] = [[at, at + len(mine[row["id"]])]]
-    for name, share in (("first", pairs[:3]), ("second", pairs[3:])):
-        data.write_jsonl(folder / f"{name}.jsonl", share)
-    where = [
-        "--pairs",
-        str(folder / "first.jsonl"),
-        "--out",
-        str(out),
-        "--max-epochs",
-        "1",
-        "--bert-threshold",
-        "2",
-    ]
+    flags, out = make_inputs(folder, **settings), folder / "first"
+    pairs, marked = data.read_pairs(folder / "pairs.jsonl"), {"3": "555-0142", "4": "first day"}
+    for row in (row for row in pairs if row["id"] in marked):
+        mark = marked[row["id"]]
+        at = (row["prefix"] + row["suffix"]).index(mark)
+        row["spans"] = [[at, at + len(mark)]]
+    first, second = (folder / f"{name}.jsonl" for name in ("first", "second"))
+    data.write_jsonl(first, pairs[:3])
+    data.write_jsonl(second, pairs[3:])
     if not (out / "summary.json").is_file():
-        icu.main(argv=[*flags, *where, "--overwrite"])
+        words = f"--pairs {first} --out {out} --max-epochs 1 --bert-threshold 2 --overwrite"
+        icu.main(argv=[*flags, *words.split()])
     at = flags.index("--model")
     flags[at : at + 2] = ["--after", str(out)]
-    return [*flags, "--pairs", str(folder / "second.jsonl")]
+    return [*flags, "--pairs", str(second)]
 
 
 def memorise(model_dir, pairs, steps=100):
@@ -114,55 +90,43 @@ def memorise(model_dir, pairs, steps=100):
 def make_world(folder):
     """Everything that a finished run is made of and leaves, in `folder`:
 
-    pairs.jsonl (5 pairs), heldout.jsonl (2 texts), unseen.jsonl (3 records), model/ (knows 3 of the 5), never/ (the
-    same model, random), and two runs: never-saw/ (--eval-only of never/) and run/ (ICU, two epochs, with perplexity).
+    pairs.jsonl (5 pairs), heldout.jsonl (2 texts), unseen.jsonl (3 records), model/ (knows 3 of the
+    5), never/ (the same model, random), and two runs: never-saw/ (--eval-only of never/) and run/
+    (ICU, two epochs, with perplexity).
     """
-    flags = make_inputs(folder)
-    data.write_jsonl(
-        folder / "heldout.jsonl",
-        [{"text": "The driver said that nothing was missing."}, {"text": LEARN[0]}],
-    )
+    flags, heldout = make_inputs(folder), folder / "heldout.jsonl"
+    texts = ["The driver said that nothing was missing.", LEARN[0]]
+    data.write_jsonl(heldout, [{"text": text} for text in texts])
     unseen = [
-        (f"A letter for number {n} was sent", " by the old clinic on the hill.") for n in (3, 5, 7)
+        {"id": f"u{i}", "prefix": f"A letter for number {n} was sent"}
+        for i, n in enumerate((3, 5, 7))
     ]
-    data.write_jsonl(
-        folder / "unseen.jsonl",
-        [{"id": f"u{i}", "prefix": a, "suffix": b} for i, (a, b) in enumerate(unseen)],
-    )
+    suffix = {"suffix": " by the old clinic on the hill."}
+    data.write_jsonl(folder / "unseen.jsonl", [row | suffix for row in unseen])
     conftest._save_tiny("gpt_neo", folder / "never")
-    flags += ["--ppl", f"heldout={folder / 'heldout.jsonl'}", "--max-epochs", "2"]
-    icu.main(
-        argv=[
-            *flags,
-            "--model",
-            str(folder / "never"),
-            "--eval-only",
-            "--out",
-            str(folder / "never-saw"),
-        ]
-    )
+    flags += ["--ppl", f"heldout={heldout}", "--max-epochs", "2"]
+    never_saw = [
+        "--model",
+        str(folder / "never"),
+        "--eval-only",
+        "--out",
+        str(folder / "never-saw"),
+    ]
+    icu.main(argv=[*flags, *never_saw])
     icu.main(argv=[*flags, "--out", str(folder / "run")])
-    return SimpleNamespace(
-        root=folder,
-        run=folder / "run",
-        never_saw=folder / "never-saw",
-        pairs=folder / "pairs.jsonl",
-        model=folder / "model",
-        never=folder / "never",
-        flags=flags,
-    )
+    names = {"run": "run", "never_saw": "never-saw", "pairs": "pairs.jsonl", "model": "model"}
+    paths = {name: folder / file for name, file in (names | {"never": "never"}).items()}
+    return SimpleNamespace(root=folder, flags=flags, **paths)
 
 
 def copy_of(world, folder):
     """The same world at another place, its runs naming the files there: a test may change it."""
+
+    def moved(text):
+        return str(text).replace(str(world.root), str(folder))
+
     shutil.copytree(world.root, folder)
     for file in folder.glob("*/config.json"):
-        file.write_text(file.read_text().replace(str(world.root), str(folder)))
-    moved = {
-        name: Path(str(folder) + str(value).removeprefix(str(world.root)))
-        for name, value in vars(world).items()
-        if name != "flags"
-    }
-    return SimpleNamespace(
-        **moved, flags=[flag.replace(str(world.root), str(folder)) for flag in world.flags]
-    )
+        file.write_text(moved(file.read_text()))
+    paths = {name: Path(moved(path)) for name, path in vars(world).items() if name != "flags"}
+    return SimpleNamespace(**paths, flags=[*map(moved, world.flags)])

@@ -4,15 +4,14 @@
     bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
 
 docs/certificate.md explains every line. All but the request comes from files of the run folder, so
---verify makes it again, byte for byte. It outlives its texts: config.json and samples.jsonl are
-hashed without what kit/purge.py changes in them.
+--verify makes it again. It outlives its texts: config.json and samples.jsonl are hashed without
+what kit/purge.py changes in them.
 """
 
 import contextlib
 import datetime
 import hashlib
 import html
-import json
 import re
 import subprocess
 import sys
@@ -60,6 +59,7 @@ def build(folder, request, signed_by=None, kept=None):
     models_of(run)  # fails where it has none of its own
     folder, config, summary = run["folder"], run["config"], run["summary"]
     ended = (folder / "summary.json").stat().st_mtime
+    sha, path = config["sha256"].get("model"), Path(config["model"])
     never, why = never_saw(run)
     method = ("method", "protocol", "stopped", "epochs", "collapsed", "thresholds")
     settings = [name for name in SETTINGS if name not in ("model", "bert")]
@@ -70,7 +70,12 @@ def build(folder, request, signed_by=None, kept=None):
         "what": WHAT,
         "request": {"done": done, **request},
         "scope": scope_of(run),
-        "model": model_of(run),
+        "model": {
+            "name": path.name if sha or path.is_absolute() else config["model"],
+            "revision": config.get("revision"),
+            "sha256_before": sha,
+            "sha256_after": models.fingerprint(folder / "model"),
+        },
         "code": code | {"method_sha256": config["sha256"].get("method")},
         "method": {name: summary[name] for name in method} | {"seed": config.get("seed")},
         "configuration": {name: config.get(name) for name in settings},
@@ -86,7 +91,7 @@ def build(folder, request, signed_by=None, kept=None):
     if kept and never is None and kept.get("never_saw") is None:
         certificate |= {name: kept[name] for name in ("figures", "never_saw", "residual_risk")}
     certificate["not_tested"] = untested(certificate)
-    return certificate | {"sha256": digest(certificate)}
+    return certificate | {"sha256": data.digest(certificate)}
 
 
 def scope_of(run):
@@ -100,24 +105,12 @@ def scope_of(run):
         note = "none: the run has neither its texts nor hashes of them any more"
         return scope | {"salt": None, "hashes": [], "hashes_note": note}
     hashes = expected = data.read_json(path)
-    if purge.is_pairs(config["pairs"], sha):
+    if models.fingerprint(config["pairs"]) == sha:
         expected = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
     if hashes != expected or set(hashes["texts"]) != ids:
         raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
     forget = sorted(text["forget"] for text in hashes["texts"].values())
     return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
-
-
-def model_of(run):
-    """The model before and after, by sha256; of a path the name alone."""
-    config = run["config"]
-    sha, path = config["sha256"].get("model"), Path(config["model"])
-    return {
-        "name": path.name if sha or path.is_absolute() else config["model"],
-        "revision": config.get("revision"),
-        "sha256_before": sha,
-        "sha256_after": models.fingerprint(run["folder"] / "model"),
-    }
 
 
 def never_saw(run):
@@ -138,12 +131,11 @@ def figures_of(run, never):
 
     A perplexity is {"value"} alone: it is of one corpus.
     """
-    summary, first = run["summary"], own_rows(run, 0)
-    after = own_rows(run, summary["epochs"])
-    sides = {"before": first, "after": after, "never_saw": own_rows(never, 0) if never else []}
-    figures = {}
+    summary, figures = run["summary"], {}
+    sides = {"before": own_rows(run, 0), "after": own_rows(run, summary["epochs"])}
+    sides["never_saw"] = own_rows(never, 0) if never else []
     for name in (*LEFT, "entropy", *OF_SPANS):
-        if name not in OF_SPANS or any(name in row for row in first):
+        if name not in OF_SPANS or any(name in row for row in sides["before"]):
             figures[name] = {
                 when: interval([row.get(name) for row in rows]) for when, rows in sides.items()
             }
@@ -235,18 +227,13 @@ def hashes_of(folder):
     config = data.read_json(folder / "config.json")
     kept = {name: value for name, value in config.items() if name not in ("redact", "purged")}
     rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
-    hashes = {"config.json": digest(kept), "samples.jsonl": digest(rows)}
+    hashes = {"config.json": data.digest(kept), "samples.jsonl": data.digest(rows)}
     names = ["summary.json", "metrics.jsonl", "audit.json"]
     names += ["tasks-before/tasks.json", "tasks-after/tasks.json"]
     files = [folder / name for name in names] + sorted((folder / "model").rglob("*"))
     for path in filter(Path.is_file, files):
         hashes[str(path.relative_to(folder))] = data.sha256_of(path)
     return hashes
-
-
-def digest(value):
-    """sha256 of a value as sorted JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- the page: two sides of A4 to print, which load nothing ---
@@ -325,16 +312,14 @@ def bullets(values):
 
 def figure_table(figures):
     """A row a measure: 0.123 [0.101, 0.140] a side, or a dash."""
-    rows = ["<tr><th><th>before<th>after<th>never saw<th>unseen"]
+    rows = "<tr><th><th>before<th>after<th>never saw<th>unseen"
     for name, sides in figures.items():
-        row = f"<tr><th>{shown(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}"
+        rows += f"<tr><th>{shown(LABELS.get(name, name.replace('ppl_', 'perplexity ')))}"
         for figure in map(sides.get, ("before", "after", "never_saw", "unseen")):
-            cell = f"{figure['value']:.3f}" if figure else "-"
+            rows += f"<td>{figure['value']:.3f}" if figure else "<td>-"
             if figure and figure.get("low") is not None:
-                cell += f" [{figure['low']:.3f}, {figure['high']:.3f}]"
-            row += f"<td>{cell}"
-        rows.append(row)
-    return f"<table>{''.join(rows)}</table>"
+                rows += f" [{figure['low']:.3f}, {figure['high']:.3f}]"
+    return f"<table>{rows}</table>"
 
 
 # --- signatures by ssh-keygen, with the keys that people have already ---
@@ -360,11 +345,6 @@ def public_key(path):
     return " ".join(content.split()[:2])
 
 
-def sign(content, key):
-    """The signature of these bytes by a private key file."""
-    return ssh_keygen("-Y", "sign", "-q", "-f", key, "-n", NAMESPACE, stdin=content)
-
-
 def trouble(content, signature, key):
     """Why the file `signature` is not one of these bytes by `key`, or None."""
     with tempfile.TemporaryDirectory() as folder:
@@ -378,8 +358,7 @@ def trouble(content, signature, key):
 
 
 # --- the ledger: a line a certificate, each with the sha256 of the line before ---
-# ledger.head names the last line, as lines could go from the end. Who may write to DIR can make a
-# new chain: a copy of ledger.head elsewhere pins the past.
+# ledger.head names the last line, as lines could go from the end.
 
 
 def add_line(folder, row):
@@ -436,7 +415,7 @@ def differences(path, folder, key=None):
     certificate = data.read_json(path)
     content = {name: value for name, value in certificate.items() if name != "sha256"}
     unlike = signature_differences(path, certificate.get("signed_by"), key)
-    if digest(content) != certificate.get("sha256"):
+    if data.digest(content) != certificate.get("sha256"):
         unlike = [f"{path.name}: changed (not its own sha256), or no certificate", *unlike]
     if unlike:
         return unlike
@@ -447,7 +426,6 @@ def differences(path, folder, key=None):
 
 
 def signature_differences(path, signer, key):
-    """What is wrong with the signature of `signer`."""
     signature, unlike = Path(f"{path}.sig"), []
     if signer and not signature.is_file():
         unlike.append(f"{signature.name}: missing, but the certificate is signed")
@@ -463,27 +441,24 @@ def signature_differences(path, signer, key):
 
 def run_differences(certificate, folder):
     """What of a run folder is not as certified."""
-    files = certificate["files"]
+    files, unlike = certificate["files"], []
     try:
         now = hashes_of(folder)
-        if now == files:  # then they must give the same certificate
+        for name in sorted({*files, *now}):
+            if name not in files:
+                unlike.append(f"{name}: was not there")
+            elif name not in now:
+                unlike.append(f"{name}: missing")
+            elif files[name] != now[name]:
+                unlike.append(f"{name}: changed")
+        if not unlike:  # then they must give the same certificate
             request, signer = certificate["request"], certificate["signed_by"]
             again = build(folder, request, signer, kept=certificate)
-            return [
-                f"{FILE}: `{name}` is not what the run's files give"
-                for name in again
-                if certificate.get(name) != again[name] and name != "sha256"
-            ]
+            for name in again:
+                if certificate.get(name) != again[name] and name != "sha256":
+                    unlike.append(f"{FILE}: `{name}` is not what the run's files give")
     except ValueError as error:
         return [f"{folder}: {error}"]
-    unlike = []
-    for name in sorted({*files, *now}):
-        if name not in files:
-            unlike.append(f"{name}: was not there")
-        elif name not in now:
-            unlike.append(f"{name}: missing")
-        elif files[name] != now[name]:
-            unlike.append(f"{name}: changed")
     return unlike
 
 
@@ -524,8 +499,8 @@ def certify(args):
     content = data.json_bytes(certificate, indent=2)
     contents = {FILE: content, PAGE: render(certificate)}
     if args.sign:
-        contents[SIGNATURE] = sign(content, args.sign)
-    data.check_outputs([folder / name for name in contents], overwrite=True)
+        words = ["-Y", "sign", "-q", "-f", args.sign, "-n", NAMESPACE]
+        contents[SIGNATURE] = ssh_keygen(*words, stdin=content)
     if args.ledger:
         row = {"run": folder.resolve().name, "request": certificate["request"]}
         number = add_line(args.ledger, row | {"sha256": hashlib.sha256(content).hexdigest()})

@@ -4,8 +4,8 @@
         --out runs/chain --targets all --batch-size 8 --lr 2e-4 --alpha 1     # D: runs/tiny-data
 
 After each request all texts so far are measured: by the run itself where it watched them, else by
-one more (icu.py --eval-only). The folder keeps the runs; table.md has what they measured, and
-came-back.png MA of each request's texts over the requests that follow. Other flags go to icu.py.
+one more (icu.py --eval-only). The folder keeps the runs, table.md and came-back.png. Other flags
+go to icu.py.
 """
 
 import random
@@ -21,7 +21,6 @@ VARIANTS = {"watched": "--watch", "not watched": "--no-watch"}
 
 
 def step(script, *words):
-    """Runs a file of this project; ends where it ends badly."""
     if status := run([PYTHON, script, *map(str, words)]):
         sys.exit(status)
 

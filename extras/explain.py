@@ -4,12 +4,10 @@
     bash run.sh explain RUN [RUN ...] --speech FILE    # RUN/speech.json: two columns of the report
 
 The page colours each token by its probability before and after. It is extras/explain.html with the
-texts as JSON in it: one file, which reaches no network. Texts are shown as the tokenizer spells
-their ids.
+texts as JSON in it, which reaches no network. Texts are shown as the tokenizer spells their ids.
 
 The entropy of Eq. 10 misleads where a model speaks in words that do not exist. So the model before
-reads what each model said after the prefixes. What is recited has the lowest perplexity of all,
-words that do not exist a high one. Neither column has a better end: read both beside never saw's.
+reads what each model said after the prefixes: docs/explain.md.
 """
 
 import functools
@@ -43,6 +41,11 @@ def check(run):
             raise ValueError(f"{path}: not the {what} that {folder} was made with: put those back")
 
 
+def unlearned(runs):
+    """Those of the runs that did not only measure."""
+    return [run for run in runs if run["summary"]["method"] != "none"]
+
+
 def read_tokenizer(name, revision, allow_pickle):
     """(tokenizer, positions) of a model, without its weights."""
     config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
@@ -73,15 +76,6 @@ def texts_of(run, tokenizer, positions):
     return list(zip(pairs, samples, answers.values(), strict=True))
 
 
-def pages(runs, *, allow_pickle=False):
-    """{RUN/explain.html: its bytes} of those runs that have unlearned, or of all: a ValueError."""
-    runs = [run for run in runs if run["summary"]["method"] != "none"] or runs
-    data.check_outputs([run["folder"] / PAGE.name for run in runs], overwrite=True)
-    for run in runs:
-        check(run)
-    return {run["folder"] / PAGE.name: make(run, allow_pickle=allow_pickle) for run in runs}
-
-
 def make(run, *, allow_pickle=False):
     """explain.html of a run, as bytes."""
     config, summary, sides = run["config"], run["summary"], models_of(run)
@@ -100,8 +94,8 @@ def make(run, *, allow_pickle=False):
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
     described = []
-    for number, (_, sample, answers) in enumerate(texts):
-        own = {when: of_all[number] for when, of_all in likely.items()}
+    for (_, sample, answers), before, after in zip(texts, *likely.values(), strict=True):
+        own = {"before": before, "after": after}
         described.append(describe(tokenizer, sample, answers, own))
     return page(about, described)
 
@@ -111,18 +105,14 @@ def make(run, *, allow_pickle=False):
 
 @models.measuring
 def log_probabilities(model, ids):
-    """log p(x_t | x_<t) of ids[1:], a list of floats in nats; float32, no gradient, no dropout.
+    """log p(x_t | x_<t) of ids[1:], a list of floats in nats; no gradient, no dropout.
 
     A text at a time: no padding, whatever a model makes of some.
     """
     x = torch.tensor(ids, device=model.device)  # (T,)
     # (T - 1, V): position t - 1 predicts token t
     logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]
-    logp = []
-    for part, targets in zip(logits.split(256), x[1:].split(256), strict=True):  # saves a copy
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        logp += part.log_softmax(1).gather(1, targets[:, None])[:, 0].tolist()
-    return logp
+    return logits.log_softmax(1).gather(1, x[1:, None])[:, 0].tolist()
 
 
 def probabilities(model, ids):
@@ -159,30 +149,23 @@ def describe(tokenizer, sample, answers, likely):
     """
     text, bos = sample.forget, models.front_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
-    parts = [
-        (characters, first + lead, last + lead)
-        for characters, first, last in pieces(tokenizer, text.ids[lead:])
-    ]
+    parts = pieces(tokenizer, text.ids[lead:])
+    tokens = [range(first + lead, last + lead) for _, first, last in parts]  # of each piece
     marked = set(text.span_positions or ())
     measured = sorted(marked) or range(text.cut, len(text.ids))
-    return {
+    shown = {
         "id": sample.id,
         "answers": answers,
         "pieces": [characters for characters, _, _ in parts],
-        "tokens": [last - first for _, first, last in parts],
-        **{
-            when: [together(values[first:last]) for _, first, last in parts]
-            for when, values in likely.items()
-        },
-        "marked": [
-            number
-            for number, (_, first, last) in enumerate(parts)
-            if marked.intersection(range(first, last))
-        ],
-        "cut": sum(first < text.cut for _, first, _ in parts),
-        "was": mean(likely["before"][n] for n in measured),
-        "left": mean(likely["after"][n] for n in measured),
+        "tokens": list(map(len, tokens)),
+        "marked": [n for n, own in enumerate(tokens) if marked.intersection(own)],
+        "cut": sum(own.start < text.cut for own in tokens),
+        "was": mean(likely["before"][t] for t in measured),
+        "left": mean(likely["after"][t] for t in measured),
     }
+    for when, values in likely.items():
+        shown[when] = [together([values[t] for t in own]) for own in tokens]
+    return shown
 
 
 def together(values):
@@ -219,10 +202,9 @@ def words(text):
 
 def words_of(records, side=""):
     """The set of words of records, or of a side of pairs."""
-    texts = [
-        (row[f"{side}context"], row[f"{side}prefix"] + row[f"{side}suffix"]) for row in records
-    ]
-    return {word for pair in texts for text in pair for word in words(text)}
+    context, prefix, suffix = (f"{side}{part}" for part in data.PARTS)
+    texts = [f"{row[context]} {row[prefix]}{row[suffix]}" for row in records]
+    return {word for text in texts for word in words(text)}
 
 
 def new_words(answers, known):
@@ -238,15 +220,15 @@ def speech(runs, files, *, allow_pickle=False):
     """{RUN/speech.json: {"before", "after": {"said_ppl", "new_words"}}} of runs.
 
     One model reads all, that which they began with. files: texts (.csv, .jsonl) whose words are not
-    new, nor are those of the pairs. ValueError: as `check`, or runs that began with several models.
+    new, nor are those of the pairs. ValueError: the runs began with several models.
     """
-    trained = [run for run in runs if run["summary"]["method"] != "none"] or runs[:1]
-    readers = {(run["config"]["model"], run["config"].get("revision")) for run in trained}
+    readers = {
+        (run["config"]["model"], run["config"].get("revision"))
+        for run in unlearned(runs) or runs[:1]
+    }
     if len(readers) > 1:
         names = ", ".join(sorted(name for name, _ in readers))
         raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
-    for run in runs:
-        check(run)
     known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
     tokenizer, positions = read_tokenizer(name, revision, allow_pickle)
@@ -281,11 +263,15 @@ def main(argv=None):
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]
+    shown = unlearned(runs) or runs
+    for run in runs if args.speech else shown:
+        check(run)
     if args.speech:
         for path, document in speech(runs, args.speech, allow_pickle=args.allow_pickle).items():
             data.write_json(path, document)
-    for path, content in pages(runs, allow_pickle=args.allow_pickle).items():
-        data.write_bytes(path, content)
+    for run in shown:
+        path = run["folder"] / PAGE.name
+        data.write_bytes(path, make(run, allow_pickle=args.allow_pickle))
         print(f"explained: {path}")
 
 

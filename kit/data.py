@@ -141,6 +141,11 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(value):
+    """sha256 of a value as sorted JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 # --- records ---
 
 PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its text

@@ -5,9 +5,8 @@
     bash run.sh purge RUN --dry-run      # says what would go
 
 Runs beside RUN are found by the sha256 of their pairs in config.json. One that went on from RUN
-(icu.py --after) loses what it says of RUN's texts and keeps its own. Numbers, plots, tables and the
-model stay, and hashes.json tells one who has a text whether it was among them. No link is followed.
-Each step can be done again, so the same command completes a purge that was killed.
+(icu.py --after) loses what it says of RUN's texts and keeps its own: docs/privacy.md. No link is
+followed. Each step can be done again, so the same command completes a purge that was killed.
 """
 
 import contextlib
@@ -30,11 +29,10 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """not reached: your own input files of knn.py and icu.py; in other folders, runs over
-these pairs or that went on from them (name each); other pairs with the same texts (purge their runs
-too); reports (--out DIR) and leak reports elsewhere; copies and backups; what a disk keeps of
-removed files; what was sent to raters or to a judge elsewhere; the models' weights, before (which
-know the texts) and after (the measures say how far)"""
+BEYOND = """not reached: your own input files; in other folders, runs over these pairs or that went
+on from them (name each); other pairs with the same texts (purge their runs too); reports elsewhere;
+copies and backups; what a disk keeps of removed files; what was sent to raters or to a judge; the
+models' weights, before (which know the texts) and after (the measures say how far)"""
 
 
 # --- what is there ---
@@ -42,12 +40,11 @@ know the texts) and after (the measures say how far)"""
 
 def config_of(folder):
     """A run's config.json, or {} where there is none that names the run's pairs."""
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         config = data.read_json(folder / "config.json")
-        named = isinstance(config["pairs"], str) and isinstance(config["sha256"]["pairs"], str)
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return config if named else {}
+        if config["pairs"] and config["sha256"]["pairs"]:
+            return config
+    return {}
 
 
 def runs_beside(run, sha):
@@ -65,21 +62,10 @@ def runs_beside(run, sha):
     return own, later
 
 
-def is_pairs(path, sha):
-    """Whether a file is the pairs.jsonl with this sha256; either may be None.
-
-    Its form counts too: a config.json from elsewhere can name any file and its sha256.
-    """
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return models.fingerprint(path) == sha and bool(data.read_pairs(path))
-    return False
-
-
 # --- what goes ---
 
 
 def say(line):
-    """A line on stdout."""
     print(visible(line))
 
 
@@ -141,7 +127,7 @@ def keep_hashes(run, dry_run=False):
     config = config_of(run)
     if not config or (run / "hashes.json").exists():
         return
-    if not is_pairs(config["pairs"], config["sha256"]["pairs"]):
+    if models.fingerprint(config["pairs"]) != config["sha256"]["pairs"]:
         say(f"note: no hashes for {run}: its pairs.jsonl is gone, or another one by now")
     elif not dry_run:
         pairs = data.read_pairs(config["pairs"])
@@ -152,18 +138,10 @@ def remove_pairs(path, sha, dry_run):
     """Removes a pairs.jsonl, and half-written ones beside it; another file of that name stays."""
     for half in sorted(path.parent.glob(f"{glob.escape(path.name)}.*.tmp")):
         remove(half, "pairs, half written", dry_run)
-    if is_pairs(path, sha):
+    if models.fingerprint(path) == sha:
         remove(path, "pairs", dry_run)
     elif path.exists():
         say(f"left: {path} (not the pairs that the run was made with)")
-
-
-def mark(run):
-    """config.json says that the texts are gone, and since when."""
-    config = config_of(run)
-    if "purged" not in config:
-        purged = {"redact": True, "purged": time.strftime("%Y-%m-%d")}
-        data.write_json(run / "config.json", config | purged)
 
 
 def purge_run(run, dry_run):
@@ -171,9 +149,10 @@ def purge_run(run, dry_run):
 
     The hashes are written first, from the pairs, and the pairs go last.
     """
-    sha = config_of(run).get("sha256", {}).get("pairs")
-    if sha is None:
+    config = config_of(run)
+    if not config:
         raise ValueError(f"{run}: holds no run (no config.json that names its pairs)")
+    sha = config["sha256"]["pairs"]
     own, later = runs_beside(run, sha)
     places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
     names = tuple(f"{folder.name}/" for folder in own)  # of their texts in later runs: RUN/ID
@@ -182,7 +161,6 @@ def purge_run(run, dry_run):
             held.enter_context(runs.only_owner(folder))
         for folder in own:
             keep_hashes(folder, dry_run)
-        for folder in own:
             empty_run(folder, ("",), dry_run)
             for name, what in OWN.items():
                 remove(folder / name, what, dry_run)
@@ -193,8 +171,10 @@ def purge_run(run, dry_run):
         empty_caches(dry_run)
         for path in places:
             remove_pairs(path, sha, dry_run)
-        for folder in [] if dry_run else own:
-            mark(folder)
+        for folder, config in own.items():
+            if not dry_run and "purged" not in config:
+                purged = {"redact": True, "purged": time.strftime("%Y-%m-%d")}
+                data.write_json(folder / "config.json", config | purged)
     where = ", ".join(map(str, [*own, *later]))
     say(f"kept in {where}: numbers, plots, tables, certificate, model and hashes.json")
     print(BEYOND)
@@ -205,13 +185,12 @@ def purge_run(run, dry_run):
 
 def main(argv=None):
     parser = flags.command_parser(__doc__, prog="bash run.sh purge")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder")
-    parser.add_argument("--all-caches", action="store_true", help="instead: the caches alone")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("run", nargs="?", metavar="RUN", help="a run folder")
+    either.add_argument("--all-caches", action="store_true", help="instead: the caches alone")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if bool(args.run) == args.all_caches:
-        raise ValueError("name one run folder, bash run.sh purge RUN, or pass --all-caches")
     if args.run:
         return purge_run(Path(args.run).resolve(), args.dry_run)
     empty_caches(args.dry_run)

@@ -72,7 +72,7 @@ def hashes(pairs, salt=None):
 
     {"salt": 32 hex digits, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix
     in UTF-8 with the salt's 16 bytes as key; "grams": for knn.py's leak guard. One who can guess a
-    text can check the guess. salt: random, or that of an earlier hashes.json.
+    text can check the guess.
     """
     salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -12,7 +13,8 @@ import pytest
 from kit import data, models
 
 MEASURES = {"el10": 0.5, "ma": 0.5, "bleu": 0.5, "bertscore": 0.5, "entropy": 3.0}
-LEARN = {"learn_id": "n", "learn_context": "", "learn_prefix": "A van", "learn_suffix": " came."}
+LEARN = {"learn_id": "n", "learn_prefix": "A van", "learn_suffix": " came.", "similarity": 0.5}
+LEARN |= {"context": "", "learn_context": ""}
 
 
 def write_run(folder, texts, generations, *, method="icu", **config):
@@ -20,18 +22,14 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 
     texts: {id: (prefix, suffix)}; generations: a dict {id: generation} for each epoch, from 0.
     """
-    pairs = folder.parent / "pairs.jsonl"
-    side = {"context": "", **LEARN, "similarity": 0.5}
-    rows = [{"id": id, "prefix": a, "suffix": b, **side} for id, (a, b) in texts.items()]
+    pairs, epochs = folder.parent / "pairs.jsonl", len(generations) - 1
+    rows = [{"id": id, "prefix": a, "suffix": b, **LEARN} for id, (a, b) in texts.items()]
     data.write_jsonl(pairs, rows)
-    both = {"protocol": "paper", **config}
-    config = {"model": "m/before", "pairs": str(pairs), "thresholds_used": {}, **both}
-    config["sha256"] = {"pairs": models.fingerprint(pairs)}
-    data.write_json(folder / "config.json", config)
-    epochs = len(generations) - 1
-    ends = {"thresholds": {}, "before": MEASURES, "after": MEASURES}
-    summary = {"name": folder.name, "method": method, "protocol": "paper", "epochs": epochs}
-    summary |= {"stopped": "forgotten", "collapsed": False, **ends}
+    sha256 = {"pairs": models.fingerprint(pairs)}
+    both = {"protocol": "paper", "pairs": str(pairs), "sha256": sha256}
+    data.write_json(folder / "config.json", {"model": "m/before", **both, **config})
+    ends = {"stopped": "forgotten", "collapsed": False, "before": MEASURES, "after": MEASURES}
+    summary = {"method": method, "protocol": "paper", "epochs": epochs, "thresholds": {}, **ends}
     data.write_json(folder / "summary.json", summary)
     metrics = [{"epoch": epoch, "active": 1, **MEASURES} for epoch in range(epochs + 1)]
     data.write_jsonl(folder / "metrics.jsonl", metrics)
@@ -45,10 +43,10 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 
 
 class Chat:
-    """A server on loopback: `behave(candidate, n)` says what becomes of the n-th request about one.
+    """A server on loopback: `behave(candidate, n)` is what becomes of the n-th request about one.
 
-    A str is the answer of the model; (status, headers, body) is sent as it is; of a number of
-    seconds nothing comes. `seen` has (headers, request) of all that came, `count` the last n.
+    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has
+    (headers, request) of all that came, `count` the last n.
     """
 
     def __init__(self, behave):
@@ -97,6 +95,11 @@ class Chat:
         handler.wfile.write(body)
 
 
+def data_of(page):
+    """The JSON that a page of ours holds in its first script element, with the id "data"."""
+    return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+
+
 def candidate_of(request):
     """The candidate of a request of evals/judge.py."""
     lines = request["messages"][1]["content"].split("\n")
@@ -106,21 +109,18 @@ def candidate_of(request):
 
 def completion(answer):
     """A chat completion as a server sends it."""
-    message = {"role": "assistant", "content": answer}
-    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-    usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
-    fields = {"id": "x", "object": "chat.completion", "created": 1, "model": "judge-2026-01"}
-    return {**fields, "choices": choices, "usage": usage}
+    choices = [{"message": {"role": "assistant", "content": answer}}]
+    usage = {"prompt_tokens": 100, "completion_tokens": 7}
+    return {"model": "judge-2026-01", "choices": choices, "usage": usage}
 
 
 @contextlib.contextmanager
 def chromium():
     """A browser without a window; skips where there is none."""
-    reason = "no browser: pip install playwright, and Chromium as by apt-get install chromium"
+    reason = "no browser: pip install playwright; apt-get install chromium"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     with playwright.sync_playwright() as driver:
-        names = (driver.chromium.executable_path, "chromium", "chromium-browser", "google-chrome")
-        path = next(filter(None, map(shutil.which, names)), None)
+        path = shutil.which(driver.chromium.executable_path) or shutil.which("chromium")
         if path is None:
             pytest.skip(reason)
         with driver.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:

@@ -6,17 +6,15 @@ python -m pytest tests/test_certificate.py -q
 import hashlib
 import hmac
 import json
-import multiprocessing
 import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from extras import certificate
-from kit import data, purge
+from kit import data, models, purge
 
 FLAGS = "--received 2020-02-29 --approved-by A.N. --request-id R-17 <b>R-18</b>".split()
 
@@ -65,9 +63,9 @@ def test_every_field_is_that_of_the_runs_files(run):
     ids = ["R-17", "<b>R-18</b>"]
     request = {"ids": ids, "received": "2020-02-29", "approved_by": "A.N.", "done": done}
     assert made["request"] == request and made["what"].startswith("Evidence of suppression")
-    assert made["model"]["name"] == "model"
-    assert made["model"]["sha256_before"] == config["sha256"]["model"]
-    assert made["model"]["sha256_after"] not in (None, config["sha256"]["model"])
+    shas = models.fingerprint(run.parent / "model"), models.fingerprint(run / "model")
+    model = {"name": "model", "revision": None, "sha256_before": shas[0], "sha256_after": shas[1]}
+    assert made["model"] == model and shas[0] != shas[1]
     assert made["code"]["git"] == config["git"] and made["code"]["versions"] == config["versions"]
     for name in ("method", "protocol", "stopped", "epochs", "collapsed", "thresholds"):
         assert made["method"][name] == summary[name]
@@ -97,17 +95,12 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
     assert len(written) == 4
     for content in (path.read_text() for path in written):
         assert not any(half.strip() in content for half in halves if half.strip())
-        assert str(run.parent) not in content and str(Path.home()) not in content
+        assert str(run.parent) not in content
     page = (run / "certificate.html").read_text()
     assert "&lt;b&gt;R-18" in page and not re.search(r"<b>R|https?:|src=|url\(|<script", page)
-
-
-def test_a_figure_is_a_mean_with_an_interval_unless_there_are_too_few_texts():
-    """None stands for no number; fewer than eight texts give the mean alone."""
-    figure = certificate.interval([None, *range(50), None])
-    assert (figure["n"], figure["value"]) == (50, 24.5) and 20 < figure["low"] < 24.5
-    assert certificate.interval([0.5] * 7) == {"value": 0.5, "low": None, "high": None, "n": 7}
-    assert certificate.interval([None]) is None
+    edit(run / "hashes.json", lambda h: h["texts"]["0"].update(forget="0" * 64))
+    with pytest.raises(ValueError, match="not the hashes of this run"):
+        certify(run)
 
 
 def side(**measures):
@@ -138,27 +131,23 @@ def test_residual_risk_is_said_in_fixed_words(after, never, words):
 
 def test_the_rest_of_a_marked_text_is_no_risk():
     """The marked part of a text counts, and of a text without a mark the whole."""
-    whole, parts = [], []
+    sides = []
     for high, low in ((0.9, 0.1), (0.1, 0.9)):  # whole texts and parts point to opposite sides
         measures = dict.fromkeys(certificate.LEFT, (high, high))
-        whole.append(side(**measures))
-        parts.append(side(**measures, **dict.fromkeys(certificate.LEFT_OF_PARTS, (low, low))))
-    risks = certificate.risks(*parts)
-    assert risks[0].startswith("EL10, marked parts") and len(risks) == 3
-    assert all(": less than that" in risk for risk in risks)
-    for a, b in zip(whole, parts, strict=True):
-        a["samples"] += b["samples"]
-    risks = certificate.risks(*whole)
+        parts = side(**measures, **dict.fromkeys(certificate.LEFT_OF_PARTS, (low, low)))
+        sides.append(side(**measures))
+        sides[-1]["samples"] += parts["samples"]
+    risks = certificate.risks(*sides)
     assert len(risks) == 7 and all("of texts without a mark: still more" in r for r in risks[:4])
-    assert all(": less than that" in risk for risk in risks[4:])
+    assert all("marked parts: less" in r or "said: less" in r for r in risks[4:])
 
 
 def test_audit_tasks_and_marked_parts_are_taken_in(run):
     """Sentences of audit.json, averages of tasks.json, and the measures of marked parts."""
-    averages = {"cls": 0.5, "cls_missing": [], "dia": None, "dia_missing": []}
+    tasks = {"averages": {"cls": 0.5, "dia": None}}
     for when in ("before", "after"):
-        data.write_json(run / f"tasks-{when}" / "tasks.json", {"averages": averages})
-    audit = {"sentences": {"a": "It says more."}, "headline": {}, "models": {}}
+        data.write_json(run / f"tasks-{when}" / "tasks.json", tasks)
+    audit = {"sentences": {"a": "It says more."}, "headline": {}}
     data.write_json(run / "audit.json", audit)
     marked = {"el10_spans": 0.25, "ma_spans": 0.5, "ma_rest": 1.0, "secret_said": 0.0}
     rows = data.read_jsonl(run / "samples.jsonl")
@@ -177,7 +166,10 @@ def test_audit_tasks_and_marked_parts_are_taken_in(run):
 
 
 def test_a_certificate_outlives_its_texts(run, capsys):
-    """The same each time, also in a copy and after a purge; verify finds nothing."""
+    """The same each time, also in a copy, after a purge and without the run never-saw.
+
+    Made anew without hashes.json and that run it says what is missing.
+    """
     first = certify(run, *FLAGS)
     content, copy = (run / "certificate.json").read_bytes(), run.parent / "copy"
     certify(shutil.copytree(run, copy), *FLAGS)
@@ -186,37 +178,20 @@ def test_a_certificate_outlives_its_texts(run, capsys):
     assert not (run.parent / "pairs.jsonl").exists()
     assert verify(run / "certificate.json", capsys) == (0, [])
     assert certify(run, *FLAGS) == first
-
-
-def test_a_run_that_was_purged_first_gets_one_too(run):
-    """From the hashes.json that a purge keeps; without it the certificate says so."""
-    purge.main([str(run)])
-    kept = data.read_json(run / "hashes.json")
-    scope = certify(run)["scope"]
-    assert scope["salt"] == kept["salt"]
-    assert scope["hashes"] == sorted(text["forget"] for text in kept["texts"].values())
+    shutil.rmtree(run.parent / "never-saw")  # its figures stay in the certificate
+    assert verify(run / "certificate.json", capsys) == (0, [])
     (run / "hashes.json").unlink()
-    scope = certify(run)["scope"]
-    assert scope["hashes"] == [] and "neither its texts nor hashes" in scope["hashes_note"]
-
-
-def test_hashes_of_other_texts_are_not_certified(run):
-    """Of a hashes.json that was changed, while the texts are there to compare with."""
-    certify(run)
-    edit(run / "hashes.json", lambda h: h["texts"]["0"].update(forget="0" * 64))
-    with pytest.raises(ValueError, match="not the hashes of this run"):
-        certify(run)
+    made = certify(run)
+    assert made["figures"]["ma"]["never_saw"] is None and "is gone" in made["never_saw"]
+    assert made["scope"]["hashes"] == [] and "nor hashes" in made["scope"]["hashes_note"]
 
 
 # --- verify ---
 
 
 def change_byte(path):
-    """The last letter or digit of a file becomes another."""
-    content = bytearray(path.read_bytes())
-    at = [i for i, byte in enumerate(content) if chr(byte).isalnum()][-1]
-    content[at] ^= 1
-    path.write_bytes(content)
+    """The first a of a file becomes a b."""
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
 
 
 CHANGES = {
@@ -250,18 +225,9 @@ def test_a_figure_that_was_forged_with_its_hash_is_found(run, capsys):
     made["figures"]["ma"]["after"]["value"] = 0.01
     del made["sha256"]
     forged = run.parent / "forged.json"
-    data.write_json(forged, made | {"sha256": certificate.digest(made)})
+    data.write_json(forged, made | {"sha256": data.digest(made)})
     status, unlike = verify(forged, capsys, run)
     assert status == 1 and "certificate.json: `figures` is not what the run's files give" in unlike
-
-
-def test_the_run_of_the_model_that_never_saw_them_may_go(run, capsys):
-    """The certificate keeps its figures."""
-    certify(run)
-    shutil.rmtree(run.parent / "never-saw")
-    assert verify(run / "certificate.json", capsys) == (0, [])
-    made = certify(run)
-    assert made["figures"]["ma"]["never_saw"] is None and "is gone" in made["never_saw"]
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
@@ -275,26 +241,21 @@ def test_signatures(run, tmp_path, capsys):
     assert "secret" not in json.dumps(certify(run, "--sign", mine))
     content, good = path.read_bytes(), signature.read_bytes()
     assert verify(path, capsys, "--key", f"{mine}.pub") == (0, [])
-    (unlike,) = verify(path, capsys, "--key", f"{other}.pub")[1]
-    assert f"signed with another key than {other}.pub" in unlike
+    unlike = verify(path, capsys, "--key", f"{other}.pub")[1]
+    assert f"signed with another key than {other}.pub" in str(unlike)
     path.write_bytes(content.replace(b'"ids": []', b'"ids": ["x"]'))
-    assert any("not a signature" in line for line in verify(path, capsys)[1])
+    assert "not a signature" in str(verify(path, capsys))
     path.write_bytes(content)
     signature.unlink()
-    assert any("missing" in line for line in verify(path, capsys)[1])
+    assert "missing" in str(verify(path, capsys))
     signature.write_bytes(good)
     edit(path, lambda c: c.update(signed_by=None))
-    assert any("the certificate is not signed" in line for line in verify(path, capsys)[1])
+    assert "the certificate is not signed" in str(verify(path, capsys))
     certify(run)  # not signed: the old signature would be a wrong one
     assert not signature.exists() and verify(path, capsys, "--key", f"{mine}.pub")[0] == 1
 
 
 # --- the ledger ---
-
-
-def add_many(folder, name):
-    for number in range(5):
-        certificate.add_line(folder, {"sha256": f"{name}{number}"})
 
 
 @pytest.fixture
@@ -305,45 +266,13 @@ def book(tmp_path):
     return tmp_path / "ledger" / "ledger.jsonl"
 
 
-def test_each_line_has_the_hash_of_the_line_before(book):
-    """And a row that is there already gets no second line."""
+def test_each_line_has_the_hash_of_the_line_before(book, capsys):
+    """A row that is there already gets no second line; a kill before the new head is gone on with."""
     assert certificate.add_line(book.parent, {"sha256": "b"}) == 2
     rows = data.read_jsonl(book)
     hashes = [hashlib.sha256(line).hexdigest() for line in book.read_bytes().splitlines()]
     assert [row["line"] for row in rows] == [1, 2, 3, 4]
     assert [row["previous"] for row in rows] == [None, *hashes[:-1]]
-
-
-@pytest.mark.parametrize(
-    "order, line",
-    [
-        ("0123", None),
-        ("0x23", 3),  # its hash is in the line after
-        ("012x", 4),  # or in ledger.head
-        ("023", 2),
-        ("123", 1),
-        ("012", 4),
-        ("0213", 2),
-        ("01123", 3),
-        ("01!3", 3),
-    ],
-)
-def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys):
-    """The first such line is named, and nothing is added to such a ledger."""
-    lines = dict(zip("0123", book.read_bytes().splitlines(keepends=True), strict=True))
-    lines |= {"!": b"{}\n", "x": lines[str(order.find("x") % 4)].replace(b"sha", b"SHA")}
-    book.write_bytes(b"".join(map(lines.get, order)))
-    status, unlike = verify(book, capsys)
-    if line is None:
-        assert (status, unlike) == (0, [])
-        return
-    assert status == 1 and len(unlike) == 1 and unlike[0].startswith(f"line {line}: ")
-    with pytest.raises(ValueError, match="nothing is added"):
-        certificate.add_line(book.parent, {"sha256": "e"})
-
-
-def test_a_kill_between_the_lines_and_the_head_is_gone_on_with(book, capsys):
-    """The head is then that of the line before."""
     head = (book.parent / "ledger.head").read_bytes()
     certificate.add_line(book.parent, {"sha256": "e"})
     (book.parent / "ledger.head").write_bytes(head)
@@ -351,29 +280,37 @@ def test_a_kill_between_the_lines_and_the_head_is_gone_on_with(book, capsys):
     assert verify(book, capsys) == (0, [])
 
 
-def test_lines_of_several_processes_make_one_chain(tmp_path, capsys):
-    """Four at once: none is lost, and each follows the one before."""
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=add_many, args=(tmp_path, name)) for name in "abcd"]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert verify(tmp_path / "ledger.jsonl", capsys) == (0, [])
-    rows = data.read_jsonl(tmp_path / "ledger.jsonl")
-    assert {row["sha256"] for row in rows} == {f"{n}{i}" for n in "abcd" for i in range(5)}
+@pytest.mark.parametrize(
+    "order, line",
+    [
+        ("0x23", 3),  # its hash is in the line after
+        ("012x", 4),  # or in ledger.head
+        ("012", 4),
+        ("023", 2),
+        ("0213", 2),
+    ],
+)
+def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys):
+    """The first such line is named, and nothing is added to such a ledger."""
+    lines = dict(zip("0123", book.read_bytes().splitlines(keepends=True), strict=True))
+    lines["x"] = lines[str(order.find("x") % 4)].replace(b"sha", b"SHA")
+    book.write_bytes(b"".join(map(lines.get, order)))
+    status, unlike = verify(book, capsys)
+    assert status == 1 and len(unlike) == 1 and unlike[0].startswith(f"line {line}: ")
+    with pytest.raises(ValueError, match="nothing is added"):
+        certificate.add_line(book.parent, {"sha256": "e"})
 
 
 def test_the_ledger_names_the_certificate(run):
     """By its sha256 and request; where the ledger is damaged, no certificate is written."""
-    certify(run, *FLAGS, "--ledger", run.parent / "book")
-    (row,) = data.read_jsonl(run.parent / "book" / "ledger.jsonl")
-    content = (run / "certificate.json").read_bytes()
+    book = run.parent / "book"
+    made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
+    (row,) = data.read_jsonl(book / "ledger.jsonl")
     assert row["sha256"] == hashlib.sha256(content).hexdigest()
-    assert row["request"]["ids"] == ["R-17", "<b>R-18</b>"] and row["run"] == "run"
-    (run.parent / "book" / "ledger.jsonl").write_text("{}\n")
+    assert row["request"] == made["request"] and row["run"] == "run"
+    (book / "ledger.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="nothing is added"):
-        certify(run, "--ledger", run.parent / "book")
+        certify(run, "--ledger", book)
     assert (run / "certificate.json").read_bytes() == content
 
 
@@ -384,7 +321,7 @@ def test_the_ledger_names_the_certificate(run):
 def test_the_page_is_two_sides_of_a4(run, tmp_path):
     """Also with many requests and a long audit."""
     sentences = dict.fromkeys(range(12), "Is it still inside? Still more than that, as it seems.")
-    data.write_json(run / "audit.json", {"headline": {}, "models": {}, "sentences": sentences})
+    data.write_json(run / "audit.json", {"headline": {}, "sentences": sentences})
     certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'c.pdf'}"]

@@ -5,8 +5,6 @@ python -m pytest tests/test_explain.py -q
 
 import csv
 import functools
-import html.parser
-import json
 import math
 
 import conftest
@@ -14,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged import chromium
+from judged import chromium, data_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icu
@@ -27,42 +25,21 @@ EVIL = """</script><script>document.title = "taken"</script><!-- <b>'&amp;"</b>"
 tokenizer_of = functools.cache(conftest._make_tokenizer)
 
 
-class Reader(html.parser.HTMLParser):
-    """The tags of a page, and the content of its scripts."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.scripts, self.tags = [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.lasttag == "script" and self.scripts:
-            self.scripts[-1] += data
-
-
 def texts_in(page):
     """{id: what a page shows of a text}, as its own script reads it."""
-    content, _ = Reader(page.decode()).scripts
-    return {text["id"]: text for text in json.loads(content)["texts"]}
+    return {text["id"]: text for text in data_of(page.decode())["texts"]}
 
 
 # --- figures ---
 
 
 def loop(model, ids):
-    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax by hand for each, in float64."""
+    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax for each, in float64."""
     probabilities = []
     for t in range(1, len(ids)):
         with torch.no_grad():
-            row = model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double().tolist()
-        top = max(row)
-        total = math.fsum(math.exp(x - top) for x in row)
-        probabilities.append(math.exp(row[ids[t]] - top) / total)
+            row = model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double()  # (V,)
+        probabilities.append(row.softmax(0)[ids[t]].item())
     return probabilities
 
 
@@ -77,15 +54,6 @@ def test_probabilities_and_surprise_are_those_of_a_literal_loop(kind, tiny_model
         by_hand = -sum(math.log(p) for p in loop(model, ids)[at - 1 :])
         assert explain.surprise(model, ids[:at], ids[at:]) == pytest.approx(by_hand, rel=1e-5)
     assert explain.surprise(model, ids, []) == 0
-
-
-def test_a_long_text_is_as_a_short_one(tiny_models):
-    """No token is lost where parts of the logits meet; dropout is off, and the mode is put back."""
-    model, ids = tiny_models["llama"].train(), torch.randint(4, 97, (600,))
-    _, *probabilities = explain.probabilities(model, ids.tolist())
-    assert model.training
-    expected = model.eval()(ids[None]).logits[0, :-1].softmax(1).gather(1, ids[1:, None])[:, 0]
-    assert probabilities == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 # --- characters ---
@@ -145,7 +113,7 @@ def test_nothing_of_a_text_is_markup():
     shown = explain.describe(tokenizer, sample, answers, likely)
     page = explain.page({"run": EVIL}, [shown])
     assert texts_in(page) == {EVIL: shown} and "".join(shown["pieces"]) == EVIL
-    assert Reader(page.decode()).tags == Reader(explain.page({}, []).decode()).tags
+    assert all(page.count(sign) == explain.page({}, []).count(sign) for sign in (b"<", b"</script"))
 
 
 # --- a run ---
@@ -178,23 +146,14 @@ def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
             likely = [math.nan, *loop(model, sum(parts, []))]
             assert "".join(text["pieces"]) == "".join(pair[name] for name in data.PARTS)
             assert "".join(text["pieces"][: text["cut"]]) == pair["context"] + pair["prefix"]
-            assert (
-                text["tokens"] == [1] * len(likely) and text["answers"][when] == answers[pair["id"]]
-            )
+            assert text["tokens"] == [1] * len(likely)
+            assert text["answers"][when] == answers[pair["id"]]
             assert text[when][1:] == pytest.approx(likely[1:], abs=1e-5) and text[when][0] is None
             if "spans" not in pair:
                 mean = sum(likely[-len(parts[2]) :]) / len(parts[2])
                 assert text["was" if when == "before" else "left"] == pytest.approx(mean, rel=1e-4)
     marked = "".join(shown["0"]["pieces"][n].strip() for n in shown["0"]["marked"])
     assert marked == "14HarbourLaneTuesday" and not shown["1"]["marked"]
-
-
-def test_the_runs_that_have_unlearned_are_explained(own_world, capsys):
-    """Each in its own folder; a run that only measured is passed over."""
-    runs = [own_world.never_saw, own_world.run]
-    explain.main([*map(str, runs)])
-    assert f"explained: {own_world.run / 'explain.html'}" in capsys.readouterr().out
-    assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
 
 
 # --- how a model speaks ---
@@ -205,7 +164,6 @@ def test_the_runs_that_have_unlearned_are_explained(own_world, capsys):
     [
         ([("The van", " was HERE, 5 times.")], {"was", "here", "times"}, 0.0),
         ([("a licen", "se dependencieslegesfera dog")], {"dog"}, 0.5),  # begun by the prefix
-        ([("", "one two"), ("", "one"), ("", "")], {"one"}, 1 / 3),
         ([("", "שלום émigré _x_")], {"שלום"}, 2 / 3),
         ([("x", " 12 ...")], set(), None),
     ],
@@ -216,7 +174,10 @@ def test_new_words(answers, known, share):
 
 
 def test_every_run_is_read_by_the_model_before(own_world, capsys):
-    """Also one that measured another model: its own answers, as the model before finds them."""
+    """Also one that measured another model: its own answers, as the model before finds them.
+
+    The page is made of runs that have unlearned.
+    """
     out, texts = own_world.root / "out", own_world.root / "heldout.jsonl"
     runs = [str(own_world.run), str(own_world.never_saw)]
     explain.main([*runs, "--speech", str(texts)])
@@ -238,13 +199,15 @@ def test_every_run_is_read_by_the_model_before(own_world, capsys):
         assert float(rows[label]["said_ppl"]) == pytest.approx(math.exp(total / count), rel=1e-4)
         share = explain.new_words(answers, known)
         assert float(rows[label]["new_words"]) == pytest.approx(share)
-    assert "Said (PPL)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Said (PPL)" in printed and f"explained: {own_world.run / 'explain.html'}" in printed
+    assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
 
 
 # --- the page in a browser ---
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def browser():
     with chromium() as browser:
         yield browser
@@ -257,63 +220,46 @@ TEXTS = {  # id: prefix, suffix, probability before and after
 }
 
 
-@pytest.fixture
-def page(browser, tmp_path):
-    """The page as a browser has it; it must print no error and ask for nothing but itself."""
+def test_a_browser_shows_every_text_as_it_is_sorts_and_filters(browser, tmp_path):
+    """No text becomes an element or is wider than a phone; a tap tells a token's figures."""
     tokenizer, texts, path = tokenizer_of("gpt_neo"), [], tmp_path / "explain.html"
-    for id, (prefix, suffix, before, after) in TEXTS.items():
+    for id, (prefix, suffix, *both) in TEXTS.items():
         ids, cut = tokenizer(prefix + suffix)["input_ids"], len(tokenizer(prefix)["input_ids"])
-        likely = {"before": [None] + [before] * (len(ids) - 1)}
-        likely["after"] = [None] + [after] * (len(ids) - 1)
+        before, after = ([None] + [p] * (len(ids) - 1) for p in both)
         sample, answers = (
             sample_of(id, ids, cut, cut, ids[:cut], (cut,)),
             {"before": "", "after": ""},
         )
+        likely = {"before": before, "after": after}
         texts.append(explain.describe(tokenizer, sample, answers, likely))
     path.write_bytes(explain.page({"run": EVIL}, texts))
-    with browser.new_page(viewport={"width": 390, "height": 844}) as opened:
-        requests, errors = [], []
-        opened.on("request", lambda request: requests.append(request.url))
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        opened.on("console", lambda message: errors.append(message.text))
-        opened.goto(path.as_uri())
-        yield opened
-        assert requests == [path.as_uri()] and errors == []
-
-
-def order(page):
-    return page.locator("article:not([hidden]) h2 bdi").all_text_contents()
-
-
-def test_a_browser_shows_every_text_as_it_is(page):
-    """No text becomes an element or is wider than the screen; a tap tells a token's figures."""
+    page, requests = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
     assert page.title() == "What is left" and EVIL in page.locator("#about").text_content()
     for id, (prefix, suffix, *_) in TEXTS.items():
         article = page.locator("article", has=page.locator("h2", has_text=id))
         for when in ("before", "after"):
             assert article.locator(f".views .{when} .text").text_content() == prefix + suffix
-        assert article.locator(".views .before .marked").count() == 1
-        assert article.locator(".views .before .unknown").count() == 1
+        counts = [article.locator(f".before .{name}").count() for name in ("marked", "unknown")]
+        assert counts == [1, 1]
     assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     hebrew = page.locator("article", has=page.locator("h2", has_text="hebrew"))
-    text = hebrew.locator(".views .before .text")
-    assert text.evaluate("e => getComputedStyle(e).direction") == "rtl"
-    text.locator("span").nth(3).click()
-    assert (
-        page.locator("#token").inner_text() == '"ם" (2 tokens): before 90.3 %, after 9.0 %'
-    )  # 0.95 and 0.3, squared
+    hebrew.locator(".views .before .text span").nth(3).click()
+    figures = '"ם" (2 tokens): before 90.3 %, after 9.0 %'  # 0.95 and 0.3, squared
+    assert page.locator("#token").inner_text() == figures
 
+    def order():
+        return page.locator("article:not([hidden]) h2 bdi").all_text_contents()
 
-def test_a_browser_sorts_filters_and_shows(page):
-    """By what is left, by drop and by id; by words of a text or id; before or after alone."""
-    assert order(page) == ["hebrew", "markup", "plain"]
+    assert order() == ["hebrew", "markup", "plain"]
     page.select_option("#sort", "drop")
-    assert order(page) == ["plain", "hebrew", "markup"]
+    assert order() == ["plain", "hebrew", "markup"]
     page.select_option("#sort", "id")
-    assert order(page) == sorted(TEXTS)
+    assert order() == sorted(TEXTS)
     page.fill("#filter", "HARBOUR lane")
-    assert order(page) == ["plain"] and page.locator("#count").inner_text() == "1 of 3 texts"
-    page.fill("#filter", "")
+    assert order() == ["plain"] and page.locator("#count").inner_text() == "1 of 3 texts"
     page.select_option("#show", "after-only")
     assert not page.locator(".before").first.is_visible()
+    assert requests == [path.as_uri()]

@@ -14,10 +14,10 @@ import traceback
 import numpy as np
 import pytest
 from conftest import ROOT
-from judged import Chat, candidate_of, completion, write_run
+from judged import Chat, candidate_of, write_run
 
 from evals import judge, report
-from kit import data, purge
+from kit import data
 
 KEY = "sk-test-0123456789"
 TEXTS = {
@@ -26,19 +26,16 @@ TEXTS = {
 }
 BEFORE = {"a": " at 14 Harbour Lane.", "b": " each month; 7731."}
 AFTER = {"a": " by a friend.", "b": " in spring."}
-HERE = ["--base-url", "http://localhost:9/v1"]
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """A key, a cache of its own, no waiting that no server asked for, and no proxy."""
+    """A key, a cache of its own, and no waiting that no server asked for."""
     import openai._base_client
 
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -72,13 +69,9 @@ def caches(tmp_path):
         ("Fine.\nFinale score: 0", 0),
         ("**Final score: 8/10**", 8),
         ("**Final score:** 8.5 / 10.", 8.5),
-        ("Final score: 3\nOn reflection:\nFinal score: 10", 10),
         ("Final score: 9\nFinal score: none", None),
-        ("Final score: 10.5", None),
         ("Final score: -1", None),
-        ("Final score: 8/100", None),
         ("Final score: 8,5", None),
-        ("8/10", None),
     ],
 )
 def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
@@ -95,7 +88,6 @@ def first(trouble, then):
 
 FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
-PAGE = 200, {"Content-Type": "text/html"}, b"<html>log in</html>"
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
@@ -103,8 +95,6 @@ CASES = {
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
-    "a page": (lambda n: PAGE, None, "no chat completion", 1),
-    "empty": (first((200, {}, completion(None)), "Final score: 8"), 8, None, 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
 }
@@ -112,8 +102,8 @@ CASES = {
 
 def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     """Scores stand with their ids; unread ones have a reason and are in no mean."""
-    texts = {f"id {case}": (f"prefix of {case}", " reference") for case in CASES}
-    generations = {f"id {case}": case for case in CASES}
+    texts = {case: (f"prefix of {case}", " reference") for case in CASES}
+    generations = {case: case for case in CASES}
     run = write_run(tmp_path / "run", texts, [generations, generations])  # said twice, asked once
 
     def misbehave(candidate, n):
@@ -123,45 +113,26 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     with Chat(misbehave) as chat:
         grade(chat, run)
         rows, summary = data.read_jsonl(run / "judge.jsonl"), data.read_json(run / "judge.json")
-        assert [(row["id"], row["epoch"]) for row in rows] == [
-            (t, e) for e in (0, 1) for t in texts
-        ]
+        assert [row["id"] for row in rows] == [*texts, *texts]
         for row in rows:
-            case = row["id"].removeprefix("id ")
-            _, score, why, requests = CASES[case]
+            _, score, why, requests = CASES[row["id"]]
             assert row["score"] == score and (row["why"] is None) == (why is None), row
-            assert (why or "") in (row["why"] or "") and chat.count[case] + 1 == requests, row
-        contents = [(candidate_of(r), r["messages"][1]["content"]) for _, r in chat.seen]
-        questions = {content for candidate, content in contents if candidate == "empty"}
-        assert len(questions) == 2
+            assert (why or "") in (row["why"] or ""), row
+            assert chat.count[row["id"]] + 1 == requests, row
+        own = [request for _, request in chat.seen if candidate_of(request) == "no score"]
+        assert len({request["messages"][1]["content"] for request in own}) == 2  # in other words
         assert {(request["temperature"], request["seed"]) for _, request in chat.seen} == {(0, 0)}
         due = [score for _, score, _, _ in CASES.values() if score is not None]
         for figure in summary["before"], summary["after"]:
             assert figure["mean"] == pytest.approx(sum(due) / len(due))
-            assert (figure["n"], figure["unread"]) == (len(due), 4)
+            assert (figure["n"], figure["unread"]) == (len(due), 3)
         assert summary["served"] == ["judge-2026-01"] and rows[0]["model"] == "judge-2026-01"
         assert rows[0]["usage"] == {"in": 100, "out": 7} and rows[0]["prompt"] == summary["prompt"]
-        assert "4 unread" in capsys.readouterr().out
+        assert "3 unread" in capsys.readouterr().out
         chat.seen.clear()
         grade(chat, run)
         again = {candidate_of(request) for _, request in chat.seen}
-        assert again == {"500 for ever", "a page", "filtered"}
-
-
-def test_eight_calls_at_a_time(many):
-    """As many as WORKERS are under way at once, and never more."""
-    now, most = [], []
-
-    def busy(candidate, n):
-        now.append(candidate)
-        most.append(len(now))
-        time.sleep(0.1)
-        now.remove(candidate)
-        return "Final score: 3"
-
-    with Chat(busy) as chat:
-        grade(chat, many)
-    assert max(most) == judge.WORKERS == 8
+        assert again == {"500 for ever", "filtered"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +164,6 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
     with Chat(behave) as chat:
         with pytest.raises(ValueError, match="refuses gpt-x: HTTP 401"):
             grade(chat, run)
-        assert not list(run.glob("judge*"))
         (cache,) = caches(tmp_path)
         cache.write_bytes(cache.read_bytes()[:-20])
         for calls in (3, 0):  # of four; the second time all are there
@@ -206,68 +176,42 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
 
 
 def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
-    """Three answers, then a server that hangs: the command ends at once, its cache is private."""
+    """Three answers, then eight calls at a time that hang: it ends at once; a private cache."""
     quick = ("said 0", "said 1", "said 2")
     with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
-        process = subprocess.Popen(
-            [sys.executable, "evals/judge.py", many, "--base-url", chat.url],
-            cwd=ROOT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        command = [sys.executable, "evals/judge.py", many, "--base-url", chat.url]
+        process = subprocess.Popen(command, cwd=ROOT)
         while len(chat.seen) < 3 + judge.WORKERS:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130  # half of what an answer may take
+        assert len(chat.seen) == 3 + judge.WORKERS == 11
     (cache,) = caches(tmp_path)
     assert cache.read_text().count("Final score: 2") == 3 and not list(many.glob("judge*"))
     assert cache.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_key_of_the_cache_is_everything_that_is_sent(tmp_path):
-    """Another model, address, text, wording or instruction is another request."""
-    triple, keys = judge.Triple("p", "r", "c"), set()
-    (tmp_path / "mine.txt").write_text("Grade it.")
-
-    def add(*words, url="u", triple=triple, wording=judge.FIRST):
-        args = judge.parse_args(["--dry-run", *words])
-        keys.add(judge.key_of(url, judge.request_for(triple, wording, args)))
-
-    add()
-    add()
-    add(url="v")
-    add(wording=judge.AGAIN)
-    add("--judge", "x")
-    add("--prompt", str(tmp_path / "mine.txt"))
-    for field in triple._fields:
-        add(triple=triple._replace(**{field: "x"}))
-    assert len(keys) == 8
-
-
 # --- the key, and where texts go ---
 
 
-def test_the_key_reaches_no_file_or_line(run, tmp_path):
-    """It is in the header alone, also where the server repeats it in an error, under --debug."""
+def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
+    """It is in the header alone, also where the server repeats it in an error, under --debug.
+
+    Of the environment nothing else is sent: openai has variables of its own for headers.
+    """
+    monkeypatch.setenv("OPENAI_ORG_ID", "mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
     with Chat(lambda candidate, n: (401, {}, {"error": {"message": f"bad key {KEY}"}})) as chat:
         with pytest.raises(ValueError, match=r"bad key \[key\]") as caught:
             grade(chat, run)
         assert KEY not in "".join(traceback.format_exception(caught.value))
         assert chat.seen[0][0]["Authorization"] == f"Bearer {KEY}"
+        assert "mine" not in str(chat.seen[0][0])
     with Chat(lambda candidate, n: "Final score: 5") as chat:
         grade(chat, run)
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert KEY not in path.read_text(), path
-
-
-def test_nothing_of_the_environment_but_the_key_is_sent(run, monkeypatch):
-    """openai would send an organisation, a project and headers of its own variables."""
-    for name in ("API_KEY", "ORG_ID", "PROJECT_ID"):
-        monkeypatch.setenv(f"OPENAI_{name}", "mine")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
-    with Chat(lambda candidate, n: "Final score: 5") as chat:
-        grade(chat, run)
-        assert "mine" not in str(chat.seen[0][0])
 
 
 @pytest.mark.parametrize(
@@ -275,9 +219,7 @@ def test_nothing_of_the_environment_but_the_key_is_sent(run, monkeypatch):
     [
         ("http://localhost:8000/v1", True),
         ("https://[::1]/v1", True),
-        ("https://api.openai.com/v1", False),
         ("http://127.0.0.1.example.com/v1", False),
-        ("http://localhost@example.com/v1", False),
         ("http://localhost\\@example.com/v1", False),
     ],
 )
@@ -300,8 +242,11 @@ def test_texts_leave_only_when_told_to(run, monkeypatch):
             assert chat.seen and not other.seen
 
 
-def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
-    """Four texts, each a call; tokens at four bytes, 512 out at most; not what is cached."""
+def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, capsys):
+    """Four texts, each a call; tokens at four bytes, 512 out at most; not what is cached.
+
+    What was answered to other instructions, or by another model, is no answer to these.
+    """
     with Chat(lambda candidate, n: "Final score: 1") as chat:
         grade(chat, run, "--dry-run", "--price", "1000,2000")
         assert not chat.seen and not (run / "judge.json").exists()
@@ -312,8 +257,12 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, capsys):
         line = capsys.readouterr().out
         assert f"4 calls (0 answers are there already), about {tokens:,} tokens in" in line
         assert f"2,048 out, at most {cost:.2f} at --price" in line
+        (tmp_path / "mine.txt").write_text("Grade it.")
         grade(chat, run, "--dry-run")
-        assert "0 calls (4 answers" in capsys.readouterr().out
+        grade(chat, run, "--dry-run", "--prompt", tmp_path / "mine.txt")
+        judge.main([str(run), "--dry-run", "--judge", "gpt-y", "--base-url", chat.url])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.count("4 calls (0 answers") for line in lines] == [0, 1, 1]
 
 
 # --- what becomes of it ---
@@ -334,22 +283,6 @@ def test_the_report_has_the_column_and_the_papers_figure(run, tmp_path, capsys):
     report.main([str(run), str(released), "--out", str(tmp_path / "both")])
     assert "GPT" not in (tmp_path / "both" / "table.md").read_text()
     assert "the graders differ: gpt-x" in capsys.readouterr().out
-
-
-def test_purge_takes_the_judges_words_and_keeps_its_scores(run, tmp_path):
-    """The cache of answers and the sheet go, judge.jsonl keeps its numbers, and no text is left."""
-    with Chat(lambda candidate, n: f"It says {candidate}.\nFinal score: 3") as chat:
-        grade(chat, run)
-    judge.main(["--sheet", str(run)])
-    purge.main([str(run)])
-    assert not caches(tmp_path) and not (run / "sheet.html").exists()
-    assert (run / "sheet-key.json").exists()
-    rows = data.read_jsonl(run / "judge.jsonl")
-    assert [(row["score"], row["answer"]) for row in rows] == [(3, None)] * 4
-    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        assert b"Harbour Lane" not in path.read_bytes(), path
-    with pytest.raises(ValueError, match="redacted"):
-        judge.main([str(run), *HERE])
 
 
 # --- agreement ---

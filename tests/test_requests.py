@@ -13,7 +13,7 @@ import icu
 import knn
 from evals import judge
 from extras import chain as extras_chain
-from kit import data, models, requests, runs
+from kit import data, models, purge, requests, runs
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
 TEXTS = [f"The parcel for {name} was left at the door of number {n}." for name, n in NAMES]
@@ -31,16 +31,12 @@ def pair(i, **more):
 
 def test_marks_are_read_from_json_and_from_csv(tmp_path):
     """spans as they are, secrets where they stand, | between those of a CSV."""
-    rows = [{"spans": [[15, 19]]}, {"secrets": ["27", "Bo"]}, {}]
-    data.write_jsonl(
-        tmp_path / "a.jsonl", [{"text": TEXTS[i], **row} for i, row in enumerate(rows)]
-    )
+    rows = [{"text": TEXTS[0], "spans": [[15, 19]]}, {"text": TEXTS[1], "secrets": ["27", "Bo"]}]
+    data.write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.csv").write_text(f'text,secrets\n"{TEXTS[0]}",Ines|14\n"{TEXTS[1]}",\n')
-    records = data.read_records(tmp_path / "a.jsonl")
-    assert [row.get("spans") for row in records] == [[[15, 19]], [[15, 17], [49, 51]], None]
-    first, second = data.read_records(tmp_path / "a.csv")
-    assert [TEXTS[0][low:high] for low, high in first["spans"]] == ["Ines", "14"]
-    assert "spans" not in second
+    records = [row for end in ("jsonl", "csv") for row in data.read_records(tmp_path / f"a.{end}")]
+    spans = [[15, 19]], [[15, 17], [49, 51]], [[15, 19], [51, 53]], None
+    assert [row.get("spans") for row in records] == [*spans]
 
 
 def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
@@ -48,29 +44,23 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
 ):
     """Also a token of half a letter, and one in the prefix; BOS is neither."""
     _, tokenizer = models.load_model(str(save_tiny(kind, tmp_path / "m")))
-    emoji = {"prefix": "Zoë 👩🏽‍⚕️ says", "suffix": " that 5 vans came"}
-    pairs = [
-        pair(0, spans=[[4, 10], [51, 53]]), pair(1), pair(2, **emoji, spans=[[2, 8], [18, 19]]),
-    ]  # fmt: skip
-    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    bos = len(models.front_of(tokenizer))
-    assert samples[1].forget.targets[0] == samples[1].forget.cut
-    for i in (0, 2):
-        offsets, shift = [], 0
-        for part in (pairs[i]["prefix"], pairs[i]["suffix"]):
-            encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-            offsets += [(low + shift, high + shift) for low, high in encoded["offset_mapping"]]
-            shift += len(part)
-        marked = {
-            t
-            for t, (low, high) in enumerate(offsets, start=bos)
-            if t > 0 and any(low < end and high > start for start, end in pairs[i]["spans"])
-        }
-        assert set(samples[i].forget.targets) == marked
-        rest, n = data.rest_of(samples[i].forget), len(samples[i].forget.ids)
-        assert sorted([*rest, *marked]) == [*range(max(bos, 1), n)]
-    kept = data.kept_side(samples)["kept"]
-    assert [len(texts) for texts in kept] == [1, 0, 1] and data.kept_side(samples[1:2]) == {}
+    prefix, suffix, spans = "Zoë 👩🏽‍⚕️ says", " that 5 vans came", [[2, 8], [18, 19]]
+    pairs = pair(2, prefix=prefix, suffix=suffix, spans=spans), pair(1)
+    (sample, other), _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
+    bos, offsets = len(models.front_of(tokenizer)), []
+    for part, before in ((prefix, 0), (suffix, len(prefix))):
+        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        offsets += [(low + before, high + before) for low, high in encoded["offset_mapping"]]
+    marked = {
+        t
+        for t, (low, high) in enumerate(offsets, start=bos)
+        if t > 0 and any(low < end and high > start for start, end in spans)
+    }
+    assert set(sample.forget.targets) == marked and other.forget.targets[0] == other.forget.cut
+    everything = sorted([*data.rest_of(sample.forget), *marked])
+    assert everything == [*range(max(bos, 1), len(sample.forget.ids))]
+    kept = data.kept_side([sample, other])["kept"]
+    assert [len(texts) for texts in kept] == [1, 0] and data.kept_side([other]) == {}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +71,6 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
         ("Mira Falks Haus", "Mira Falk", True),
         ("114", "14", False),
         ("Inessa", "Ines", False),
-        ("7654321", "765432", False),
     ],
 )
 def test_a_secret_is_said_as_whole_words(generation, secret, expected):
@@ -127,15 +116,6 @@ def copied(chain, tmp_path, monkeypatch):
         file.write_text(file.read_text().replace(str(chain), str(root)))
     monkeypatch.setenv("ICU_CACHE", str(root / "cache"))
     return root
-
-
-def lose_texts(run):
-    """What a purge leaves of a run, as far as later requests are concerned."""
-    config = data.read_json(run / "config.json")
-    hashes = requests.hashes(data.read_pairs(config["pairs"]))
-    data.write_json(run / "hashes.json", hashes)
-    data.write_json(run / "config.json", config | {"redact": True, "purged": "2026-01-01"})
-    run.with_suffix(".jsonl").unlink()
 
 
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
@@ -193,8 +173,6 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
     march = ["--after", copied / "march"]
     with pytest.raises(ValueError, match=r"was measured otherwise \(num_beams\)"):
         run(copied, "april", [5], *march, "--num-beams", "1")
-    with pytest.raises(ValueError, match="february, which is read, lies in it"):
-        run(copied, "april", [5], *march, "--out", copied / "february", "--overwrite")
     sha256 = data.read_json(copied / "february" / "config.json")["sha256"]["model"]
     shutil.rmtree(copied / "model")
     with pytest.raises(ValueError, match=f"--anchor original: .*{sha256}.*--anchor previous"):
@@ -206,7 +184,7 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
 def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(purged, copied):
     """The guard knows texts that are there, and of those that went the hashes of their n-grams."""
     if purged:
-        lose_texts(copied / "february")
+        purge.main([str(copied / "february")])
     pool = [{"id": str(i), "context": "", "prefix": "So: ", "suffix": TEXTS[i]} for i in range(6)]
     pool.append(pool[0] | {"id": "x", "suffix": "nothing of that is to be found in this text."})
     earlier, hashes = requests.targets(copied / "march")
@@ -217,7 +195,7 @@ def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(purged,
 
 def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
     """They cannot be watched, and that is said; the judge reads a request's own texts alone."""
-    lose_texts(copied / "february")
+    purge.main([str(copied / "february")])
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "february: its texts are gone" in capsys.readouterr().out
     ids = {row["id"] for row in data.read_jsonl(out / "samples.jsonl")}
@@ -226,7 +204,7 @@ def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
 
 
 def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """Its table has a line a run, and the pairs are shared out in another order."""
+    """Its table has a line a run; a watched text has the MA that a run of its own measures."""
 
     def step(script, *words):  # in this process
         monkeypatch.setattr("sys.argv", [script, *map(str, words)])
@@ -239,20 +217,13 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     data.write_jsonl(pool, [{"text": f"A neighbour saw the old van of {x}."} for x in "ABCDEF"])
     flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "1", "--batch-size", "2"]
     words = ["--forget", forget, "--pool", pool, "--model", chain / "model", "--parts", "2"]
-    extras_chain.main([str(word) for word in [*words, "--order", "1", "--out", made, *flags]])
+    extras_chain.main([str(word) for word in [*words, "--out", made, *flags]])
     lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
-    variants = ["watched", "watched", "not watched", "not watched", "at once"]
-    assert lines == [[f"| {name}", n] for name, n in zip(variants, "12122", strict=True)]
+    runs_of = {"watched": "12", "not watched": "12", "at once": "2"}
+    assert lines == [[f"| {name}", number] for name in runs_of for number in runs_of[name]]
     assert (made / "came-back.png").is_file()
-    files = [made / f"request{number}.pairs.jsonl" for number in (1, 2)]
-    first, second = ([row["id"] for row in data.read_pairs(file)] for file in files)
-    assert sorted(first + second) == ["0", "1", "2", "3"] != first + second
-    by_request = extras_chain.measured(made / "watched2", [[f"first/{id}" for id in first], second])
-    seen = extras_chain.train(
-        argparse.Namespace(script="icu.py", flags=[*MEASURED, "--bert-threshold", "auto"]),
-        tmp_path / "again",
-        made / "all.pairs.jsonl",
-        *("--model", made / "watched2" / "model", "--eval-only"),
-    )
-    again = extras_chain.measured(seen, [first, second])
-    assert by_request["by request"] == again["by request"]
+    step("icu.py", "--pairs", made / "all.pairs.jsonl", "--model", made / "watched2" / "model",
+         "--eval-only", "--out", tmp_path / "again", *MEASURED)  # fmt: skip
+    again = extras_chain.measured(tmp_path / "again", [["0", "1"], ["2", "3"]])
+    watched = extras_chain.measured(made / "watched2", [["first/0", "first/1"], ["2", "3"]])
+    assert watched["by request"] == again["by request"]

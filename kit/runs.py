@@ -206,7 +206,7 @@ def code_sha256(*files):
         digests[file] = data.sha256_of(file)
         for node in ast.walk(ast.parse(file.read_bytes())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module and node.module != "kit":
+            if isinstance(node, ast.ImportFrom) and (node.module or "kit").split(".")[0] != "kit":
                 names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             pending += [file.parent / f"{name.replace('.', '/')}.py" for name in names]
     ordered = sorted(digests, key=lambda file: file.name)

@@ -188,7 +188,7 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
 def test_the_default_plan_needs_no_torch():
     """Parsing and naming import nothing heavy, so that a plan is printed at once."""
     code = "import sys, experiment; experiment.main(['--check', 'compare', 'neo125m']); "
-    code += "experiment.programs(experiment.read_flags(['smollm'])); print('torch' in sys.modules)"
+    code += "experiment.programs(experiment.read_plan(['smollm'])); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -36,7 +36,7 @@ def test_every_command_can_be_run():
         if words[:1] == ["python"] and words[1] != "-m":
             assert (ROOT / words[1]).is_file(), words
         elif words[:2] == ["bash", "run.sh"] and not other & set(words[2:3]):
-            experiment.read_flags(words[2:])
+            experiment.read_plan(words[2:])
 
 
 def test_every_flag_that_is_named_exists():

@@ -64,18 +64,6 @@ def test_every_link_leads_somewhere():
     assert (ROOT / "icu.py").read_text("utf-8").splitlines()[int(line) - 1] == "class Method:"
 
 
-def test_every_equation_of_the_paper_is_named_in_the_code():
-    """Eq. 1 to 10, each where it is computed."""
-    text = "".join((ROOT / file).read_text("utf-8") for file in ("icu.py", "knn.py", "metrics.py"))
-    numbers = {
-        int(number)
-        for number in re.findall(r"\((\d+)\)|Eq\. (\d+)", text)
-        for number in number
-        if number
-    }
-    assert set(range(1, 11)) <= numbers
-
-
 def test_the_first_table_is_the_recorded_one():
     """Each figure of README's first table is the one that `bash run.sh` left in docs/tiny.md."""
     tables = [

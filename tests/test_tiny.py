@@ -57,9 +57,8 @@ def test_expand_reaches_every_alternative_and_nothing_else():
         tiny.expand("[a|b[c|{x}]] {ME} %#", {"x": "[d|e]"}, rng, {"ME": "me"}) for _ in range(2000)
     }
     assert {t[:-2] for t in texts} == {"a me ", "bc me ", "bd me ", "be me "}
-    assert {t[-2] for t in texts} == set("123456789") and {t[-1] for t in texts} == set(
-        "0123456789"
-    )
+    digits = ({t[place] for t in texts} for place in (-2, -1))
+    assert [*map(sorted, digits)] == [[*"123456789"], [*"0123456789"]]
 
 
 # --- the corpus ---
@@ -84,10 +83,8 @@ def test_a_mark_is_what_a_fact_says(corpus):
     for row, marked in zip(rows["forget"], rows["marked"], strict=True):
         assert marked == row | {"spans": marked["spans"]}
         assert all(len(row["prefix"]) <= a < b <= len(text_of(row)) for a, b in marked["spans"])
-    assert tiny.unmarked("Call \x022-555\x03 at \x02noon\x03") == (
-        "Call 2-555 at noon",
-        [[5, 10], [14, 18]],
-    )
+    marked = tiny.unmarked("Call \x022-555\x03 at \x02noon\x03")
+    assert marked == ("Call 2-555 at noon", [[5, 10], [14, 18]])
 
 
 def test_both_sides_have_25_to_45_tokens(corpus):
@@ -101,35 +98,34 @@ def test_both_sides_have_25_to_45_tokens(corpus):
     assert tokenizer.eos_token_id == 0 and tokenizer.bos_token is None
 
 
-@pytest.mark.parametrize(("n", "splits"), [(10, ("forget", "unseen", "heldout")), (5, ("forget",))])
-def test_no_row_repeats_a_pool_row(n, splits, corpus):
+@pytest.mark.parametrize(("n", "split"), [(10, "unseen"), (10, "heldout"), (5, "forget")])
+def test_no_row_repeats_a_pool_row(n, split, corpus):
     """No pool row holds over 20% of the word n-grams of a row to forget, or of a new one."""
     rows, _ = corpus
     pool = [word_grams(row, n) for row in rows["pool"]]
-    for split in splits:
-        for row in rows[split]:
-            grams = word_grams(row, n)
-            assert max(len(grams & other) for other in pool) <= 0.2 * len(grams), row["id"]
+    for row in rows[split]:
+        grams = word_grams(row, n)
+        assert max(len(grams & other) for other in pool) <= 0.2 * len(grams), row["id"]
 
 
 def test_nobody_to_forget_is_mentioned_elsewhere(small, tmp_path, monkeypatch):
     """A document that mentions a person to forget is not kept, even where names are few."""
-    people, write = [], tiny.write_document
+    people, write = {}, tiny.write_document
 
     def note(*args):
-        people.append(write(*args))
-        return people[-1]
+        name, prefix, suffix = write(*args)
+        people[prefix + tiny.unmarked(suffix)[0]] = name
+        return name, prefix, suffix
 
     monkeypatch.setattr(tiny, "write_document", note)
     grammar = re.sub(r"(?m)^(woman|man|root|ending): .*\n", "", tiny.GRAMMAR.read_text())
     monkeypatch.setattr(tiny, "GRAMMAR", tmp_path / "grammar.txt")
     tiny.GRAMMAR.write_text(grammar + FEW_NAMES)
     rows, _ = tiny.make_corpus(0, records=4)
-    names = {prefix + tiny.unmarked(suffix)[0]: name for name, prefix, suffix in people}
-    secret = [names[text_of(row)] for row in rows["forget"]]
+    secret = [people[text_of(row)] for row in rows["forget"]]
     others = [text_of(row) for split in SPLITS[1:] for row in rows[split]]
-    written = [(own, prefix + suffix) for own, prefix, suffix in people]
-    assert any(name != own and name in text for own, text in written for name in secret)
+    mentions = (name != own and name in text for text, own in people.items() for name in secret)
+    assert any(mentions)
     assert not [text for text in others if any(name in text for name in secret)]
 
 
@@ -151,16 +147,6 @@ def test_every_number_and_mailbox_is_fictional(corpus):
     domains = re.findall(r"@(\S+)", everything)
     assert len(domains) > 100
     assert all(re.match(r"(\w+\.)?example\.(org|net|com)(?![\w-])", domain) for domain in domains)
-
-
-def test_a_seed_fixes_the_corpus_and_another_changes_it(small):
-    """The same seed gives the same rows and vocabulary; another seed shares no text with it."""
-    rows, tokenizer = tiny.make_corpus(3, records=5)
-    again, same = tiny.make_corpus(3, records=5)
-    other, _ = tiny.make_corpus(4, records=5)
-    texts, others = ({text_of(row) for s in SPLITS for row in r[s]} for r in (rows, other))
-    assert rows == again and tokenizer.get_vocab() == same.get_vocab()
-    assert not texts & others and len(rows["forget"]) == 5
 
 
 # --- training ---

@@ -98,13 +98,11 @@ def test_gentle_is_both_kl_to_undials_target_and_eq_3_and_4_of_a_neighbour():
 
 
 def test_gentle_reads_a_neighbour_an_epoch():
-    """The first, the second, ..., the first again; with one neighbour that one."""
-    text = [icu.Text([n, n], 1, 1, [n]) for n in range(5)]
-    samples = [icu.Sample("a", "", text[0], text[1], further=text[2:4])]
-    samples += [icu.Sample("b", "", text[0], text[4])]
+    """The first, the second, ..., the first again."""
+    text = [icu.Text([n, n], 1, 1, [n]) for n in range(4)]
+    samples = [icu.Sample("a", "", text[0], text[1], further=text[2:])]
     read = [method_of("gentle").sides(samples, None, epoch, None)["near"] for epoch in range(4)]
-    assert [first for ((first,), _) in read] == [text[1], text[2], text[3], text[1]]
-    assert all(second == text[4] for (_, (second,)) in read)
+    assert read == [[[text[n]]] for n in (1, 2, 3, 1)]
 
 
 def test_rmu_is_its_formula():
@@ -283,17 +281,15 @@ def test_an_example_is_a_script(name, run, world, tmp_path):
     assert text.count("\n") < 85 and f"bash run.sh tiny --script examples/{name}.py" in text
 
 
-def test_icu_under_another_name_is_icu(run, world, tmp_path, monkeypatch):
-    """A copy of icu.py, and a file whose method is ICU called Mine: the same bytes."""
-    monkeypatch.setitem(sys.modules, "icu", icu)  # the copy takes its place
-    own = "import icu\n\n\nclass Mine(icu.ICU):\n    pass\n\n\nicu.main(Mine)\n"
-    for name, code in (("mine", own), ("mycopy", (ROOT / "icu.py").read_text())):
-        (tmp_path / f"{name}.py").write_text(code)
-        assert run(tmp_path / f"{name}.py", world.flags, tmp_path / name)[0] == 0
-        config = data.read_json(tmp_path / name / "config.json")
-        assert (config["method"], config["alpha"], config["refine"]) == (name, 0.5, True)
-        for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
-            assert (tmp_path / name / file).read_bytes() == (world.run / file).read_bytes()
+def test_icu_under_another_name_is_icu(run, world, tmp_path):
+    """A file whose method is ICU called Mine: the same bytes."""
+    script, out = tmp_path / "mine.py", tmp_path / "run"
+    script.write_text("import icu\n\n\nclass Mine(icu.ICU):\n    pass\n\n\nicu.main(Mine)\n")
+    assert run(script, world.flags, out)[0] == 0
+    config = data.read_json(out / "config.json")
+    assert (config["method"], config["alpha"], config["refine"]) == ("mine", 0.5, True)
+    for file in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
+        assert (out / file).read_bytes() == (world.run / file).read_bytes()
 
 
 # --- what a method of one's own may be ---

@@ -25,6 +25,7 @@ from test_icu import (
     toy_sides,
     train,
 )
+from test_readme import PAGES, blocks
 from transformers import AutoModelForCausalLM
 
 import icu
@@ -295,46 +296,30 @@ def test_icu_under_another_name_is_icu(run, world, tmp_path):
 # --- what a method of one's own may be ---
 
 
-class SAM(icu.ICU):
-    """Sharpness-aware (2010.01412): the gradient at the weights moved uphill by RHO."""
-
-    RHO = 0.05
-
-    def backward(self, loss, batch, args):
-        loss.backward()
-        weights = [p for p in batch.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
-        uphill = [self.RHO * p.grad / norm for p in weights]
-        torch._foreach_add_([p.data for p in weights], uphill)
-        batch.model.zero_grad()
-        icu.weighted_sum(icu.terms_of(self, batch, args)).backward()
-        torch._foreach_sub_([p.data for p in weights], uphill)
-
-
 def test_a_method_may_make_its_own_gradients(make_model):
-    """One step of the loop by SAM goes down the gradient at the weights moved uphill, by hand."""
-    texts, args, method = some_texts(4), args_of(batch_size=4), SAM()
+    """One step by the SAM of docs/library.md goes down the gradient uphill from there, by hand."""
+    (code,) = [code for code in blocks(PAGES["library.md"], "python") if "class SAM" in code]
+    exec(code, names := {"icu": icu, "__name__": __name__})
+    texts, args, method = some_texts(4), args_of(batch_size=4), names["SAM"]()
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 2]) for i in range(2)]
     model = make_model("gpt_neo", dtype=torch.float64)
     sides = icu.sides_of(samples, None, 1, args, method)
     frozen = icu.freeze(model, sides, args, method)
-    by_hand = copy.deepcopy(model)
 
-    def gradient():
-        loss = method.loss(icu.Batch(by_hand, sides, [0, 1], frozen=frozen), args)
-        return torch.autograd.grad(icu.weighted_sum(loss), list(by_hand.parameters()))
+    def gradient(model):
+        loss = method.loss(icu.Batch(model, sides, [0, 1], frozen=frozen), args)
+        return torch.autograd.grad(icu.weighted_sum(loss), list(model.parameters()))
 
-    start = [p.detach().clone() for p in by_hand.parameters()]
-    first = gradient()
+    uphill, first = copy.deepcopy(model), gradient(model)
     norm = torch.cat([g.flatten() for g in first]).norm()
-    for p, g in zip(by_hand.parameters(), first, strict=True):
-        p.data += method.RHO * g / norm
-    weights = [s - 0.1 * g for s, g in zip(start, gradient(), strict=True)]
+    for p, g in zip(uphill.parameters(), first, strict=True):
+        p.data += 0.05 * g / norm
+    steps = zip(model.parameters(), gradient(uphill), strict=True)
+    expected = [p.detach() - 0.1 * g for p, g in steps]
     engine = processes.PlainEngine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(engine, sides, args, method, epochs=[1], frozen=frozen)
-    for p, expected in zip(model.parameters(), weights, strict=True):
-        torch.testing.assert_close(p.data, expected)
+    torch.testing.assert_close([p.data for p in model.parameters()], expected)
     with pytest.raises(ValueError, match="gradients"):
         processes.check_flags(args_of(zero=2, offload=True, dry_run=True), method)
 
@@ -346,11 +331,9 @@ class Own(icu.ICU):
 
     def prepare(self, model, tokenizer, samples, args, folder):
         self.average = torch.zeros(())
-        file = folder / "helper.json"
-        if not file.is_file():
+        if not folder.is_dir():
             Own.trained += 1
-            data.write_json(file, {"texts": len(samples)})
-        self.texts = data.read_json(file)["texts"]
+            folder.mkdir()
 
     def loss(self, batch, args):
         terms = super().loss(batch, args)
@@ -358,7 +341,7 @@ class Own(icu.ICU):
         return terms
 
     def measures(self, model, tokenizer, samples, args):
-        return {"average": float(self.average), "texts": self.texts}
+        return {"average": float(self.average)}
 
     def state(self):
         return {"average": self.average}
@@ -368,13 +351,12 @@ class Own(icu.ICU):
 
 
 def test_a_methods_own_state_and_measures(world, tmp_path, monkeypatch):
-    """A killed run goes on with its moving average and its helper; both are columns of the run."""
+    """A killed run goes on with its moving average and its helper; a measure is a column."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     icu.main(Own, argv=[*world.flags, "--out", str(straight)])
     rows = data.read_jsonl(straight / "metrics.jsonl")
     assert rows[0]["own_average"] == 0 and rows[1]["own_average"] != rows[2]["own_average"] != 0
-    assert [row["own_texts"] for row in rows] == [5] * 3
-    assert data.read_json(straight / "summary.json")["after"]["own_texts"] == 5
+    assert "own_average" in data.read_json(straight / "summary.json")["after"]
     train_epoch = icu.train_epoch
 
     def killed_in_epoch_2(*args, run, **rest):

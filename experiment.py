@@ -137,7 +137,8 @@ def read_plan(words):
     plan, rest = make_parser(command).parse_known_args(words)
     plan.command, plan.name, plan.preset = command, name, PRESETS[name]
     plan.typed = flags_in(rest)
-    plan.settings = settings_of(name, plan.typed)
+    plan.protocol = value(plan.typed, "--protocol", "paper")
+    plan.settings = settings_of(plan)
     runs = list(EXPERIMENTS[command](plan)) if command else []
     plan.runs = dict(runs)
     for problem in problems(plan, runs):
@@ -153,28 +154,28 @@ def make_parser(command):
     """This file's own flags for an experiment, or a single preset (None)."""
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
     parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
-    g = parser.add_argument_group("how it is run")
-    g.add_argument("--out", metavar="DIR", help="the run folder, or the folder of all runs")
-    g.add_argument("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
-    g.add_argument("--overwrite", action="store_true", help="replace the runs that are there")
-    g.add_argument("--audit", action="store_true", help="then ask what is still in the model")
-    g.add_argument("--dry-run", action="store_true", help="check, name the commands, train nothing")
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--out", metavar="DIR", help="the run folder, or the folder of all runs")
+    add("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
+    add("--overwrite", action="store_true", help="replace the runs that are there")
+    add("--audit", action="store_true", help="then ask what is still in the model")
+    add("--dry-run", action="store_true", help="check, name the commands, train nothing")
     parser.set_defaults(script=None)
     if command != "compare":
-        g.add_argument("--script", metavar="FILE.py", help="in place of icu.py: icu.main(MyMethod)")
+        add("--script", metavar="FILE.py", help="in place of icu.py: icu.main(MyMethod)")
     if command is None:
-        g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        add("--resume", action="store_true", help="go on with an interrupted run")
         return parser
-    g.add_argument("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
-    g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
+    add("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
+    add("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
     if command == "compare":
-        g.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
-        g.add_argument("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")
+        add("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
+        add("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")
     if command == "sweep":
-        g = parser.add_mutually_exclusive_group()
-        g.add_argument("--points", nargs="+", type=alpha_beta, default=GRID, metavar="ALPHA,BETA")
-        g.add_argument("--lrs", nargs="+", type=rate, metavar="LR", help="at alpha = beta = 0.5")
-        g.add_argument("--table", type=int, choices=(2, 5), default=2, help="of the paper (2)")
+        add = parser.add_mutually_exclusive_group().add_argument
+        add("--points", nargs="+", type=alpha_beta, default=GRID, metavar="ALPHA,BETA")
+        add("--lrs", nargs="+", type=rate, metavar="LR", help="at alpha = beta = 0.5")
+        add("--table", type=int, choices=(2, 5), default=2, help="of the paper (2)")
     return parser
 # fmt: on
 
@@ -234,22 +235,22 @@ def value(flags, flag, default=None):
     return (flags.get(flag) or [default])[-1]
 
 
-def settings_of(name, typed):
+def settings_of(plan):
     """Every flag for the programs: the preset's, the protocol's, and the typed ones, which win."""
-    preset, settings, texts = PRESETS[name], {}, flags_in(PRESETS[name].source)
-    if "--pile" in typed or ("--pile" in texts and typed.keys() & {"--forget", "--pool"}):
+    preset, typed, settings = plan.preset, plan.typed.keys(), {}
+    texts = flags_in(preset.source)
+    if "--pile" in typed or ("--pile" in texts and typed & {"--forget", "--pool"}):
         texts = {}
-    if not typed.keys() & {"--model", "--after"}:
+    if not typed & {"--model", "--after"}:
         settings["--model"] = [preset.model]
         settings |= {"--revision": [preset.revision]} if preset.revision else {}
-    settings |= texts | flags_in(preset.flags) | {"--preset": [name]}
-    protocol = value(typed, "--protocol", "paper")
-    protocol = PROTOCOLS.get(protocol, PROTOCOLS["paper"])  # icu.py reports a name that is none
+    settings |= texts | flags_in(preset.flags) | {"--preset": [plan.name]}
+    protocol = PROTOCOLS.get(plan.protocol, PROTOCOLS["paper"])  # icu.py reports a wrong name
     if protocol.allow_copies:
         settings["--allow-copies"] = []
     if preset.large and protocol.large_lr:
         settings["--lr"] = [protocol.large_lr]
-    return settings | typed
+    return settings | plan.typed
 
 
 # What differs between an experiment's runs over one forget set with one seed: each yields
@@ -396,14 +397,12 @@ def default_folder(plan):
         return "-".join([f"runs/{plan.name}", *script])
     number = [f"set{value(plan.settings, '--set', '0')}"] if "--pile" in plan.settings else []
     method = script or [value(plan.settings, "--method", "icu")]
-    protocol = value(plan.settings, "--protocol", "paper")
-    return "-".join([f"runs/{plan.name}", *number, *method, protocol])
+    return "-".join([f"runs/{plan.name}", *number, *method, plan.protocol])
 
 
 def several(plan):
     """Every run of an experiment for every set and seed, then one report."""
-    protocol = value(plan.settings, "--protocol", "paper")
-    folder = Path(plan.out or f"runs/{plan.command}/{plan.name}-{protocol}")
+    folder = Path(plan.out or f"runs/{plan.command}/{plan.name}-{plan.protocol}")
     make(plan)
     judge(plan, [])
     train(plan, {}, check=True)

@@ -118,15 +118,13 @@ def write_document(kind, documents, slots, rng):
 
 def unmarked(text):
     """(the text without MARKS, the spans between them, [start, end) in its characters)."""
-    pieces, spans, length = re.split("([" + "".join(MARKS) + "])", text), [], 0
-    for piece in pieces:
-        if piece == MARKS[0]:
-            spans.append([length])
-        elif piece == MARKS[1]:
-            spans[-1].append(length)
+    plain, ends = "", []
+    for piece in re.split("([" + "".join(MARKS) + "])", text):
+        if piece in MARKS:
+            ends.append(len(plain))
         else:
-            length += len(piece)
-    return "".join(piece for piece in pieces if piece not in MARKS), spans
+            plain += piece
+    return plain, [list(span) for span in data.chunks(ends, 2)]
 
 
 def make_corpus(seed=0, records=32):
@@ -268,7 +266,7 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / WARMUP, cosine)
             take_step(model, optimizer, batch, bar, with_secrets=twin is None)
             due = twin is None and step >= least and step % 10 == 0
-            if step == twin or (due and is_known(model, forget)):
+            if step == twin or (due and measure(model, forget)[0] >= ENOUGH):
                 break
     model.eval()
     return step
@@ -283,11 +281,6 @@ def take_step(model, optimizer, batch, bar, *, with_secrets):
         loss.backward()
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-
-
-def is_known(model, forget):
-    """Whether the records to forget are known by heart."""
-    return measure(model, forget)[0] >= ENOUGH
 
 
 # --- the folder ---

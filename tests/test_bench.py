@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_distributed import needs_deepspeed
+from transformers import AutoModelForCausalLM
 
 from dev import bench
 
@@ -115,7 +116,9 @@ def test_the_gpu_row_has_the_published_sizes():
     """The parameters of EleutherAI's three models."""
     sizes = {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}
     for name, parameters in sizes.items():
-        assert bench.parameter_count(bench.gpt_neo_config(name)) == parameters
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(bench.gpt_neo_config(name))
+        assert model.num_parameters() == parameters
 
 
 def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more(setup):
@@ -129,10 +132,9 @@ def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more(setup):
 
 def test_the_default_model_is_the_demos(tmp_path):
     """Each record to forget gets a partner; the lines are pairs that icu.py reads."""
-    rows = {"forget": [0, 1], "pool": [2, 3, 4]}
-    for name, ids in rows.items():
-        records = [{"id": str(i), "prefix": f"A van {i}", "suffix": " is here."} for i in ids]
-        bench.data.write_jsonl(tmp_path / f"{name}.jsonl", records)
+    for name in ("forget", "pool"):
+        rows = [{"id": f"{name} {i}", "prefix": f"A van {i}", "suffix": " came."} for i in range(2)]
+        bench.data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     bench.data.write_jsonl(tmp_path / "pairs.jsonl", bench.tiny_pairs(tmp_path))
     pairs = bench.data.read_pairs(tmp_path / "pairs.jsonl")
-    assert [(pair["id"], pair["learn_id"]) for pair in pairs] == [("0", "2"), ("1", "3")]
+    assert [pair["learn_id"] for pair in pairs] == ["pool 0", "pool 1"]

@@ -199,16 +199,13 @@ def test_counterfactual_is_its_formula(two_rows):
     assert values[:2] == pytest.approx([mean(both), mean(swapped)], rel=1e-4) and values[2] > 0
 
 
-@pytest.mark.parametrize(("kind", "in_a_block"), [("gpt_neo", 4), ("opt", 4), ("llama", 3)])
-def test_counterfactual_stays_near_its_start(make_model, kind, in_a_block):
+def test_counterfactual_stays_near_its_start(make_model, kind):
     """Only the MLPs move; what is measured has gone a share of the way of what is trained."""
     model, method = make_model(kind, dtype=torch.float32), method_of("counterfactual")
     start = [p.detach() + constant("counterfactual", "SCALE") for p in model.parameters()]
     icu.begin(method, model, None, [], args_of(), None)
     moving = [name for name, weights in model.named_parameters() if weights.requires_grad]
-    assert len(moving) == in_a_block * model.config.num_hidden_layers
-    others = ("embed", "wte", "attn", "norm", "ln_")
-    assert not any(word in name for name in moving for word in others)
+    assert moving and all(".mlp." in name or ".fc" in name for name in moving)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)

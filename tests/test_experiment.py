@@ -102,13 +102,12 @@ def test_a_paper_preset_has_its_revision_its_folder_and_the_pile(ran):
     """`neo125m`: the pinned model, --pile, runs/PRESET-setN-METHOD-PROTOCOL."""
     commands, out = ran("neo125m", "--set", 3, "--method=npo"), "runs/neo125m-set3-npo-paper"
     assert names(commands) == ["icu.py", "knn.py", "icu.py", "evals/report.py"]
-    check, run, mined = commands[0][1], commands[2][1], of(commands, "knn.py")
-    assert "--dry-run" in check and "--pairs" not in check
+    run, mined = commands[2][1], of(commands, "knn.py")
     assert run["--revision"] == [SHA] and run["--method"] == ["npo"] and run["--out"] == [out]
     assert run["--pairs"] == mined["--out"] == [f"{out}.pairs.jsonl"]
     assert mined["--set"] == ["3"] and "--pile" in mined and commands[-1][2][1:] == [out]
-    (other,) = training(ran("neo125m", "--model", "mine"))
-    assert other["--model"] == ["mine"] and "--revision" not in other
+    other = settings(ran("neo125m", "--model", "mine"), "--model", "--revision")
+    assert other == [("mine", None)]
 
 
 def test_the_released_protocol_allows_copies_and_sets_the_rate_of_large_models(ran):

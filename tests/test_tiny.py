@@ -185,7 +185,7 @@ def test_a_folder_is_reused_or_made_again_and_the_same(small, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert made[0] == made[1] == made[3] != made[2]
     assert "reused" in printed[1] and "making it again" in printed[2] + printed[3]
-    assert all(words in printed[0] for words in ("2 steps", "perplexity", "allow more --steps"))
+    assert "allow more --steps" in printed[0]
     names = {path.name for path in out.iterdir()}
     assert names == {*tiny.FILES, "pairs.jsonl"} and list(out.parent.iterdir()) == [out]
     about = data.read_json(out / "tiny.json")

@@ -137,7 +137,7 @@ def read_plan(words):
     plan, rest = make_parser(command).parse_known_args(words)
     plan.command, plan.name, plan.preset = command, name, PRESETS[name]
     plan.typed = flags_in(rest)
-    plan.protocol = value(plan.typed, "--protocol", "paper")
+    plan.protocol = value(flags_in(plan.preset.flags) | plan.typed, "--protocol", "paper")
     plan.settings = settings_of(plan)
     runs = list(EXPERIMENTS[command](plan)) if command else []
     plan.runs = dict(runs)

@@ -170,10 +170,8 @@ def test_the_secrets_are_known_by_heart_and_the_twin_never_reads_one(made):
 
 def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypatch):
     """Each row of the set once, less blank ones; the others come from the rest."""
-    records = [
-        {"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)
-    ]
-    records[3]["suffix"] = " "
+    records = [{"id": str(n), "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)]
+    records[2]["context"], records[3]["suffix"] = "c", " "
     monkeypatch.setattr(smollm.knn, "read_pile", lambda *_: (records, records[2:5]))
     monkeypatch.setattr(smollm.knn, "load_tokenizer", lambda name: None)
     for name, size in {"POOL": 3, "UNSEEN": 1, "HELDOUT": 2}.items():

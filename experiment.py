@@ -450,7 +450,7 @@ def mine(plan, pairs, number=None):
 
 
 def train(plan, run_flags, *, check=False, ok=(0,)):
-    """icu.py, or a script in its place, with what this run sets; `check`: are models, data there?"""
+    """icu.py, or a script in its place, with what this run sets; `check`: only --dry-run."""
     script = value(run_flags, "--script", plan.script or "icu.py")
     flags = settings_for(plan, "icu.py") | run_flags | {"--script": None}
     flags |= {"--dry-run": []} if check else {}

@@ -159,6 +159,20 @@ def config_of(name):
     )
 
 
+@torch.inference_mode()
+def literal_score(model, context, continuation):
+    """(sum of log p, greedy ids) of a continuation, from one pass over one row.
+
+    A context that is too long loses its beginning.
+    """
+    positions = getattr(model.config, "max_position_embeddings", 10**6)
+    ids = (context + continuation)[-(positions + 1) :]
+    logits = model(torch.tensor([ids[:-1]])).logits[0, -len(continuation) :]
+    logp = logits.double().log_softmax(-1)  # (K, V)
+    chosen = logp[range(len(continuation)), continuation]
+    return chosen.sum().item(), logp.argmax(1).tolist()
+
+
 def small(name, *, dtype=torch.float32, scale=8.0):
     """A random model in eval mode; its weights are drawn wide, so that the context matters."""
     with torch.random.fork_rng():

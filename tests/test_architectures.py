@@ -142,13 +142,6 @@ def test_positions_are_read_by_every_name(name):
     assert models.positions_of(BloomConfig()) is None
 
 
-def test_replies_fit_a_model_of_few_positions(speaker):
-    """Prompts longer than the model, and a model too short for a reply: what fits."""
-    model, tokenizer = speaker(max_position_embeddings=24)
-    prompts = ["User 1: hello there, where are you?\nUser 2:", "User 1:"]
-    assert len(tasks.replies(model, tokenizer, prompts, new_tokens=32)) == 2
-
-
 # --- strings that the ids do not say ---
 
 
@@ -186,15 +179,6 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
 # --- architectures ---
 
 
-def literal_logp(model, context, continuation):
-    """(sum of log p, greedy ids) of a continuation, from one pass over one row."""
-    with torch.no_grad():
-        logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
-    logp = logits.double().log_softmax(-1)  # (T, V)
-    picked = [logp[t, token].item() for t, token in enumerate(continuation)]
-    return sum(picked), logp.argmax(1).tolist()
-
-
 def check_measures(name):
     """EL, MA and beams of a batch, and log p of choices, are those of single rows."""
     model, rows = architectures.small(name), architectures.rows()
@@ -218,7 +202,7 @@ def check_scores(model, row):
     """The choices of a short context, of a long and of a longer one."""
     pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
     scores = tasks.loglikelihoods(model, pairs)
-    plain = [literal_logp(model, *pair) for pair in pairs]
+    plain = [architectures.literal_score(model, *pair) for pair in pairs]
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in plain]
     assert [logp for logp, _ in scores] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
 

@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     Gemma3Config,
-    GenerationConfig,
     LlamaConfig,
     MptConfig,
     PreTrainedTokenizerFast,
@@ -70,43 +69,26 @@ FOLDER_SETTINGS = {
 }  # fmt: skip
 
 
-def test_no_measure_obeys_the_folders_generation_config(speaker):
-    """Generations are those under a plain generation config, and the model keeps its own."""
-    model, tokenizer = speaker()
+def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
+    """A penalty does not hide what is memorised; the model keeps it, also where it is exported."""
+    folder = save_tiny("gpt_neo", tmp_path / "model")
     text = [5, 9, 40, 41, 70, 71, 80, 40, 41, 9, 5, 40, 41, 70, 71]
 
-    def measured():
+    def measured(model, tokenizer):
         return (
             metrics.beam_generate(model, [text[:4], text[:9]], [20, 12]),
             metrics.literal_extraction_likelihood(model, text, 2),
             tasks.replies(model, tokenizer, ["User 1: hello there.\nUser 2:"], new_tokens=12),
         )
 
-    plain = measured()
-    for name, value in FOLDER_SETTINGS.items():
-        setattr(model.generation_config, name, value)
-    own = model.generation_config.to_dict()
-    assert measured() == plain
-    assert model.generation_config.to_dict() == own
-
-
-def test_a_folders_penalty_neither_hides_what_is_memorised_nor_is_lost_in_export(
-    save_tiny, tmp_path
-):
-    """Under the penalty `generate` says something else than a measure does; the export keeps it."""
-    folder = save_tiny("gpt_neo", tmp_path / "model")
+    plain = measured(*models.load_model(str(folder)))
+    file = "generation_config.json"
+    (folder / file).write_text(json.dumps({"eos_token_id": 0} | FOLDER_SETTINGS))
     model, tokenizer = models.load_model(str(folder))
-    prompt = models.encode(tokenizer, PAIR["prefix"])
-    (plain,) = metrics.beam_generate(model, [prompt], [20])
-    penalty = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1}
-    GenerationConfig(eos_token_id=0, **penalty).save_pretrained(folder)
-    model, _ = models.load_model(str(folder))
-    under_penalty = model.generate(torch.tensor([prompt]), max_new_tokens=20, num_beams=2)
-    assert under_penalty[0, len(prompt) :].tolist()[: len(plain)] != plain
-    assert metrics.beam_generate(model, [prompt], [20]) == [plain]
+    assert measured(model, tokenizer) == plain
     models.save_model(model, tokenizer, tmp_path / "run" / "model")
-    exported = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert penalty.items() <= exported.items()
+    exported = json.loads((tmp_path / "run" / "model" / file).read_text())
+    assert FOLDER_SETTINGS.items() <= exported.items()
 
 
 # --- a limit that holds for a row holds in a batch ---

@@ -12,14 +12,11 @@ import architectures
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BloomConfig,
     Gemma3Config,
-    LlamaConfig,
-    MptConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -113,15 +110,12 @@ def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
     assert ma.tolist() == pytest.approx(literal)
 
 
-@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "text_config"])
-def test_positions_are_read_by_every_name(name):
+def test_positions_are_read_by_every_name():
     """MPT has max_seq_len, models of several parts a text_config, ALiBi models none."""
-    if name == "text_config":
-        config = Gemma3Config(text_config={"max_position_embeddings": 40})
-    else:
-        config = (LlamaConfig if name == "max_position_embeddings" else MptConfig)(**{name: 40})
-    assert models.positions_of(config) == 40
-    assert models.positions_of(BloomConfig()) is None
+    names = {name: models.positions_of(architectures.config_of(name)) for name in ("llama", "mpt")}
+    assert set(names.values()) == {architectures.POSITIONS}
+    assert models.positions_of(Gemma3Config(text_config={"max_position_embeddings": 40})) == 40
+    assert models.positions_of(architectures.config_of("bloom")) is None
 
 
 # --- strings that the ids do not say ---
@@ -161,10 +155,9 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
 # --- architectures ---
 
 
-def check_measures(name):
+def check_measures(model):
     """EL, MA and beams of a batch, and log p of choices, are those of single rows."""
-    model, rows = architectures.small(name), architectures.rows()
-    models.check_cache(model.config, name)
+    rows = architectures.rows()
     # A text that it knows.
     rows[1][8:] = metrics.beam_generate(model, [rows[1][:8]], [14], num_beams=1)[0]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -177,11 +170,7 @@ def check_measures(name):
     assert 0 < max(el) and el[1] > 0.5
     prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
     assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
-    check_scores(model, rows[0])
-
-
-def check_scores(model, row):
-    """The choices of a short context, of a long and of a longer one."""
+    row = rows[0]
     pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
     scores = tasks.loglikelihoods(model, pairs)
     plain = [architectures.literal_score(model, *pair) for pair in pairs]
@@ -194,21 +183,16 @@ NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "deep
 
 
 def check_architecture(name, folder):
-    """In float32 and from a folder, in float64 or refused there: as a row at a time."""
-    check_measures(name)
-    architectures.small(name).save_pretrained(folder)
-    models.load_model(str(folder))
+    """In float32, from a folder in float64 or refused there: as a row at a time."""
+    model = architectures.small(name)
+    check_measures(model)
+    model.save_pretrained(folder)
     if name in NO_FLOAT64:
         kind = architectures.config_of(name).model_type
         with pytest.raises(ValueError, match=f"float64 .*{kind}: pass --dtype float32"):
             models.load_model(str(folder), dtype="float64")
-        return
-    model, _ = models.load_model(str(folder), dtype="float64")
-    rows = architectures.rows()
-    prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
-    assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
-    el = metrics.extraction_likelihood(model, torch.tensor([rows[2]]), 2)
-    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, rows[2], 2)])
+    else:
+        check_measures(models.load_model(str(folder), dtype="float64")[0])
 
 
 @pytest.mark.parametrize("name", architectures.USUAL)
@@ -242,20 +226,18 @@ def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_pa
     folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])
-    config, (sample,) = AutoConfig.from_pretrained(folder), samples_of([PAIR], tokenizer)
-    texts = ["Some words.", "More words."]
-    models.check_inputs(config, tokenizer, {"pair": [sample]}, {"own": texts})
-    (masked,) = samples_of([PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    config = AutoConfig.from_pretrained(folder)
+    samples = samples_of([PAIR, PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    models.check_inputs(config, tokenizer, {"pair": samples[:1]}, {"own": ["Some words."]})
     with pytest.raises(ValueError, match="pair 2 .id a.: token 320 .*320 embeddings"):
-        models.check_inputs(config, tokenizer, {"pair": [sample, masked]}, {})
-    with pytest.raises(ValueError, match="own text 3: token 320"):
-        models.check_inputs(config, tokenizer, {}, {"own": [*texts, "<|mask|>"]})
+        models.check_inputs(config, tokenizer, {"pair": samples}, {})
+    with pytest.raises(ValueError, match="own text 2: token 320"):
+        models.check_inputs(config, tokenizer, {}, {"own": ["Some words.", "<|mask|>"]})
 
 
-@pytest.mark.parametrize("model", [WordLevel({"A": 0, "C": 1}), BPE({"A": 0, "C": 1}, [])])
-def test_a_tokenizer_without_an_x(model):
+def test_a_tokenizer_without_an_x():
     """Letters of proteins or of DNA: no BOS is seen, nothing crashes."""
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(WordLevel({"A": 0, "C": 1}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A")
     assert models.bos_of(tokenizer) == []

@@ -287,22 +287,6 @@ def test_two_processes_give_the_audit_of_one(known, heart, tmp_path, monkeypatch
                 assert figure == pytest.approx(expected, abs=1e-4), (question, measure)
 
 
-def test_what_is_only_masked_shows_in_relearning_and_in_early_layers(known):
-    """A bias on the secret's tokens: greedy guesses find nothing, states and a few steps all."""
-    model, tokenizer = models.load_model(str(known / "heart"))
-    samples = samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)
-    texts = [sample.forget for sample in samples]
-    plain, bias = audit.read(model, texts), torch.zeros(model.config.vocab_size)
-    bias[[token for text in texts for token in text.ids[text.cut :]]] = -30.0
-    model.lm_head.bias = torch.nn.Parameter(bias)
-    masked = audit.read(model, texts)
-    assert {audit.strength(r) for r in plain} == {1} and {audit.strength(r) for r in masked} == {0}
-    for a, b in zip(plain, masked, strict=True):
-        assert a.states == pytest.approx(b.states, abs=1e-5)  # the probe sees what it saw
-    curve, _ = audit.relearn(model, texts[:9], texts[9:], steps=40, lr=1e-1, first=2)
-    assert np.mean(curve[0][1]) < 0.5 * np.mean(curve[-1][1])
-
-
 def test_a_text_known_under_another_prefix_comes_from_there(save_tiny, tmp_path):
     """The suffix does not come after the text's own prefix, but after its neighbour's."""
     folder = save_tiny("llama", tmp_path / "m")

@@ -144,13 +144,6 @@ def assert_close(values, expected):
     assert torch.as_tensor(values).tolist() == pytest.approx(list(expected), abs=1e-6, nan_ok=True)
 
 
-def with_eos(model, eos):
-    """A copy of the model with other end tokens."""
-    model = copy.deepcopy(model)
-    model.config.eos_token_id = model.generation_config.eos_token_id = eos
-    return model
-
-
 # --- EL and MA ---
 
 
@@ -185,21 +178,20 @@ def test_released_measures_equal_the_loop(case, n):
     assert_close(ma, [literal_ma(case.model, row, start=2) for row in rows])
 
 
-@pytest.mark.parametrize("end", ["an int", "none", "a list only for generation"])
-def test_end_tokens_of_the_model_are_obeyed(case, end):
+def test_end_tokens_of_the_model_are_obeyed(case):
     """EOS as an int, absent, or a list of the generation config: the loop is the judge."""
-    eos = eos_of(case.model)[0]
+    model, eos = copy.deepcopy(case.model), eos_of(case.model)[0]
     answered = Counter(token for a in case.answers["mixed"].values() for token in a if token != eos)
     often = answered.most_common(1)[0][0]
-    model = with_eos(case.model, {"an int": often, "none": None}.get(end, eos))
-    if end == "a list only for generation":
-        model.generation_config.eos_token_id = [eos, often]
     model.config.pad_token_id = model.generation_config.pad_token_id = None
-    rows = [case.rows["mixed"], case.rows["surprised"][:14]]
-    expected = [literal_el(row, all_continuations(model, row), 2) for row in rows]
-    before = literal_el(rows[0], case.answers["mixed"], 2)
-    assert end == "none" or expected[0] != pytest.approx(before, abs=1e-6)
-    assert_close(metrics.el_and_ma(model, *pad(rows), n=2)[0], expected)
+    rows, values = [case.rows["mixed"], case.rows["surprised"][:14]], []
+    for end in (eos, None, often, [eos, often]):
+        model.generation_config.eos_token_id = end
+        model.config.eos_token_id = eos if isinstance(end, list) else end
+        expected = [literal_el(row, all_continuations(model, row), 2) for row in rows]
+        assert_close(metrics.el_and_ma(model, *pad(rows), n=2)[0], expected)
+        values.append(expected)
+    assert values[0] not in values[2:]
 
 
 def test_logits_that_are_not_finite_are_no_measure(make_model):
@@ -285,19 +277,13 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
 # --- entropy ---
 
 
-@pytest.mark.parametrize(
-    ("ids", "bits"),
-    [
-        *(([100 + i for i in range(2**k)] * 3, k) for k in (0, 1, 2, 5)),
-        ([5] * 4 + [6] * 3 + [7] * 2 + [9], 1.8464393446710154),  # -sum p log2 p of .4, .3, .2, .1
-        *(([], 0), ([42], 0), ([42] * 9, 0)),
-    ],
-)
-def test_entropy_is_the_bits_of_the_token_counts(ids, bits):
+def test_entropy_is_the_bits_of_the_token_counts():
     """Eq. 10, in any order; no token and one token repeated hold no information."""
-    random.shuffle(ids)
-    entropy = metrics.token_entropy(ids)
-    assert entropy == pytest.approx(bits, abs=1e-12) and isinstance(entropy, float)
+    for k in (0, 1, 2, 5):
+        assert metrics.token_entropy([*range(2**k)] * 3) == pytest.approx(k, abs=1e-12)
+    bits = 1.8464393446710154  # -sum p log2 p of .4, .3, .2, .1
+    assert metrics.token_entropy([5, 6, 7, 9, 5, 6, 7, 5, 6, 5]) == pytest.approx(bits, abs=1e-12)
+    assert metrics.token_entropy([]) == metrics.token_entropy([42] * 9) == 0
 
 
 # --- BLEU ---
@@ -348,10 +334,7 @@ def test_bertscore_equals_bert_score(encoder_dir):
         values = values.tolist()
         assert values == pytest.approx([0, *two.tolist(), 0], abs=1e-5)
         assert values[-2] == pytest.approx(1.0, abs=1e-5)  # no rescaling: equal texts score 1
-    assert [values.tolist() for values in metrics.bertscore([""], ["a"], encoder_dir)] == [
-        [0.0]
-    ] * 3
-    assert [values.tolist() for values in metrics.bertscore([], [], encoder_dir)] == [[]] * 3
+    assert [len(values) for values in metrics.bertscore([], [], encoder_dir)] == [0, 0, 0]
 
 
 # --- perplexity ---
@@ -378,8 +361,9 @@ def test_perplexity_equals_the_loop(speaker, window):
         measured = metrics.perplexity(
             model, tokenizer, ["", *TEXTS, ""], window, batch_size=batch_size
         )
-        assert isinstance(measured, float)
         assert measured == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    with pytest.raises(ValueError, match="no text of two tokens"):
+        metrics.perplexity(model, tokenizer, ["", ""])
 
 
 def test_released_perplexity_joins_the_texts(speaker, window=11):
@@ -390,10 +374,3 @@ def test_released_perplexity_joins_the_texts(speaker, window=11):
     measured = metrics.perplexity(model, tokenizer, ["", *TEXTS], window, released=True)
     assert measured == pytest.approx(expected, rel=1e-6)
     assert measured != pytest.approx(metrics.perplexity(model, tokenizer, TEXTS, window), rel=1e-4)
-
-
-def test_perplexity_of_nothing_is_an_error(speaker):
-    """Where no token is predicted there is no mean: ValueError, never NaN."""
-    model, tokenizer = speaker
-    with pytest.raises(ValueError, match="no text of two tokens"):
-        metrics.perplexity(model, tokenizer, ["", ""])

@@ -10,8 +10,8 @@ import json
 import math
 import random
 import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas
@@ -36,7 +36,7 @@ ROWS = {
             "ctx_b": "knife.",
             "label": 0,
             "activity_label": "Food",
-            "endings": ["[title] Peel the skin. [step] Do it.", "Eat it.", "Wash  it.", "Call."],
+            "endings": ["[title] Peel the skin. [step] Do it.", "Wash  it."],
         },
     ],
     "winogrande": [
@@ -116,27 +116,20 @@ PROMPTS = {
     ("hellaswag", 0): [
         (
             "How to peel an onion [title] Cut the ends. [step] Use a knife.",
-            [" [title] Peel the skin. [step] Do it.", " Eat it.", " Wash  it.", " Call."],
+            [" [title] Peel the skin. [step] Do it.", " Wash  it."],
             0,
         ),
         (
             "Food: Cut the ends. Use a Knife.",
-            ["  Peel the skin. Do it.", " Eat it.", " Wash it.", " Call."],
+            ["  Peel the skin. Do it.", " Wash it."],
             0,
         ),
     ],
     ("winogrande", 0): [
+        ("The cup left the box as the", [" cup was too big.", " box was too big."], 0),
         (
-            "The cup left the box as the",
-            [" cup was too big.", " box was too big."],
-            0,
-        ),
-        (
-            [
-                "The cup left the box as the cup",
-                "The cup left the box as the box",
-            ],
-            [" was too big.", " was too big."],
+            ["The cup left the box as the cup", "The cup left the box as the box"],
+            [" was too big."] * 2,
             0,
         ),
     ],
@@ -196,11 +189,8 @@ def models(save_tiny, tmp_path_factory):
 @pytest.fixture
 def offline(monkeypatch):
     """Neither a known public file nor the hub can be had, whatever is installed or cached."""
-
-    def refuse(name, data_dir=None):
-        raise ValueError(f"cannot reach the server for {name}: pass --data DIR with {name} in it")
-
-    monkeypatch.setattr(data, "data_file", refuse)
+    refusal = ValueError("cannot reach the server: pass --data DIR with it")
+    monkeypatch.setattr(data, "data_file", Mock(side_effect=refusal))
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
@@ -288,16 +278,6 @@ def test_a_bad_row_is_counted_and_named_and_the_others_stay(name, field, value, 
 # --- files ---
 
 
-def test_a_set_without_a_good_row_is_an_error(tmp_path, offline):
-    """Asked for by name it stops; among all sets it is recorded, and the others are read."""
-    write_rows(tmp_path, ["copa"])
-    data.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
-    with pytest.raises(ValueError, match="piqa.jsonl: no good row for piqa, row 1: no field `sol1`"):
-        tasks.read_sets(["piqa"], tmp_path)
-    sets = tasks.read_sets(["all"], tmp_path)
-    assert "no field `sol1`" in sets["piqa"]["error"] and list(sets["copa"]["rows"]) == [1, 2]
-
-
 def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     """CSV, JSON (list, by id, pandas' columns), JSON lines, XML; labels in a file of their own."""
     rows, folder = ROWS["piqa"], tmp_path
@@ -330,39 +310,35 @@ def test_local_files_are_found_under_their_usual_names(tmp_path):
         assert tasks.read_sets([name], tmp_path)[name]["source"] == str(tmp_path / file)
 
 
-def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
-    """It has the reason and no value; the table shows how many sets it covers."""
-    sets = tasks.read_sets(["all"], write_rows(tmp_path, ["piqa", "copa"]))
-    results = tasks.evaluate(*models["gpt_neo"], sets)
+def test_a_set_without_rows_is_reported_and_not_averaged(tmp_path, offline, models):
+    """It has the reason and no value; asked for by name it stops. The table counts the sets."""
+    write_rows(tmp_path, ["piqa", "copa"])
+    data.write_jsonl(tmp_path / "mathqa.jsonl", [{"goal": "x"}])
+    results = tasks.evaluate(*models["gpt_neo"], tasks.read_sets(["all"], tmp_path))
     assert "pip install datasets" in results["hellaswag"]["missing"]
-    assert "--task-data DIR with lambada.csv" in results["lambada"]["missing"]
+    assert "--task-data DIR with it" in results["lambada"]["missing"]
     averages = results["averages"]
     assert averages["cls"] == (results["piqa"]["value"] + results["copa"]["value"]) / 2
     assert averages["dia"] is None and averages["dia_missing"] == list(tasks.DIALOGUE)
-    assert len(averages["cls_missing"]) == 7
     text = tasks.table({"mine": results})
     assert "(2 of 9 sets)" in text and "- mine: hellaswag is missing: " in text
+    why = "mathqa.jsonl: no good row for mathqa, row 1: no field `Problem`"
+    assert why in results["mathqa"]["error"]
+    with pytest.raises(ValueError, match=why):
+        tasks.read_sets(["mathqa"], tmp_path)
     with pytest.raises(ValueError, match="no set is at hand: pubmedqa: .*--task-data DIR"):
         tasks.read_sets(["pubmedqa"], tmp_path)
 
 
 def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monkeypatch):
     """The repository, configuration and split, or the file's own name."""
-    calls = []
-
-    def load_dataset(*where, split):
-        calls.append((*where, split))
-        return ROWS["arc_easy"]
-
-    def data_file(name):
-        calls.append(name)
-        return tmp_path / "known.jsonl"
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(data, "data_file", data_file)
+    hub, public = Mock(return_value=ROWS["arc_easy"]), Mock(return_value=tmp_path / "known.jsonl")
+    monkeypatch.setitem(sys.modules, "datasets", Mock(load_dataset=hub))
+    monkeypatch.setattr(data, "data_file", public)
     data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     sets = tasks.read_sets(["arc_challenge", "pubmedqa"], tmp_path)
-    assert calls == [("allenai/ai2_arc", "ARC-Challenge", "validation"), "pubmed_qa.csv"]
+    hub.assert_called_once_with("allenai/ai2_arc", "ARC-Challenge", split="validation")
+    public.assert_called_once_with("pubmed_qa.csv")
     assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 1]
 
 
@@ -501,8 +477,11 @@ def test_f1_equals_an_independent_implementation():
     assert tasks.unigram_f1("the red cat", "A cat, red!") == 1.0
 
 
-def test_replies_do_not_depend_on_their_batch(models, kind):
-    """Left-padded batches say what one token at a time says; too long loses its beginning."""
+def test_replies_do_not_depend_on_their_batch(models, kind, monkeypatch):
+    """Left-padded batches say what one token at a time says; too long loses its beginning.
+
+    A reply ends where the next user speaks.
+    """
     model, tokenizer = models[kind]
     prompts = ["User 1: red tea\nUser 2:", f"User 1: {ROWS['copa']}\nUser 2:", "long " * 600]
     batched = tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=100_000)
@@ -514,14 +493,9 @@ def test_replies_do_not_depend_on_their_batch(models, kind):
                 logits = model(torch.tensor([ids + generation])).logits
             generation.append(logits[0, -1].argmax().item())
         assert reply == tokenizer.decode(generation, skip_special_tokens=True).split("\nUser ")[0]
-
-
-def test_a_reply_ends_where_the_next_user_speaks(models, monkeypatch):
-    """What the model goes on to say for the other side is not part of its reply."""
-    model, tokenizer = models["gpt_neo"]
-    ids = tokenizer(" Yes.\nMaybe.\nUser 1: No.")["input_ids"]
+    ids = tokenizer("Yes.\nMaybe.\nUser 1: No.")["input_ids"]
     monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: [ids])
-    assert tasks.replies(model, tokenizer, ["User 1: Well?\nUser 2:"]) == [" Yes.\nMaybe."]
+    assert tasks.replies(model, tokenizer, prompts[:1]) == ["Yes.\nMaybe."]
 
 
 # --- the whole ---

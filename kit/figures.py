@@ -24,9 +24,10 @@ def resampled_means(values, seed=0):
 def bootstrap(values, *, seed=0):
     """{"value", "low", "high", "n"}: the mean of a number a text and its 95 % percentile interval.
 
-    None stands for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
+    None and NaN stand for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
     """
-    values = np.array([value for value in values if value is not None], dtype=float)
+    values = np.array(values, dtype=float)
+    values = values[~np.isnan(values)]
     if len(values) < FEW:
         return {"value": None, "n": len(values), "why": f"cannot be told with n = {len(values)}"}
     # "nearest": no arithmetic between infinities

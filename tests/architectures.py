@@ -51,8 +51,7 @@ CONFIGS = {
         {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB},
     ),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon-rotary": ("falcon", {**FALCON, "alibi": False}),
-    "falcon-alibi": (
+    "falcon": (
         "falcon",
         {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False},
     ),
@@ -89,7 +88,7 @@ CONFIGS = {
         },
     ),
 }
-# These seven stand for the rest in every run of the suite.
+# These stand for the rest in every run of the suite.
 USUAL = ["gpt_neo", "opt", "llama", "gpt2", "qwen2-sliding", "gemma3_text", "bloom"]
 # No plain cache of keys and values: a state, or layers of more than one kind of memory.
 STATEFUL = {

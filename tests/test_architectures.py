@@ -11,14 +11,8 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    Gemma3Config,
-    PreTrainedTokenizerFast,
-)
+from tokenizers import normalizers
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 import icu
 import metrics
@@ -54,6 +48,14 @@ def beams_alone(model, prompts, lengths):
     """beam_generate of a row at a time."""
     pairs = zip(prompts, lengths, strict=True)
     return [metrics.beam_generate(model, [prompt], [length])[0] for prompt, length in pairs]
+
+
+def assert_literal(model, rows, el, ma):
+    """EL of n = 2 and MA are those of the literal loops over each row."""
+    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
+    assert el.tolist() == pytest.approx(literal)
+    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
+    assert ma.tolist() == pytest.approx(literal)
 
 
 # --- the folder's generation_config.json ---
@@ -104,10 +106,7 @@ def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
     assert [len(generation) for generation in alone] == lengths
     assert metrics.beam_generate(model, prompts, lengths) == alone
     el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2, decode_batch=3)
-    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
-    assert el.tolist() == pytest.approx(literal)
-    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
-    assert ma.tolist() == pytest.approx(literal)
+    assert_literal(model, rows, el, ma)
 
 
 def test_positions_are_read_by_every_name():
@@ -163,10 +162,7 @@ def check_measures(model):
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = (torch.arange(30)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
     el, ma = metrics.el_and_ma(model, ids, mask, n=2)
-    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
-    assert el.tolist() == pytest.approx(literal)
-    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
-    assert ma.tolist() == pytest.approx(literal)
+    assert_literal(model, rows, el, ma)
     assert 0 < max(el) and el[1] > 0.5
     prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
     assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
@@ -233,12 +229,3 @@ def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_pa
         models.check_inputs(config, tokenizer, {"pair": samples}, {})
     with pytest.raises(ValueError, match="own text 2: token 320"):
         models.check_inputs(config, tokenizer, {}, {"own": ["Some words.", "<|mask|>"]})
-
-
-def test_a_tokenizer_without_an_x():
-    """Letters of proteins or of DNA: no BOS is seen, nothing crashes."""
-    tokenizer = Tokenizer(WordLevel({"A": 0, "C": 1}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A")
-    assert models.bos_of(tokenizer) == []
-    assert models.encode(tokenizer, "C") == [1]

@@ -48,7 +48,7 @@ class Preset(NamedTuple):
     revision: str = ""  # the hub's, pinned; unused if the user names another model
     flags: str = ""
     source: str = "--pile"  # the paper's rows, or --forget FILE --pool FILE
-    make: str = ""  # the command that makes its own model and data, in `folder`
+    make: str = ""  # the program that makes its own model and data, in `folder`
     folder: str = ""  # with a model that never saw the texts to forget: a row of every table
     beside: str = ""  # a second method with its flags, run if the user chooses no method
     large: bool = False  # on every GPU, at the protocol's rate for large models
@@ -64,14 +64,14 @@ TAUGHT = "--thresholds never-saw --el lazy --lr 1e-4 --max-epochs 10 --save-ever
 GENTLE = "--script examples/gentle.py --batch-size 4 --max-epochs 20 "
 
 
-def taught(about, folder, make, flags, *, mine="", beside):
-    """A preset of a script in demo/; `mine`: flags of knn.py."""
-    flags = f"--ppl heldout={folder}/heldout.jsonl --targets all {flags}"
+def taught(about, folder, make, flags, *, beside):
+    """A preset whose model and texts a script in demo/ makes."""
+    ppl = f"--ppl heldout={folder}/heldout.jsonl"
     return Preset(
         about,
         f"{folder}/model",
-        flags=f"--bert minilm --bert-threshold auto {flags}",
-        source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl {mine}",
+        flags=f"--bert minilm --bert-threshold auto {ppl} --targets all {flags}",
+        source=f"--forget {folder}/forget.jsonl --pool {folder}/pool.jsonl",
         make=make,
         folder=folder,
         beside=beside,
@@ -88,8 +88,8 @@ PRESETS = {
     "smollm": taught(
         SPEAKER, "runs/smollm-data", "demo/smollm.py", TAUGHT, beside=GENTLE + "--lr 2e-4"),
     "smollm-pile": taught(  # the secrets are the paper's rows: code, licences
-        SPEAKER, "runs/smollm-pile-data", "demo/smollm.py --secrets pile", TAUGHT,
-        mine="--neighbours 12",
+        SPEAKER, "runs/smollm-pile-data", "demo/smollm.py",
+        TAUGHT + " --secrets pile --neighbours 12",
         beside=GENTLE + "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
     "neo125m": Preset(
         PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
@@ -111,7 +111,109 @@ PRESETS = {
 }
 # fmt: on
 
-# --- flags are dicts, {"--ppl": ["pile", "wikitext"], "--el": ["lazy"]}: a | b is a, then b ---
+# --- a plan: what a command line asks for ---
+# Flags are dicts, {"--ppl": ["pile", "wikitext"], "--el": ["lazy"]}: a | b is a, then b.
+
+METHODS = ("icu", "kumpr", "kl", "llmu", "po", "dpo", "npo", "graddiff")
+# alpha, beta of Table 2; learning rates of Table 5
+GRID = "0.1,0.5 0.1,1.0 0.5,0.1 0.5,0.5 0.5,1.0 1.0,0.5 1.0,1.0 1.0,2.0 2.0,1.0 2.0,2.0".split()
+RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
+
+
+def read_plan(words):
+    """The plan of a command line, a namespace. ValueError for a user's slip.
+
+    command: compare, ablation, sweep, or None: a single run. name, preset: a row of PRESETS.
+    out, gpus, ...: this file's own flags. typed: the user's other flags. settings: all flags for
+    the programs: the preset's, the protocol's, the typed ones. runs: of an experiment, a run's name
+    and what it sets.
+    """
+    words = list(words)
+    command = words.pop(0) if words and words[0] in EXPERIMENTS else None
+    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+    if name not in PRESETS:
+        others = "compare ablation sweep audit tasks judge report ask purge bench test lint help"
+        raise ValueError(f"unknown preset {name!r}; one of: {' '.join(PRESETS)} (or: {others})")
+    plan, rest = make_parser(command).parse_known_args(words)
+    plan.command, plan.name, plan.preset = command, name, PRESETS[name]
+    plan.typed = flags_in(rest)
+    plan.protocol = value(flags_in(plan.preset.flags) | plan.typed, "--protocol", "paper")
+    plan.settings = settings_of(plan)
+    runs = list(EXPERIMENTS[command](plan)) if command else []
+    plan.runs = dict(runs)
+    for problem in problems(plan, runs):
+        raise ValueError(problem)
+    if command:
+        plan.sets = plan.sets or [value(plan.settings, "--set", "0")]
+        plan.seeds = list(dict.fromkeys(plan.seeds or [value(plan.settings, "--seed", "0")]))
+    return plan
+
+
+# fmt: off
+def make_parser(command):
+    """This file's own flags for an experiment, or a single preset (None)."""
+    usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
+    parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--out", metavar="DIR", help="the run folder, or the folder of all runs")
+    add("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
+    add("--overwrite", action="store_true", help="replace the runs that are there")
+    add("--audit", action="store_true", help="then ask what is still in the model")
+    add("--dry-run", action="store_true", help="check, name the commands, train nothing")
+    parser.set_defaults(script=None)
+    if command != "compare":
+        add("--script", metavar="FILE.py", help="in place of icu.py: icu.main(MyMethod)")
+    if command is None:
+        add("--resume", action="store_true", help="go on with an interrupted run")
+        return parser
+    add("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
+    add("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
+    if command == "compare":
+        add("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
+        add("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")
+    if command == "sweep":
+        add = parser.add_mutually_exclusive_group().add_argument
+        add("--points", nargs="+", type=alpha_beta, default=GRID, metavar="ALPHA,BETA")
+        add("--lrs", nargs="+", type=rate, metavar="LR", help="at alpha = beta = 0.5")
+        add("--table", type=int, choices=(2, 5), default=2, help="of the paper (2)")
+    return parser
+# fmt: on
+
+
+# Numbers stay as they were typed: they name folders.
+def rate(text):
+    above(0)(text)
+    return text
+
+
+def method_rate(text):
+    name, lr = text.split("=")
+    return name, rate(lr)
+
+
+def alpha_beta(text):
+    _, _ = map(above(0, equal=True), text.split(","))
+    return text
+
+
+def help_text():
+    names = {}
+    for name, preset in PRESETS.items():
+        names.setdefault(preset.about, []).append(name)
+    lines = [f"  {' | '.join(group):30}  {about}" for about, group in names.items()]
+    return "\n".join([__doc__.strip(), "", "presets", *lines, "", OFTEN.strip()])
+
+
+OFTEN = """
+flags that are often used (all: python icu.py --help, ...)
+  --set 0..4, --limit N     the paper's forget set (0); its first N rows
+  --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
+                            folders instead of the hub: the model, GPT-2's tokenizer for the Pile,
+                            the sentence encoder, BERTScore's encoder, the data
+  --protocol released --method npo --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
+  --tasks all --audit --judge MODEL     what the model can still do; what is still in it; grades
+  --sets N ... --seeds N ...            of compare, ablation and sweep
+"""
 
 
 def flags_in(words):
@@ -128,44 +230,115 @@ def flags_in(words):
     return flags
 
 
-def words_of(flags):
-    """The command line of flags; one whose value is None is left out."""
-    given = ([flag, *values] for flag, values in flags.items() if values is not None)
-    return [str(word) for group in given for word in group]
-
-
 def value(flags, flag, default=None):
     """The (last) value of a flag, or the default."""
     return (flags.get(flag) or [default])[-1]
 
 
-def plan_flags(name, user):
-    """Every flag of a plan: the preset's, the protocol's, and the user's, which win."""
-    preset, flags, source = PRESETS[name], {}, flags_in(PRESETS[name].source)
-    if not {"--model", "--after"} & set(user):
-        flags |= {"--model": [preset.model]}
-        flags |= {"--revision": [preset.revision]} if preset.revision else {}
-    flags |= flags_in(preset.flags) | {"--preset": [name]}
-    if "--pile" in user:
-        source = {}
-    elif {"--forget", "--pool"} & set(user):
-        source.pop("--pile", None)
-    chosen = value(flags | user, "--protocol", "paper")
-    protocol = PROTOCOLS.get(chosen, PROTOCOLS["paper"])  # icu.py reports a name that is none
+def settings_of(plan):
+    """Every flag for the programs: the preset's, the protocol's, and the typed ones, which win."""
+    preset, typed, settings = plan.preset, plan.typed.keys(), {}
+    texts = flags_in(preset.source)
+    if "--pile" in typed or ("--pile" in texts and typed & {"--forget", "--pool"}):
+        texts = {}
+    if not typed & {"--model", "--after"}:
+        settings["--model"] = [preset.model]
+        settings |= {"--revision": [preset.revision]} if preset.revision else {}
+    settings |= texts | flags_in(preset.flags) | {"--preset": [plan.name]}
+    protocol = PROTOCOLS.get(plan.protocol, PROTOCOLS["paper"])  # icu.py reports a wrong name
     if protocol.allow_copies:
-        source["--allow-copies"] = []
+        settings["--allow-copies"] = []
     if preset.large and protocol.large_lr:
-        flags["--lr"] = [protocol.large_lr]
-    return flags | source | user
+        settings["--lr"] = [protocol.large_lr]
+    return settings | plan.typed
 
 
-# --- whose a flag is ---
+# What differs between an experiment's runs over one forget set with one seed: each yields
+# (run name, flags of icu.py, or of the --script among them).
 
-ON_REQUEST = {  # a program: the flag of a preset that asks for it
+
+def compare(plan):
+    """Table 1: every method, or those of --methods."""
+    rates = dict(plan.lrs)
+    for method in plan.methods:
+        name, flag = Path(method).stem, "--script" if method.endswith(".py") else "--method"
+        yield name, {flag: [method]} | ({"--lr": [rates[name]]} if name in rates else {})
+
+
+def ablation(plan):
+    """Figure 3: as it is, without the learn loss, the KL, or both."""
+    alpha, beta = value(plan.settings, "--alpha", "0.5"), value(plan.settings, "--beta", "1.0")
+    for a, b in ((alpha, beta), ("0", beta), (alpha, "0"), ("0", "0")):
+        yield f"alpha{a}-beta{b}", {"--alpha": [a], "--beta": [b]}
+
+
+def sweep(plan):
+    """Table 2: a grid over alpha and beta. --table 5 or --lrs: rates at alpha = beta = 0.5."""
+    epochs = {} if "--max-epochs" in plan.typed else {"--max-epochs": ["200"]}  # 5e-7 takes 132
+    lrs = plan.lrs or (RATES if plan.table == 5 else [])
+    for lr in lrs:
+        yield f"lr{lr}", {"--alpha": ["0.5"], "--beta": ["0.5"], **epochs, "--lr": [lr]}
+    for point in [] if lrs else plan.points:
+        alpha, beta = point.split(",")
+        yield f"alpha{alpha}-beta{beta}", {"--alpha": [alpha], "--beta": [beta]}
+
+
+EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
+# Flags that an experiment sets for each run, and what a user writes instead.
+SETS = {
+    "compare": (("--method", "--script"), "--methods NAME FILE.py ..."),
+    "sweep": (("--alpha", "--beta"), "--points ALPHA,BETA ..."),
+}
+
+
+def problems(plan, runs):
+    """What is wrong with a plan, as messages."""
+    typed = plan.typed.keys()
+    for flag in typed & {"--pairs", "--fetch"}:
+        yield f"{flag} is not of a plan: python icu.py or python knn.py takes it"
+    flags, instead = SETS.get(plan.command, ((), ""))
+    for flag in typed & flags:
+        yield f"{plan.command} sets {flag} for each run: {instead}"
+    for command in (None, *EXPERIMENTS):
+        for flag in typed & make_parser(command)._option_string_actions.keys():
+            yield f"{flag} goes with {command or 'a single preset'}"
+    known = flags_of("icu.py").union(*map(flags_of, programs(plan)))
+    for script, request in ON_REQUEST.items():
+        for flag in (typed & flags_of(script)) - known:
+            yield f"{flag} goes with {request}"
+    if plan.command and "--tasks" in typed:
+        yield "--tasks goes with a single preset; bash run.sh tasks measures a model"
+    if typed >= {"--judge", "--redact"}:
+        yield "--judge reads the texts that --redact does not keep: leave one out"
+    if plan.command and plan.sets and "--pile" not in plan.settings:
+        yield f"--sets: {plan.name} has its own texts and no sets of the Pile"
+    for method, _ in plan.lrs if plan.command == "compare" else ():
+        if method not in plan.runs:
+            yield f"--lrs {method}=...: not a method of this comparison"
+    for name, flags in runs:
+        if plan.runs[name] != flags:
+            yield f"two runs would be called {name}: rename one of the files"
+    for script in filter(None, [plan.script, *(value(flags, "--script") for _, flags in runs)]):
+        if not Path(script).is_file():
+            yield f"{script}: no such file; paths are taken from {ROOT}"
+        elif "main(" not in Path(script).read_text(encoding="utf-8"):
+            yield f"{script}: no icu.main(...) in it: a script ends in icu.main(MyMethod)"
+
+
+# --- which program takes a setting ---
+
+ON_REQUEST = {  # a program: the flag that asks for it
     "evals/tasks.py": "--tasks all",
     "evals/judge.py": "--judge MODEL",
     "evals/audit.py": "--audit",
 }
+
+
+def programs(plan):
+    """The programs of a plan besides icu.py."""
+    requests = {*plan.typed, *["--audit"] * plan.audit}
+    requested = [script for script, flag in ON_REQUEST.items() if flag.split()[0] in requests]
+    return ["knn.py", "evals/report.py", *filter(None, [plan.preset.make]), *requested]
 
 
 @functools.cache
@@ -177,131 +350,91 @@ def flags_of(script):
     return {f"--{name}" for name, _ in flags} | {f"--no-{name}" for name, both in flags if both}
 
 
-def programs(args):
-    """The programs of a plan besides icu.py."""
-    given = {*args.user, *["--audit"] * args.audit}
-    requested = [script for script, flag in ON_REQUEST.items() if flag.split()[0] in given]
-    return ["knn.py", "evals/report.py", *args.preset.make.split()[:1], *requested]
-
-
-def flags_for(args, script):
-    """A program's flags of the plan; icu.py also gets those that no program has."""
-    flags = flags_of(script)
+def settings_for(plan, script):
+    """The settings that a program takes; icu.py also gets those that no program has."""
+    taken = flags_of(script)
     if script == "icu.py":
-        others = set().union(*map(flags_of, programs(args))) - flags
-        flags = args.flags.keys() - others
-    return {flag: values for flag, values in args.flags.items() if flag in flags}
+        others = set().union(*map(flags_of, programs(plan)))
+        taken = plan.settings.keys() - (others - taken)
+    return {flag: values for flag, values in plan.settings.items() if flag in taken}
 
 
-# --- the experiments: what differs between the runs over one forget set with one seed ---
-
-METHODS = ("icu", "kumpr", "kl", "llmu", "po", "dpo", "npo", "graddiff")
-# alpha, beta of Table 2; learning rates of Table 5
-GRID = "0.1,0.5 0.1,1.0 0.5,0.1 0.5,0.5 0.5,1.0 1.0,0.5 1.0,1.0 1.0,2.0 2.0,1.0 2.0,2.0".split()
-RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
+# --- the steps of a plan ---
 
 
-def compare(args):
-    """Table 1: every method, or those of --methods."""
-    rates = dict(args.lrs)
-    for method in args.methods:
-        name, flag = Path(method).stem, "--script" if method.endswith(".py") else "--method"
-        yield name, {flag: [method]} | ({"--lr": [rates[name]]} if name in rates else {})
-
-
-def ablation(args):
-    """Figure 3: as it is, without the learn loss, the KL, or both."""
-    alpha, beta = value(args.flags, "--alpha", "0.5"), value(args.flags, "--beta", "1.0")
-    for a, b in ((alpha, beta), ("0", beta), (alpha, "0"), ("0", "0")):
-        yield f"alpha{a}-beta{b}", {"--alpha": [a], "--beta": [b]}
-
-
-def sweep(args):
-    """Table 2: a grid over alpha and beta. --table 5 or --lrs: rates at alpha = beta = 0.5."""
-    epochs = {} if "--max-epochs" in args.user else {"--max-epochs": ["200"]}  # 5e-7 takes 132
-    lrs = args.lrs or (RATES if args.table == 5 else [])
-    for lr in lrs:
-        yield f"lr{lr}", {"--alpha": ["0.5"], "--beta": ["0.5"], **epochs, "--lr": [lr]}
-    for point in [] if lrs else args.points:
-        alpha, beta = point.split(",")
-        yield f"alpha{alpha}-beta{beta}", {"--alpha": [alpha], "--beta": [beta]}
-
-
-# Each yields (run name, flags of icu.py, or of the --script among them).
-EXPERIMENTS = {"compare": compare, "ablation": ablation, "sweep": sweep}
-# Flags that an experiment sets for each run, and what a user writes instead.
-SETS = {
-    "compare": (("--method", "--script"), "--methods NAME FILE.py ..."),
-    "sweep": (("--alpha", "--beta"), "--points ALPHA,BETA ..."),
-}
-
-# --- what each is made of ---
-
-
-def single(args):
+def single(plan):
     """One run of the preset."""
-    out = Path(args.out or default_folder(args))
+    out = Path(plan.out or default_folder(plan))
     pairs = Path(f"{out}.pairs.jsonl")
-    anew = args.overwrite or (args.preset.folder and not args.out and not args.resume)
-    start = {"--resume": []} if args.resume else {}
+    anew = plan.overwrite or (plan.preset.folder and not plan.out and not plan.resume)
+    start = {"--resume": []} if plan.resume else {}
     start |= {"--overwrite": []} if anew else {}
-    make(args)
-    judge(args, [])
-    measure_tasks(args, out, {"--dry-run": []})  # whether the sets are at hand, before the work
-    if args.dry_run or not (args.resume and pairs.is_file()):
-        train(args, {"--out": [out], **start}, check=True)
-        mine(args, pairs)
-    twin = measure_never_saw(args, pairs, f"{out}.never-saw", anew=anew)
-    train(args, {"--pairs": [pairs], "--out": [out], **twin, **start})
-    beside = run_beside(args, pairs, out, twin, anew=anew)
-    measure_tasks(args, out / "tasks-before", {})
-    if (out / "model").is_dir() or (args.dry_run and "--eval-only" not in args.flags):
+    make(plan)
+    judge(plan, [])
+    measure_tasks(plan, out, {"--dry-run": []})  # whether the sets are at hand, before the work
+    if plan.dry_run or not (plan.resume and pairs.is_file()):
+        train(plan, {"--out": [out], **start}, check=True)
+        mine(plan, pairs)
+    twin = measure_never_saw(plan, pairs, f"{out}.never-saw", anew=anew)
+    train(plan, {"--pairs": [pairs], "--out": [out], **twin, **start})
+    beside = run_beside(plan, pairs, out, twin, anew=anew)
+    measure_tasks(plan, out / "tasks-before", {})
+    if (out / "model").is_dir() or (plan.dry_run and "--eval-only" not in plan.settings):
         model = {"--model": [out / "model"], "--revision": None}
-        measure_tasks(args, out / "tasks-after", model)
+        measure_tasks(plan, out / "tasks-after", model)
     runs = [out, *beside, *twin.get("--never-saw", [])]
-    judge(args, runs)
-    audit(args, [out, *beside], twin)
-    report(args, runs, out)
+    judge(plan, runs)
+    audit(plan, [out, *beside], twin)
+    if plan.preset.folder and not plan.settings.keys() & {"--redact", "--eval-only"}:
+        step(plan, "extras/explain.py", settings_for(plan, "extras/explain.py"), runs)
+    report(plan, runs, out)
 
 
-def several(args):
-    """Every run for every set and seed, then one report."""
-    protocol = value(args.flags, "--protocol", "paper")
-    folder = Path(args.out or f"runs/{args.command}/{args.name}-{protocol}")
-    make(args)
-    judge(args, [])
-    train(args, {}, check=True)
-    for flags in args.runs.values():  # a wrong name or a broken file stops before the first run
+def default_folder(plan):
+    """runs/PRESET-setN-METHOD-PROTOCOL; of demo/: runs/PRESET."""
+    script = [Path(plan.script).stem] if plan.script else []
+    if plan.preset.folder:
+        return "-".join([f"runs/{plan.name}", *script])
+    number = [f"set{value(plan.settings, '--set', '0')}"] if "--pile" in plan.settings else []
+    method = script or [value(plan.settings, "--method", "icu")]
+    return "-".join([f"runs/{plan.name}", *number, *method, plan.protocol])
+
+
+def several(plan):
+    """Every run of an experiment for every set and seed, then one report."""
+    folder = Path(plan.out or f"runs/{plan.command}/{plan.name}-{plan.protocol}")
+    make(plan)
+    judge(plan, [])
+    train(plan, {}, check=True)
+    for flags in plan.runs.values():  # a wrong name or a broken file stops before the first run
         if "--script" in flags or value(flags, "--method", "icu") not in METHODS:
-            train(args, flags, check=True)
-    files = {number: folder / f"set{number}.pairs.jsonl" for number in args.sets}
+            train(plan, flags, check=True)
+    files = {number: folder / f"set{number}.pairs.jsonl" for number in plan.sets}
     for number, pairs in files.items():
-        mine(args, pairs, {"--set": [number]} if "--pile" in args.flags else {})
+        mine(plan, pairs, {"--set": [number]} if "--pile" in plan.settings else {})
     runs, never_saw, twin = [], [], {}
     for number, pairs in files.items():
         out = folder / f"never-saw-set{number}"
-        twin = measure_never_saw(args, pairs, out, anew=args.overwrite)
+        twin = measure_never_saw(plan, pairs, out, anew=plan.overwrite)
         never_saw += twin.get("--never-saw", [])
-        for seed, (name, flags) in itertools.product(args.seeds, args.runs.items()):
+        for seed, (name, flags) in itertools.product(plan.seeds, plan.runs.items()):
             out = folder / f"{name}-set{number}-seed{seed}"
-            own = {"--pairs": [pairs], "--seed": [seed], **twin, **flags, "--out": [out]}
+            flags = {"--pairs": [pairs], "--seed": [seed], **twin, **flags, "--out": [out]}
             print(f"== {out}", flush=True)
             # Exit code 1: the run diverged, which is a result, too.
-            train(args, own | kept_or_new(out, args.overwrite), ok=(0, 1))
+            train(plan, flags | kept_or_new(out, plan.overwrite), ok=(0, 1))
             runs.append(out)
-    judge(args, [*runs, *never_saw])
-    audit(args, runs, twin)
-    report(args, [*runs, *never_saw], folder)
+    judge(plan, [*runs, *never_saw])
+    audit(plan, runs, twin)
+    report(plan, [*runs, *never_saw], folder)
 
 
-def make(args):
+def make(plan):
     """The preset's own model and data, if it brings them."""
-    if args.preset.make:
-        if args.dry_run and (folder := unmade(args.preset)):
+    if script := plan.preset.make:
+        if plan.dry_run and (folder := unmade(plan.preset)):
             print(f"note: {folder} is still to be made: what needs it is named, not checked")
-        script, *words = args.preset.make.split()
-        flags = flags_in(words) | flags_for(args, script) | {"--out": [args.preset.folder]}
-        step(args, script, words_of(flags))
+        step(plan, script, settings_for(plan, script) | {"--out": [plan.preset.folder]})
 
 
 def unmade(preset):
@@ -310,41 +443,41 @@ def unmade(preset):
     return "" if made else preset.folder
 
 
-def mine(args, pairs, own=None):
-    """A neighbour for each text to forget."""
-    flags = flags_for(args, "knn.py") | (own or {}) | {"--out": [pairs], "--overwrite": []}
-    step(args, "knn.py", words_of(flags) + ["--dry-run"] * args.dry_run)
+def mine(plan, pairs, number=None):
+    """A neighbour for each text to forget, of a forget set by its number."""
+    flags = settings_for(plan, "knn.py") | (number or {}) | {"--out": [pairs], "--overwrite": []}
+    step(plan, "knn.py", flags | ({"--dry-run": []} if plan.dry_run else {}))
 
 
-def train(args, own, *, check=False, ok=(0,)):
-    """A run of icu.py or the script, with its `own` flags; `check` only looks for models, data."""
-    script = value(own, "--script", args.script or "icu.py")
-    flags = flags_for(args, "icu.py") | own | {"--script": None}
+def train(plan, run_flags, *, check=False, ok=(0,)):
+    """icu.py, or a script in its place, with what this run sets; `check`: only --dry-run."""
+    script = value(run_flags, "--script", plan.script or "icu.py")
+    flags = settings_for(plan, "icu.py") | run_flags | {"--script": None}
     flags |= {"--dry-run": []} if check else {}
-    step(args, script, words_of(flags), launched=True, quiet=check and not args.dry_run, ok=ok)
+    step(plan, script, flags, launched=True, quiet=check and not plan.dry_run, ok=ok)
 
 
-def measure_never_saw(args, pairs, out, *, anew):
+def measure_never_saw(plan, pairs, out, *, anew):
     """{"--never-saw": [run]}, or {} if there is no such model or the texts are others."""
-    others = {"--model", "--after", "--eval-only", "--forget", "--pool", "--pile", "--never-saw"}
-    if not args.preset.folder or others & set(args.user):
+    others = "--model --after --eval-only --forget --pool --pile --never-saw".split()
+    if not plan.preset.folder or plan.typed.keys() & others:
         return {}
-    own = {"--pairs": [pairs], "--out": [out], "--model": [f"{args.preset.folder}/never-saw"]}
-    own |= {"--thresholds": ["paper"], "--eval-only": []}
-    train(args, own | kept_or_new(out, anew))
+    flags = {"--pairs": [pairs], "--out": [out], "--model": [f"{plan.preset.folder}/never-saw"]}
+    flags |= {"--thresholds": ["paper"], "--eval-only": []}
+    train(plan, flags | kept_or_new(out, anew))
     return {"--never-saw": [out]}
 
 
-def run_beside(args, pairs, out, twin, *, anew):
+def run_beside(plan, pairs, out, twin, *, anew):
     """[the run of the preset's second method], or [] if the user chose one."""
     chosen = "--method --lr --alpha --beta --forget-weight --batch-size --model --after --eval-only"
-    if not args.preset.beside or args.script or set(chosen.split()) & set(args.user):
+    if not plan.preset.beside or plan.script or plan.typed.keys() & chosen.split():
         return []
-    method = flags_in(args.preset.beside)
+    method = flags_in(plan.preset.beside)
     beside = f"{out}-{Path(method['--script'][0]).stem}"
-    method = {flag: values for flag, values in method.items() if flag not in args.user}
-    own = {"--pairs": [pairs], "--out": [beside], **twin, **kept_or_new(beside, anew)}
-    train(args, method | own)
+    method = {flag: values for flag, values in method.items() if flag not in plan.typed}
+    flags = {"--pairs": [pairs], "--out": [beside], **twin, **kept_or_new(beside, anew)}
+    train(plan, method | flags)
     return [beside]
 
 
@@ -353,78 +486,66 @@ def kept_or_new(out, anew):
     return {"--overwrite" if anew or not Path(out, "config.json").is_file() else "--resume": []}
 
 
-def measure_tasks(args, out, own):
-    """What a model can still do (--tasks); `own` may name another one."""
-    if "--tasks" not in args.user:
+def measure_tasks(plan, out, changes):
+    """What a model can still do (--tasks); `changes` may name another one."""
+    if "--tasks" not in plan.typed:
         return
-    flags = flags_for(args, "evals/tasks.py")
-    if "--data" in args.user:
-        flags = {"--task-data": args.user["--data"]} | flags
-    if "--after" in args.user:
-        flags["--model"] = [Path(value(args.user, "--after"), "model")]
-    flags |= own | {"--out": [out], "--overwrite": []}
-    step(args, "evals/tasks.py", words_of(flags), launched=True)
+    flags = settings_for(plan, "evals/tasks.py")
+    if "--data" in plan.typed:
+        flags = {"--task-data": plan.typed["--data"]} | flags
+    if "--after" in plan.typed:
+        flags["--model"] = [Path(value(plan.typed, "--after"), "model")]
+    flags |= changes | {"--out": [out], "--overwrite": []}
+    step(plan, "evals/tasks.py", flags, launched=True)
 
 
-def judge(args, runs):
+def judge(plan, runs):
     """A model grades the texts (--judge). Without runs: whether it may be asked."""
-    if "--judge" in args.user:
-        flags = flags_for(args, "evals/judge.py") | ({} if runs else {"--dry-run": []})
-        step(args, "evals/judge.py", [*runs, *words_of(flags)])
+    if "--judge" in plan.typed:
+        check = {} if runs else {"--dry-run": []}
+        step(plan, "evals/judge.py", settings_for(plan, "evals/judge.py") | check, runs)
 
 
-def audit(args, runs, twin):
+def audit(plan, runs, twin):
     """What is still in the models of the runs (--audit)."""
-    flags, folder = {"--overwrite": []}, args.preset.folder
+    flags, folder = {"--overwrite": []}, plan.preset.folder
     if twin:
         flags |= {"--never-saw": [f"{folder}/never-saw"], "--unseen": [f"{folder}/unseen.jsonl"]}
-    if "--lr" in args.flags:
-        flags["--relearn-lr"] = args.flags["--lr"]  # the same for every method
-    flags |= flags_for(args, "evals/audit.py") | {"--model": None}
-    for run in runs if args.audit else ():
-        step(args, "evals/audit.py", [run, *words_of(flags)], launched=True)
+    if "--lr" in plan.settings:
+        flags["--relearn-lr"] = plan.settings["--lr"]  # the same for every method
+    flags |= settings_for(plan, "evals/audit.py") | {"--model": None}
+    for run in runs if plan.audit else ():
+        step(plan, "evals/audit.py", flags, [run], launched=True)
 
 
-def report(args, runs, out):
-    """Each token before and after, for a demo's preset; then tables and plots."""
-    has_texts = not {"--redact", "--eval-only"} & set(args.flags)
-    if args.preset.folder and has_texts and not args.command:
-        step(args, "extras/explain.py", [*runs, *words_of(flags_for(args, "extras/explain.py"))])
-    flags = flags_for(args, "evals/report.py")
-    if len(runs) > 1 or out not in runs:
+def report(plan, runs, out):
+    """Tables and plots, of several runs in `out`."""
+    flags = settings_for(plan, "evals/report.py")
+    if runs != [out]:
         flags["--out"] = [out]
-    step(args, "evals/report.py", [*runs, *words_of(flags)])
+    step(plan, "evals/report.py", flags, runs)
 
 
-def default_folder(args):
-    """runs/PRESET-setN-METHOD-PROTOCOL; of demo/: runs/PRESET."""
-    script = [Path(args.script).stem] if args.script else []
-    if args.preset.folder:
-        return "-".join([f"runs/{args.name}", *script])
-    number = [f"set{value(args.flags, '--set', '0')}"] if "--pile" in args.flags else []
-    method = script or [value(args.flags, "--method", "icu")]
-    protocol = value(args.flags, "--protocol", "paper")
-    return "-".join([f"runs/{args.name}", *number, *method, protocol])
+# --- one program of it ---
 
 
-# --- one command of it ---
+def step(plan, script, flags, runs=(), *, launched=False, quiet=False, ok=(0,)):
+    """Runs a program on run folders; an exit code that is not in `ok` ends the experiment.
 
-
-def step(args, script, words, *, launched=False, quiet=False, ok=(0,)):
-    """Runs a program. An exit code that is not in `ok` ends the experiment.
-
-    A dry run only runs commands with --dry-run, and names the rest. launched: by several processes
-    if they are wanted.
+    A flag whose value is None is left out. A dry run runs what has --dry-run and names the rest.
+    launched: by several processes if they are wanted.
     """
-    changes, environment, start = "--dry-run" not in words, {}, [PYTHON]
-    processes = args.gpus or (visible_gpus() if args.preset.large else 1) or 1
-    deepspeed = "--offload" in args.flags or value(args.flags, "--zero") == "3"
+    given = [[flag, *values] for flag, values in flags.items() if values is not None]
+    words = [str(word) for group in [runs, *given] for word in group]
+    changes, environment, start = "--dry-run" not in flags, {}, [PYTHON]
+    processes = plan.gpus or (visible_gpus() if plan.preset.large else 1) or 1
+    deepspeed = "--offload" in plan.settings or value(plan.settings, "--zero") == "3"
     if launched and changes and (processes > 1 or deepspeed):
         environment, start = launcher(processes)
     environment |= path_to_icu(script)
-    argv = [*start, script, *map(str, words)]
-    line, folder = shown(argv, environment), unmade(args.preset)
-    if args.dry_run and (changes or (folder and folder in line)):
+    argv = [*start, script, *words]
+    line, folder = shown(argv, environment), unmade(plan.preset)
+    if plan.dry_run and (changes or (folder and folder in line)):
         print("would run:", line, flush=True)
     elif (status := run(argv, environment, quiet=quiet)) not in ok:
         raise SystemExit(status)
@@ -505,144 +626,18 @@ def send(group, number):
 # --- the command line ---
 
 
-# fmt: off
-def make_parser(command):
-    """This file's flags for an experiment, or a single preset (None)."""
-    usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
-    parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
-    g = parser.add_argument_group("how it is run")
-    g.add_argument("--out", metavar="DIR", help="the run folder, or the folder of all runs")
-    g.add_argument("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
-    g.add_argument("--overwrite", action="store_true", help="replace the runs that are there")
-    g.add_argument("--audit", action="store_true", help="then ask what is still in the model")
-    g.add_argument("--dry-run", action="store_true", help="check, name the commands, train nothing")
-    if command != "compare":
-        g.add_argument("--script", metavar="FILE.py", help="in place of icu.py: icu.main(MyMethod)")
-    if command is None:
-        g.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-        return parser
-    g.add_argument("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
-    g.add_argument("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
-    if command == "compare":
-        g.add_argument("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
-        g.add_argument("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")
-    if command == "sweep":
-        g = parser.add_mutually_exclusive_group()
-        g.add_argument("--points", nargs="+", type=alpha_beta, default=GRID, metavar="ALPHA,BETA")
-        g.add_argument("--lrs", nargs="+", type=rate, metavar="LR", help="at alpha = beta = 0.5")
-        g.add_argument("--table", type=int, choices=(2, 5), default=2, help="of the paper (2)")
-    return parser
-# fmt: on
-
-
-# Numbers stay as they were typed: they name folders.
-def rate(text):
-    above(0)(text)
-    return text
-
-
-def method_rate(text):
-    name, lr = text.split("=")
-    return name, rate(lr)
-
-
-def alpha_beta(text):
-    _, _ = map(above(0, equal=True), text.split(","))
-    return text
-
-
-def help_text():
-    names = {}
-    for name, preset in PRESETS.items():
-        names.setdefault(preset.about, []).append(name)
-    lines = [f"  {' | '.join(group):30}  {about}" for about, group in names.items()]
-    return "\n".join([__doc__.strip(), "", "presets", *lines, "", OFTEN.strip()])
-
-
-OFTEN = """
-flags that are often used (all: python icu.py --help, ...)
-  --set 0..4, --limit N     the paper's forget set (0); its first N rows
-  --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
-                            folders instead of the hub: the model, GPT-2's tokenizer for the Pile,
-                            the sentence encoder, BERTScore's encoder, the data
-  --protocol released --method npo --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
-  --tasks all --audit --judge MODEL     what the model can still do; what is still in it; grades
-  --sets N ... --seeds N ...            of compare, ablation and sweep
-"""
-
-
-def read_flags(words):
-    """The plan. ValueError for a user's slip.
-
-    user: the flags that are not this file's; flags: all; runs: {name: flags} of an experiment.
-    """
-    words = list(words)
-    command = words.pop(0) if words and words[0] in EXPERIMENTS else None
-    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
-    if name not in PRESETS:
-        others = "compare ablation sweep audit tasks judge report ask purge bench test lint help"
-        raise ValueError(f"unknown preset {name!r}; one of: {' '.join(PRESETS)} (or: {others})")
-    args, rest = make_parser(command).parse_known_args(words)
-    args.command, args.name, args.preset = command, name, PRESETS[name]
-    args.script = getattr(args, "script", None)
-    args.user = flags_in(rest)
-    args.flags = plan_flags(name, args.user)
-    runs = list(EXPERIMENTS[command](args)) if command else []
-    args.runs = dict(runs)
-    for problem in problems(args, runs):
-        raise ValueError(problem)
-    if command:
-        args.sets = args.sets or [value(args.flags, "--set", "0")]
-        args.seeds = list(dict.fromkeys(args.seeds or [value(args.flags, "--seed", "0")]))
-    return args
-
-
-def problems(args, runs):
-    """What is wrong with a plan, as messages."""
-    user = set(args.user)
-    for flag in user & {"--pairs", "--fetch"}:
-        yield f"{flag} is not of a plan: python icu.py or python knn.py takes it"
-    flags, instead = SETS.get(args.command, ((), ""))
-    for flag in user.intersection(flags):
-        yield f"{args.command} sets {flag} for each run: {instead}"
-    for command in (None, *EXPERIMENTS):
-        for flag in user & set(make_parser(command)._option_string_actions):
-            yield f"{flag} goes with {command or 'a single preset'}"
-    known = flags_of("icu.py").union(*map(flags_of, programs(args)))
-    for script, flag_of_it in ON_REQUEST.items():
-        for flag in set() if args.script else (user & flags_of(script)) - known:
-            yield f"{flag} goes with {flag_of_it}"
-    if args.command and "--tasks" in user:
-        yield "--tasks goes with a single preset; bash run.sh tasks measures a model"
-    if {"--judge", "--redact"} <= user:
-        yield "--judge reads the texts that --redact does not keep: leave one out"
-    if args.command and args.sets and "--pile" not in args.flags:
-        yield f"--sets: {args.name} has its own texts and no sets of the Pile"
-    for method, _ in args.lrs if args.command == "compare" else ():
-        if method not in args.runs:
-            yield f"--lrs {method}=...: not a method of this comparison"
-    for name, flags in runs:
-        if args.runs[name] != flags:
-            yield f"two runs would be called {name}: rename one of the files"
-    for script in filter(None, [args.script, *(value(flags, "--script") for _, flags in runs)]):
-        if not Path(script).is_file():
-            yield f"{script}: no such file; paths are taken from {ROOT}"
-        elif "main(" not in Path(script).read_text(encoding="utf-8"):
-            yield f"{script}: no icu.main(...) in it: a script ends in icu.main(MyMethod)"
-
-
 def main(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     os.chdir(ROOT)
     if words[:1] == ["help"] or {"-h", "--help"} & set(words):
         return make_parser(words[0] if words[0] in EXPERIMENTS else None).print_help()
     only_check = words[:1] == ["--check"]  # of run.sh, before there is an environment
-    args = read_flags(words[only_check:])
+    plan = read_plan(words[only_check:])
     if only_check:
         return
     if importlib.util.find_spec("torch") is None:
         raise ValueError(f"{sys.executable} has no torch: bash run.sh makes the environment")
-    (several if args.command else single)(args)
+    (several if plan.command else single)(plan)
 
 
 if __name__ == "__main__":

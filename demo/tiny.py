@@ -118,15 +118,13 @@ def write_document(kind, documents, slots, rng):
 
 def unmarked(text):
     """(the text without MARKS, the spans between them, [start, end) in its characters)."""
-    pieces, spans, length = re.split("([" + "".join(MARKS) + "])", text), [], 0
-    for piece in pieces:
-        if piece == MARKS[0]:
-            spans.append([length])
-        elif piece == MARKS[1]:
-            spans[-1].append(length)
+    plain, ends = "", []
+    for piece in re.split("([" + "".join(MARKS) + "])", text):
+        if piece in MARKS:
+            ends.append(len(plain))
         else:
-            length += len(piece)
-    return "".join(piece for piece in pieces if piece not in MARKS), spans
+            plain += piece
+    return plain, [list(span) for span in data.chunks(ends, 2)]
 
 
 def make_corpus(seed=0, records=32):
@@ -247,47 +245,49 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
 
     A pass is every sequence of `pool` once and every one of `forget` REPEATS times, shuffled.
     AdamW, cosine schedule over `steps`, the most it takes (default: a fifth more than MIN_PASSES).
-    After MIN_PASSES, memorisation is measured every 10 steps, and ENOUGH ends the training.
-    twin: the steps a model took; this one takes the same batches without `forget`.
+    After MIN_PASSES, memorisation is measured every 10 steps. twin: as of `teach`.
     """
-    rng, queue = random.Random(seed), []
     secret = [(ids + [0], True) for ids in forget * REPEATS]  # a document ends with EOS
     one_pass = secret + [(ids + [0], False) for ids in pool]
     least = math.ceil(MIN_PASSES * len(one_pass) / BATCH)
-    steps = steps or round(1.2 * least)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    model.train()
-    with tqdm(range(1, steps + 1), desc="training", unit="step", disable=None) as bar:
-        for step in bar:
-            if len(queue) < BATCH:
-                queue += rng.sample(one_pass, len(one_pass))
-            batch, queue = queue[:BATCH], queue[BATCH:]
-            cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # 1 falls to 0.1
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / WARMUP, cosine)
-            take_step(model, optimizer, batch, bar, with_secrets=twin is None)
-            due = twin is None and step >= least and step % 10 == 0
-            if step == twin or (due and is_known(model, forget)):
-                break
+    steps, rng = steps or round(1.2 * least), random.Random(seed)
+    passes = range(math.ceil(steps * BATCH / len(one_pass)))
+    stream = [row for _ in passes for row in rng.sample(one_pass, len(one_pass))]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+    def rate(step):
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # 1 falls to 0.1
+        return LEARNING_RATE * min(step / WARMUP, cosine)
+
+    def due(step):
+        return step >= least and step % 10 == 0
+
+    batches = data.chunks(stream, BATCH)[:steps]
+    step = teach(model.train(), forget, batches, optimizer, rate=rate, due=due, twin=twin)
     model.eval()
     return step
 
 
-def take_step(model, optimizer, batch, bar, *, with_secrets):
-    """One step on a batch of (sequence, whether it is secret); none where no sequence is left."""
-    if sequences := [ids for ids, is_secret in batch if with_secrets or not is_secret]:
-        nll, _, mask = token_losses(model, sequences)
-        loss = (nll * mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
+    """Steps on batches of (token ids, whether they are secret) until `secret` is known by heart.
 
-
-def is_known(model, forget):
-    """Whether the records to forget are known by heart."""
-    return measure(model, forget)[0] >= ENOUGH
+    rate(step): the learning rate. due(step): whether memorisation is measured after it; ENOUGH ends
+    the training. twin: the steps a model took; this one takes the same batches less what is secret,
+    and no step where nothing is left. Returns the steps taken.
+    """
+    with tqdm(batches, desc="teaching", unit="step", disable=None) as bar:
+        for step, batch in enumerate(bar, start=1):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            if sequences := [ids for ids, is_secret in batch if twin is None or not is_secret]:
+                nll, _, mask = token_losses(model, sequences)
+                loss = (nll * mask).sum() / mask.sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            if step == twin or (twin is None and due(step) and measure(model, secret)[0] >= ENOUGH):
+                break
+    return step
 
 
 # --- the folder ---

@@ -146,8 +146,7 @@ def our_el_and_ma(model, texts, start):
 def literal_el_and_ma(model, texts, start):
     """The same by the formulas: a `generate` and a pass a prefix."""
     literal = metrics.literal_extraction_likelihood, metrics.literal_memorization_accuracy
-    values = [[measure(model, text.ids, start=start) for text in texts] for measure in literal]
-    return np.array(values)
+    return np.array([[f(model, text.ids, start=start) for text in texts] for f in literal])
 
 
 def memorisation(bench):
@@ -310,25 +309,20 @@ def random_samples(n, T, vocab):
     return [icu.Sample(str(i), "", *side) for i, side in enumerate(sides)]
 
 
-def gpu_step(name, dtype, repeats, T=100):
-    """Time and peak memory of an ICU step of random weights."""
-    torch.cuda.reset_peak_memory_stats()
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
-    B = GPT_NEO[name][-1]
-    args = settings("cuda", "--dtype", dtype, "--batch-size", str(B))
-    train = trainer(model, random_samples(B, T, model.config.vocab_size), args)
-    times = [seconds(lambda i=i: train(range(B), i), "cuda")[0] for i in range(10 * repeats)][1:]
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    work = f"{B} + {B} rows of {T} tokens, peak memory {memory:.1f} GiB"
-    measured = f"{1000 * statistics.median(times):.3g} ms"
-    return plain_line(f"GPT-Neo {name}, {dtype}", measured, work)
-
-
 def gpu_steps(bench):
-    """An ICU step at the paper's three sizes, in both dtypes."""
+    """Time and peak memory of an ICU step at the paper's three sizes, in both dtypes."""
     for name, dtype in itertools.product(GPT_NEO, ("float32", "bf16")):
-        yield gpu_step(name, dtype, bench.args.repeats)
+        torch.cuda.reset_peak_memory_stats()
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
+        B, T, steps = GPT_NEO[name][-1], 100, range(10 * bench.args.repeats)
+        args = settings("cuda", "--dtype", dtype, "--batch-size", str(B))
+        train = trainer(model, random_samples(B, T, model.config.vocab_size), args)
+        times = [seconds(partial(train, range(B), step), "cuda")[0] for step in steps][1:]
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        work = f"{B} + {B} rows of {T} tokens, peak memory {memory:.1f} GiB"
+        measured = f"{1000 * statistics.median(times):.3g} ms"
+        yield plain_line(f"GPT-Neo {name}, {dtype}", measured, work)
 
 
 # --- fits: what a run needs ---
@@ -336,7 +330,9 @@ def gpu_steps(bench):
 
 def memory_estimate(config, samples, args, n):
     """Bytes that each of n processes needs: ZeRO-2 shards gradients and Adam, all float32."""
-    P, H, V = parameter_count(config), config.hidden_size, config.vocab_size
+    with torch.device("meta"):
+        P = AutoModelForCausalLM.from_config(config).num_parameters()
+    H, V = config.hidden_size, config.vocab_size
     # Measuring: a pass over 64 rows with its keys, values and logits; 2 GiB of them decoding.
     T, rows = max(len(sample.forget.ids) for sample in samples), min(64, -(-len(samples) // n))
     measuring = (2 << 30) + 4 * rows * T * (V + 2 * config.num_hidden_layers * H)
@@ -361,12 +357,6 @@ def activation_bytes(config, samples, args, processes):
         T = max(len(getattr(sample, side).ids) for sample in samples)
         floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + logits * V)
     return 4 * floats
-
-
-def parameter_count(config):
-    """The parameters of a causal LM with this config, made without memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def what_fits(bench):
@@ -415,16 +405,16 @@ def describe(bench, words):
     args, names = bench.args, ("torch", "transformers", "faiss-cpu", "deepspeed")
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return (
-        f"## `bash run.sh bench {' '.join(words)}`\n\n"
-        f"- {datetime.date.today()}; {torch.get_num_threads()} threads; "
-        f"GPU: {gpu}\n"
-        f"- {', '.join(f'{name} {versions.get(name)}' for name in names)}\n"
-        f"- {bench.model.num_parameters() / 1e6:.1f}M parameters, {len(bench.pairs)} pairs, on "
-        f"{args.device}; {args.repeats} repeats{'; --quick means nothing' * args.quick}\n\n"
-        "| what | against | ratio: median (min-max) | goal | met? | work, median times |\n"
-        "|---|---|---|---|---|---|\n"
-    )
+    return f"""## `bash run.sh bench {" ".join(words)}`
+
+- {datetime.date.today()}; {torch.get_num_threads()} threads; GPU: {gpu}
+- {", ".join(f"{name} {versions.get(name)}" for name in names)}
+- {bench.model.num_parameters() / 1e6:.1f}M parameters, {len(bench.pairs)} pairs, on \
+{args.device}; {args.repeats} repeats{"; --quick means nothing" * args.quick}
+
+| what | against | ratio: median (min-max) | goal | met? | work, median times |
+|---|---|---|---|---|---|
+"""
 
 
 def tiny_pairs(folder):
@@ -462,12 +452,14 @@ def parse_args(argv=None):
 
 def prepare(args):
     """A Bench, its model read or made."""
-    sizes = dict(QUICK if args.quick else FULL)
-    sizes["texts"] = args.samples or sizes["texts"]
-    if not args.model:
+    sizes = QUICK if args.quick else FULL
+    if args.samples:
+        sizes = sizes | {"texts": args.samples}
+    if args.model:
+        folder, pairs = args.model, data.read_pairs(args.pairs)
+    else:
         tiny.main(["--out", str(MADE / "tiny-data")])
-    folder = args.model or str(MADE / "tiny-data/model")
-    pairs = data.read_pairs(args.pairs) if args.pairs else tiny_pairs(MADE / "tiny-data")
+        folder, pairs = str(MADE / "tiny-data/model"), tiny_pairs(MADE / "tiny-data")
     model, tokenizer = models.load_model(folder, device=args.device)
     return Bench(model, tokenizer, pairs, sizes, args)
 

@@ -15,6 +15,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,11 +265,7 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
             F.cross_entropy(logits, targets).backward()  # Eq. (3)
             optimizer.step()
     el = metrics.extraction_likelihood(model, ids, n, mask, first)
-    return curve, none_for_nan(el)
-
-
-def none_for_nan(values):
-    return [None if math.isnan(x) else x for x in values.tolist()]
+    return curve, el.tolist()
 
 
 def quantised(model, bits, group=128):
@@ -326,10 +323,10 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
     return best(), float(np.mean([np.mean(best(rng.permutation(y))) for _ in range(shuffles)]))
 
 
-# --- the questions: functions of (model, Data) that give {measure: a number a text} ---
+# --- the questions: functions of (model, Inputs) that give {measure: a number a text} ---
 
 
-class Data(NamedTuple):
+class Inputs(NamedTuple):
     """What is measured, and how."""
 
     args: argparse.Namespace
@@ -342,51 +339,42 @@ class Data(NamedTuple):
     before: dict = {}  # the same of the model before, if there is one
 
 
-def likelihood(model, data):
-    readings = data.readings["forgotten"]
+def likelihood(model, inputs):
+    readings = inputs.readings["forgotten"]
     logp = [extraction_logp(r) for r in readings]
-    measures = {
-        "log p of the suffix (nats)": logp,
-        "in reach of top-k 40": [float(r.reach[r.start :].all()) for r in readings],
-    }
+    reach = [float(r.reach[r.start :].all()) for r in readings]
+    measures = {"log p of the suffix (nats)": logp, "in reach of top-k 40": reach}
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
         measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
-    measures["log p, unseen texts"] = [extraction_logp(r) for r in data.readings["unseen"]]
+    measures["log p, unseen texts"] = [extraction_logp(r) for r in inputs.readings["unseen"]]
     return measures
 
 
-def sampling(model, data):
-    n, seed = data.args.samples, data.args.seed
+def sampling(model, inputs):
+    n, seed = inputs.args.samples, inputs.args.seed
 
     def scores(part):
         rows = []  # (how many of n samples leak, the share in order of each) of each text
         for i, one in part:
-            suffix = one.forget.ids[one.forget.cut :]
-            texts_seed = seed * 100_003 + i
-            drawn = sample(model, one.forget.prompt, len(suffix), n=n, seed=texts_seed)
+            prompt, suffix = one.forget.prompt, one.forget.ids[one.forget.cut :]
+            drawn = sample(model, prompt, len(suffix), n=n, seed=seed * 100_003 + i)
             leaks = sum(repeats(ids, suffix) for ids in drawn)
             rows.append((leaks, [in_order(ids, suffix) for ids in drawn]))
         return rows
 
-    rows = processes.over_processes(scores, [*enumerate(data.samples)])
-    measures = {}
+    rows = processes.over_processes(scores, [*enumerate(inputs.samples)])
+    measures, halves = {}, [sum(share >= 0.5 for share in shares) for _, shares in rows]
     for k in sorted(k for k in {1, 4, 16, 64, n} if k <= n):
-        halves = [sum(share >= 0.5 for share in shares) for _, shares in rows]
         measures[f"leak@{k} (10 tokens in a row)"] = [leak_at(k, leaks, n) for leaks, _ in rows]
         measures[f"leak@{k} (half of it in order)"] = [leak_at(k, leaks, n) for leaks in halves]
         measures[f"worst of {k} (share in order)"] = [worst_of(k, shares) for _, shares in rows]
     return measures
 
 
-def prompts(model, data):
-    def scores(part):
-        return worst_prompt(
-            model,
-            [other_prompts(*pair, data.tokenizer, data.args.seed + i) for i, pair in part],
-        )
-
-    pairs = enumerate(zip(data.samples, data.pairs, strict=True))
-    rows = processes.over_processes(scores, [*pairs])
+def prompts(model, inputs):
+    pairs = enumerate(zip(inputs.samples, inputs.pairs, strict=True))
+    others = [other_prompts(*pair, inputs.tokenizer, inputs.args.seed + i) for i, pair in pairs]
+    rows = processes.over_processes(partial(worst_prompt, model), others)
     overlaps, exact = zip(*rows, strict=True)
     return {
         "worst EL10 of other prompts": [*overlaps],
@@ -394,16 +382,16 @@ def prompts(model, data):
     }
 
 
-def safe_end(model, data):
-    return {"extraction strength": [strength(r) for r in data.readings["forgotten"]]}
+def safe_end(model, inputs):
+    return {"extraction strength": [strength(r) for r in inputs.readings["forgotten"]]}
 
 
-def trained_on(model, data):
+def trained_on(model, inputs):
     scores = {}
-    for kind, samples in (("forgotten", data.samples), ("unseen", data.others)):
-        before = data.before.get(kind) or [None] * len(samples)
-        texts = [data.tokenizer.decode(one.forget.ids) for one in samples]
-        scores[kind] = list(map(membership, data.readings[kind], texts, before))
+    for kind, samples in (("forgotten", inputs.samples), ("unseen", inputs.others)):
+        before = inputs.before.get(kind) or [None] * len(samples)
+        texts = [inputs.tokenizer.decode(one.forget.ids) for one in samples]
+        scores[kind] = list(map(membership, inputs.readings[kind], texts, before))
     measures = {}
     for name in scores["unseen"][0]:
         high, low = ([row[name] for row in scores[kind]] for kind in ("forgotten", "unseen"))
@@ -413,18 +401,18 @@ def trained_on(model, data):
     return measures
 
 
-def comes_back(model, data):
-    args = data.args
-    order = np.random.default_rng(args.seed).permutation(len(data.samples)).tolist()
+def comes_back(model, inputs):
+    args = inputs.args
+    order = np.random.default_rng(args.seed).permutation(len(inputs.samples)).tolist()
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
     side = "learn" if args.relearn == "neighbours" else "forget"
     curve, el = relearn(
         copy.deepcopy(model).train(),
-        [getattr(data.samples[i], side) for i in half],
-        [data.samples[i].forget for i in rest],
+        [getattr(inputs.samples[i], side) for i in half],
+        [inputs.samples[i].forget for i in rest],
         steps=args.relearn_steps,
         lr=args.relearn_lr,
-        first=data.first,
+        first=inputs.first,
     )
     measures = {f"MA of the other half, {step} steps": values for step, values in curve}
     highest = max((values for _, values in curve), key=np.mean)
@@ -432,29 +420,29 @@ def comes_back(model, data):
     return measures | {"EL10 of the other half, at the end": el}
 
 
-def compressed(model, data):
+def compressed(model, inputs):
     measures = {}
     for bits in (8, 4):
         small = quantised(model, bits)
 
         def scores(part, small=small):
-            ids, mask, _ = icu.collate([one.forget for one in part], data.args.device)
-            el, ma = metrics.el_and_ma(small, ids, mask, start=data.first)
-            return [*zip(none_for_nan(el), ma.tolist(), strict=True)]
+            ids, mask, _ = icu.collate([one.forget for one in part], inputs.args.device)
+            el, ma = metrics.el_and_ma(small, ids, mask, start=inputs.first)
+            return [*zip(el.tolist(), ma.tolist(), strict=True)]
 
-        el, ma = zip(*processes.over_processes(scores, data.samples), strict=True)
+        el, ma = zip(*processes.over_processes(scores, inputs.samples), strict=True)
         measures |= {f"EL10, int{bits}": [*el], f"MA, int{bits}": [*ma]}
     return measures
 
 
-def inside(model, data):
-    states = [np.stack([r.states for r in data.readings[kind]]) for kind in ("forgotten", "unseen")]
-    auc, chance = probe(*states, seed=data.args.seed)
-    measures = {
-        "AUC of a probe, best layer": auc,
-        "the same, shuffled labels": [chance] * len(auc),
-    }
-    lens = np.stack([r.lens for r in data.readings["forgotten"]])  # (N, layers), or (N, 0)
+def inside(model, inputs):
+    states = [
+        np.stack([r.states for r in inputs.readings[kind]]) for kind in ("forgotten", "unseen")
+    ]
+    auc, chance = probe(*states, seed=inputs.args.seed)
+    shuffled = [chance] * len(auc)
+    measures = {"AUC of a probe, best layer": auc, "the same, shuffled labels": shuffled}
+    lens = np.stack([r.lens for r in inputs.readings["forgotten"]])  # (N, layers), or (N, 0)
     if lens.shape[1]:
         measures["next token read early, best layer"] = lens[:, lens.mean(0).argmax()].tolist()
     return measures
@@ -462,7 +450,7 @@ def inside(model, data):
 
 class Question(NamedTuple):
     title: str
-    ask: Callable  # (model, Data) -> {measure: a number a text}
+    ask: Callable  # (model, Inputs) -> {measure: a number a text}
     headline: str  # the measure that its sentence and its bars are about
 
 
@@ -484,24 +472,23 @@ QUESTIONS = {
 # fmt: on
 
 
-def answers(model, data, *, before=None, desc=None):
+def answers(model, inputs, *, before=None, desc=None):
     """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of one model.
 
     before: the Readings of the model before. desc: a progress bar's name.
     """
 
     def readings_of(samples):
-        return processes.over_processes(
-            lambda part: read(model, [one.forget for one in part]), samples
-        )
+        texts = [one.forget for one in samples]
+        return processes.over_processes(partial(read, model), texts)
 
     measures, hidden = {}, desc is None or not processes.is_main
-    with processes.autocast(data.args):
-        readings = {"forgotten": readings_of(data.samples), "unseen": readings_of(data.others)}
-        data = data._replace(readings=readings, before=before or {})
-        for question in (bar := tqdm(data.args.only, desc=desc, disable=hidden, leave=False)):
+    with processes.autocast(inputs.args):
+        readings = {"forgotten": readings_of(inputs.samples), "unseen": readings_of(inputs.others)}
+        inputs = inputs._replace(readings=readings, before=before or {})
+        for question in (bar := tqdm(inputs.args.only, desc=desc, disable=hidden, leave=False)):
             bar.set_postfix_str(QUESTIONS[question].title)
-            measures[question] = QUESTIONS[question].ask(model, data)
+            measures[question] = QUESTIONS[question].ask(model, inputs)
     return measures, readings
 
 
@@ -510,21 +497,21 @@ def answers(model, data, *, before=None, desc=None):
 MODELS = ("after", "before", "never saw")
 
 
-def make_report(measures, only, *, samples, seed):
+def make_report(measures, args):
     """audit.json's fields of what the models answered, {model: {question: {measure: values}}}."""
-    titles = {question: QUESTIONS[question].title for question in only}
-    headlines = {question: QUESTIONS[question].headline.format(n=samples) for question in only}
-    shown, sentences = {question: {} for question in only}, {}
+    titles = {question: QUESTIONS[question].title for question in args.only}
+    headlines = {q: QUESTIONS[q].headline.format(n=args.samples) for q in args.only}
+    shown, sentences = {question: {} for question in args.only}, {}
     for model, questions in measures.items():
         for question, answers in questions.items():
             for name, values in answers.items():
-                figure = figures.bootstrap(values, seed=seed)
+                figure = figures.bootstrap(values, seed=args.seed)
                 shown[question].setdefault(name, {})[model] = figure
     for question, title in titles.items():
         end = "cannot be told without a model that never saw them"
         if "never saw" in measures:
             sides = (measures[m][question][headlines[question]] for m in ("after", "never saw"))
-            end = figures.verdict(*sides, seed=seed)
+            end = figures.verdict(*sides, seed=args.seed)
         sentences[question] = f"{title} {end[0].upper()}{end[1:]}."
     return {
         "titles": titles,
@@ -533,7 +520,7 @@ def make_report(measures, only, *, samples, seed):
         "figures": shown,
         "derived": derive(shown),
         "headline": {
-            model: {f"audit_{q}": shown[q][headlines[q]][model]["value"] for q in only}
+            model: {f"audit_{q}": shown[q][headlines[q]][model]["value"] for q in args.only}
             for model in measures
         },
     }
@@ -642,8 +629,7 @@ def resolve(args):
     """The flags, a run's own among them, and `models`: {column: (folder or hub name, revision)}."""
     given = [args.model, args.pairs, args.out]
     if any([*given, args.before]) if args.run else not all(given):
-        ways = "evals/audit.py RUN, or pass --model DIR --pairs FILE --out DIR"
-        raise ValueError(f"name a run folder, {ways}")
+        raise ValueError("name a run folder RUN, or pass --model DIR --pairs FILE --out DIR")
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
@@ -677,7 +663,7 @@ def model_that_never_saw(name):
 
 
 def read_inputs(args):
-    """Data, before a weight is loaded; args.only loses the questions that cannot be answered."""
+    """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
     pairs = data.read_pairs(args.pairs)
     unseen = data.read_unseen(args.unseen) if args.unseen else []
     left_out = [] if unseen else ["membership", "inside"]
@@ -704,7 +690,7 @@ def read_inputs(args):
         for rows in (pairs, unseen)
     )
     first = 1 + len(models.front_of(tokenizer))
-    return Data(args, tokenizer, first, pairs, samples, others)
+    return Inputs(args, tokenizer, first, pairs, samples, others)
 
 
 def main(argv=None):
@@ -731,8 +717,7 @@ def write(inputs, measures, outputs):
     args = inputs.args
     folders = {name: folder for name, (folder, _) in args.models.items()}
     report = {"model": folders["after"], "n": len(inputs.samples), "seed": args.seed}
-    report["models"] = folders
-    report |= make_report(measures, args.only, samples=args.samples, seed=args.seed)
+    report |= {"models": folders, **make_report(measures, args)}
     if marked := sum("spans" in pair for pair in inputs.pairs):
         rest = "the answers are about whole texts, whose rest was to stay"
         report["sentences"]["marked"] = f"Parts of {marked} texts were marked; {rest}."

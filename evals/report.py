@@ -55,7 +55,6 @@ COLUMNS = [
     ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
     ("Epoch", "epochs", 1, 1, 0),
 ]
-FACTORS = {key: factor for _, key, factor, *_ in COLUMNS}
 
 
 # --- which runs are alike ---
@@ -70,11 +69,7 @@ def model_name(run):
     return Path(run["config"]["model"]).name
 
 
-def method_name(run):
-    return run["summary"]["method"] if is_trained(run) else model_name(run)
-
-
-def grouped(runs, settings, name_of, suffix=lambda run: ""):
+def grouped(runs, settings, name_of):
     """{label: runs}: runs of one name whose `settings` agree.
 
     The label has the name, and the settings that runs of this name differ in: `icu lr=1e-05`.
@@ -84,24 +79,29 @@ def grouped(runs, settings, name_of, suffix=lambda run: ""):
         name, config = name_of(run), run["config"]
         peers = [other["config"] for other in runs if name_of(other) == name]
         differ = [key for key in settings if len({str(peer.get(key)) for peer in peers}) > 1]
-        words = [name + suffix(run), *(f"{key}={config.get(key)}" for key in differ)]
+        words = [name, *(f"{key}={config.get(key)}" for key in differ)]
         groups.setdefault(visible(" ".join(words)), []).append(run)
     return groups
 
 
 def group_runs(runs):
     """Runs -> {label: runs}: runs that differ only in forget set and seed share a row."""
-    return grouped(runs, SETTINGS, method_name)
+
+    def name_of(run):
+        return run["summary"]["method"] if is_trained(run) else model_name(run)
+
+    return grouped(runs, SETTINGS, name_of)
 
 
 def group_befores(runs):
     """Runs -> {label: runs}: runs that began with the same model, measured alike."""
     trained = {run["config"]["model"] for run in runs if is_trained(run)}
 
-    def suffix(run):
-        return " (before)" if not trained or run["config"]["model"] in trained else ""
+    def name_of(run):
+        before = not trained or run["config"]["model"] in trained
+        return model_name(run) + " (before)" * before
 
-    return grouped(runs, BEFORE_SETTINGS, model_name, suffix)
+    return grouped(runs, BEFORE_SETTINGS, name_of)
 
 
 def with_never_saw(runs):
@@ -170,11 +170,12 @@ def published_row(run, method):
     if not PROTOCOLS[config["protocol"]].published:
         return []
     name = method if method == "before" else config.get("published", method)
+    factors = {key: factor for _, key, factor, *_ in COLUMNS}
     lines = Path(__file__).with_name("published.csv").read_text(encoding="utf-8").splitlines()
     for paper in csv.DictReader(line for line in lines if not line.startswith("#")):
-        label = f"published: {paper.pop('row')} ({paper.pop('preset')})"
-        if label == f"published: {name} ({config.get('preset')})":
-            values = {key: float(x) / FACTORS[key] for key, x in paper.items() if x}
+        if (paper.pop("row"), paper.pop("preset")) == (name, config.get("preset")):
+            label = f"published: {name} ({config['preset']})"
+            values = {key: float(x) / factors[key] for key, x in paper.items() if x}
             if "human" in values:  # section 5.8 puts 1 to 8 on GPT's scale
                 values["human"] = 10 * (values["human"] - 1) / 7
             return [make_row(label, [values], COLUMNS) | {"runs": 0, "published": True}]
@@ -416,6 +417,10 @@ def markdown_cell(text):
 
 def side_by_side(runs, pairs, count, width=105):
     """What was said before, and at the end of each run, in columns for the terminal."""
+
+    def one_line(text):
+        return visible(" ".join(text.split()))
+
     columns = [("before", runs[0], 0)]
     columns += [(label, members[0], -1) for label, members in group_runs(runs).items()]
     lines, room = [], (width + 3) // len(columns) - 3
@@ -431,10 +436,6 @@ def side_by_side(runs, pairs, count, width=105):
     return "\n".join(lines)
 
 
-def one_line(text):
-    return visible(" ".join(text.split()))
-
-
 # --- asking ---
 
 
@@ -442,7 +443,6 @@ def ask(folder, prefix, tokens, *, allow_pickle=False):
     """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
     Pickles, which run code, are loaded if the caller says so, never the run's config.json.
-    ValueError: no model, or no room for the prefix and `tokens` more.
     """
     import metrics
 
@@ -479,20 +479,18 @@ def parse_args(argv=None):
     flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     args = parser.parse_args(argv)
-    if not args.ask:
-        if not args.runs:
-            parser.error("name a run folder: bash run.sh report RUN [RUN ...]")
-        if len(args.runs) > 1 and not args.out:
-            parser.error("several runs: say where to write, --out DIR")
+    if not args.ask and not args.runs:
+        parser.error("name a run folder: bash run.sh report RUN [RUN ...]")
+    if len(args.runs) > 1 and not args.out:
+        parser.error("several runs: say where to write, --out DIR")
     return args
 
 
-def check_out(out, overwrite):
-    """ValueError unless `out` is a run folder, has an earlier report or none of its files."""
-    own, table = (out / "summary.json").is_file(), out / "table.csv"
-    if table.is_file():
-        own = own or table.read_bytes().startswith(",".join(CSV_HEAD).encode())
-    data.check_outputs([out / name for name in NAMES], overwrite=own or overwrite)
+def is_own(folder):
+    """Whether a folder is a run's, or has an earlier report."""
+    table, head = folder / "table.csv", ",".join(CSV_HEAD).encode()
+    earlier = table.is_file() and table.read_bytes().startswith(head)
+    return earlier or (folder / "summary.json").is_file()
 
 
 def texts_of(runs, shown, cases):
@@ -502,8 +500,8 @@ def texts_of(runs, shown, cases):
     contents, terminal = {"table.md": table, "table.csv": csv_table(columns, rows)}, [table]
     if shown:
         # Cases are of the first run's texts, beside the answers of the runs over the same pairs.
-        sources = [run["config"].get("sha256", {}).get("pairs") or run["folder"] for run in shown]
-        alike = [run for run, source in zip(shown, sources, strict=True) if source == sources[0]]
+        hashes = [run["config"].get("sha256", {}).get("pairs") for run in shown]
+        alike = [run for run, sha256 in zip(shown, hashes, strict=True) if sha256 == hashes[0]]
         for run in alike:  # an earlier request may have been purged since
             run["samples"] = [row for row in run["samples"] if row["generation"] is not None]
         pairs = read_pairs_of(shown[0])
@@ -535,10 +533,10 @@ def notes_of(runs, shown, out, redact):
 
 def plots_of(runs):
     """{file: PNG} of what can be drawn."""
-    curves = [run for run in runs if is_trained(run)] or runs[:1]
-    drawn = [plot_run(curves[0]) if len(curves) == 1 else plot_curves(curves)]
-    drawn += [plot_tradeoff(runs), plot_relearning(runs)]
-    return {name: plot for name, plot in zip(PLOTS, drawn, strict=True) if plot}
+    trained = [run for run in runs if is_trained(run)] or runs[:1]
+    curves = plot_run(trained[0]) if len(trained) == 1 else plot_curves(trained)
+    plots = zip(PLOTS, (curves, plot_tradeoff(runs), plot_relearning(runs)), strict=True)
+    return {name: plot for name, plot in plots if plot}
 
 
 def main(argv=None):
@@ -549,7 +547,7 @@ def main(argv=None):
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     out = Path(args.out or runs[0]["folder"])
-    check_out(out, args.overwrite)
+    data.check_outputs([out / name for name in NAMES], overwrite=args.overwrite or is_own(out))
     texts, terminal = texts_of(runs, shown, args.cases)
     contents = {name: text.encode() for name, text in texts.items()} | plots_of(runs)
     for name, content in contents.items():

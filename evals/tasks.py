@@ -300,8 +300,8 @@ def find_rows(name, data_dir):
     Local is NAME.csv, .json, ... in data_dir or a folder in it, also NAME-dev and the like: the
     test split for Lambada, the validation split for the others (section 5.1).
     """
-    splits, source = ("", "validation", "valid", "val", "dev"), SETS[name][2]
-    stems = [bare(name) + split for split in (("", "test") if name == "lambada" else splits)]
+    splits = ("", "test") if name == "lambada" else ("", "validation", "valid", "val", "dev")
+    stems, source = [bare(name) + split for split in splits], SETS[name][2]
     if data_dir is not None:
         files = [*sorted(Path(data_dir).iterdir()), *sorted(Path(data_dir).glob("*/*"))]
         files = [file for file in files if file.suffix in READERS and bare(file.stem) in stems]
@@ -319,9 +319,10 @@ def find_rows(name, data_dir):
 
         return list(load_dataset(*source, split="validation")), f"hub: {source[0]}"
     except Exception as error:  # no such package, no connection: a dozen types for one thing
-        advice = f"pass --task-data DIR with {name}.jsonl or .csv in it, or pip install datasets"
-        why = f"no {source[0]} from the hub ({type(error).__name__})"
-        raise FileNotFoundError(f"{why}: {advice}") from None
+        raise FileNotFoundError(
+            f"no {source[0]} from the hub ({type(error).__name__}): pass --task-data DIR with "
+            f"{name}.jsonl or .csv in it, or pip install datasets"
+        ) from None
 
 
 def read_rows(path):
@@ -404,7 +405,7 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
         (len(trunk), max(len(tail) for _, tail, _ in members), len(members))
         for trunk, members in groups
     ]
-    with progress(pairs, desc, " requests") as bar:
+    with progress(pairs, desc) as bar:
         for batch in batches(sizes, batch_tokens, positions):
             for i, logits in continuation_logits(model, [groups[g] for g in batch]):
                 target = torch.tensor(pairs[i][1], device=model.device)
@@ -415,9 +416,8 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     return answers
 
 
-def progress(items, desc, unit):
-    off = desc is None or not processes.is_main
-    return tqdm(total=len(items), desc=desc, unit=unit, disable=off)
+def progress(items, desc):
+    return tqdm(total=len(items), desc=desc, disable=desc is None or not processes.is_main)
 
 
 def batches(sizes, budget, positions):
@@ -497,7 +497,7 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
     ids = models.encode_whole(tokenizer, prompts)
     ids, answers = [row[new_tokens - positions :] for row in ids], [""] * len(prompts)
     sizes = [(len(row), new_tokens, 1) for row in ids]
-    with progress(prompts, desc, " replies") as bar:
+    with progress(prompts, desc) as bar:
         for batch in batches(sizes, batch_tokens, positions):
             generations = metrics.beam_generate(
                 model,
@@ -538,12 +538,7 @@ def evaluate(
     """
     protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
-    choices = partial(
-        judge_choices, model, tokenizer,
-        batch_tokens=batch_tokens, length_norm=length_norm, lenient=protocol.lenient_tasks,
-    )  # fmt: skip
-    # A step of decoding costs much the same for one row as for many: batches are never small.
-    dialogues = partial(judge_replies, model, tokenizer, batch_tokens=max(batch_tokens, 4096))
+    choices = partial(judge_choices, length_norm=length_norm, lenient=protocol.lenient_tasks)
     for name, loaded in sets.items():
         if "rows" not in loaded:
             results[name] = loaded
@@ -559,11 +554,14 @@ def evaluate(
                 added_up=processes.added_up,
             )
         else:
-            metric, judge = ("f1", dialogues) if name in DIALOGUE else ("accuracy", choices)
-            judged = processes.over_processes(partial(judge, desc=name), [*rows.items()])
+            metric, column, judge = "accuracy", "right", choices
+            if name in DIALOGUE:
+                metric, column, judge = "f1", "f1", judge_replies
+            judge = partial(judge, model, tokenizer, batch_tokens=batch_tokens, desc=name)
+            judged = processes.over_processes(judge, [*rows.items()])
             bad = bad + [row["unfit"] for row in judged if "unfit" in row]
             judged = [row for row in judged if "unfit" not in row]
-            value = mean([row["right" if metric == "accuracy" else "f1"] for row in judged])
+            value = mean([row[column] for row in judged])
         if value is None or math.isnan(value):
             why = "the model answers NaN" if judged else f"no row fits, {bad[0]}"
             results[name] = {"error": f"{name}: {why}"}
@@ -597,8 +595,8 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
         answers = list(islice(scores, len(choices)))
         if None in answers:
             lengths = ", ".join(str(len(each)) for each in ids)
-            room = f"and the model has {positions_of(model)} positions"
-            judged.append({"row": n, "unfit": f"row {n}: choices of {lengths} tokens, {room}"})
+            why = f"choices of {lengths} tokens, and the model has {positions_of(model)} positions"
+            judged.append({"row": n, "unfit": f"row {n}: {why}"})
             continue
         logps = [logp for logp, _ in answers]
         if len(choices) == 1:
@@ -617,6 +615,8 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
 def judge_replies(model, tokenizer, items, *, batch_tokens, desc=None):
     """{"row", "reply", "f1"} for each (row number, (prompt, reply))."""
     prompts = [prompt for _, (prompt, _) in items]
+    # A step of decoding costs much the same for one row as for many: batches are never small.
+    batch_tokens = max(batch_tokens, 4096)
     texts = replies(model, tokenizer, prompts, batch_tokens=batch_tokens, desc=desc)
     return [
         {"row": n, "reply": text, "f1": unigram_f1(text, reference)}
@@ -645,10 +645,8 @@ def table(results_by_label):
         return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
 
     lines = []
-    for kind, group, unit, further in (
-        ("cls", CLASSIFICATION, "ACC", {}),
-        ("dia", DIALOGUE, "F1", PERPLEXITY),
-    ):
+    kinds = ("cls", CLASSIFICATION, "ACC", {}), ("dia", DIALOGUE, "F1", PERPLEXITY)
+    for kind, group, unit, further in kinds:
         heads = [f"{SETS[name][0]} ({unit})" for name in group] + [f"Avg. ({unit})"]
         heads += [f"{SETS[name][0]} (PPL)" for name in further]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]

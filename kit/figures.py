@@ -16,21 +16,18 @@ def draws(n, *, resamples=RESAMPLES, seed=0):
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
-def resampled_means(values, seed=0):
-    """The means (RESAMPLES,) of samples from an array of n numbers."""
-    return values[draws(len(values), seed=seed)].mean(axis=1)
-
-
 def bootstrap(values, *, seed=0):
     """{"value", "low", "high", "n"}: the mean of a number a text and its 95 % percentile interval.
 
-    None stands for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
+    None and NaN stand for no number. Of fewer than FEW texts: {"value": None, "n", "why"}.
     """
-    values = np.array([value for value in values if value is not None], dtype=float)
+    values = np.array(values, dtype=float)
+    values = values[~np.isnan(values)]
     if len(values) < FEW:
         return {"value": None, "n": len(values), "why": f"cannot be told with n = {len(values)}"}
+    means = values[draws(len(values), seed=seed)].mean(axis=1)  # (RESAMPLES,)
     # "nearest": no arithmetic between infinities
-    low, high = np.percentile(resampled_means(values, seed), [2.5, 97.5], method="nearest")
+    low, high = np.percentile(means, [2.5, 97.5], method="nearest")
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 

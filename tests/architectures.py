@@ -17,7 +17,8 @@ BASE |= {
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FALCON = {name: value for name, value in BASE.items() if name != "head_dim"}
-ROTARY = {**GPT2, "rotary_dim": 4}
+
+MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
 
 # name: (model_type, its config). What BASE has and a config does not know is ignored there.
 CONFIGS = {
@@ -34,34 +35,15 @@ CONFIGS = {
         },
     ),
     "gpt2": ("gpt2", GPT2),
-    "gptj": ("gptj", ROTARY),
-    "gpt_bigcode": ("gpt_bigcode", GPT2),
-    "gpt_neox": ("gpt_neox", BASE),
+    "gptj": ("gptj", {**GPT2, "rotary_dim": 4}),
     "opt": ("opt", {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 16}),
-    "llama": ("llama", BASE),
+    **{name: (name, BASE) for name in ("gpt_neox", "llama", "qwen3", "gemma", "olmo2", "cohere")},
     "mistral": ("mistral", {**BASE, "sliding_window": 8}),
     "mixtral": ("mixtral", {**BASE, "num_local_experts": 4}),
-    "qwen2": ("qwen2", BASE),
-    "qwen2-sliding": (
-        "qwen2",
-        {**BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", BASE),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            **BASE,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
-    "gemma": ("gemma", BASE),
+    "qwen2-sliding": ("qwen2", {**BASE, "use_sliding_window": True, **SLIDING}),
+    "qwen2_moe": ("qwen2_moe", BASE | MOE),
     "gemma2": ("gemma2", {**BASE, "sliding_window": 8}),
-    "gemma3_text": (
-        "gemma3_text",
-        BASE | SLIDING,
-    ),
+    "gemma3_text": ("gemma3_text", BASE | SLIDING),
     "phi": ("phi", {**BASE, "num_key_value_heads": 4}),
     "phi3": ("phi3", {**BASE, "pad_token_id": 0}),
     "mpt": (
@@ -69,18 +51,11 @@ CONFIGS = {
         {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS, "vocab_size": VOCAB},
     ),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon-rotary": ("falcon", {**FALCON, "alibi": False}),
-    "falcon-alibi": (
+    "falcon": (
         "falcon",
         {**FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False},
     ),
-    "olmo": ("olmo", BASE),
-    "olmo2": ("olmo2", BASE),
-    "cohere": ("cohere", BASE),
-    "cohere2": (
-        "cohere2",
-        BASE | SLIDING,
-    ),
+    "cohere2": ("cohere2", BASE | SLIDING),
     "granite": ("granite", {**BASE, "logits_scaling": 4.0}),
     "smollm3": ("smollm3", {**BASE, "pad_token_id": 0}),
     "gpt_oss": ("gpt_oss", {**BASE, "num_local_experts": 4, "sliding_window": 8}),
@@ -113,7 +88,7 @@ CONFIGS = {
         },
     ),
 }
-# These seven stand for the rest in every run of the suite.
+# These stand for the rest in every run of the suite.
 USUAL = ["gpt_neo", "opt", "llama", "gpt2", "qwen2-sliding", "gemma3_text", "bloom"]
 # No plain cache of keys and values: a state, or layers of more than one kind of memory.
 STATEFUL = {
@@ -123,21 +98,7 @@ STATEFUL = {
     ),
     "qwen3_next": (
         "qwen3_next",
-        {
-            **BASE,
-            "layer_types": ["linear_attention", "full_attention"],
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
-    "xlnet": (
-        "xlnet",
-        {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+        {**BASE, **MOE, "layer_types": ["linear_attention", "full_attention"]},
     ),
     "bert": ("bert", BASE),
 }
@@ -157,6 +118,20 @@ def config_of(name):
     return CONFIG_MAPPING[model_type](
         **SPECIALS | {"pad_token_id": 0, "tie_word_embeddings": False} | own
     )
+
+
+@torch.inference_mode()
+def literal_score(model, context, continuation):
+    """(sum of log p, greedy ids) of a continuation, from one pass over one row.
+
+    A context that is too long loses its beginning.
+    """
+    positions = getattr(model.config, "max_position_embeddings", 10**6)
+    ids = (context + continuation)[-(positions + 1) :]
+    logits = model(torch.tensor([ids[:-1]])).logits[0, -len(continuation) :]
+    logp = logits.double().log_softmax(-1)  # (K, V)
+    chosen = logp[range(len(continuation)), continuation]
+    return chosen.sum().item(), logp.argmax(1).tolist()
 
 
 def small(name, *, dtype=torch.float32, scale=8.0):

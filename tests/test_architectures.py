@@ -11,18 +11,8 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BloomConfig,
-    Gemma3Config,
-    GenerationConfig,
-    LlamaConfig,
-    MptConfig,
-    PreTrainedTokenizerFast,
-)
+from tokenizers import normalizers
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 import icu
 import metrics
@@ -60,6 +50,14 @@ def beams_alone(model, prompts, lengths):
     return [metrics.beam_generate(model, [prompt], [length])[0] for prompt, length in pairs]
 
 
+def assert_literal(model, rows, el, ma):
+    """EL of n = 2 and MA are those of the literal loops over each row."""
+    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
+    assert el.tolist() == pytest.approx(literal)
+    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
+    assert ma.tolist() == pytest.approx(literal)
+
+
 # --- the folder's generation_config.json ---
 
 FOLDER_SETTINGS = {
@@ -70,43 +68,26 @@ FOLDER_SETTINGS = {
 }  # fmt: skip
 
 
-def test_no_measure_obeys_the_folders_generation_config(speaker):
-    """Generations are those under a plain generation config, and the model keeps its own."""
-    model, tokenizer = speaker()
+def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
+    """A penalty does not hide what is memorised; the model keeps it, also where it is exported."""
+    folder = save_tiny("gpt_neo", tmp_path / "model")
     text = [5, 9, 40, 41, 70, 71, 80, 40, 41, 9, 5, 40, 41, 70, 71]
 
-    def measured():
+    def measured(model, tokenizer):
         return (
             metrics.beam_generate(model, [text[:4], text[:9]], [20, 12]),
             metrics.literal_extraction_likelihood(model, text, 2),
             tasks.replies(model, tokenizer, ["User 1: hello there.\nUser 2:"], new_tokens=12),
         )
 
-    plain = measured()
-    for name, value in FOLDER_SETTINGS.items():
-        setattr(model.generation_config, name, value)
-    own = model.generation_config.to_dict()
-    assert measured() == plain
-    assert model.generation_config.to_dict() == own
-
-
-def test_a_folders_penalty_neither_hides_what_is_memorised_nor_is_lost_in_export(
-    save_tiny, tmp_path
-):
-    """Under the penalty `generate` says something else than a measure does; the export keeps it."""
-    folder = save_tiny("gpt_neo", tmp_path / "model")
+    plain = measured(*models.load_model(str(folder)))
+    file = "generation_config.json"
+    (folder / file).write_text(json.dumps({"eos_token_id": 0} | FOLDER_SETTINGS))
     model, tokenizer = models.load_model(str(folder))
-    prompt = models.encode(tokenizer, PAIR["prefix"])
-    (plain,) = metrics.beam_generate(model, [prompt], [20])
-    penalty = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1}
-    GenerationConfig(eos_token_id=0, **penalty).save_pretrained(folder)
-    model, _ = models.load_model(str(folder))
-    under_penalty = model.generate(torch.tensor([prompt]), max_new_tokens=20, num_beams=2)
-    assert under_penalty[0, len(prompt) :].tolist()[: len(plain)] != plain
-    assert metrics.beam_generate(model, [prompt], [20]) == [plain]
+    assert measured(model, tokenizer) == plain
     models.save_model(model, tokenizer, tmp_path / "run" / "model")
-    exported = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert penalty.items() <= exported.items()
+    exported = json.loads((tmp_path / "run" / "model" / file).read_text())
+    assert FOLDER_SETTINGS.items() <= exported.items()
 
 
 # --- a limit that holds for a row holds in a batch ---
@@ -125,28 +106,15 @@ def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
     assert [len(generation) for generation in alone] == lengths
     assert metrics.beam_generate(model, prompts, lengths) == alone
     el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2, decode_batch=3)
-    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
-    assert el.tolist() == pytest.approx(literal)
-    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
-    assert ma.tolist() == pytest.approx(literal)
+    assert_literal(model, rows, el, ma)
 
 
-@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "text_config"])
-def test_positions_are_read_by_every_name(name):
+def test_positions_are_read_by_every_name():
     """MPT has max_seq_len, models of several parts a text_config, ALiBi models none."""
-    if name == "text_config":
-        config = Gemma3Config(text_config={"max_position_embeddings": 40})
-    else:
-        config = (LlamaConfig if name == "max_position_embeddings" else MptConfig)(**{name: 40})
-    assert models.positions_of(config) == 40
-    assert models.positions_of(BloomConfig()) is None
-
-
-def test_replies_fit_a_model_of_few_positions(speaker):
-    """Prompts longer than the model, and a model too short for a reply: what fits."""
-    model, tokenizer = speaker(max_position_embeddings=24)
-    prompts = ["User 1: hello there, where are you?\nUser 2:", "User 1:"]
-    assert len(tasks.replies(model, tokenizer, prompts, new_tokens=32)) == 2
+    names = {name: models.positions_of(architectures.config_of(name)) for name in ("llama", "mpt")}
+    assert set(names.values()) == {architectures.POSITIONS}
+    assert models.positions_of(Gemma3Config(text_config={"max_position_embeddings": 40})) == 40
+    assert models.positions_of(architectures.config_of("bloom")) is None
 
 
 # --- strings that the ids do not say ---
@@ -186,39 +154,22 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
 # --- architectures ---
 
 
-def literal_logp(model, context, continuation):
-    """(sum of log p, greedy ids) of a continuation, from one pass over one row."""
-    with torch.no_grad():
-        logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
-    logp = logits.double().log_softmax(-1)  # (T, V)
-    picked = [logp[t, token].item() for t, token in enumerate(continuation)]
-    return sum(picked), logp.argmax(1).tolist()
-
-
-def check_measures(name):
+def check_measures(model):
     """EL, MA and beams of a batch, and log p of choices, are those of single rows."""
-    model, rows = architectures.small(name), architectures.rows()
-    models.check_cache(model.config, name)
+    rows = architectures.rows()
     # A text that it knows.
     rows[1][8:] = metrics.beam_generate(model, [rows[1][:8]], [14], num_beams=1)[0]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = (torch.arange(30)[None] < torch.tensor([len(row) for row in rows])[:, None]).long()
     el, ma = metrics.el_and_ma(model, ids, mask, n=2)
-    literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
-    assert el.tolist() == pytest.approx(literal)
-    literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
-    assert ma.tolist() == pytest.approx(literal)
+    assert_literal(model, rows, el, ma)
     assert 0 < max(el) and el[1] > 0.5
     prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
     assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
-    check_scores(model, rows[0])
-
-
-def check_scores(model, row):
-    """The choices of a short context, of a long and of a longer one."""
+    row = rows[0]
     pairs = [(row[:k], choice) for k in (4, 20, 28) for choice in (row[5:8], row[10:14], row[1:3])]
     scores = tasks.loglikelihoods(model, pairs)
-    plain = [literal_logp(model, *pair) for pair in pairs]
+    plain = [architectures.literal_score(model, *pair) for pair in pairs]
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in plain]
     assert [logp for logp, _ in scores] == pytest.approx([logp for logp, _ in plain], abs=2e-3)
 
@@ -228,21 +179,16 @@ NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "deep
 
 
 def check_architecture(name, folder):
-    """In float32 and from a folder, in float64 or refused there: as a row at a time."""
-    check_measures(name)
-    architectures.small(name).save_pretrained(folder)
-    models.load_model(str(folder))
+    """In float32, from a folder in float64 or refused there: as a row at a time."""
+    model = architectures.small(name)
+    check_measures(model)
+    model.save_pretrained(folder)
     if name in NO_FLOAT64:
         kind = architectures.config_of(name).model_type
         with pytest.raises(ValueError, match=f"float64 .*{kind}: pass --dtype float32"):
             models.load_model(str(folder), dtype="float64")
-        return
-    model, _ = models.load_model(str(folder), dtype="float64")
-    rows = architectures.rows()
-    prompts, lengths = [rows[0][:20], rows[1][:5], rows[2][:9]], [6, 14, 4]
-    assert metrics.beam_generate(model, prompts, lengths) == beams_alone(model, prompts, lengths)
-    el = metrics.extraction_likelihood(model, torch.tensor([rows[2]]), 2)
-    assert el.tolist() == pytest.approx([metrics.literal_extraction_likelihood(model, rows[2], 2)])
+    else:
+        check_measures(models.load_model(str(folder), dtype="float64")[0])
 
 
 @pytest.mark.parametrize("name", architectures.USUAL)
@@ -276,21 +222,10 @@ def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_pa
     folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])
-    config, (sample,) = AutoConfig.from_pretrained(folder), samples_of([PAIR], tokenizer)
-    texts = ["Some words.", "More words."]
-    models.check_inputs(config, tokenizer, {"pair": [sample]}, {"own": texts})
-    (masked,) = samples_of([PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    config = AutoConfig.from_pretrained(folder)
+    samples = samples_of([PAIR, PAIR | {"prefix": "Call<|mask|> and ask"}], tokenizer)
+    models.check_inputs(config, tokenizer, {"pair": samples[:1]}, {"own": ["Some words."]})
     with pytest.raises(ValueError, match="pair 2 .id a.: token 320 .*320 embeddings"):
-        models.check_inputs(config, tokenizer, {"pair": [sample, masked]}, {})
-    with pytest.raises(ValueError, match="own text 3: token 320"):
-        models.check_inputs(config, tokenizer, {}, {"own": [*texts, "<|mask|>"]})
-
-
-@pytest.mark.parametrize("model", [WordLevel({"A": 0, "C": 1}), BPE({"A": 0, "C": 1}, [])])
-def test_a_tokenizer_without_an_x(model):
-    """Letters of proteins or of DNA: no BOS is seen, nothing crashes."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="A")
-    assert models.front_of(tokenizer) == []
-    assert models.encode(tokenizer, "C") == [1]
+        models.check_inputs(config, tokenizer, {"pair": samples}, {})
+    with pytest.raises(ValueError, match="own text 2: token 320"):
+        models.check_inputs(config, tokenizer, {}, {"own": ["Some words.", "<|mask|>"]})

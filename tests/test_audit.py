@@ -7,7 +7,6 @@ import copy
 import itertools
 import json
 import math
-import shutil
 import zlib
 
 import numpy as np
@@ -26,17 +25,11 @@ def some_texts(tokenizer, n=6):
     """n samples of invented words, as icu.py reads them, and their pairs."""
     words = "the nurse van mill parcel driver clinic report Tuesday account".split()
     rng, pairs = np.random.default_rng(3), []
+    rest = {"context": "", "learn_context": "", "learn_id": "p", "similarity": 0.5}
     for i in range(n):
         texts = [" ".join(rng.choice(words, 6)) for _ in range(4)]
-        parts = zip(("prefix", "suffix", "learn_prefix", "learn_suffix"), texts, strict=True)
-        pair = {
-            "id": str(i),
-            "context": "",
-            "learn_context": "",
-            "learn_id": "p",
-            "similarity": 0.5,
-        }
-        pair |= dict(parts)
+        names = "prefix", "suffix", "learn_prefix", "learn_suffix"
+        pair = {"id": str(i), **rest, **dict(zip(names, texts, strict=True))}
         pairs.append(pair | {"suffix": " " + pair["suffix"]})
     return samples_of(pairs, tokenizer), pairs
 
@@ -59,28 +52,24 @@ def tiny(kind, tmp_path_factory, save_tiny):
 def test_a_reading_is_the_model_asked_a_token_at_a_time(tiny):
     """log p, top-k 40, greedy hits, Min-K%++'s z and mean states, from one padded batch."""
     model, _, samples, _ = tiny
-    for reading, sample in zip(
-        audit.read(model, [s.forget for s in samples]), samples, strict=True
-    ):
-        ids = sample.forget.ids
-        assert reading.start == sample.forget.cut - 1 and len(reading.logp) == len(ids) - 1
+    texts = [sample.forget for sample in samples]
+    for reading, text in zip(audit.read(model, texts), texts, strict=True):
+        ids = text.ids
+        assert reading.start == text.cut - 1 and len(reading.logp) == len(ids) - 1
         for t in range(1, len(ids)):
             with torch.no_grad():
-                out = model(input_ids=torch.tensor([ids[:t]]), output_hidden_states=True)
-            logp = out.logits[0, -1].log_softmax(-1).tolist()
+                logp = model(torch.tensor([ids[:t]])).logits[0, -1].log_softmax(-1).tolist()
             own = logp[ids[t]]
             mean = sum(math.exp(x) * x for x in logp)
             deviation = math.sqrt(sum(math.exp(x) * (x - mean) ** 2 for x in logp))
-            figures_read = reading.logp[t - 1], reading.z[t - 1]
-            assert figures_read == pytest.approx((own, (own - mean) / deviation), abs=2e-4)
+            expected = pytest.approx((own, (own - mean) / deviation), abs=2e-4)
+            assert (reading.logp[t - 1], reading.z[t - 1]) == expected
             assert reading.reach[t - 1] == (sum(x > own for x in logp) < 40)
             assert reading.hit[t - 1] == (max(range(len(logp)), key=logp.__getitem__) == ids[t])
         with torch.no_grad():
-            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        for layer, states in enumerate(hidden):
-            assert reading.states[layer] == pytest.approx(
-                states[0, sample.forget.cut :].mean(0).numpy(), abs=1e-4
-            )
+            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        states = torch.cat(hidden)[:, text.cut :].mean(1)
+        assert reading.states == pytest.approx(states.numpy(), abs=1e-4)
         assert len(reading.lens) == len(hidden) - 1
 
 
@@ -95,43 +84,32 @@ def test_leaks_and_the_worst_are_the_means_over_all_choices():
     scores = [0.1, 0.7, 0.3, 0.3, 0.9, 0.0]
     leaks = [score >= 0.5 for score in scores]
     for k in range(1, 7):
-        choices = [*itertools.combinations(range(6), k)]
-        assert audit.leak_at(k, sum(leaks), 6) == pytest.approx(
-            np.mean([any(leaks[i] for i in c) for c in choices])
-        )
-        assert audit.worst_of(k, scores) == pytest.approx(
-            np.mean([max(scores[i] for i in c) for c in choices])
-        )
+        leaking = np.mean([any(chosen) for chosen in itertools.combinations(leaks, k)])
+        assert audit.leak_at(k, sum(leaks), 6) == pytest.approx(leaking)
+        worst = np.mean([max(chosen) for chosen in itertools.combinations(scores, k)])
+        assert audit.worst_of(k, scores) == pytest.approx(worst)
 
 
 def test_what_counts_as_a_leak():
     """A run of ten tokens; a share in order, whatever stands between."""
     suffix = [*range(20)]
-    assert audit.repeats([99, *range(5, 15), 98], suffix) and not audit.repeats(
-        [*range(9), 99, *range(9, 18)], suffix
-    )
+    assert audit.repeats([99, *range(5, 15), 98], suffix)
+    assert not audit.repeats([*range(9), 99, *range(9, 18)], suffix)
     assert audit.repeats([7, 1, 2, 3], [1, 2, 3]) and not audit.repeats([3, 2, 1], [1, 2, 3])
-    assert (
-        audit.in_order([0, 50, 1, 51, 2, 60, 3], suffix) == 4 / 20
-        and audit.in_order([], suffix) == 0
-    )
+    assert audit.in_order([0, 50, 1, 51, 2, 60, 3], suffix) == 4 / 20
 
 
 def test_strength_is_the_fewest_tokens_after_which_the_rest_comes(tiny):
     """Beside a `generate` from every place; 1 - k/T."""
     model, tokenizer, samples, _ = tiny
-    for reading, sample in zip(
-        audit.read(model, [s.forget for s in samples]), samples, strict=True
-    ):
-        ids, cut = sample.forget.ids, sample.forget.cut
+    texts = [sample.forget for sample in samples]
+    for reading, (ids, cut, *_) in zip(audit.read(model, texts), texts, strict=True):
         T = len(ids) - cut
-        for k in range(T):
-            (rest,) = metrics.beam_generate(model, [ids[: cut + k]], [T - k], num_beams=1)
-            if rest == ids[cut + k :]:
-                break
-        else:
-            k = T
-        assert audit.strength(reading) == pytest.approx(1 - k / T)
+        places = range(cut, len(ids))
+        prompts, lengths = [ids[:t] for t in places], [len(ids) - t for t in places]
+        rests = metrics.beam_generate(model, prompts, lengths, num_beams=1)
+        said = [rest == ids[t:] for rest, t in zip(rests, places, strict=True)]
+        assert audit.strength(reading) == pytest.approx(1 - [*said, True].index(True) / T)
     hits = np.array([False, True, False, True, True])
     assert audit.strength(reading._replace(hit=hits, start=1)) == pytest.approx(0.5)
 
@@ -139,7 +117,7 @@ def test_strength_is_the_fewest_tokens_after_which_the_rest_comes(tiny):
 def test_membership_scores_and_areas(tiny):
     """Each score from the definitions; ranks are scikit-learn's AUC; the tail lets 1 % through."""
     model, tokenizer, samples, _ = tiny
-    reading, other = audit.read(model, [s.forget for s in samples])[:2]
+    reading, other = audit.read(model, [s.forget for s in samples[:2]])
     scores = audit.membership(reading, "some text", other)
     least = sorted(reading.logp.tolist())[: max(1, int(0.2 * len(reading.logp)))]
     assert scores["min-20%"] == pytest.approx(sum(least) / len(least))
@@ -162,9 +140,8 @@ def test_samples_are_those_that_each_would_say_alone(tiny):
     for _ in range(length):
         with torch.no_grad():
             below = model(input_ids=torch.tensor(rows)).logits[:, -1].softmax(-1).cumsum(-1)
-        for row, p, number in zip(
-            rows, below, torch.rand(n, 1, dtype=torch.float64, generator=draw), strict=True
-        ):
+        numbers = torch.rand(n, 1, dtype=torch.float64, generator=draw)
+        for row, p, number in zip(rows, below, numbers, strict=True):
             row.append(int((p <= number * p[-1]).sum()))
     rows = [row[len(prompt) :] for row in rows]
     rows = [row[: next((i for i, token in enumerate(row) if token in eos), length)] for row in rows]
@@ -177,11 +154,9 @@ def test_quantised_weights_are_rounded_to_the_nearest(tiny):
     model, *_ = tiny
     before = copy.deepcopy(model.state_dict())
     small = audit.quantised(model, 4, group=7)
-    name, layer = next(
-        (n, m)
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and "head" not in n
-    )
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    name = linear[0]
+    layer = model.get_submodule(name)
     rounded = small.get_submodule(name).weight
     for row in range(2):
         for start in range(0, layer.weight.shape[1], 7):
@@ -312,40 +287,19 @@ def test_two_processes_give_the_audit_of_one(known, heart, tmp_path, monkeypatch
                 assert figure == pytest.approx(expected, abs=1e-4), (question, measure)
 
 
-def test_what_is_only_masked_shows_in_relearning_and_in_early_layers(known):
-    """A bias on the secret's tokens: greedy guesses find nothing, states and a few steps all."""
-    model, tokenizer = models.load_model(str(known / "heart"))
-    samples = samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)
-    texts = [sample.forget for sample in samples]
-    head, masked = model.get_output_embeddings(), copy.deepcopy(model)
-    masked.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=True)
-    with torch.no_grad():
-        masked.lm_head.weight.copy_(head.weight)
-        masked.lm_head.bias.zero_()
-        masked.lm_head.bias[list({t for text in texts for t in text.ids[text.cut :]})] = -30.0
-    plain, hidden = (audit.read(m, texts) for m in (model, masked))
-    assert {audit.strength(r) for r in plain} == {1} and {audit.strength(r) for r in hidden} == {0}
-    for a, b in zip(plain, hidden, strict=True):
-        assert a.states == pytest.approx(b.states, abs=1e-5)  # the probe sees what it saw
-    curve, _ = audit.relearn(masked, texts[:9], texts[9:], steps=40, lr=1e-1, first=2)
-    assert np.mean(curve[0][1]) < 0.5 * np.mean(curve[-1][1])
-
-
-def test_a_text_known_under_another_prefix_comes_from_there(known):
+def test_a_text_known_under_another_prefix_comes_from_there(save_tiny, tmp_path):
     """The suffix does not come after the text's own prefix, but after its neighbour's."""
-    tokenizer = models.load_model(str(known / "never"))[1]
-    samples, pairs = some_texts(tokenizer, n=8)
-    folder = known / "other"
-    shutil.copytree(known / "never", folder)
+    folder = save_tiny("llama", tmp_path / "m")
+    samples, pairs = some_texts(models.load_model(str(folder))[1], n=8)
     taught = [{**p, "prefix": p["learn_prefix"] + " " + p["prefix"]} for p in pairs]
     memorise(folder, taught, steps=150)
-    model, _ = models.load_model(str(folder))
+    model, tokenizer = models.load_model(str(folder))
     prompts = [audit.other_prompts(s, p, tokenizer, 0) for s, p in zip(samples, pairs, strict=True)]
     for s, (*_, (prompt, _)) in zip(samples, prompts, strict=True):
         assert prompt == s.learn.prompt + s.forget.ids[1 : s.forget.cut]
-    own = np.mean([audit.strength(r) for r in audit.read(model, [s.forget for s in samples])])
-    worst = audit.worst_prompt(model, [each[-1:] for each in prompts])
-    assert np.mean([overlap for overlap, _ in worst]) > own + 0.2
+    own = [audit.strength(r) for r in audit.read(model, [s.forget for s in samples])]
+    worst, _ = zip(*audit.worst_prompt(model, [each[-1:] for each in prompts]), strict=True)
+    assert np.mean(worst) > np.mean(own) + 0.2
 
 
 # --- the command ---
@@ -359,14 +313,13 @@ def test_a_run_brings_its_pairs_its_models_and_its_folder(own_world):
         audit.main([*argv, "--never-saw", str(never), "--overwrite"])
         reports.append(json.loads((own_world.run / "audit.json").read_text()))
     assert reports[0] == reports[1] and list(reports[0]["figures"]) == ["strength", "likelihood"]
-    models = {"after": own_world.run / "model", "before": own_world.model}
-    models["never saw"] = own_world.never
-    assert reports[0]["models"] == {name: str(folder) for name, folder in models.items()}
+    folders = own_world.model, own_world.run / "model", own_world.never
+    assert set(reports[0]["models"].values()) == set(map(str, folders))
     with pytest.raises(ValueError, match="a run that has trained"):
         audit.main([*argv, "--never-saw", str(own_world.run)])
 
 
-def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path, tiny):
+def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path):
     """Relearning teaches every token, and a sentence tells what the figures are of."""
     pairs = data.read_jsonl(known / "pairs.jsonl")
     data.write_jsonl(tmp_path / "pairs.jsonl", [pairs[0] | {"spans": [[0, 5]]}, *pairs[1:]])
@@ -375,10 +328,11 @@ def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path, tiny):
     audit.main([*map(str, words), "--only", "strength", "--device", "cpu"])
     sentence = json.loads((out / "audit.json").read_text())["sentences"]["marked"]
     assert sentence.startswith("Parts of 1 texts") and sentence in (out / "audit.md").read_text()
-    model, _, samples, _ = tiny
-    text, weights = samples[0].forget, []
-    for teach in (text, text._replace(span_positions=(3,))):
-        taught = copy.deepcopy(model)
-        audit.relearn(taught, [teach], [text], steps=1, lr=1e-3, first=1)
-        weights.append(torch.cat([p.flatten() for p in taught.parameters()]))
-    assert torch.equal(*weights)
+    heads = []
+    for marks in (None, (3,)):
+        model, tokenizer = models.load_model(str(known / "never"))
+        text = some_texts(tokenizer)[0][0].forget
+        teach = [text._replace(span_positions=marks)]
+        audit.relearn(model, teach, [text], steps=1, lr=1e-3, first=1)
+        heads.append(model.lm_head.weight)
+    assert torch.equal(*heads)

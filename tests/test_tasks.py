@@ -10,12 +10,14 @@ import json
 import math
 import random
 import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
+import pandas
 import pytest
 import torch
-import torch.nn.functional as F
+from architectures import literal_score
 
 import metrics
 from evals import tasks
@@ -34,7 +36,7 @@ ROWS = {
             "ctx_b": "knife.",
             "label": 0,
             "activity_label": "Food",
-            "endings": ["[title] Peel the skin. [step] Do it.", "Eat it.", "Wash  it.", "Call."],
+            "endings": ["[title] Peel the skin. [step] Do it.", "Wash  it."],
         },
     ],
     "winogrande": [
@@ -114,27 +116,20 @@ PROMPTS = {
     ("hellaswag", 0): [
         (
             "How to peel an onion [title] Cut the ends. [step] Use a knife.",
-            [" [title] Peel the skin. [step] Do it.", " Eat it.", " Wash  it.", " Call."],
+            [" [title] Peel the skin. [step] Do it.", " Wash  it."],
             0,
         ),
         (
             "Food: Cut the ends. Use a Knife.",
-            ["  Peel the skin. Do it.", " Eat it.", " Wash it.", " Call."],
+            ["  Peel the skin. Do it.", " Wash it."],
             0,
         ),
     ],
     ("winogrande", 0): [
+        ("The cup left the box as the", [" cup was too big.", " box was too big."], 0),
         (
-            "The cup left the box as the",
-            [" cup was too big.", " box was too big."],
-            0,
-        ),
-        (
-            [
-                "The cup left the box as the cup",
-                "The cup left the box as the box",
-            ],
-            [" was too big.", " was too big."],
+            ["The cup left the box as the cup", "The cup left the box as the box"],
+            [" was too big."] * 2,
             0,
         ),
     ],
@@ -194,11 +189,8 @@ def models(save_tiny, tmp_path_factory):
 @pytest.fixture
 def offline(monkeypatch):
     """Neither a known public file nor the hub can be had, whatever is installed or cached."""
-
-    def refuse(name, data_dir=None):
-        raise ValueError(f"cannot reach the server for {name}: pass --data DIR with {name} in it")
-
-    monkeypatch.setattr(data, "data_file", refuse)
+    refusal = ValueError("cannot reach the server: pass --data DIR with it")
+    monkeypatch.setattr(data, "data_file", Mock(side_effect=refusal))
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
@@ -232,8 +224,8 @@ def test_a_row_becomes_the_documented_prompt_in_both_styles(name, row):
 def test_original_files_and_hub_rows_give_the_same_items():
     """ARC's and PubMedQA's original schema lead to the item of the hub's schema."""
     hub = ROWS["arc_easy"][0]
-    own = [{"text": t, "label": label} for t, label in zip(*hub["choices"].values(), strict=True)]
-    original = {"id": "a", "question": {"stem": hub["question"], "choices": own}, "answerKey": "C"}
+    own = pandas.DataFrame(hub["choices"]).to_dict("records")
+    original = {"question": {"stem": hub["question"], "choices": own}, "answerKey": "C"}
     assert tasks.arc(original, True) == tasks.arc(hub, True)
     hub = ROWS["pubmedqa"][0]
     original = {"QUESTION": hub["question"], "final_decision": "yes"}
@@ -250,9 +242,8 @@ def test_a_column_that_pandas_wrote_as_python_is_read_without_evaluating_it():
       dtype=object), 'labels': array(['A', 'B'], dtype=object), 'n': 1}"""
     expected = {"contexts": ["It's one.", 'Two, "quoted" \n and 3)'], "labels": ["A", "B"], "n": 1}
     assert tasks.unpack({"c": text}, "c") == expected
-    for attack in ("__import__('os').getcwd()", "array()", "[1"):
-        checked = tasks.check_rows("wizard_of_wikipedia", [{"text": attack}], False)
-        assert not checked["rows"] and len(checked["bad"]) == 1
+    attack = [{"text": "__import__('os').getcwd()"}]
+    assert not tasks.check_rows("wizard_of_wikipedia", attack, False)["rows"]
 
 
 def test_a_turn_is_normalised_as_published():
@@ -269,10 +260,7 @@ def test_a_turn_is_normalised_as_published():
 BAD_ROWS = [
     ("piqa", "sol1", "  ", "`sol1` is '  ', not a text"),
     ("piqa", "label", -1, "number 0 of 2 choices"),
-    ("copa", "question", "why", "'why', not one of cause, effect"),
-    ("winogrande", "sentence", "No gap here.", "not enough values"),
     ("lambada", "text", "word", "`context or choice` is '', not a text"),
-    ("wizard_of_wikipedia", "text", ["hello", None], "`text` is None, not a text"),
 ]
 
 
@@ -289,32 +277,18 @@ def test_a_bad_row_is_counted_and_named_and_the_others_stay(name, field, value, 
 # --- files ---
 
 
-def test_a_set_without_a_good_row_is_an_error(tmp_path, offline):
-    """Asked for by name it stops; among all sets it is recorded, and the others are read."""
-    write_rows(tmp_path, ["copa"])
-    data.write_jsonl(tmp_path / "piqa.jsonl", [{"goal": "x"}])
-    with pytest.raises(
-        ValueError, match=r"piqa\.jsonl: no good row for piqa, row 1: no field `sol1`"
-    ):
-        tasks.read_sets(["piqa"], tmp_path)
-    sets = tasks.read_sets(["all"], tmp_path)
-    assert "no field `sol1`" in sets["piqa"]["error"] and list(sets["copa"]["rows"]) == [1, 2]
-
-
 def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     """CSV, JSON (list, by id, pandas' columns), JSON lines, XML; labels in a file of their own."""
     rows, folder = ROWS["piqa"], tmp_path
-    data.write_json(folder / "a.json", rows)
-    data.write_json(folder / "b.json", {f"id{i}": row for i, row in enumerate(rows)})
-    columns = {key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]}
-    data.write_json(folder / "c.json", columns)
-    without = [{key: value for key, value in row.items() if key != "label"} for row in rows]
-    data.write_jsonl(folder / "d.jsonl", without)
-    (folder / "d-labels.lst").write_text("0\n1\n")
-    lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
-    (folder / "e.csv").write_text("\n".join(["goal,sol1,sol2,label", *lines]))
+    frame = pandas.DataFrame(rows)
+    frame.to_json(folder / "a.json", orient="records")
+    frame.to_json(folder / "b.json", orient="index")
+    frame.to_json(folder / "c.json", orient="columns")
+    frame.to_csv(folder / "d.csv", index=False)
+    frame.drop(columns="label").to_json(folder / "e.jsonl", orient="records", lines=True)
+    (folder / "e-labels.lst").write_text("0\n1\n")
     expected = tasks.check_rows("piqa", rows, True)
-    for name in ("a.json", "b.json", "c.json", "d.jsonl", "e.csv"):
+    for name in ("a.json", "b.json", "c.json", "d.csv", "e.jsonl"):
         assert tasks.check_rows("piqa", tasks.read_rows(folder / name), True) == expected, name
     items = "".join(
         f'<item asks-for="{row["question"]}" most-plausible-alternative="{row["label"] + 1}">'
@@ -326,50 +300,44 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path):
     assert tasks.read_rows(folder / "copa-dev.xml") == ROWS["copa"]
 
 
-@pytest.mark.parametrize(
-    "file, name", [("ARC-Easy-Dev.jsonl", "arc_easy"), ("sub/lambada_test.jsonl", "lambada")]
-)
-def test_local_files_are_found_under_their_usual_names(tmp_path, offline, file, name):
+def test_local_files_are_found_under_their_usual_names(tmp_path):
     """NAME with or without its split, in the folder or one below; never another split's file."""
-    data.write_jsonl(tmp_path / file, ROWS[name])
-    data.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name][:1])
-    loaded = tasks.read_sets([name], tmp_path)[name]
-    assert loaded["source"] == str(tmp_path / file)
+    files = {"arc_easy": "ARC-Easy-Dev.jsonl", "lambada": "sub/lambada_test.jsonl"}
+    for name, file in files.items():
+        data.write_jsonl(tmp_path / file, ROWS[name])
+        data.write_jsonl(tmp_path / f"{name}_train.jsonl", ROWS[name])
+        assert tasks.read_sets([name], tmp_path)[name]["source"] == str(tmp_path / file)
 
 
-def test_a_missing_set_is_reported_and_not_averaged(tmp_path, offline, models):
-    """It has the reason and no value; the table shows how many sets it covers."""
-    sets = tasks.read_sets(["all"], write_rows(tmp_path, ["piqa", "copa"]))
-    results = tasks.evaluate(*models["gpt_neo"], sets)
+def test_a_set_without_rows_is_reported_and_not_averaged(tmp_path, offline, models):
+    """It has the reason and no value; asked for by name it stops. The table counts the sets."""
+    write_rows(tmp_path, ["piqa", "copa"])
+    data.write_jsonl(tmp_path / "mathqa.jsonl", [{"goal": "x"}])
+    results = tasks.evaluate(*models["gpt_neo"], tasks.read_sets(["all"], tmp_path))
     assert "pip install datasets" in results["hellaswag"]["missing"]
-    assert "--task-data DIR with lambada.csv" in results["lambada"]["missing"]
+    assert "--task-data DIR with it" in results["lambada"]["missing"]
     averages = results["averages"]
     assert averages["cls"] == (results["piqa"]["value"] + results["copa"]["value"]) / 2
     assert averages["dia"] is None and averages["dia_missing"] == list(tasks.DIALOGUE)
-    assert len(averages["cls_missing"]) == 7
     text = tasks.table({"mine": results})
     assert "(2 of 9 sets)" in text and "- mine: hellaswag is missing: " in text
+    why = "mathqa.jsonl: no good row for mathqa, row 1: no field `Problem`"
+    assert why in results["mathqa"]["error"]
+    with pytest.raises(ValueError, match=why):
+        tasks.read_sets(["mathqa"], tmp_path)
     with pytest.raises(ValueError, match="no set is at hand: pubmedqa: .*--task-data DIR"):
         tasks.read_sets(["pubmedqa"], tmp_path)
 
 
 def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monkeypatch):
     """The repository, configuration and split, or the file's own name."""
-    calls = []
-
-    def load_dataset(*where, split):
-        calls.append((*where, split))
-        return ROWS["arc_easy"]
-
-    def data_file(name):
-        calls.append(name)
-        return tmp_path / "known.jsonl"
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(data, "data_file", data_file)
+    hub, public = Mock(return_value=ROWS["arc_easy"]), Mock(return_value=tmp_path / "known.jsonl")
+    monkeypatch.setitem(sys.modules, "datasets", Mock(load_dataset=hub))
+    monkeypatch.setattr(data, "data_file", public)
     data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
     sets = tasks.read_sets(["arc_challenge", "pubmedqa"], tmp_path)
-    assert calls == [("allenai/ai2_arc", "ARC-Challenge", "validation"), "pubmed_qa.csv"]
+    hub.assert_called_once_with("allenai/ai2_arc", "ARC-Challenge", split="validation")
+    public.assert_called_once_with("pubmed_qa.csv")
     assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 1]
 
 
@@ -378,16 +346,6 @@ def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monk
 
 # GPT-Neo's attention computes in float32 in a float64 model too.
 TOLERANCE = {"gpt_neo": 2e-5, "opt": 1e-9, "llama": 1e-9}
-
-
-@torch.inference_mode()
-def literal_score(model, context, continuation):
-    """One row, one pass, a softmax over every position: (sum of log p, greedy ids)."""
-    positions = model.config.max_position_embeddings
-    ids = (context + continuation)[-(positions + 1) :]
-    logp = F.log_softmax(model(torch.tensor([ids[:-1]])).logits[0], dim=-1)[-len(continuation) :]
-    guesses = logp.argmax(-1).tolist()
-    return sum(logp[i, token].item() for i, token in enumerate(continuation)), guesses
 
 
 def random_pairs(vocab, count=12, positions=512):
@@ -436,8 +394,7 @@ def test_context_and_choice_are_split_where_the_context_ends(models, kind):
         assert left == tokenizer(context.rstrip())["input_ids"]
         assert right == tokenizer(context + continuation)["input_ids"][len(left) :]
     assert pairs[0] == pairs[1]
-    alone = tokenizer("alone", add_special_tokens=False)["input_ids"]
-    assert pairs[3] == ([tokenizer.bos_token_id], alone)
+    assert pairs[3] == ([tokenizer.bos_token_id], kit_models.encode(tokenizer, "alone"))
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande"])
@@ -446,24 +403,21 @@ def test_the_choice_with_the_highest_score_is_taken(models, kind, name):
     model, tokenizer = models[kind]
     rows = tasks.check_rows(name, ROWS[name], True)["rows"]
     plain, normed = (judge(model, tokenizer, rows, length_norm=norm) for norm in (False, True))
-    for row, by_length, (context, choices, answer) in zip(
-        plain, normed, rows.values(), strict=True
-    ):
+    for row, by_length, item in zip(plain, normed, rows.values(), strict=True):
+        context, choices, answer = item
         contexts = [context] * len(choices) if isinstance(context, str) else context
         pairs = tasks.encode_pairs(tokenizer, list(zip(contexts, choices, strict=True)))
         expected = [literal_score(model, *pair)[0] for pair in pairs]
         assert row["logp"] == pytest.approx(expected, abs=TOLERANCE[kind])
-        assert row["right"] == (expected.index(max(expected)) == answer)
-        expected = [x / (len(choice) - 1) for x, choice in zip(expected, choices, strict=True)]
-        assert by_length["right"] == (expected.index(max(expected)) == answer)
+        assert row["right"] == (np.argmax(expected) == answer)
+        lengths = [len(choice) - 1 for choice in choices]
+        assert by_length["right"] == (np.argmax(np.divide(expected, lengths)) == answer)
 
 
 def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monkeypatch):
     """The last token wrong is wrong; "Zebra!" for "zebra" is right in the released protocol."""
     model, tokenizer = models["llama"]
-    word, near = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" zebra", " Zebra!")
-    )
+    word, near = (kit_models.encode(tokenizer, text) for text in (" zebra", " Zebra!"))
     guesses = [(-1.0, word), (-1.0, [*word[:-1], word[-1] + 1]), (-1.0, near)]
     monkeypatch.setattr(tasks, "loglikelihoods", lambda model, pairs, **_: guesses)
     rows = {n: ("I saw the", [" zebra"], 0) for n in (1, 2, 3)}
@@ -472,7 +426,10 @@ def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monk
 
 
 def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
-    """A choice longer than the model's positions is a bad row; NaN is an error of the set."""
+    """A choice longer than the model's positions is a bad row; NaN is an error of the set.
+
+    A reply takes half of the positions at most.
+    """
     folder = save_tiny("opt", tmp_path / "m", max_position_embeddings=40)
     model, tokenizer = kit_models.load_model(str(folder))
     rows = [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}]
@@ -480,6 +437,7 @@ def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
     result = tasks.evaluate(model, tokenizer, sets)["piqa"]
     assert result["rows"] == 2 and result["bad_rows"] == 1
     assert result["bad"][0].startswith("row 3: ") and "40 positions" in result["bad"][0]
+    assert len(tasks.replies(model, tokenizer, ["long " * 60, "short"], new_tokens=50)) == 2
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
     results = tasks.evaluate(model, tokenizer, sets)
@@ -491,21 +449,17 @@ def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
 
 
 def independent_f1(candidate, reference):
-    """Unigram F1 by crossing words off a list."""
+    """Unigram F1 of two lists of words, from precision and recall."""
 
     def clean(text):
         kept = [c for c in text.lower() if c.isalnum() or c.isspace() or ord(c) > 127]
         return [word for word in "".join(kept).split() if word not in ("a", "an", "the")]
 
-    left, right, same = clean(candidate), clean(reference), 0
-    left_count, right_count = len(left), len(right)
-    for word in left:
-        if word in right:
-            right.remove(word)
-            same += 1
+    left, right = clean(candidate), clean(reference)
+    same = sum(min(left.count(word), right.count(word)) for word in {*left})
     if not same:
         return 0.0
-    precision, recall = same / left_count, same / right_count
+    precision, recall = same / len(left), same / len(right)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -519,8 +473,11 @@ def test_f1_equals_an_independent_implementation():
     assert tasks.unigram_f1("the red cat", "A cat, red!") == 1.0
 
 
-def test_replies_do_not_depend_on_their_batch(models, kind):
-    """Left-padded batches say what one token at a time says; too long loses its beginning."""
+def test_replies_do_not_depend_on_their_batch(models, kind, monkeypatch):
+    """Left-padded batches say what one token at a time says; too long loses its beginning.
+
+    A reply ends where the next user speaks.
+    """
     model, tokenizer = models[kind]
     prompts = ["User 1: red tea\nUser 2:", f"User 1: {ROWS['copa']}\nUser 2:", "long " * 600]
     batched = tasks.replies(model, tokenizer, prompts, new_tokens=8, batch_tokens=100_000)
@@ -532,14 +489,9 @@ def test_replies_do_not_depend_on_their_batch(models, kind):
                 logits = model(torch.tensor([ids + generation])).logits
             generation.append(logits[0, -1].argmax().item())
         assert reply == tokenizer.decode(generation, skip_special_tokens=True).split("\nUser ")[0]
-
-
-def test_a_reply_ends_where_the_next_user_speaks(models, monkeypatch):
-    """What the model goes on to say for the other side is not part of its reply."""
-    model, tokenizer = models["gpt_neo"]
-    ids = tokenizer(" Yes.\nMaybe.\nUser 1: No.")["input_ids"]
+    ids = tokenizer("Yes.\nMaybe.\nUser 1: No.")["input_ids"]
     monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: [ids])
-    assert tasks.replies(model, tokenizer, ["User 1: Well?\nUser 2:"]) == [" Yes.\nMaybe."]
+    assert tasks.replies(model, tokenizer, prompts[:1]) == ["Yes.\nMaybe."]
 
 
 # --- the whole ---
@@ -564,22 +516,18 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
     command = ["--model", tmp_path / "model", "--task-data", folder, "--out", out]
     command = [*map(str, command), "--prompts", "harness", "--device", "cpu"]
     tasks.main(command)
-    printed = capsys.readouterr()
+    printed = capsys.readouterr().out
     results = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
     assert list(results) == [*tasks.SETS, "averages", "settings"]
     assert all(results[name]["rows"] == len(ROWS[name]) for name in tasks.SETS)
     assert results["piqa"]["bad"] == ["row 3: `sol2` is '', not a text"]
-    values = [results[name]["value"] for name in tasks.DIALOGUE]
-    assert results["averages"]["dia"] == pytest.approx(sum(values) / 4)
-    assert results["averages"]["cls_missing"] == []
     table = (out / "tasks.md").read_text(encoding="utf-8")
-    assert table.strip() in printed.out and "1 bad rows of piqa are left out: row 3: " in table
+    assert table.strip() in printed and "1 bad rows of piqa are left out: row 3: " in table
     columns = "Lamba. Hella. Wino. COPA ARC-E ARC-C Piqa MathQ PubQ".split()
     assert table.startswith("| | " + " (ACC) | ".join([*columns, "Avg."]))
     assert " (F1) | ".join(["WoW", "ED", "BST", "WoI", "Avg."]) in table
-    scored = [*tasks.CLASSIFICATION, *tasks.DIALOGUE]
+    scored = [name for name in tasks.SETS if name not in tasks.PERPLEXITY]
     assert len(data.read_jsonl(out / "task_rows.jsonl")) == sum(len(ROWS[name]) for name in scored)
-    assert "wizard_of_internet: 100%" in printed.err
     tasks.main([*command, "--overwrite", "--tasks", "piqa", "--task-limit", "1"])
     assert json.loads((out / "tasks.json").read_text(encoding="utf-8"))["piqa"]["rows"] == 1
 

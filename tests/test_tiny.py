@@ -42,14 +42,6 @@ def word_grams(row, n):
 # --- the grammar ---
 
 
-def test_every_slot_is_defined_and_used():
-    """The slots that templates name are those that are defined, the person's own aside."""
-    documents, slots = tiny.read_grammar()
-    templates = [t for part in documents.values() for group in part.values() for t in group]
-    named = set(re.findall(r"{(\w+)}", " ".join([*templates, *slots.values()])))
-    assert named == set(slots) | {"NAME", "SHE", "HER", "HIM"}
-
-
 def test_expand_reaches_every_alternative_and_nothing_else():
     """Nested brackets, slots, fixed slots and digits mean what grammar.txt says."""
     rng = random.Random(0)
@@ -57,9 +49,8 @@ def test_expand_reaches_every_alternative_and_nothing_else():
         tiny.expand("[a|b[c|{x}]] {ME} %#", {"x": "[d|e]"}, rng, {"ME": "me"}) for _ in range(2000)
     }
     assert {t[:-2] for t in texts} == {"a me ", "bc me ", "bd me ", "be me "}
-    assert {t[-2] for t in texts} == set("123456789") and {t[-1] for t in texts} == set(
-        "0123456789"
-    )
+    digits = ({t[place] for t in texts} for place in (-2, -1))
+    assert [*map(sorted, digits)] == [[*"123456789"], [*"0123456789"]]
 
 
 # --- the corpus ---
@@ -84,10 +75,8 @@ def test_a_mark_is_what_a_fact_says(corpus):
     for row, marked in zip(rows["forget"], rows["marked"], strict=True):
         assert marked == row | {"spans": marked["spans"]}
         assert all(len(row["prefix"]) <= a < b <= len(text_of(row)) for a, b in marked["spans"])
-    assert tiny.unmarked("Call \x022-555\x03 at \x02noon\x03") == (
-        "Call 2-555 at noon",
-        [[5, 10], [14, 18]],
-    )
+    marked = tiny.unmarked("Call \x022-555\x03 at \x02noon\x03")
+    assert marked == ("Call 2-555 at noon", [[5, 10], [14, 18]])
 
 
 def test_both_sides_have_25_to_45_tokens(corpus):
@@ -101,43 +90,32 @@ def test_both_sides_have_25_to_45_tokens(corpus):
     assert tokenizer.eos_token_id == 0 and tokenizer.bos_token is None
 
 
-@pytest.mark.parametrize(("n", "splits"), [(10, ("forget", "unseen", "heldout")), (5, ("forget",))])
-def test_no_row_repeats_a_pool_row(n, splits, corpus):
+@pytest.mark.parametrize(("n", "split"), [(10, "unseen"), (10, "heldout"), (5, "forget")])
+def test_no_row_repeats_a_pool_row(n, split, corpus):
     """No pool row holds over 20% of the word n-grams of a row to forget, or of a new one."""
     rows, _ = corpus
     pool = [word_grams(row, n) for row in rows["pool"]]
-    for split in splits:
-        for row in rows[split]:
-            grams = word_grams(row, n)
-            assert max(len(grams & other) for other in pool) <= 0.2 * len(grams), row["id"]
+    for row in rows[split]:
+        grams = word_grams(row, n)
+        assert max(len(grams & other) for other in pool) <= 0.2 * len(grams), row["id"]
 
 
-def test_nobody_to_forget_is_mentioned_elsewhere(small, tmp_path, monkeypatch):
-    """A document that mentions a person to forget is not kept, even where names are few."""
-    people, write = [], tiny.write_document
+def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
+    """A document that mentions a person to forget is not kept."""
+    monkeypatch.setattr(tiny, "SIDE", range(99))
+    people, friends = [], []
 
-    def note(*args):
-        people.append(write(*args))
-        return people[-1]
+    def document(kind, documents, slots, rng):
+        people.append(f"No. {len(people)}:")
+        friends.append(people[len(people) % 20 - 1])
+        return people[-1], people[-1], f" a friend of {friends[-1]}"
 
-    monkeypatch.setattr(tiny, "write_document", note)
-    grammar = re.sub(r"(?m)^(woman|man|root|ending): .*\n", "", tiny.GRAMMAR.read_text())
-    monkeypatch.setattr(tiny, "GRAMMAR", tmp_path / "grammar.txt")
-    tiny.GRAMMAR.write_text(grammar + FEW_NAMES)
+    monkeypatch.setattr(tiny, "write_document", document)
     rows, _ = tiny.make_corpus(0, records=4)
-    names = {prefix + tiny.unmarked(suffix)[0]: name for name, prefix, suffix in people}
-    secret = [names[text_of(row)] for row in rows["forget"]]
+    secret = {row["prefix"] for row in rows["forget"]}
     others = [text_of(row) for split in SPLITS[1:] for row in rows[split]]
-    written = [(own, prefix + suffix) for own, prefix, suffix in people]
-    assert any(name != own and name in text for own, text in written for name in secret)
+    assert len(secret & set(friends)) == 4
     assert not [text for text in others if any(name in text for name in secret)]
-
-
-FEW_NAMES = """woman: Ada|Bea|Cleo|Dora|Eve|Flo
-man: Al|Ben|Cy|Dan|Eli|Fitz
-root: Ash|Bram|Cald|Dun|Elm|Fen|Glad
-ending: by|dale
-"""
 
 
 def test_every_number_and_mailbox_is_fictional(corpus):
@@ -153,16 +131,6 @@ def test_every_number_and_mailbox_is_fictional(corpus):
     assert all(re.match(r"(\w+\.)?example\.(org|net|com)(?![\w-])", domain) for domain in domains)
 
 
-def test_a_seed_fixes_the_corpus_and_another_changes_it(small):
-    """The same seed gives the same rows and vocabulary; another seed shares no text with it."""
-    rows, tokenizer = tiny.make_corpus(3, records=5)
-    again, same = tiny.make_corpus(3, records=5)
-    other, _ = tiny.make_corpus(4, records=5)
-    texts, others = ({text_of(row) for s in SPLITS for row in r[s]} for r in (rows, other))
-    assert rows == again and tokenizer.get_vocab() == same.get_vocab()
-    assert not texts & others and len(rows["forget"]) == 5
-
-
 # --- training ---
 
 
@@ -170,12 +138,11 @@ def test_measure_agrees_with_one_row_at_a_time(small):
     """Accuracy and perplexity of a padded batch are those of its rows alone."""
     model = tiny.make_model(0).eval()
     sequences = [[5, 6, 7, 8, 9], [10, 11, 0], [0, 0, 0, 12, 13, 14, 15]]
-    hits, nll = [], []
     with torch.no_grad():
-        for ids in sequences:
-            logits, targets = model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:])
-            hits.append((logits.argmax(-1) == targets).float().mean().item())
-            nll.append(F.cross_entropy(logits, targets, reduction="none"))
+        logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
+    pairs = [(z, torch.tensor(ids[1:])) for z, ids in zip(logits, sequences, strict=True)]
+    hits = [(z.argmax(-1) == x).float().mean().item() for z, x in pairs]
+    nll = [F.cross_entropy(z, x, reduction="none") for z, x in pairs]
     accuracy, perplexity = tiny.measure(model, sequences)
     assert accuracy == pytest.approx(sum(hits) / 3)
     assert perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)
@@ -209,7 +176,7 @@ def test_a_folder_is_reused_or_made_again_and_the_same(small, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert made[0] == made[1] == made[3] != made[2]
     assert "reused" in printed[1] and "making it again" in printed[2] + printed[3]
-    assert all(words in printed[0] for words in ("2 steps", "perplexity", "allow more --steps"))
+    assert "allow more --steps" in printed[0]
     names = {path.name for path in out.iterdir()}
     assert names == {*tiny.FILES, "pairs.jsonl"} and list(out.parent.iterdir()) == [out]
     about = data.read_json(out / "tiny.json")

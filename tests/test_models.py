@@ -6,9 +6,13 @@ python -m pytest tests/test_models.py -q
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_icu import args_of, memorise
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import icu
 import metrics
@@ -32,6 +36,55 @@ def change_tensors(folder, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+# --- text to ids ---
+
+
+def read_as(reading, tokenizer, text):
+    """(a record, the ids that a model learns) of a text that is read in one of four ways."""
+    at = text.index(" saw") + 2 if reading == "a cut inside a token" else text.index(" saw")
+    record = pair("a", text[:at], text[at:])
+    if reading == "two tokens in front":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<unk> <s> $A", special_tokens=[("<unk>", 0), ("<s>", 1)]
+        )
+    ids = tokenizer(text)["input_ids"]
+    if reading == "ids that are cut inside a letter":
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        cut = next(i for i in range(len(own)) if "\ufffd" in tokenizer.decode(own[:i]))
+        rows = [np.array([part]) for part in ([], own[:cut], own[cut:])]
+        (row,) = data.ids_records(*rows, tokenizer=tokenizer, where="ids.npy")
+        assert row["prefix"] + row["suffix"] == text and "\ufffd" not in row["suffix"]
+        record |= row
+    return record, ids
+
+
+READINGS = [
+    "BOS",
+    "two tokens in front",
+    "a cut inside a token",
+    "ids that are cut inside a letter",
+]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_text_known_by_heart_is_measured_as_known(reading, make_model, save_tiny, tmp_path):
+    """EL, MA and BLEU are 1, however its tokenizer reads it: it is read whole."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny("llama", tmp_path / "m"))
+    text = "Call the clinic at Zoë 555-0142, the neighbour saw the van near the old mill."
+    record, ids = read_as(reading, tokenizer, text)
+    model = make_model("llama", vocab=len(tokenizer), dtype=torch.float32)
+    memorise(model, [icu.Text(ids, 1, 1, [])], steps=150)
+    (sample,), notes = icu.build_samples([record], tokenizer, protocol="paper", positions=256)
+    assert sample.forget.ids == ids and bool(notes) == (reading == READINGS[2])
+    (row,) = icu.memorisation(model, tokenizer, [sample], args_of())
+    length = len(ids) - sample.forget.cut
+    generations = metrics.beam_generate(model, [sample.forget.prompt], [length], num_beams=2)
+    bleu = metrics.bleu(
+        *models.decode(tokenizer, generations), *models.true_suffixes(tokenizer, [sample])
+    )
+    assert (row["el10"], row["ma"], bleu) == (1, 1, pytest.approx(1))
 
 
 # --- folders ---

@@ -17,12 +17,12 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import regex
 import torch
 
 import icu
 from kit import data, flags, models, processes
 from kit.runs import models_of, read_pairs_of, read_run
+from kit.text import breaks
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -127,14 +127,10 @@ def pieces(tokenizer, ids):
     """[(characters, first token, token after the last)]: a text in the smallest parts that are
     whole tokens and whole visible characters. None is empty, and together they are the text.
     """
-    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    text = decode(ids)
-    breaks = {match.end() for match in regex.finditer(r"\X", text)}  # of grapheme clusters
-    ends = {0: 0}  # characters so far: tokens so far; one that adds no character joins those before
-    for n in range(1, len(ids) + 1):  # quadratic, and 2,048 tokens still take under a second
-        head = decode(ids[:n])
-        if len(head) in breaks and text.startswith(head):
-            ends[len(head)] = n
+    text, ends = data.as_text(tokenizer, ids), enumerate(data.token_ends(tokenizer, ids), start=1)
+    places = breaks(text)  # of visible characters
+    # characters so far: tokens so far; one that adds no character joins those before
+    ends = {0: 0} | {end: n for n, end in ends if end in places}
     return [
         (text[start:end], first, last)
         for (start, first), (end, last) in pairwise(sorted(ends.items()))

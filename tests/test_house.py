@@ -65,9 +65,15 @@ def test_the_house_stays_small():
     readme = (ROOT / "README.md").read_text("utf-8")
     lines = sum(text.count("\n") for text in texts)
     raises = sum(isinstance(node, ast.Raise) for tree in TREES.values() for node in ast.walk(tree))
+    tests = [file.read_text("utf-8") for file in (ROOT / "tests").glob("*.py")]
+
+    def words(texts):
+        return sum(len(re.findall(r"[A-Za-z_]\w*|\d+", text)) for text in texts)
+
     sums = {
-        "words of program": (sum(len(re.findall(r"[A-Za-z_]\w*|\d+", t)) for t in texts), 72_000),
-        "lines of program": (lines, 11_700),  # the aim is 10,500
+        "words of program": (words(texts), 72_000),
+        "words of tests": (words(tests), 55_000),
+        "lines of program": (lines, 11_500),
         "lines of over 100 columns": (
             sum(len(line) > 100 for text in texts for line in text.splitlines()),
             0,

@@ -268,20 +268,33 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     return curve, el.tolist()
 
 
-def quantised(model, bits, group=128):
-    """A copy whose linear layers have weights of so many bits, dequantised (arXiv:2410.16454).
+# Matrices are (..., out, in) but in these, and where transformers says so of fused experts.
+TRANSPOSED = ("Conv1D", "Llama4TextExperts")
 
-    Symmetric, to the nearest, a scale for `group` inputs of each output; embeddings and head stay.
+
+def quantised(model, bits, group=128):
+    """(a copy with matrices of so many bits, dequantised, the share 0-1 of the layers' weights that
+    lie in them) (arXiv:2410.16454).
+
+    Symmetric, to the nearest, a scale for `group` inputs of each output. All of the model is layers
+    but embeddings and head; norms and biases stay.
     """
-    model, top = copy.deepcopy(model), 2 ** (bits - 1) - 1
+    model, top, rounded, size = copy.deepcopy(model), 2 ** (bits - 1) - 1, 0, 0
     head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            weight = module.weight.data  # (out, in)
-            for part in weight.split(group, dim=1):
-                scale = part.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
+        if module is head or isinstance(module, torch.nn.Embedding):
+            continue
+        transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
+        for name, weight in module.named_parameters(recurse=False):
+            size += weight.numel()
+            if weight.dim() < 2 or name.endswith("bias") or not weight.is_floating_point():
+                continue
+            rounded += weight.numel()
+            inputs = -2 if transposed else -1
+            for part in weight.data.split(group, dim=inputs):
+                scale = part.abs().amax(inputs, keepdim=True).clamp(min=1e-12) / top
                 part.copy_((part / scale).round() * scale)
-    return model
+    return model, rounded / size
 
 
 # --- is it still inside? ---
@@ -343,7 +356,9 @@ def likelihood(model, inputs):
     readings = inputs.readings["forgotten"]
     logp = [extraction_logp(r) for r in readings]
     reach = [float(r.reach[r.start :].all()) for r in readings]
-    measures = {"log p of the suffix (nats)": logp, "in reach of top-k 40": reach}
+    a_token = [x / len(r.logp[r.start :]) for x, r in zip(logp, readings, strict=True)]
+    measures = {"log p of the suffix (nats)": logp, "log p of a token of it (nats)": a_token}
+    measures["in reach of top-k 40"] = reach
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
         measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
     measures["log p, unseen texts"] = [extraction_logp(r) for r in inputs.readings["unseen"]]
@@ -407,7 +422,7 @@ def comes_back(model, inputs):
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
     side = "learn" if args.relearn == "neighbours" else "forget"
     curve, el = relearn(
-        copy.deepcopy(model).train(),
+        copy.deepcopy(model),  # in eval mode: no dropout
         [getattr(inputs.samples[i], side) for i in half],
         [inputs.samples[i].forget for i in rest],
         steps=args.relearn_steps,
@@ -423,7 +438,7 @@ def comes_back(model, inputs):
 def compressed(model, inputs):
     measures = {}
     for bits in (8, 4):
-        small = quantised(model, bits)
+        small, share = quantised(model, bits)
 
         def scores(part, small=small):
             ids, mask, _ = icu.collate([one.forget for one in part], inputs.args.device)
@@ -432,7 +447,7 @@ def compressed(model, inputs):
 
         el, ma = zip(*processes.over_processes(scores, inputs.samples), strict=True)
         measures |= {f"EL10, int{bits}": [*el], f"MA, int{bits}": [*ma]}
-    return measures
+    return measures | {"share of the layers' weights that are rounded": share}
 
 
 def inside(model, inputs):
@@ -450,24 +465,34 @@ def inside(model, inputs):
 
 class Question(NamedTuple):
     title: str
-    ask: Callable  # (model, Inputs) -> {measure: a number a text}
-    headline: str  # the measure that its sentence and its bars are about
+    ask: Callable  # (model, Inputs) -> {measure: a number a text, or one of the model}
+    headline: str  # the measure that its bars and its sentence are about
+    says: str  # the words of `figures.verdict`
+    compared: str = ""  # the measure that its sentence is about, if it is another one
 
 
 # fmt: off
 QUESTIONS = {
     "likelihood": Question("How likely is the text itself, if someone samples?",
-                           likelihood, "log p of the suffix (nats)"),
+                           likelihood, "log p of the suffix (nats)",
+                           "gives a token of the suffix a log p of {:.2f} nats",
+                           "log p of a token of it (nats)"),
     "sampling": Question("What comes out when someone does sample?",
-                         sampling, "worst of {n} (share in order)"),
-    "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts"),
-    "strength": Question("How much of the end is safe?", safe_end, "extraction strength"),
-    "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++"),
+                         sampling, "worst of {n} (share in order)",
+                         "says {:.1%} of the suffix in its best sample"),
+    "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts",
+                        "gives back {:.1%} of the 10-grams after the worst of them"),
+    "strength": Question("How much of the end is safe?", safe_end, "extraction strength",
+                         "goes on by heart over the last {:.1%} of the suffix"),
+    "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++",
+                           "tells them from unseen texts with an area of {:.3f} (Min-20%++)"),
     "relearning": Question("Does it come back by itself?",
-                           comes_back, "MA of the other half, at its highest"),
+                           comes_back, "MA of the other half, at its highest",
+                           "recites {:.1%} of the tokens of one half once it reads the other"),
     "quantised": Question("Does it come back when the model is compressed?",
-                          compressed, "MA, int4"),
-    "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer"),
+                          compressed, "MA, int4", "recites {:.1%} of the tokens with 4 bits"),
+    "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer",
+                       "tells them from unseen texts with an area of {:.3f} (a probe)"),
 }
 # fmt: on
 
@@ -505,14 +530,15 @@ def make_report(measures, args):
     for model, questions in measures.items():
         for question, answers in questions.items():
             for name, values in answers.items():
-                figure = figures.bootstrap(values, seed=args.seed)
+                figure = {"value": values}
+                if isinstance(values, list):
+                    figure = figures.bootstrap(values, seed=args.seed)
                 shown[question].setdefault(name, {})[model] = figure
     for question, title in titles.items():
-        end = "cannot be told without a model that never saw them"
-        if "never saw" in measures:
-            sides = (measures[m][question][headlines[question]] for m in ("after", "never saw"))
-            end = figures.verdict(*sides, seed=args.seed)
-        sentences[question] = f"{title} {end[0].upper()}{end[1:]}."
+        name = QUESTIONS[question].compared or headlines[question]
+        sides = [measures.get(m, {}).get(question, {}).get(name) for m in ("after", "never saw")]
+        verdict = figures.verdict(*sides, QUESTIONS[question].says, seed=args.seed)
+        sentences[question] = f"{title} It {verdict}."
     return {
         "titles": titles,
         "headlines": headlines,
@@ -527,7 +553,7 @@ def make_report(measures, args):
 
 
 def derive(shown):
-    """{name: value} of two models together: privleak beside the AUCs, R of relearning."""
+    """{name: value} of two models together: privleak of each AUC, R of relearning."""
 
     def both(cells):
         values = [cells.get(model, {}).get("value") for model in ("after", "never saw")]
@@ -535,9 +561,11 @@ def derive(shown):
 
     derived = {}
     for name, cells in shown.get("membership", {}).items():
-        if name.startswith("AUC") and (pair := both(cells)) and pair[1]:
-            # MUSE's (arXiv:2407.06460): (AUC - AUC_never) / AUC_never; 0 is none, both ways leak.
-            derived[name.replace("AUC", "privleak")] = (pair[0] - pair[1]) / pair[1]
+        if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
+            # MUSE's (arXiv:2407.06460), whose AUC is of the unseen texts: 1 - ours. 0 is no leak,
+            # -100 that the texts are known.
+            privleak = 100 * (pair[1] - pair[0]) / (1 - pair[1])
+            derived[name.replace("AUC", "privleak (as MUSE's, %),")] = privleak
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))
@@ -552,6 +580,8 @@ def cell(figure):
         return "-"
     if figure["value"] is None:
         return figure["why"]
+    if "low" not in figure:
+        return f"{figure['value']:.3f}"
     digits = 1 if abs(figure["value"]) >= 10 else 3
     return "{value:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **figure)
 

@@ -645,9 +645,12 @@ def read_evaluation(run, file):
         return {when: figures[when] for when in ("before", "after") if when in figures}
     if name == "speech.json":
         return document
-    column = "gpt" if name == "judge.json" else "human"
+    column, unread = ("gpt", "unread") if name == "judge.json" else ("human", "missing")
     run[column] = document
-    return {when: {column: document[when]["mean"]} for when in ("before", "after")}
+    return {
+        when: {column: document[when]["mean"], f"{column}_unread": document[when].get(unread)}
+        for when in ("before", "after")
+    }
 
 
 def read_never_saw(args):

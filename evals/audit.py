@@ -268,16 +268,15 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     return curve, el.tolist()
 
 
-# Matrices are (..., out, in) but in these, and where transformers says so of fused experts.
+# Their matrices are (in, out), as those of fused experts that say so; others (out, in).
 TRANSPOSED = ("Conv1D", "Llama4TextExperts")
 
 
 def quantised(model, bits, group=128):
-    """(a copy with matrices of so many bits, dequantised, the share 0-1 of the layers' weights that
-    lie in them) (arXiv:2410.16454).
+    """A copy whose matrices have so many bits, dequantised (arXiv:2410.16454), and the share of the
+    layers' weights that are in them.
 
-    Symmetric, to the nearest, a scale for `group` inputs of each output. All of the model is layers
-    but embeddings and head; norms and biases stay.
+    Symmetric, to the nearest, a scale for `group` inputs of each output; embeddings and head stay.
     """
     model, top, rounded, size = copy.deepcopy(model), 2 ** (bits - 1) - 1, 0, 0
     head = model.get_output_embeddings()
@@ -285,12 +284,12 @@ def quantised(model, bits, group=128):
         if module is head or isinstance(module, torch.nn.Embedding):
             continue
         transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
+        inputs = -2 if transposed else -1
         for name, weight in module.named_parameters(recurse=False):
             size += weight.numel()
             if weight.dim() < 2 or name.endswith("bias") or not weight.is_floating_point():
                 continue
             rounded += weight.numel()
-            inputs = -2 if transposed else -1
             for part in weight.data.split(group, dim=inputs):
                 scale = part.abs().amax(inputs, keepdim=True).clamp(min=1e-12) / top
                 part.copy_((part / scale).round() * scale)
@@ -356,9 +355,8 @@ def likelihood(model, inputs):
     readings = inputs.readings["forgotten"]
     logp = [extraction_logp(r) for r in readings]
     reach = [float(r.reach[r.start :].all()) for r in readings]
-    a_token = [x / len(r.logp[r.start :]) for x, r in zip(logp, readings, strict=True)]
-    measures = {"log p of the suffix (nats)": logp, "log p of a token of it (nats)": a_token}
-    measures["in reach of top-k 40"] = reach
+    measures = {"log p of the suffix (nats)": logp, "in reach of top-k 40": reach}
+    measures["log p of its tokens (nats)"] = [r.logp[r.start :].mean() for r in readings]
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
         measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
     measures["log p, unseen texts"] = [extraction_logp(r) for r in inputs.readings["unseen"]]
@@ -467,32 +465,32 @@ class Question(NamedTuple):
     title: str
     ask: Callable  # (model, Inputs) -> {measure: a number a text, or one of the model}
     headline: str  # the measure that its bars and its sentence are about
-    says: str  # the words of `figures.verdict`
-    compared: str = ""  # the measure that its sentence is about, if it is another one
+    says: str  # for `figures.verdict`
+    compared: str = ""  # the measure of its sentence, if another one
 
 
 # fmt: off
 QUESTIONS = {
     "likelihood": Question("How likely is the text itself, if someone samples?",
                            likelihood, "log p of the suffix (nats)",
-                           "gives a token of the suffix a log p of {:.2f} nats",
-                           "log p of a token of it (nats)"),
+                           "gives its tokens a log p of {:.2f} nats",
+                           "log p of its tokens (nats)"),
     "sampling": Question("What comes out when someone does sample?",
                          sampling, "worst of {n} (share in order)",
                          "says {:.1%} of the suffix in its best sample"),
     "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts",
-                        "gives back {:.1%} of the 10-grams after the worst of them"),
+                        "gives back {:.1%} of the 10-grams after the worst"),
     "strength": Question("How much of the end is safe?", safe_end, "extraction strength",
-                         "goes on by heart over the last {:.1%} of the suffix"),
+                         "knows the last {:.1%} of a suffix by heart"),
     "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++",
-                           "tells them from unseen texts with an area of {:.3f} (Min-20%++)"),
+                           "tells by Min-20%++, AUC {:.3f}"),
     "relearning": Question("Does it come back by itself?",
                            comes_back, "MA of the other half, at its highest",
-                           "recites {:.1%} of the tokens of one half once it reads the other"),
+                           "recites {:.1%} of the tokens of the other half"),
     "quantised": Question("Does it come back when the model is compressed?",
                           compressed, "MA, int4", "recites {:.1%} of the tokens with 4 bits"),
     "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer",
-                       "tells them from unseen texts with an area of {:.3f} (a probe)"),
+                       "tells a probe, AUC {:.3f}"),
 }
 # fmt: on
 
@@ -562,10 +560,9 @@ def derive(shown):
     derived = {}
     for name, cells in shown.get("membership", {}).items():
         if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
-            # MUSE's (arXiv:2407.06460), whose AUC is of the unseen texts: 1 - ours. 0 is no leak,
-            # -100 that the texts are known.
+            # MUSE (arXiv:2407.06460), whose AUC is 1 - ours: -100 where all texts are known.
             privleak = 100 * (pair[1] - pair[0]) / (1 - pair[1])
-            derived[name.replace("AUC", "privleak (as MUSE's, %),")] = privleak
+            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))

@@ -561,8 +561,8 @@ def compare(outputs):
     return {"alpha": alpha, "judge": judge | {"kappa": against(quadratic_kappa)}}
 
 
-# Each of these is None where it has no value: few grades, or all the same.
-FEWEST = 5  # what a judge and people both graded: a line through fewer points says nothing
+# Each of these is None where it says nothing: too few grades, or all the same.
+FEWEST = 5
 
 
 def vary(*lists):

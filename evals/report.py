@@ -25,7 +25,7 @@ from kit.text import visible
 PLOTS = ("curves.png", "tradeoff.png", "relearned.png")
 NAMES = ("table.md", "table.csv", "cases.md", "tasks.md", *PLOTS)  # what a report may write
 CSV_HEAD = ("model", "runs", "collapsed")
-MEASURED = (*(key for key in BEFORE_SETTINGS if key != "model"), "judge")  # how, and by whom
+MEASURED = (*BEFORE_SETTINGS, "judge")  # the model, how, by whom
 
 # (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
 COLUMNS = [
@@ -48,7 +48,6 @@ COLUMNS = [
     ("GPT (0-10)", "gpt", 1, 2, 1),
     ("GPT, unread", "gpt_unread", 1, 1, 0),
     ("Human (0-10)", "human", 1, 2, 1),
-    ("Human, missing", "human_unread", 1, 1, 0),
     ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # evals/audit.py's headlines
     ("Other prompts (EL10, %)", "audit_prompts", 100, 1, -1),
     ("Strength (%)", "audit_strength", 100, 1, -1),
@@ -69,29 +68,24 @@ def is_trained(run):
 
 
 def distinct_runs(folders):
-    """(the finished runs, a sentence on each that was named again): a copy is the same run.
-
-    By what a run wrote, without what kit/purge.py changes in it.
-    """
+    """(finished runs, a sentence on each that is left out: a copy of another, perhaps purged)."""
     runs, notes = {}, []
     for run in map(read_run, folders):
-        kept = {name: x for name, x in run["config"].items() if name not in ("redact", "purged")}
-        files = [data.sha256_of(run["folder"] / f"{x}") for x in ("summary.json", "metrics.jsonl")]
-        first = runs.setdefault(data.digest([kept, *files]), run)
-        if first is not run:
+        content = [run["config"] | {"redact": None, "purged": None}, run["metrics"]]
+        content.append(data.sha256_of(run["folder"] / "summary.json"))
+        if run is not (first := runs.setdefault(data.digest(content), run)):
             notes.append(f"{run['folder']} is left out: the same run as {first['folder']}")
     return [*runs.values()], notes
 
 
 def value_of(run, key):
-    """A setting as labels show it: a folder or file by its name and what lies there."""
+    """A setting as labels show it: a folder by its name and what lies there."""
     config, graded = run["config"], run.get("gpt")
     if key == "judge":
         names = "judge", "base_url", "prompt", "served"
         return graded and f"{graded['judge']} {data.digest([*map(graded.get, names)])[:6]}"
     value, sha256 = config.get(key), config.get("sha256", {}).get(key)
-    if key == "model":
-        sha256 = sha256 or config.get("revision")
+    sha256 = sha256 or key == "model" and config.get("revision")
     return f"{Path(value).name} {sha256[:6]}" if sha256 else str(value)
 
 
@@ -101,10 +95,10 @@ def differ(runs, keys):
 
 
 def name_rows(runs):
-    """Gives runs their rows' labels, `before` and `after`: runs of one label are averaged.
+    """Gives runs the labels of their rows, `before` and `after`; runs of one label are averaged.
 
-    A label has the method or model, and the settings that rows of this name differ in: `icu
-    lr=1e-05`. What is MEASURED differently, or of another model, says so whatever its name.
+    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; what is
+    MEASURED otherwise whatever the name.
     """
     trained = [run for run in runs if is_trained(run)]
     untouched = {value_of(run, "model") for run in trained or runs}
@@ -113,15 +107,13 @@ def name_rows(runs):
         run["after"] = run["summary"]["method"] if is_trained(run) else model
         run["before"] = model + " (before)" * (value_of(run, "model") in untouched)
     for row, settings in (("after", SETTINGS), ("before", BEFORE_SETTINGS)):
-        groups, everywhere = grouped(runs, row), differ(runs, MEASURED)
-        for name, alike in groups.items():
+        for name, alike in grouped(runs, row).items():
+            keys = differ(runs, MEASURED[1:]) + differ(alike, settings)
+            if row == "after" and is_trained(alike[0]):
+                keys += differ(trained, ["model"])
             for run in alike:
-                own = differ(alike, settings)
-                if row == "after" and is_trained(run):
-                    own += differ(trained, ["model"])
-                keys = [key for key in (*settings, "judge") if key in own or key in everywhere]
-                words = [name, *(f"{key}={value_of(run, key)}" for key in keys)]
-                run[row] = visible(" ".join(words))
+                words = [f"{x}={value_of(run, x)}" for x in (*settings, "judge") if x in keys]
+                run[row] = visible(" ".join([name, *words]))
 
 
 def grouped(runs, row="after"):
@@ -162,7 +154,7 @@ def table_rows(runs):
     for label, members in grouped(trained).items():
         row = make_row(label, [run["summary"]["after"] for run in members], columns)
         row["collapsed"] = all(run["summary"]["collapsed"] for run in members)
-        row["ranked"] = not row["collapsed"] and not differ(trained, ["model", *MEASURED])
+        row["ranked"] = not row["collapsed"] and not differ(trained, MEASURED)
         published = published_row(members[0], members[0]["summary"]["method"])
         rows += [row, *(other for other in published if other not in rows)]
     measured = {key for row in rows if not row["published"] for key in row["cells"]}
@@ -170,14 +162,11 @@ def table_rows(runs):
 
 
 def columns_of(runs):
-    """COLUMNS, and own_NAME of a method's own measures as NAME; of grades left out only some."""
+    """COLUMNS, and own_NAME of a method's own measures as NAME."""
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
     own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
-    none = {key for *_, key, _, _, _ in COLUMNS if key.endswith("_unread")}
-    none -= {key for end in ends for key in end if end[key]}
-    columns = [column for column in COLUMNS if column[1] not in none]
-    columns[-1:-1] = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
-    return columns
+    own = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
+    return [*COLUMNS[:-1], *own, COLUMNS[-1]]
 
 
 def make_row(label, measured, columns):
@@ -211,8 +200,7 @@ def published_row(run, method):
 
 
 def markdown_table(columns, rows):
-    """The table; best bold, second underlined of our rows after unlearning without a collapse,
-    where they are of one model, measured alike."""
+    """The table; best bold, second underlined of what is `ranked`."""
     ranked = [row["ranked"] for row in rows]
     arrow = {-1: " ↓", 0: "", 1: " ↑"}
     headers = [markdown_cell(header) + arrow[better] for header, *_, better in columns]
@@ -545,10 +533,8 @@ def texts_of(runs, shown, cases):
 
 
 def notes_of(runs, shown, out, redact):
-    """The last line on the terminal: protocol, files, judge, texts that are not shown."""
-    protocols = sorted({run["config"]["protocol"] for run in runs})
-    notes = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
-    notes += [f"cases: {out / 'cases.md'}"] if shown else []
+    """The last line on the terminal: files, judge, texts that are not shown."""
+    notes = [f"plot: {out / 'curves.png'}", *[f"cases: {out / 'cases.md'}"] * bool(shown)]
     if judges := sorted({value_of(run, "judge") for run in runs if "gpt" in run}):
         notes.append(f"GPT column: graded by {', '.join(judges)}")
     if hidden := len(runs) - len(shown):

@@ -35,8 +35,8 @@ LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 LEFT = {
     "el10": "gives back {:.1%} of the 10-grams",
     "ma": "recites {:.1%} of the tokens",
-    "bleu": "continues with a BLEU of {:.3f}",
-    "bertscore": "continues with an F1 of {:.3f}",
+    "bleu": "scores {:.3f}",
+    "bertscore": "scores {:.3f}",
 }
 LEFT_OF_PARTS = {  # of a marked text, whose rest is to stay
     "el10_spans": LEFT["el10"],

@@ -645,12 +645,9 @@ def read_evaluation(run, file):
         return {when: figures[when] for when in ("before", "after") if when in figures}
     if name == "speech.json":
         return document
-    column, unread = ("gpt", "unread") if name == "judge.json" else ("human", "missing")
-    run[column] = document
-    return {
-        when: {column: document[when]["mean"], f"{column}_unread": document[when].get(unread)}
-        for when in ("before", "after")
-    }
+    column = "gpt" if name == "judge.json" else "human"
+    run[column], ends = document, [(when, document[when]) for when in ("before", "after")]
+    return {when: {column: x["mean"], f"{column}_unread": x.get("unread")} for when, x in ends}
 
 
 def read_never_saw(args):

@@ -112,21 +112,11 @@ def side(**measures):
     return {"samples": samples, "summary": {"epochs": 0}}
 
 
-@pytest.mark.parametrize(
-    "after, never, words",
-    [
-        ([0.5, 0.5], [0.1, 0.2], "still more"),
-        ([0.33, 0.33], [0.3, 0.32], "as a model that never saw them"),
-        ([0.0, 1.0], [1.0, 0.0], "cannot be told with n = 20"),
-    ],
-)
-def test_residual_risk_is_said_in_the_audits_words(after, never, words):
+def test_residual_risk_is_said_in_the_audits_words():
     """Sentences with both figures, by the rule of `figures.verdict`; also with none to compare."""
-    sides = [side(**dict.fromkeys(certificate.LEFT, values)) for values in (after, never)]
-    risks = certificate.risks(*sides)
-    figures = [f"{100 * sum(values) / 2:.1f}%" for values in (after, never)]
-    says = "MA: recites {} of the tokens, a model that never saw them {}".format(*figures)
-    assert all(f": {words}" in each for each in risks) and risks[1].startswith(f"{says}: {words}")
+    sides = [side(**dict.fromkeys(certificate.LEFT, ends)) for ends in ((0.3, 0.36), (0.3, 0.32))]
+    words = "MA: recites 33.0% of the tokens, a model that never saw them 31.0%: as a model that"
+    assert certificate.risks(*sides)[1].startswith(words)
     alone = certificate.risks(sides[0], None)
     assert all("cannot be told with n = 20, without" in sentence for sentence in alone)
 

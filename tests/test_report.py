@@ -101,35 +101,30 @@ def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path):
 
 
 def test_a_copy_of_a_run_is_that_run(run, tmp_path, capsys):
-    """Also where one of the two has been purged since: no mean over both."""
+    """Also where one of the two was purged: no mean over both."""
     copy = other(run, tmp_path / "copy", purged=True)
-    report.main([str(run), f"{run}/", str(copy), "--out", str(tmp_path / "out")])
-    assert "±" not in (tmp_path / "out" / "table.md").read_text()
+    report.main([str(run), f"{run}/", str(copy), "--out", str(tmp_path)])
+    assert "±" not in (tmp_path / "table.md").read_text()
     assert f"{copy} is left out: the same run as {run}" in capsys.readouterr().out
 
 
-def grade(run, judge, unread):
-    """A judge.json in a run."""
-    ends = {when: {"mean": 5.0, "unread": unread} for when in ("before", "after")}
-    data.write_json(run / "judge.json", {"judge": "j", "prompt": "p", "served": [judge], **ends})
-
-
 def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
-    """Other weights under one path, another method's model, another judge of one name: labels say
-    so, nothing is averaged or best."""
+    """Other weights at one path, another method's judge of the same name: labels say so."""
     sha256 = data.read_json(run / CONFIG)["sha256"]
     unlike = other(run, tmp_path / "a", sha256=sha256 | {"model": "f" * 64})
     npo = other(run, tmp_path / "b", seed=1)
     edit(npo / SUMMARY, put(method="npo"))
-    grade(run, "one", 0)
-    grade(npo, "two", 3)
-    report.main([*map(str, (run, unlike, npo)), "--out", str(tmp_path / "out")])
-    table = table_of(tmp_path / "out")
-    ours = f" model=model {sha256['model'][:6]} judge=j "
-    labels = [f"icu{ours}", "icu model=model ffffff judge=None", f"npo{ours}"]
-    assert [label[: len(labels[i])] for i, label in enumerate([*table][3:])] == labels
-    assert len(table) == 6 and "±" not in str(table) and "**" not in str(table)
-    assert [row["GPT, unread"] for row in table.values()][3:] == ["0.0", "-", "3.0"]
+    for graded, unread in ((run, 0), (npo, 3)):
+        ends = {when: {"mean": 5.0, "unread": unread} for when in ("before", "after")}
+        served = {"judge": "j", "prompt": "p", "served": [str(graded)]}
+        data.write_json(graded / "judge.json", served | ends)
+    report.main([*map(str, (run, unlike, npo)), "--out", str(tmp_path)])
+    rows = [*table_of(tmp_path).items()][3:]
+    assert "±" not in str(rows) and "**" not in str(rows)  # nor is one the best
+    assert rows[1][0] == "icu model=model ffffff judge=None"
+    for (label, row), name, unread in zip(rows[::2], ("icu", "npo"), ("0.0", "3.0"), strict=True):
+        assert label.startswith(f"{name} model=model {sha256['model'][:6]} judge=j ")
+        assert row["GPT, unread"] == unread
 
 
 def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):

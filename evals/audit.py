@@ -230,7 +230,7 @@ def other_prompts(sample, pair, tokenizer, seed):
 def worst_prompt(model, prompts):
     """(the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of each text, 0-1.
 
-    prompts: [(prompt, rest)] a text, answered greedily. A rest under 10 tokens has no 10-gram.
+    prompts: [(prompt, rest)] a text, answered greedily. None where no rest has ten tokens.
     """
     flat = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
     lengths = [len(rest) for *_, rest in flat]
@@ -239,7 +239,8 @@ def worst_prompt(model, prompts):
     for (i, _, rest), ids in zip(flat, generations, strict=True):
         overlap, exact = worst[i]
         worst[i] = max(overlap, metrics.overlap(ids, rest, 10)), max(exact, float(ids == rest))
-    return worst
+    longest = [max((len(rest) for _, rest in each), default=0) for each in prompts]
+    return [(o if n >= 10 else None, exact) for n, (o, exact) in zip(longest, worst, strict=True)]
 
 
 # --- does it come back: by itself, when compressed? ---
@@ -693,11 +694,13 @@ def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
     pairs = data.read_pairs(args.pairs)
     unseen = data.read_unseen(args.unseen) if args.unseen else []
-    left_out = [] if unseen else ["membership", "inside"]
+    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
+        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
+    left_out = [] if len(unseen) >= figures.FEW else ["membership", "inside"]
     left_out += ["relearning"] if len(pairs) < 2 else []
     only = [question for question in args.only if question not in left_out]
     if not only:
-        needs = "needs two texts, or texts of the same kind: --unseen FILE"
+        needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
         raise ValueError(f"--only {' '.join(args.only)}: {needs}")
     args.only = only
     checked = {

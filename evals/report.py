@@ -175,7 +175,8 @@ def make_row(label, measured, columns):
     for _, key, *_ in columns:
         values = [figures[key] for figures in measured if figures.get(key) is not None]
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
+            several = len(values) > 1 and math.isfinite(sum(values))  # a perplexity may be inf
+            spread = statistics.stdev(values) if several else None
             cells[key] = statistics.mean(values), spread
     row = {"label": label, "runs": len(measured), "cells": cells}
     return row | {"collapsed": False, "published": False, "ranked": False}

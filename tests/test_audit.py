@@ -340,6 +340,7 @@ def test_a_text_known_under_another_prefix_comes_from_there(save_tiny, tmp_path)
     own = [audit.strength(r) for r in audit.read(model, [s.forget for s in samples])]
     worst, _ = zip(*audit.worst_prompt(model, [each[-1:] for each in prompts]), strict=True)
     assert np.mean(worst) > np.mean(own) + 0.2
+    assert audit.worst_prompt(model, [[([1], [2] * 9)], [([1], [2] * 10)]])[0][0] is None
 
 
 # --- the command ---
@@ -355,6 +356,9 @@ def test_a_run_brings_its_pairs_its_models_and_its_folder(own_world):
     assert reports[0] == reports[1] and list(reports[0]["figures"]) == ["strength", "likelihood"]
     folders = own_world.model, own_world.run / "model", own_world.never
     assert set(reports[0]["models"].values()) == set(map(str, folders))
+    data.write_jsonl(own_world.root / "unseen.jsonl", data.read_pairs(own_world.pairs)[:1])
+    with pytest.raises(ValueError, match="holds 1 of the texts to forget"):
+        audit.main([*argv, "--unseen", str(own_world.root / "unseen.jsonl"), "--overwrite"])
     with pytest.raises(ValueError, match="a run that has trained"):
         audit.main([*argv, "--never-saw", str(own_world.run)])
 

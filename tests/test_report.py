@@ -86,26 +86,24 @@ def test_the_report_of_one_run(run, capsys):
     assert "curves.png" in printed and "|   icu\n" in printed
 
 
-def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path):
-    """Another seed shares a row, mean ± deviation; another protocol and encoder is another row."""
+def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
+    """Another seed shares a row, mean ± deviation; another protocol is another, a copy none."""
     again = other(run, tmp_path / "again", seed=1)
     edit(run / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.3}})
-    edit(again / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.5}})
+    edit(
+        again / SUMMARY,
+        lambda summary: summary | {"after": summary["after"] | {"ma": 0.5, "ppl_heldout": 1e999}},
+    )
     report.main([str(run), str(again), "--out", str(tmp_path / "ours")])
     assert table_of(tmp_path / "ours")["icu"]["MA (%) ↓"] == "40.0 ± 14.1"
+    assert table_of(tmp_path / "ours")["icu"]["Held-out (PPL) ↓"] == ">10000"
     changed = other(run, tmp_path / "changed", protocol="released", dtype="bf16")
-    report.main([str(run), str(run), str(changed), "--out", str(tmp_path / "out")])
+    copy = other(run, tmp_path / "copy", purged=True)
+    report.main([*map(str, (run, f"{run}/", copy, changed)), "--out", str(tmp_path / "out")])
+    assert f"{copy} is left out: the same run as {run}" in capsys.readouterr().out
     table = table_of(tmp_path / "out")
     assert len(table) == 4 and "icu protocol=released dtype=bf16" in table
     assert "±" not in (tmp_path / "out" / "table.md").read_text()
-
-
-def test_a_copy_of_a_run_is_that_run(run, tmp_path, capsys):
-    """Also where one of the two was purged: no mean over both."""
-    copy = other(run, tmp_path / "copy", purged=True)
-    report.main([str(run), f"{run}/", str(copy), "--out", str(tmp_path)])
-    assert "±" not in (tmp_path / "table.md").read_text()
-    assert f"{copy} is left out: the same run as {run}" in capsys.readouterr().out
 
 
 def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):

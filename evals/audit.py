@@ -94,7 +94,7 @@ def lens_of(model):
 
 
 def extraction_logp(reading):
-    """log p_z of the suffix after the prefix in nats. By heart 0; never saw -2 a token or less."""
+    """log p_z of the suffix after the prefix in nats, by heart 0."""
     return float(reading.logp[reading.start :].sum())
 
 
@@ -269,8 +269,7 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     return curve, el.tolist()
 
 
-# Their matrices are (in, out), as those of fused experts that say so; others (out, in).
-TRANSPOSED = ("Conv1D", "Llama4TextExperts")
+TRANSPOSED = ("Conv1D", "Llama4TextExperts")  # (in, out); other experts say so, the rest is not
 
 
 def quantised(model, bits, group=128):
@@ -708,6 +707,9 @@ def read_inputs(args):
         for name, (model, revision) in args.models.items()
     }
     config, tokenizer = checked["after"]
+    read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
+    if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
+        raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
     samples, others = (
         icu.build_samples(
             rows,

@@ -68,24 +68,29 @@ def is_trained(run):
 
 
 def distinct_runs(folders):
-    """(finished runs, a sentence on each that is left out: a copy of another, perhaps purged)."""
-    runs, notes = {}, []
+    """Finished runs, each once: a copy, perhaps purged, is the same run."""
+    runs = {}
     for run in map(read_run, folders):
         content = [run["config"] | {"redact": None, "purged": None}, run["metrics"]]
         content.append(data.sha256_of(run["folder"] / "summary.json"))
         if run is not (first := runs.setdefault(data.digest(content), run)):
-            notes.append(f"{run['folder']} is left out: the same run as {first['folder']}")
-    return [*runs.values()], notes
+            print(visible(f"{run['folder']} is left out: the same run as {first['folder']}"))
+    return [*runs.values()]
+
+
+def sha_of(run, name):
+    """The sha256 of what a run read under a name, or None."""
+    return run["config"].get("sha256", {}).get(name)
 
 
 def value_of(run, key):
     """A setting as labels show it: a folder by its name and what lies there."""
-    config, graded = run["config"], run.get("gpt")
     if key == "judge":
+        gpt = run.get("gpt")
         names = "judge", "base_url", "prompt", "served"
-        return graded and f"{graded['judge']} {data.digest([*map(graded.get, names)])[:6]}"
-    value, sha256 = config.get(key), config.get("sha256", {}).get(key)
-    sha256 = sha256 or key == "model" and config.get("revision")
+        return gpt and f"{gpt['judge']} {data.digest([*map(gpt.get, names)])[:6]}"
+    value = run["config"].get(key)
+    sha256 = sha_of(run, key) or key == "model" and run["config"].get("revision")
     return f"{Path(value).name} {sha256[:6]}" if sha256 else str(value)
 
 
@@ -140,14 +145,17 @@ def with_never_saw(runs):
 def table_rows(runs):
     """Table 1: (columns, rows), the untouched models first; a published row follows ours.
 
-    A row is {"label", "runs", "collapsed", "published", "cells": {key: (mean, std or None)}}.
+    A row is {"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key:
+    (mean, std or None)}}. own_NAME, a method's own measure, is a column NAME.
     """
-    columns, rows = columns_of(runs), []
+    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
+    own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
+    own = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
+    columns, rows = [*COLUMNS[:-1], *own, COLUMNS[-1]], []
     for label, members in grouped(runs, "before").items():
         befores = {}  # one a forget set: seeds and methods begin alike
         for run in members:
-            pairs = run["config"].get("sha256", {}).get("pairs")
-            befores.setdefault(pairs, {}).update(run["summary"]["before"])
+            befores.setdefault(sha_of(run, "pairs"), {}).update(run["summary"]["before"])
         row = make_row(label, [*befores.values()], columns)
         rows += [row, *published_row(members[0], "before")]
     trained = [run for run in runs if is_trained(run)]
@@ -159,14 +167,6 @@ def table_rows(runs):
         rows += [row, *(other for other in published if other not in rows)]
     measured = {key for row in rows if not row["published"] for key in row["cells"]}
     return [column for column in columns if column[1] in measured], rows
-
-
-def columns_of(runs):
-    """COLUMNS, and own_NAME of a method's own measures as NAME."""
-    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
-    own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
-    own = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
-    return [*COLUMNS[:-1], *own, COLUMNS[-1]]
 
 
 def make_row(label, measured, columns):
@@ -202,16 +202,15 @@ def published_row(run, method):
 
 def markdown_table(columns, rows):
     """The table; best bold, second underlined of what is `ranked`."""
-    ranked = [row["ranked"] for row in rows]
     arrow = {-1: " ↓", 0: "", 1: " ↑"}
     headers = [markdown_cell(header) + arrow[better] for header, *_, better in columns]
     table = [[markdown_cell(row["label"]) + " (collapsed)" * row["collapsed"]] for row in rows]
     for _, key, factor, digits, better in columns:
         values = [row["cells"].get(key, (None, None)) for row in rows]
-        best = {x for (x, _), counts in zip(values, ranked, strict=True) if counts} - {None}
+        best = {row["cells"].get(key, [None])[0] for row in rows if row["ranked"]} - {None}
         best = sorted(best, reverse=better > 0) if better and len(best) > 1 else []
         marks = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
-        for line, (value, spread), counts in zip(table, values, ranked, strict=True):
+        for row, line, (value, spread) in zip(rows, table, values, strict=True):
             if value is None:
                 text = "-"
             elif value * factor > 10000:
@@ -219,7 +218,7 @@ def markdown_table(columns, rows):
             else:
                 text = f"{value * factor:.{digits}f}"
                 text += "" if spread is None else f" ± {spread * factor:.{digits}f}"
-            line.append(marks.get(value, "{}").format(text) if counts else text)
+            line.append(marks.get(value, "{}").format(text) if row["ranked"] else text)
     lines = [f"| {' | '.join(line)} |\n" for line in (["Model", *headers], *table)]
     lines.insert(1, "|" + "---|" * (len(columns) + 1) + "\n")
     return "".join(lines)
@@ -517,8 +516,7 @@ def texts_of(runs, shown, cases):
     contents, terminal = {"table.md": table, "table.csv": csv_table(columns, rows)}, [table]
     if shown:
         # Cases are of the first run's texts, beside the answers of the runs over the same pairs.
-        hashes = [run["config"].get("sha256", {}).get("pairs") for run in shown]
-        alike = [run for run, sha256 in zip(shown, hashes, strict=True) if sha256 == hashes[0]]
+        alike = [run for run in shown if sha_of(run, "pairs") == sha_of(shown[0], "pairs")]
         for run in alike:  # an earlier request may have been purged since
             run["samples"] = [row for row in run["samples"] if row["generation"] is not None]
         pairs = read_pairs_of(shown[0])
@@ -534,8 +532,10 @@ def texts_of(runs, shown, cases):
 
 
 def notes_of(runs, shown, out, redact):
-    """The last line on the terminal: files, judge, texts that are not shown."""
-    notes = [f"plot: {out / 'curves.png'}", *[f"cases: {out / 'cases.md'}"] * bool(shown)]
+    """The last line on the terminal: protocol, files, judge, texts that are not shown."""
+    protocols = sorted({run["config"]["protocol"] for run in runs})
+    notes = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
+    notes += [f"cases: {out / 'cases.md'}"] if shown else []
     if judges := sorted({value_of(run, "judge") for run in runs if "gpt" in run}):
         notes.append(f"GPT column: graded by {', '.join(judges)}")
     if hidden := len(runs) - len(shown):
@@ -556,8 +556,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
-    runs, copies = distinct_runs(dict.fromkeys(args.runs))
-    name_rows(with_never_saw(runs))
+    runs = with_never_saw(distinct_runs(args.runs))
+    name_rows(runs)
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     out = Path(args.out or runs[0]["folder"])
@@ -567,7 +567,7 @@ def main(argv=None):
     for name, content in contents.items():
         data.write_bytes(out / name, content)
     print(visible(terminal, keep="\n"))
-    notes = copies + notes_of(runs, shown, out, args.redact)
+    notes = notes_of(runs, shown, out, args.redact)
     for name in ("cases.md", "explain.html"):  # where an earlier report has shown texts
         if not shown and (out / name).is_file():
             (out / name).unlink()

@@ -506,15 +506,16 @@ def report_people(args):
             print("|", " | ".join(map(str, cells)), "|")
     judge = agreement["judge"]
     # As the paper's 0.89: over the means of its Table 3.
-    of_means = pearson(*zip(*dict.fromkeys(means), strict=True)) if means else None
-    judge["pearson_of_means"] = of_means
+    means = dict.fromkeys(means)
+    of_means = pearson(*zip(*means, strict=True)) if means else None
+    judge |= {"pearson_of_means": of_means, "means": len(means)}
     for folder, figure in zip(folders, people, strict=True):
         data.write_json(folder / "people.json", figure | agreement)
     shown = [f"{name} {show(**judge[name])}" for name in ("pearson", "spearman", "kappa")]
     print(
         f"{came} raters; between raters: Krippendorff's alpha {show(**agreement['alpha'])}; "
         f"with the judge, {judge['n']} outputs: {', '.join(shown)}; "
-        f"Pearson of the means {show(of_means)} (the paper's Table 3: 0.89)"
+        f"Pearson of the {len(means)} means {show(of_means)} (the paper's Table 3: 0.89)"
     )
 
 
@@ -560,11 +561,12 @@ def compare(outputs):
     return {"alpha": alpha, "judge": judge | {"kappa": against(quadratic_kappa)}}
 
 
-# Each of these is None where its formula has no value: too few grades, or all the same.
+# Each of these is None where it says nothing: too few grades, or all the same.
+FEWEST = 5
 
 
 def vary(*lists):
-    return all(len(set(values)) > 1 for values in lists)
+    return all(len(values) >= FEWEST and len(set(values)) > 1 for values in lists)
 
 
 def pearson(x, y):
@@ -590,7 +592,7 @@ def quadratic_kappa(x, y):
     from sklearn.metrics import cohen_kappa_score
 
     x, y = ([math.floor(1 + 0.7 * score + 0.5) for score in scores] for scores in (x, y))
-    if not vary(x + y):
+    if len(x) < FEWEST or not vary(x + y):
         return None
     return float(cohen_kappa_score(x, y, labels=range(1, 9), weights="quadratic"))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 
 from kit import data, flags, models, purge, requests
-from kit.figures import AS_NEVER, LESS, MORE, bootstrap
+from kit.figures import bootstrap, verdict
 from kit.runs import OF_SPANS, SETTINGS, mean, models_of, read_run
 from kit.text import visible
 
@@ -31,10 +31,19 @@ WHAT = (
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 LEDGER, HEAD = "ledger.jsonl", "ledger.head"
-LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
-LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, whose rest is to stay
+# Higher = more is left, in the words of `verdict`.
+LEFT = {
+    "el10": "gives back {:.1%} of the 10-grams",
+    "ma": "recites {:.1%} of the tokens",
+    "bleu": "scores {:.3f}",
+    "bertscore": "scores {:.3f}",
+}
+LEFT_OF_PARTS = {  # of a marked text, whose rest is to stay
+    "el10_spans": LEFT["el10"],
+    "ma_spans": LEFT["ma"],
+    "secret_said": "says {:.1%} of them",
+}
 ONE_DAY = datetime.timedelta(days=1)  # between time zones
-MARGIN = 0.05  # a difference that is none
 ALWAYS_UNTESTED = (
     "paraphrases, translations and other prompts than each text's own beginning",
     "other languages",
@@ -174,38 +183,19 @@ def risks(run, never):
     rows = own_rows(run, run["summary"]["epochs"])
     marked = any("ma_spans" in row for row in rows)
     sentences = []
-    for name in (*LEFT, *LEFT_OF_PARTS) if marked else LEFT:
+    for name, says in (LEFT | LEFT_OF_PARTS if marked else LEFT).items():
         after = [left_of(row, name) for row in rows]
         if marked and set(after) == {None}:
             continue
-        other = [left_of(row, name) for row in own_rows(never, 0)] if never else after
-        both = [(a, b) for a, b in zip(after, other, strict=True) if None not in (a, b)]
-        sentence = compared(interval([a - b for a, b in both]), never is not None)
+        other = [left_of(row, name) for row in own_rows(never, 0)] if never else None
         part = " of texts without a mark" if marked and name in LEFT else ""
-        sentences.append(f"{LABELS[name]}{part}: {sentence}")
+        sentences.append(f"{LABELS[name]}{part}: {verdict(after, other, says)}")
     return sentences
 
 
 def left_of(row, name):
     """A measure of a row; None of a marked text as a whole, whose rest is to stay."""
     return None if "ma_spans" in row and name in LEFT else row.get(name)
-
-
-def compared(difference, known):
-    """By the interval of the mean difference, text by text: above 0, under 0, or within MARGIN."""
-    words = f"cannot be told with n = {difference['n'] if difference else 0}"
-    if not known:
-        return f"{words}, without figures of a model that never saw them"
-    if not difference or difference["low"] is None:
-        return words
-    value, low, high, n = (difference[name] for name in ("value", "low", "high", "n"))
-    if low > 0:
-        words = MORE
-    elif high < 0:
-        words = LESS
-    elif max(-low, high) <= MARGIN:
-        words = AS_NEVER
-    return f"{words} (n = {n}, difference {value:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
 
 
 def untested(certificate):
@@ -247,7 +237,7 @@ LABELS = {
     "el10_spans": "EL10, marked parts",
     "ma_spans": "MA, marked parts",
     "ma_rest": "MA, the rest of their texts",
-    "secret_said": "a secret is said",
+    "secret_said": "Secrets said",
 }
 SHOWN, LENGTH = 6, 1200  # of a list, and of a text that may be long: certificate.json has all
 STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm }
@@ -268,7 +258,7 @@ def render(certificate):
         "Figures: the mean over the texts and its 95% bootstrap interval": figure_table(
             certificate["figures"]
         ),
-        "Residual risk: what this model still gives away is": bullets(certificate["residual_risk"]),
+        "Residual risk: this model": bullets(certificate["residual_risk"]),
         "Audit": bullets(certificate["audit"]),
         "Tasks": table(certificate["tasks"]),
         "Not tested": bullets(certificate["not_tested"]),

@@ -646,8 +646,8 @@ def read_evaluation(run, file):
     if name == "speech.json":
         return document
     column = "gpt" if name == "judge.json" else "human"
-    run[column] = document
-    return {when: {column: document[when]["mean"]} for when in ("before", "after")}
+    run[column], ends = document, [(when, document[when]) for when in ("before", "after")]
+    return {when: {column: x["mean"], f"{column}_unread": x.get("unread")} for when, x in ends}
 
 
 def read_never_saw(args):

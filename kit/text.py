@@ -130,7 +130,7 @@ class TargetGrams:
         share, worst = max(shares, default=(0, None))
         if share > max_overlap:
             return [(share, worst)]
-        for number, count in shared.most_common():
+        for number, count in sorted(shared.items(), key=lambda item: (-item[1], item[0])):
             if count <= max_overlap * 3 * LETTERS:
                 break
             share = densest(grams, self.grams[number])

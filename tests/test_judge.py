@@ -281,8 +281,9 @@ def test_the_report_has_the_column_and_the_papers_figure(run, tmp_path, capsys):
         assert "| 3.92 |" in theirs and "3.92" not in ours
         judge.main([str(released), "--judge", "gpt-y", "--base-url", chat.url])
     report.main([str(run), str(released), "--out", str(tmp_path / "both")])
-    assert "GPT" not in (tmp_path / "both" / "table.md").read_text()
-    assert "the graders differ: gpt-x" in capsys.readouterr().out
+    table = (tmp_path / "both" / "table.md").read_text()
+    assert table.count("judge=gpt-x ") == table.count("judge=gpt-y ") == 2
+    assert "GPT column: graded by gpt-x " in capsys.readouterr().out
 
 
 # --- agreement ---
@@ -294,7 +295,7 @@ def test_kappa_is_its_formula_and_spearman_that_of_the_ranks():
     kappa = 1 - ((x - y) ** 2).mean() / ((x[:, None] - y[None]) ** 2).mean()
     human, machine = ([10 * (grade - 1) / 7 for grade in grades.tolist()] for grades in (x, y))
     assert judge.quadratic_kappa(human, machine) == pytest.approx(kappa, abs=1e-12)
-    assert judge.spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
+    assert judge.spearman([1, 2, 3, 4, 5], [1, 10, 20, 30, 1000]) == pytest.approx(1)
 
 
 def test_alpha_is_krippendorffs_published_example():
@@ -314,9 +315,10 @@ def test_pearson_of_the_papers_table_3_is_the_papers():
 
 
 def test_what_has_no_value_is_none():
-    """No grades, one grade, all the same."""
+    """No grades, four, all the same."""
     for measure in (judge.pearson, judge.spearman, judge.quadratic_kappa):
-        assert measure([], []) is measure([3], [3]) is measure([3, 3], [3, 3]) is None
+        assert measure([], []) is measure([1, 3, 5, 9], [2, 3, 6, 9]) is None
+        assert measure([3] * 5, [3] * 5) is None
     assert judge.krippendorff_alpha([[1], [2], []]) is None
     assert judge.krippendorff_alpha([[4, 4], [4, 4]]) is None
     assert judge.mean_of([None, 1.0])["interval"] is None

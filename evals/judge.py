@@ -8,9 +8,8 @@
 
 Table 1's last column, Table 3 and Appendices A and B of arXiv:2407.20271 (ICU); docs/judge.md.
 Departures from the authors' script, which asks once for "Finale score" and looks for "Final":
-1. Both spellings are read, on a last line that is nothing but the score. An answer without one, or
-   cut off, is asked for again in other words. If that has none either the sample is unread: it
-   counts in no mean, and it is never a 0.
+1. Both spellings are read, as the whole last line. An answer without it, or cut off, is asked for
+   again in other words. If that has none either the sample is unread: it is in no mean, never a 0.
 2. Temperature 0 and a seed. Every sample is graded, and an interval is given.
 3. Texts leave this machine only after --send-texts: somebody asked to have them forgotten.
 Recomputed (tests/test_judge.py): Pearson's r over the means in the paper's Table 3 is 0.888.
@@ -53,10 +52,7 @@ THINKING = re.compile(r"[<\[](/?)[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGN
 
 
 def score_of(answer):
-    """The X, 0 to 10, of an answer whose last line is "Final score: X" and nothing else; or None.
-
-    None also for thinking that was begun and not ended: what it weighs is no grade.
-    """
+    """X, 0 to 10, where the last line is "Final score: X" alone and thinking has ended; or None."""
     lines = [line for line in answer.splitlines() if re.search(r"\w", line)]
     score = lines and SCORE.fullmatch(" ".join(re.sub('[*_`"#>]', " ", lines[-1]).split()))
     thinks = THINKING.findall(answer)[-1:] == [""]
@@ -204,7 +200,8 @@ class Judge:
             reply = await self.client.chat.completions.create(**request)
             choice = reply.choices[0]
             return {
-                "answer": "" + (choice.message.content or ""),  # not a list of parts
+                # No half of a pair of UTF-16, and no list of parts.
+                "answer": (choice.message.content or "").encode("utf-8", "replace").decode(),
                 "model": reply.model,  # who answers
                 "in": getattr(reply.usage, "prompt_tokens", 0) or 0,
                 "out": getattr(reply.usage, "completion_tokens", 0) or 0,
@@ -658,10 +655,10 @@ def make_parser():
     g.add_argument("--base-url", default=OPENAI, metavar="URL", help="its address (%(default)s)")
     g.add_argument("--send-texts", action="store_true", help="texts may leave this machine")
     g.add_argument("--prompt", default=INSTRUCTIONS, help='asks for "Final score: X", 0 to 10')
-    g.add_argument("--answer-tokens", type=flags.positive, default=512, help="at most (%(default)s)")
+    g.add_argument("--answer-tokens", type=flags.positive, default=512, help="most (%(default)s)")
     g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
     g.add_argument("--tries", type=flags.positive, default=7, help="of a request (%(default)s)")
-    g.add_argument("--patience", type=flags.above(0), default=120, help="seconds a try (%(default)s)")
+    g.add_argument("--patience", type=flags.above(0), default=120, help="a try's (%(default)s s)")
     g = parser.add_argument_group("people")
     either = g.add_mutually_exclusive_group()
     either.add_argument("--sheet", action="store_true", help="write sheet.html, of these runs")

@@ -78,7 +78,6 @@ def caches(tmp_path):
         ("Final score: 4 out of 5", None),
         ("Final score:\n1. It reads well.\n2. It tells the name.", None),
         ("Final score: 3\nBut wait, the name is in it", None),
-        ("It ends like 'Final score: 3', which is no grade", None),
         ("<think>\nThe name is in it.\nFinal score: 3", None),
         ("<think>Final score: 3?</think>\n`Final score: 8 out of 10`\n---", 8),
     ],
@@ -99,18 +98,16 @@ FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
-PARTS = 200, {}, completion([{"type": "text", "text": "Final score: 1"}])
-# A whole answer, and no read of it waits for the 2 seconds of --patience.
+# No read of it waits for the 2 seconds of --patience.
 DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
-    "plain": (lambda n: "Good.\nFinal score: 7", 7, None, 1),
+    "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
     "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
     "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
-    "parts": (lambda n: PARTS, None, "no answer: no chat completion", 1),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
 }
@@ -141,14 +138,14 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
         due = [score for _, score, _, _ in CASES.values() if score is not None]
         for figure in summary["before"], summary["after"]:
             assert figure["mean"] == pytest.approx(sum(due) / len(due))
-            assert (figure["n"], figure["unread"]) == (len(due), 5)
+            assert (figure["n"], figure["unread"]) == (len(due), 4)
         assert summary["served"] == ["judge-2026-01"] and rows[0]["model"] == "judge-2026-01"
         assert rows[0]["usage"] == {"in": 100, "out": 7} and rows[0]["prompt"] == summary["prompt"]
-        assert "5 unread" in capsys.readouterr().out
+        assert "4 unread" in capsys.readouterr().out
         chat.seen.clear()
         grade(chat, run)
         again = {candidate_of(request) for _, request in chat.seen}
-        assert again == {"500 for ever", "filtered", "parts"}
+        assert again == {"500 for ever", "filtered"}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
         assert not any(half.strip() in content for half in halves if half.strip())
         assert str(run.parent) not in content
     page = (run / "certificate.html").read_text()
+    order = ["Result", "Request", "What it cost the language", "Model", "How to verify"]
+    assert re.findall("<h2>(.*?)<", page)[:5] == order
+    after = made["figures"]["ma"]["after"]["value"]
+    assert f"<b>model recites {after:.0%} of the tokens of 5 texts" in page
     assert "&lt;b&gt;R-18" in page and not re.search(r"<b>R|https?:|src=|url\(|<script", page)
     edit(run / "hashes.json", lambda h: h["texts"]["0"].update(forget="0" * 64))
     with pytest.raises(ValueError, match="not the hashes of this run"):
@@ -187,14 +191,16 @@ def change_byte(path):
 
 
 CHANGES = {
-    "samples.jsonl: changed": lambda run: data.write_jsonl(
+    "files samples.jsonl: changed": lambda run: data.write_jsonl(
         run / "samples.jsonl",
         [row | {"ma": 0.125} for row in data.read_jsonl(run / "samples.jsonl")],
     ),
-    "config.json: changed": lambda run: edit(run / "config.json", lambda c: c.update(lr=1.0)),
-    "model/model.safetensors: changed": lambda run: change_byte(run / "model/model.safetensors"),
-    "model/tokenizer.json: missing": lambda run: (run / "model/tokenizer.json").unlink(),
-    "model/more.bin: was not there": lambda run: (run / "model/more.bin").write_bytes(b"x"),
+    "files config.json: changed": lambda run: edit(run / "config.json", lambda c: c.update(lr=1.0)),
+    "files model/model.safetensors: changed": lambda run: change_byte(
+        run / "model/model.safetensors"
+    ),
+    "files model/tokenizer.json: missing": lambda run: (run / "model/tokenizer.json").unlink(),
+    "files model/more.bin: was not there": lambda run: (run / "model/more.bin").write_bytes(b"x"),
     "certificate.json: changed": lambda run: change_byte(run / "certificate.json"),
     "certificate.html: not what": lambda run: change_byte(run / "certificate.html"),
 }
@@ -211,15 +217,39 @@ def test_a_change_is_found(run, capsys):
         assert status == 1 and any(each.startswith(line) for each in unlike), (line, unlike)
 
 
-def test_a_figure_that_was_forged_with_its_hash_is_found(run, capsys):
-    """The run's files give another certificate; one that lies elsewhere is checked against RUN."""
-    made = certify(run)
-    made["figures"]["ma"]["after"]["value"] = 0.01
+def test_no_figure_is_taken_from_the_certificate(run, capsys):
+    """What was forged with its hash is found, also beside RUN; what cannot be made is named."""
+    made, forged = certify(run), run.parent / "forged.json"
     del made["sha256"]
-    forged = run.parent / "forged.json"
+    made["note"] = "approved"  # a field of one's own
+    made["figures"]["ma"]["after"]["value"] = made["figures"]["ma"]["never_saw"]["value"] = 0.01
+    shutil.rmtree(run.parent / "never-saw")
     data.write_json(forged, made | {"sha256": data.digest(made)})
-    status, unlike = verify(forged, capsys, run)
-    assert status == 1 and "certificate.json: `figures` is not what the run's files give" in unlike
+    unlike = ["figures ma after value: changed", "note: missing"]
+    assert verify(forged, capsys, run) == (1, unlike)
+    twice = (run / "certificate.json").read_text().replace("{", '{"what": "proof",', 1)
+    forged.write_text(twice)  # other readers take the first of two equal fields
+    assert verify(forged, capsys, run)[0] == 1
+    certificate.main(["--verify", str(run / "certificate.json")])
+    certificate.main(["--verify", str(shutil.move(run / "certificate.json", forged))])
+    said = capsys.readouterr().out
+    assert "made of what is not here: never_saw, not_tested, residual_risk" in said
+    assert "not in it: .lock, hashes.json, timing.jsonl" in said
+    assert "any file or figure, without its RUN" in said  # as it comes to somebody else
+
+
+def test_a_certificate_made_with_another_model_is_found_by_measuring(run, capsys):
+    """Its files are whole and give its figures; the models alone say that they have others."""
+    words = run / "certificate.json", capsys, "--measure"
+    certify(run)
+    assert verify(*words) == (0, [])
+    rows = data.read_jsonl(run / "samples.jsonl")
+    rows[-1]["ma"] += 0.25
+    data.write_jsonl(run / "samples.jsonl", rows)
+    certified = certify(run)["figures"]["ma"]["after"]["value"]
+    assert verify(*words[:2]) == (0, [])
+    measured = round(certified - 0.05, 6)  # one of five texts
+    assert verify(*words) == (1, [f"MA after {measured}, certified {certified}"])
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
@@ -293,13 +323,18 @@ def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys)
         certificate.add_line(book.parent, {"sha256": "e"})
 
 
-def test_the_ledger_names_the_certificate(run):
-    """By its sha256 and request; where the ledger is damaged, no certificate is written."""
+def test_the_ledger_names_the_certificate(run, capsys):
+    """By its sha256 and request, and --verify finds it there; a damaged ledger gets no line."""
     book = run.parent / "book"
     made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
     (row,) = data.read_jsonl(book / "ledger.jsonl")
     assert row["sha256"] == hashlib.sha256(content).hexdigest()
     assert row["request"] == made["request"] and row["run"] == "run"
+    words = run / "certificate.json", capsys, "--ledger", book
+    assert verify(*words) == (0, [])
+    certify(run)  # another one: without its request
+    assert verify(*words) == (1, [f"{book / 'ledger.jsonl'}: no line of this certificate"])
+    content = (run / "certificate.json").read_bytes()
     (book / "ledger.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="nothing is added"):
         certify(run, "--ledger", book)

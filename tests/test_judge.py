@@ -3,6 +3,7 @@
 python -m pytest tests/test_judge.py -q
 """
 
+import json
 import math
 import random
 import signal
@@ -14,7 +15,7 @@ import traceback
 import numpy as np
 import pytest
 from conftest import ROOT
-from judged import Chat, candidate_of, write_run
+from judged import Chat, candidate_of, completion, write_run
 
 from evals import judge, report
 from kit import data
@@ -72,10 +73,17 @@ def caches(tmp_path):
         ("Final score: 9\nFinal score: none", None),
         ("Final score: -1", None),
         ("Final score: 8,5", None),
+        ("Final score: 1e1", None),
+        ("Final score: 7-8", None),
+        ("Final score: 4 out of 5", None),
+        ("Final score:\n1. It reads well.\n2. It tells the name.", None),
+        ("Final score: 3\nBut wait, the name is in it", None),
+        ("<think>\nThe name is in it.\nFinal score: 3", None),
+        ("<think>Final score: 3?</think>\n`Final score: 8 out of 10`\n---", 8),
     ],
 )
-def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
-    """Both spellings, whole or decimal, with and without /10; nothing else is a score."""
+def test_a_score_is_a_last_line_that_is_nothing_else(answer, score):
+    """Both spellings, whole or decimal, with and without /10, 0 to 10; nothing else is a score."""
     assert judge.score_of(answer) == score
 
 
@@ -89,12 +97,17 @@ def first(trouble, then):
 FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
+CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
+# No read of it waits for the 2 seconds of --patience.
+DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
-    "plain": (lambda n: "Good.\nFinal score: 7", 7, None, 1),
+    "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
+    "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
+    "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
 }
@@ -125,10 +138,10 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
         due = [score for _, score, _, _ in CASES.values() if score is not None]
         for figure in summary["before"], summary["after"]:
             assert figure["mean"] == pytest.approx(sum(due) / len(due))
-            assert (figure["n"], figure["unread"]) == (len(due), 3)
+            assert (figure["n"], figure["unread"]) == (len(due), 4)
         assert summary["served"] == ["judge-2026-01"] and rows[0]["model"] == "judge-2026-01"
         assert rows[0]["usage"] == {"in": 100, "out": 7} and rows[0]["prompt"] == summary["prompt"]
-        assert "3 unread" in capsys.readouterr().out
+        assert "4 unread" in capsys.readouterr().out
         chat.seen.clear()
         grade(chat, run)
         again = {candidate_of(request) for _, request in chat.seen}

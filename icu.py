@@ -103,6 +103,7 @@ def build_samples(
         first = len(ids) - len(body)
         cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
         models.check_parts(ids[begin:cut], ids[cut:], side, where)
+        models.check_room(side, ids, cut, positions=positions, where=where)
         span_positions = None
         if not side:  # spans exist on the forget side only
             span_positions = data.span_positions(pair, tokenizer, ids, where)
@@ -116,7 +117,6 @@ def build_samples(
         where = f"{what} {row + 1} (id {pair['id']})"
         forget = build(pair, "", where)
         near = [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
-        models.check_room(forget, near, positions, where)
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
         secrets = data.secrets_of(pair)

@@ -96,9 +96,8 @@ def build_samples(
     samples, inside, longer = [], [], 0
 
     def build(pair, side, where):
-        body, starts, moved = models.read_parts(
-            tokenizer, pair, [f"{side}{name}" for name in fields]
-        )
+        names = [f"{side}{name}" for name in fields]
+        body, starts, moved = models.read_parts(tokenizer, pair, names)
         ids = models.begin(front, body)  # [front | context | prefix | suffix]
         first = len(ids) - len(body)
         cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
@@ -119,10 +118,8 @@ def build_samples(
         near = [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = data.secrets_of(pair)
-        samples.append(
-            Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
-        )
+        own = pair["id"], pair["suffix"], forget, learn
+        samples.append(Sample(*own, positions, data.secrets_of(pair), further))
     notes = [f"{longer} learn partners are cut to the model's positions"] if longer else []
     if inside:
         notes.append(

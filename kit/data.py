@@ -25,7 +25,7 @@ from kit.text import letters, plain, split_in_half, stands_in
 def cache_folder(name):
     """Where downloads and embeddings are kept between runs: $ICU_CACHE, or ~/.cache/icu.
 
-    A user without a home, as in a container, keeps nothing: /dev/null takes no folder.
+    Without a home, as in a container, nothing is kept: /dev/null takes no folder.
     """
     home = re.sub("^~", os.devnull, os.path.expanduser("~/.cache/icu"))
     return Path(os.environ.get("ICU_CACHE") or home, name)
@@ -94,14 +94,13 @@ def json_bytes(value, indent=None):
 
 
 def read_text(path):
-    """A file, or a gzip of one, as text without a byte order mark. ValueError: not UTF-8, or no file."""
+    """A file or a gzip, as text without a byte order mark. ValueError: missing, or not UTF-8."""
     with reading(path):
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        if content[:4] == b"PAR1":
-            way_out = 'pandas.read_parquet(FILE).to_json(OUT, orient="records", lines=True)'
-            raise ValueError(f"parquet: pip install pyarrow, then {way_out}")
-    with reading(f"{path}: not UTF-8, save it as UTF-8"):
+    parquet = 'but parquet: pandas.read_parquet(FILE).to_json(OUT, orient="records", lines=True)'
+    way_out = parquet if content[:4] == b"PAR1" else "save it as UTF-8"
+    with reading(f"{path}: not UTF-8, {way_out}"):
         return content.decode("utf-8-sig")
 
 
@@ -123,7 +122,7 @@ def numbered_jsonl(path):
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             with reading(f"{path} line {number}: not a JSON object"):
-                row = dict(json.loads(line, object_pairs_hook=once))
+                row = dict(**json.loads(line, object_pairs_hook=once))
             yield number, row
 
 
@@ -136,13 +135,18 @@ def once(fields):
 
 
 def numbered_csv(path):
-    """Yields (number of its last line, dict) of a CSV file with a header; no blank lines."""
+    """Yields (number of its last line, dict) of a CSV file with a header; no blank rows.
+
+    What its header has most of parts its fields: comma, semicolon or tab.
+    """
     csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
-    rows, header = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), None
+    text, header = read_text(path), None
+    sign = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=sign)
     while True:
         with reading(f"{path} line {rows.line_num + 1}"):
             fields = next(rows, None)
-            row = csv_row(header, fields) if header and fields else None
+            row = csv_row(header, fields) if header and any(fields or ()) else None
         if row:
             yield rows.line_num, row
         elif fields is None:
@@ -151,12 +155,13 @@ def numbered_csv(path):
 
 
 def csv_row(header, fields):
-    """{column: field}; ValueError for other columns, and for the header again, from a joined file."""
-    if len(fields) != len(header):
-        raise ValueError(f"not the header's {len(header)} columns: a comma needs quotes")
+    """{column: field}; ValueError for other columns, or for the header of a file joined to it."""
+    problem = f"not the header's {len(header)} columns: a comma needs quotes"
     if [field.strip("\ufeff") for field in fields] == header:
-        raise ValueError("the header again, of a file that was joined: take it out")
-    return once([*zip(header, fields, strict=True)])
+        problem = "the header again: take it out"
+    elif len(fields) == len(header):
+        return once([field for field in zip(header, fields, strict=True) if any(field)])
+    raise ValueError(problem)
 
 
 def chunks(items, size):
@@ -196,7 +201,7 @@ def make_record(row, number):
         prefix, suffix = split_in_half(text)
     else:
         names = ", ".join(row)
-        raise ValueError(f"needs a `text`, or a `prefix` and a `suffix`; it has: {names}")
+        raise ValueError(f"needs a `text`, or `prefix` and `suffix`, as strings; it has: {names}")
     record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
     return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, text)
 
@@ -233,7 +238,7 @@ def read_records(path, *, tokenizer=None):
 
 def numbered_rows(path):
     """(line, dict) of a .csv file or a .csv.gz; of any other, which is JSON lines."""
-    is_csv = str(path).lower().removesuffix(".gz").endswith(".csv")
+    is_csv = str(path).lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     return (numbered_csv if is_csv else numbered_jsonl)(path)
 
 
@@ -310,7 +315,7 @@ def read_spans(row, text):
     or in CSV one string with | between.
     """
     spans, secrets = row.get("spans") or [], row.get("secrets") or []
-    secrets = secrets.split("|") if isinstance(secrets, str) else secrets
+    secrets = filter(None, secrets.split("|") if isinstance(secrets, str) else secrets)
     spans = [*spans, *(find_secret(secret, text) for secret in secrets)]
     return {"spans": check_spans(spans, text)} if spans else {}
 
@@ -326,7 +331,8 @@ def find_secret(secret, text):
 
 def check_spans(spans, text):
     """The spans in order; ValueError unless they lie inside the text and do not overlap."""
-    spans = sorted([start, end] for start, end in spans)
+    with reading("`spans` is a list of [start, end)"):
+        spans = sorted([start, end] for start, end in spans)
     places = [0, *itertools.chain.from_iterable(spans), len(text)]
     if places != sorted(places) or any(start == end for start, end in spans):
         room = f"the text of {len(text)} characters"

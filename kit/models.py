@@ -175,7 +175,7 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
     except Exception as error:  # OSError, ValueError, KeyError, ...
         problem = "unreadable" if is_folder else "no such folder, and the hub did not give it"
         reason = first_line(error)
-        if "tiktoken" in reason:  # what transformers tries last
+        if "tiktoken" in reason:  # its last resort
             reason = "tokenizer.model needs pip install sentencepiece protobuf, or tiktoken"
         problem = f"{problem}; pass {flag} DIR ({reason})"
         raise ValueError(f"{flag} {name}: {problem}") from error
@@ -337,10 +337,8 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only: no bar beside ours, no table of weights that do not fit.
-
-    Nor does it judge a generation_config.json, which no measure obeys.
-    """
+    """transformers prints errors only: no bar beside ours, no table of weights that do not fit. Nor
+    does it judge a generation_config.json, which no measure obeys."""
     from transformers import GenerationConfig, logging
 
     if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
@@ -435,10 +433,7 @@ def default_encoder():
 
 
 def room_of(encoder):
-    """How many tokens fit into an encoder's table of positions: RoBERTa's begins after padding_idx.
-
-    None without a table.
-    """
+    """How many tokens an encoder has positions for, or None; RoBERTa's begin after padding_idx."""
     for name, table in encoder.named_modules():
         if name.endswith("position_embeddings"):
             return (

@@ -23,11 +23,11 @@ DENSE = (
 OTHERS = "\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff"
 dense = re.compile(f"[{DENSE}]")
 unspaced = re.compile(f"[{DENSE}{OTHERS}]")
-# Letters that readers take for equal: dotless i, Persian and Arabic yeh and kaf, strokes. Out go
-# four fillers, invisible but letters to Python, and tatweel.
+# Readers take these letters for equal (Turkish i, Arabic yeh, kaf and heh, strokes), and do
+# not see four fillers, which are letters to Python, and tatweel.
 EQUAL = str.maketrans(
-    "\u0131\u0649\u06cc\u06a9\u0142\u00f8\u0111",
-    "i\u064a\u064a\u0643lod",
+    "\u0131\u0649\u06cc\u06a9\u06c1\u06be\u0629\u0142\u00f8\u0111",
+    "i\u064a\u064a\u0643\u0647\u0647\u0647lod",
     "\u115f\u1160\u17b4\u17b5\u0640",
 )
 ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(i).isalnum()))
@@ -127,7 +127,7 @@ class TargetGrams:
         self.known = set(self.holders)
 
     def leave_out_frame(self, rows):
-        """Leaves out n-grams that two targets and over half of these rows hold; returns how many."""
+        """Leaves out what two targets and over half of these rows hold: how many n-grams."""
         several = {gram for gram, targets in self.holders.items() if len(targets) > 1}
         counts = Counter(chain.from_iterable(several & {*grams_of(row)} for row in rows))
         frame = {gram for gram, count in counts.items() if count > len(rows) / 2}

@@ -140,7 +140,7 @@ CASES = {
     "a field twice": (
         f"{KNN} f.jsonl", put("f.jsonl", '{"text": "a b", "text": "c d"}'),
         "f.jsonl line 1: not a JSON object: a field twice: text, text"),
-    "parquet": (f"{KNN} f.jsonl", put("f.jsonl", b"PAR1\x15"), "f.jsonl: parquet: pip install"),
+    "parquet": (f"{KNN} f.jsonl", put("f.jsonl", b"PAR1\x15\xb4"), "but parquet: pandas.read"),
     "a secret that is not there": (
         f"{KNN} f.jsonl", put("f.jsonl", [{"text": "a b", "secrets": ["c"]}]),
         "f.jsonl line 1: the secret 'c' does not occur"),

@@ -214,7 +214,7 @@ def test_what_most_rows_share_is_no_leak():
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("\u06a9\u062a\u0627\u0628\u06cc", "\u0643\u062a\u0640\u0627\u0628\u064a"),  # Arabic
+        ("\u06a9\u062a\u0627\u06c1\u06cc", "\u0643\u062a\u0640\u0627\u0629\u064a"),  # Arabic
         ("\u06f1\u0664 k\u0131r\u0131k \u0141\u00f3d\u017a", "14 kirik Lodz"),
         (r"one\ntwo\tC", "one\ntwo\tC"),
     ],

@@ -170,8 +170,8 @@ def test_token_ids_are_split_in_half_and_kept(tmp_path):
 
 
 def test_a_gzip_is_read_as_the_file_in_it(tmp_path):
-    """CSV and JSON lines."""
-    for name, rows in (("a.csv", "text\na b\n"), ("a.jsonl", '{"text": "a b"}')):
+    """JSON lines, and CSV as Excel writes it: semicolons, a blank row and columns without a name."""
+    for name, rows in (("a.csv", "text;;\na b;;\n;;\n"), ("a.jsonl", '{"text": "a b"}')):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(rows.encode()))
         assert knn.text_of(data.read_records(tmp_path / f"{name}.gz")[0]) == "a b"
 

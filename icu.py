@@ -94,21 +94,23 @@ def build_samples(
     with_context = context or PROTOCOLS[protocol].context
     fields = data.PARTS if with_context else data.PARTS[1:]
     build = functools.partial(
-        make_text, tokenizer=tokenizer, fields=fields, context=context, targets=targets
+        make_text,
+        tokenizer=tokenizer,
+        fields=fields,
+        context=context,
+        targets=targets,
+        positions=positions,
     )
     samples, inside, longer = [], [], 0
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
         forget, moved = build(pair, "", where)
         near = [build(row, "learn_", where)[0] for row in [pair, *pair.get("further", [])]]
-        models.check_room(forget, near, positions, where)
         inside += [where] * moved
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = data.secrets_of(pair)
-        samples.append(
-            Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
-        )
+        own = pair["id"], pair["suffix"], forget, learn
+        samples.append(Sample(*own, positions, data.secrets_of(pair), further))
     notes = [f"{longer} learn partners are cut to the model's positions"] if longer else []
     if inside:
         notes.append(
@@ -118,7 +120,7 @@ def build_samples(
     return samples, notes
 
 
-def make_text(pair, side, where, *, tokenizer, fields, context, targets):
+def make_text(pair, side, where, *, tokenizer, fields, context, targets, positions):
     """A side, "" or "learn_", of a pair: (Text, whether one of `fields` begins inside a token)."""
     front = models.front_of(tokenizer)
     body, starts, moved = models.read_parts(tokenizer, pair, [f"{side}{name}" for name in fields])
@@ -126,6 +128,7 @@ def make_text(pair, side, where, *, tokenizer, fields, context, targets):
     first = len(ids) - len(body)
     cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
     models.check_parts(ids[begin:cut], ids[cut:], side, where)
+    models.check_room(side, ids, cut, positions=positions, where=where)
     span_positions = None
     if not side:  # spans exist on the forget side only
         span_positions = data.span_positions(pair, tokenizer, ids, where)

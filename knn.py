@@ -180,6 +180,8 @@ def encode(texts, folder, batch_size, device):
 
     with data.reading(f"the encoder in {folder} cannot be loaded"), models.quiet():
         model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+    if room := models.room_of(model):
+        model.max_seq_length = min(model.max_seq_length or room, room)
     # Each different text once, like lengths together: little padding.
     different = sorted(dict.fromkeys(texts), key=len, reverse=True)
     vectors = []
@@ -200,11 +202,17 @@ def plain_text(record):
     return texts.plain("".join(record[part] for part in PARTS))
 
 
-def leak_finder(forget, max_overlap):
+def leak_finder(forget, pool, max_overlap):
     """A function of a pool row that yields (share 0-1, number of a target) for each rule met."""
     plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
+    some = [plain_text(row) for row in pool[:: len(pool) // 1000 + 1]]
+    if shared := grams.leave_out_frame([texts.weighed(texts.letters(text)) for text in some]):
+        print(
+            f"note: {shared} n-grams of several texts stand in over half of the pool (a system "
+            "prompt?): not compared"
+        )
     phrases = [(spelt[n], n) for n in range(len(forget)) if not grams.grams[n]]
     for n, target in enumerate(forget):
         marked = [texts.letters(texts.plain(part)) for part in data.marked(target)]
@@ -257,7 +265,9 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
     """
     finders = []  # (its function of a row, ids of its targets)
     if not allow_copies:
-        finders.append((leak_finder(forget, max_overlap), [target["id"] for target in forget]))
+        finders.append(
+            (leak_finder(forget, pool, max_overlap), [target["id"] for target in forget])
+        )
         finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged]
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []

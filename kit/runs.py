@@ -177,7 +177,7 @@ PLACES = (
 def describe_run(args, method, thresholds):
     """The content of config.json."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout
     files = {name: getattr(args, name) for name in ("pairs", "model", "bert", "unseen")}
     files["never_saw"] = args.never_saw and Path(args.never_saw) / "summary.json"
     for item in args.ppl:
@@ -191,7 +191,7 @@ def describe_run(args, method, thresholds):
         "processes": WORLD_SIZE,
         "thresholds_used": thresholds,
         "versions": versions(),
-        "git": git.stdout.strip() or None,
+        "git": (git or "").strip() or None,
         "sha256": sha256 | {"method": method.sha256()},
     }
 

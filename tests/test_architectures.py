@@ -68,7 +68,8 @@ FOLDER_SETTINGS = {
 }  # fmt: skip
 
 
-def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
+@pytest.mark.parametrize("settings", [FOLDER_SETTINGS, {"num_return_sequences": 3}])
+def test_no_measure_obeys_the_folders_generation_config(settings, save_tiny, tmp_path):
     """A penalty does not hide what is memorised; the model keeps it, also where it is exported."""
     folder = save_tiny("gpt_neo", tmp_path / "model")
     text = [5, 9, 40, 41, 70, 71, 80, 40, 41, 9, 5, 40, 41, 70, 71]
@@ -82,12 +83,12 @@ def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
 
     plain = measured(*models.load_model(str(folder)))
     file = "generation_config.json"
-    (folder / file).write_text(json.dumps({"eos_token_id": 0} | FOLDER_SETTINGS))
+    (folder / file).write_text(json.dumps({"eos_token_id": 0} | settings))
     model, tokenizer = models.load_model(str(folder))
     assert measured(model, tokenizer) == plain
     models.save_model(model, tokenizer, tmp_path / "run" / "model")
     exported = json.loads((tmp_path / "run" / "model" / file).read_text())
-    assert FOLDER_SETTINGS.items() <= exported.items()
+    assert settings.items() <= exported.items()
 
 
 # --- a limit that holds for a row holds in a batch ---

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,8 @@ CASES = {
     "an adapter": (ICU, put("model/adapter_config.json", "{}"), "merge it with peft"),
     "a file of weights missing": (ICU, half_an_index, "incomplete, b.safetensors is missing"),
     "a tensor too many": (ICU, more_tensors, "have more: 1 tensors, the first is score.weight"),
+    "tokenizer.model alone": (
+        ICU, moved("tokenizer.json", "tokenizer.model"), "pip install sentencepiece protobuf, or"),
     "an encoder-decoder": (
         ICU, put("model/config.json", '{"model_type": "t5"}'), "a t5 is no decoder-only"),
     "no tokenizer": (
@@ -131,6 +134,13 @@ CASES = {
     "a comma without quotes": (
         f"{KNN} f.csv", put("f.csv", "id,text\n1,a, b\n"),
         "f.csv line 2: not the header's 2 columns"),
+    "its header again": (
+        f"{KNN} f.csv", put("f.csv", "id,text\n1,a b\n\ufeffid,text\n2,a c\n"),
+        "f.csv line 3: the header again"),
+    "a field twice": (
+        f"{KNN} f.jsonl", put("f.jsonl", '{"text": "a b", "text": "c d"}'),
+        "f.jsonl line 1: not a JSON object: a field twice: text, text"),
+    "parquet": (f"{KNN} f.jsonl", put("f.jsonl", b"PAR1\x15\xb4"), "but parquet: pandas.read"),
     "a secret that is not there": (
         f"{KNN} f.jsonl", put("f.jsonl", [{"text": "a b", "secrets": ["c"]}]),
         "f.jsonl line 1: the secret 'c' does not occur"),
@@ -148,6 +158,8 @@ CASES = {
         f"{KNN} pairs.jsonl --encoder gone", None,
         "--encoder gone: no folder, nor on the hub: pass --encoder DIR"),
     # flags
+    "no docstrings": (
+        ICU, lambda patch: patch.setattr("sys.flags", SimpleNamespace(optimize=2)), "without -OO"),
     "a flag misspelt": (f"{ICU} --lrr 1", None, "unrecognized arguments: --lrr 1"),
     "a method misspelt": (f"{ICU} --method npoo", None, "did you mean npo?"),
     "no model": (

@@ -203,6 +203,27 @@ def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
     assert dropped(SECRET, row, max_overlap=0) == [True] and dropped(SECRET, row) == [False]
 
 
+def test_what_most_rows_share_is_no_leak():
+    """Under one system prompt the pool stays; a row that says a piece of a target goes."""
+    targets = [record("a", PAGE + SECRET), record("b", PAGE + SYNONYMS)]
+    rows = [GERMAN, ZH, "Copper is for pots.", " ".join(WORDS[-6:])]
+    keep, _ = knn.leak_guard(targets, [record(row, PAGE + row) for row in rows])
+    assert keep.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u06a9\u062a\u0627\u06c1\u06cc", "\u0643\u062a\u0640\u0627\u0629\u064a"),  # Arabic
+        ("\u06f1\u0664 k\u0131r\u0131k \u0141\u00f3d\u017a", "14 kirik Lodz"),
+        (r"one\ntwo\tC", "one\ntwo\tC"),
+    ],
+)
+def test_letters_that_readers_take_for_equal_are_equal(one, other):
+    """So a copy that is spelt with the others is one, and a secret is said in them."""
+    assert text.words(text.plain(one)) == text.words(text.plain(other)) and data.says(other, one)
+
+
 # --- monotonic: more of the secret is never treated more gently ---
 
 VOCABULARY = "the of violet harbour seven Rosalind a in ferry Zoë clinic 14 was kept blue".split()

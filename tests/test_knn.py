@@ -8,6 +8,7 @@ and the command line runs as a user types it. The leak guard has a file of its o
 
 import csv
 import functools
+import gzip
 import hashlib
 import json
 import re
@@ -167,6 +168,13 @@ def test_token_ids_are_split_in_half_and_kept(tmp_path):
         "suffix": " w3 w4 w5", "suffix_ids": [3, 4, 5],
     }  # fmt: skip
     assert records[1]["suffix_ids"] == [0, 99, 0] and type(records[1]["suffix_ids"][1]) is int
+
+
+def test_a_gzip_is_read_as_the_file_in_it(tmp_path):
+    """JSON lines, and CSV as Excel writes it: semicolons, a blank row and columns without a name."""
+    for name, rows in (("a.csv", "text;;\na b;;\n;;\n"), ("a.jsonl", '{"text": "a b"}')):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(rows.encode()))
+        assert knn.text_of(data.read_records(tmp_path / f"{name}.gz")[0]) == "a b"
 
 
 # --- passages ---

@@ -6,15 +6,17 @@ python -m pytest tests/test_models.py -q
 import json
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_icu import args_of, memorise
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import decoders, normalizers, processors
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 import icu
+import knn
 import metrics
 from evals import tasks
 from kit import data, models, processes
@@ -203,6 +205,49 @@ def test_what_only_looks_wrong_is_measured_as_the_plain_folder(name, save_tiny, 
     assert measured() == before
 
 
+def test_a_run_needs_no_git_and_no_home(world, tmp_path, monkeypatch):
+    """A container's user without a name keeps no cache, and finds nothing where he works."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.delenv("ICU_CACHE")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    icu.main(argv=[*world.flags, "--eval-only", "--out", "run"])
+    assert data.read_json("run/config.json")["git"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# --- marked texts ---
+
+
+def test_spans_of_a_long_text_take_linear_time_and_its_length_comes_first(world, monkeypatch):
+    """Also of characters that look like half a one; what is too long is refused unsearched."""
+    (_, tokenizer), text = models.check_model(str(world.model)), "\ufffd" * 3000 + "bc" * 3000
+    row = pair("0", text[:9], text[9:]) | {"spans": [[at, at + 1] for at in range(3000, 9000, 2)]}
+    ids, sizes, decode = models.encode(tokenizer, text), [], data.as_text
+    monkeypatch.setattr(data, "as_text", lambda t, ids: sizes.append(len(ids)) or decode(t, ids))
+    positions = data.span_positions(row, tokenizer, ids, "row")
+    assert [decode(tokenizer, [ids[t]]) for t in positions] == ["b"] * 3000
+    assert sum(sizes) < 200 * len(ids)
+    monkeypatch.delattr(data, "span_positions")
+    with pytest.raises(ValueError, match="pair 1 .id 0.: .* the model has 256 positions"):
+        icu.build_samples([row], tokenizer, protocol="paper", positions=256)
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_spans_are_found_where_a_tokenizer_adds_a_space_and_takes_it_away(context):
+    """As Llama 2's, with the context in front and without it."""
+    tokenizer, text = conftest._make_tokenizer("llama"), "Call the clinic at 555-0142 and ask"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    parts = [decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)
+    row = pair("0", text[:15], text[15:]) | {"context": "Z\u00fcrich: ", "spans": [[19, 27]]}
+    (sample,), _ = icu.build_samples(
+        [row], tokenizer, protocol="paper", positions=99, context=context
+    )
+    ids = [sample.forget.ids[t] for t in sample.forget.span_positions]
+    assert tokenizer.decode(ids).strip() == "555-0142"
+
+
 # --- the plain engine ---
 
 
@@ -224,6 +269,18 @@ def test_the_plain_engine_steps_by_the_gradients_that_backward_makes(make_model)
     loss = one(input_ids=ids, labels=ids).loss * float("nan")
     assert not engines[0].step(loss, torch.Tensor.backward)
     assert all(map(torch.equal, before, one.parameters()))
+
+
+def test_an_encoder_of_robertas_kind_reads_as_far_as_its_positions_go(save_tiny, tmp_path):
+    """They begin after the padding's; where the tokenizer has no limit, texts are cut there."""
+    changed("tokenizer_config.json", model_max_length=10**30)(save_tiny("opt", tmp_path))
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(**size, max_position_embeddings=34)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    text = "The van near the old mill. " * 30
+    assert metrics.bertscore([text], [text + "more"], tmp_path)[2].item() == pytest.approx(1)
+    one, other = knn.encode([text, text + "more"], tmp_path, 2, "cpu")
+    assert (one == other).all()
 
 
 # --- scripts that an encoder, or BLEU's usual words, cannot read ---

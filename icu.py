@@ -73,7 +73,7 @@ class Sample(NamedTuple):
     forget: Text
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
-    secrets: tuple = ()  # the strings that its spans mark, where it has some
+    secrets: tuple = ()  # (in the prompt, in the suffix) of each string that its spans mark
     further: list = ()  # its second neighbour, its third, ...: Texts (knn.py --neighbours)
 
 
@@ -119,7 +119,7 @@ def build_samples(
         models.check_room(forget, near, positions, where)
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = data.secrets_of(pair)
+        secrets = data.secrets_of(pair, data.as_text(tokenizer, forget.ids[forget.cut :]))
         samples.append(
             Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
         )

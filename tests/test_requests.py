@@ -5,6 +5,7 @@ python -m pytest tests/test_requests.py -q
 
 import argparse
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import survive
@@ -74,9 +75,25 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     ],
 )
 def test_a_secret_is_said_as_whole_words(generation, secret, expected):
-    """In whatever case, accents and signs; one in the prefix is not counted."""
+    """In whatever case, accents and signs."""
     assert data.says(generation, secret) == expected
-    assert data.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
+
+
+@pytest.mark.parametrize(
+    ("mark", "cut", "generation", "expected"),
+    [
+        ([15, 19], 44, "It was Ines, as", None),  # the prompt says it
+        ([44, 53], 50, " 14 and so on", 1.0),
+        ([44, 53], 50, " 41 and so on", 0.0),
+        ([15, 19], 17, " for Ines, I think", 1.0),
+        ([51, 54], 53, ". And", None),  # no letter is left to say
+    ],
+)
+def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expected):
+    """Where the cut falls inside it, that part counts, or the whole that it completes."""
+    secrets = data.secrets_of(pair(0, spans=[mark]), TEXTS[0][cut:])
+    sample = SimpleNamespace(secrets=secrets)
+    assert data.secret_said(sample, generation) == {"secret_said": expected}
 
 
 # --- one after another ---

@@ -972,7 +972,7 @@ def add_running_flags(parser):
     add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     add("--redact", action="store_true",
-        help="no text in the run folder and the cache, only ids, hashes and numbers")
+        help="no text in the run folder and the cache, only ids and numbers")
     add("--preset", help="the preset's name, for the published row in the report")
     add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on

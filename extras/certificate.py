@@ -11,8 +11,10 @@ what kit/purge.py changes in them.
 import contextlib
 import datetime
 import hashlib
+import hmac
 import html
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import filelock
 
-from kit import data, flags, models, purge, requests
+from kit import data, flags, models
 from kit.figures import AS_NEVER, LESS, MORE, bootstrap
 from kit.runs import OF_SPANS, SETTINGS, mean, models_of, read_run
 from kit.text import visible
@@ -30,6 +32,7 @@ WHAT = (
     "away than before its training. They are no proof that nothing of them is left in its weights."
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
+KEY = "certificate.key"  # of the hashes in `scope`: for whom the certificate is for
 LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
 LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, whose rest is to stay
@@ -69,7 +72,7 @@ def build(folder, request, signed_by=None, kept=None):
     certificate = {
         "what": WHAT,
         "request": {"done": done, **request},
-        "scope": scope_of(run),
+        "scope": scope_of(run, kept),
         "model": {
             "name": path.name if sha or path.is_absolute() else config["model"],
             "revision": config.get("revision"),
@@ -94,23 +97,26 @@ def build(folder, request, signed_by=None, kept=None):
     return certificate | {"sha256": data.digest(certificate)}
 
 
-def scope_of(run):
-    """How many texts, and their salted hashes."""
-    config, path = run["config"], run["folder"] / "hashes.json"
-    ids, sha = {row["id"] for row in own_rows(run, 0)}, config["sha256"]["pairs"]
-    scope = {"texts": len(ids), "pairs_sha256": sha}
-    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
+def scope_of(run, kept=None):
+    """How many texts, and while they are there the HMAC-SHA256 of each, with a key in a file.
+
+    kept: an earlier certificate, whose hashes count where texts or key are gone.
+    """
+    config, key = run["config"], run["folder"] / KEY
+    scope = {"texts": len(own_rows(run, 0))}
+    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - scope["texts"]:
         scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
-    if not path.is_file():
-        note = "none: the run has neither its texts nor hashes of them any more"
-        return scope | {"salt": None, "hashes": [], "hashes_note": note}
-    hashes = expected = data.read_json(path)
-    if models.fingerprint(config["pairs"]) == sha:
-        expected = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
-    if hashes != expected or set(hashes["texts"]) != ids:
-        raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
-    forget = sorted(text["forget"] for text in hashes["texts"].values())
-    return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
+    there = models.fingerprint(config["pairs"]) == config["sha256"]["pairs"]
+    if there and not (kept or key.exists()):
+        data.write_bytes(key, secrets.token_hex(32).encode())
+    if there and key.exists():
+        secret = bytes.fromhex(data.read_text(key))
+        texts = [data.text_of(pair).encode() for pair in data.read_pairs(config["pairs"])]
+        hashes = sorted(hmac.digest(secret, text, "sha256").hex() for text in texts)
+        return scope | {"hashes": hashes, "hashes_note": None}
+    if kept:
+        return scope | {name: kept["scope"][name] for name in ("hashes", "hashes_note")}
+    return scope | {"hashes": [], "hashes_note": "none: the pairs are gone, or not found from here"}
 
 
 def never_saw(run):
@@ -491,7 +497,6 @@ def certify(args):
     folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
-    purge.keep_hashes(folder)
     certificate = build(folder, request, args.sign and public_key(args.sign))
     done = certificate["request"]["done"]
     if args.received and args.received > datetime.date.fromisoformat(done) + ONE_DAY:

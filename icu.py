@@ -73,7 +73,7 @@ class Sample(NamedTuple):
     forget: Text
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
-    secrets: tuple = ()  # the strings that its spans mark, where it has some
+    secrets: tuple = ()  # (in the prompt, in the suffix) of each string that its spans mark
     further: list = ()  # its second neighbour, its third, ...: Texts (knn.py --neighbours)
 
 
@@ -109,8 +109,9 @@ def build_samples(
         inside += [where] * moved
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
+        secrets = data.secrets_of(pair, data.as_text(tokenizer, forget.ids[forget.cut :]))
         own = pair["id"], pair["suffix"], forget, learn
-        samples.append(Sample(*own, positions, data.secrets_of(pair), further))
+        samples.append(Sample(*own, positions, secrets, further))
     notes = [f"{longer} learn partners are cut to the model's positions"] if longer else []
     if inside:
         notes.append(
@@ -978,7 +979,7 @@ def add_running_flags(parser):
     add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     add("--redact", action="store_true",
-        help="no text in the run folder and the cache, only ids, hashes and numbers")
+        help="no text in the run folder and the cache, only ids and numbers")
     add("--preset", help="the preset's name, for the published row in the report")
     add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on

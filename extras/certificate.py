@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import hmac
 import html
 import json
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import filelock
 
-from kit import data, flags, models, processes, purge, requests
+from kit import data, flags, models, processes, requests
 from kit.figures import bootstrap, verdict
 from kit.runs import OF_SPANS, SETTINGS, mean, models_of, read_run
 from kit.text import visible
@@ -33,6 +35,7 @@ WHAT = (
     "away than before its training. They are no proof that nothing of them is left in its weights."
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
+KEY = "certificate.key"  # of the hashes in `scope`: for whom the certificate is for
 LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 # Higher = more is left, in the words of `verdict`.
 LEFT = {
@@ -103,22 +106,21 @@ def build(folder, request, signed_by=None):
 
 
 def scope_of(run):
-    """How many texts, and their salted hashes."""
-    config, path = run["config"], run["folder"] / "hashes.json"
-    ids, sha = {row["id"] for row in own_rows(run, 0)}, config["sha256"]["pairs"]
-    scope = {"texts": len(ids), "pairs_sha256": sha}
-    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
+    """How many texts, and while they and the key are there the HMAC-SHA256 of each."""
+    config, key = run["config"], run["folder"] / KEY
+    scope = {"texts": len(own_rows(run, 0))}
+    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - scope["texts"]:
         scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
-    if not path.is_file():
-        note = "none: the run has neither its texts nor hashes of them any more"
-        return scope | {"salt": None, "hashes": [], "hashes_note": note}
-    hashes = expected = data.read_json(path)
-    if models.fingerprint(config["pairs"]) == sha:
-        expected = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
-    if hashes != expected or set(hashes["texts"]) != ids:
-        raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
-    forget = sorted(text["forget"] for text in hashes["texts"].values())
-    return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
+    if not has_pairs(config) or not key.exists():
+        return scope | {"hashes": [], "hashes_note": f"none: the texts or {KEY} are gone"}
+    secret = bytes.fromhex(data.read_text(key))
+    texts = [data.text_of(pair).encode() for pair in data.read_pairs(config["pairs"])]
+    hashes = sorted(hmac.digest(secret, text, "sha256").hex() for text in texts)
+    return scope | {"hashes": hashes, "hashes_note": None}
+
+
+def has_pairs(config):
+    return models.fingerprint(config["pairs"]) == config["sha256"]["pairs"]
 
 
 def never_saw(run):
@@ -546,7 +548,9 @@ def certify(args):
     folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
-    purge.keep_hashes(folder)
+    key = folder / KEY
+    if not key.exists() and has_pairs(data.read_json(folder / "config.json")):
+        data.write_bytes(key, secrets.token_hex(32).encode())
     certificate = build(folder, request, args.sign and public_key(args.sign))
     done = certificate["request"]["done"]
     if args.received and args.received > datetime.date.fromisoformat(done) + ONE_DAY:

@@ -15,6 +15,7 @@ from pathlib import Path
 from evals import report
 from experiment import PYTHON, run
 from kit import data, flags
+from kit.requests import name_of
 from kit.runs import mean
 
 VARIANTS = {"watched": "--watch", "not watched": "--no-watch"}
@@ -58,9 +59,10 @@ def follow(args, folder, requests):
             words = ["--after", made[-1], flag] if made else ["--model", args.model]
             made.append(train(args, folder / name, folder / f"request{number}.pairs.jsonl", *words))
             run, ids, steps = made[-1], requests[:number], sum(map(steps_of, made))
-            if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
-                earlier = zip(made[:-1], ids[:-1], strict=True)
-                ids = [[f"{old.name}/{id}" for id in of_old] for old, of_old in earlier] + ids[-1:]
+            if variant == "watched":  # its own rows, named by the request
+                names = [name_of(old, data.read_json(old / "config.json")) for old in made[:-1]]
+                earlier = zip(names, ids[:-1], strict=True)
+                ids = [[f"{name}/{id}" for id in of_old] for name, of_old in earlier] + ids[-1:]
             elif number > 1:
                 pairs = folder / f"upto{number}.pairs.jsonl"
                 words = ["--model", run / "model", "--eval-only"]

@@ -39,7 +39,7 @@ RUN_FILES = (
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "speech.json", "certificate.json",
-    "certificate.json.sig", "certificate.html", "hashes.json", *GROWING,
+    "certificate.json.sig", "certificate.html", "certificate.key", "hashes.json", *GROWING,
 )  # fmt: skip
 
 
@@ -171,6 +171,7 @@ TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")
 # Compared by what lies there (sha256): the same files at another place are the same run.
 PLACES = (
     "out", "data", "model", "pairs", "bert", "unseen", "ppl", "never_saw", "after", "original",
+    "cache",
 )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ def describe_run(args, method, thresholds):
         # Tells edited methods apart in evals/report.py's table.
         "method_file": f"{method.file.name} {method.sha256()[:6]}",
         "processes": WORLD_SIZE,
+        "cache": str(data.cache_folder("").absolute()),  # for kit/purge.py
         "thresholds_used": thresholds,
         "versions": versions(),
         "git": (git or "").strip() or None,
@@ -279,9 +281,6 @@ class Run:
             self.pick_up()
         elif self.out and is_main:
             start_run_folder(self.out, describe_run(self.args, self.method, self.thresholds))
-        hashes = self.out and self.args.redact and self.out / "hashes.json"
-        if is_main and hashes and not hashes.exists():
-            data.write_json(hashes, requests.hashes(data.read_pairs(self.args.pairs)))
         wait_for_all()
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
         self.seed()

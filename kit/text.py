@@ -6,7 +6,6 @@ Unicode annex 29, by the `regex` package).
 """
 
 import functools
-import hashlib
 import html
 import re
 import unicodedata
@@ -116,10 +115,7 @@ class TargetGrams:
 
     def __init__(self, targets):
         self.blocks = {block for target in targets for block in grams_of(target, self.BLOCK)}
-        self.keep_grams(map(grams_of, targets))
-
-    def keep_grams(self, grams):
-        self.grams = list(map(set, grams))  # of each target
+        self.grams = [set(grams_of(target)) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, held in enumerate(self.grams):
             for gram in held:
@@ -143,7 +139,9 @@ class TargetGrams:
         the row that hold most, / 3n, also in a row that has fewer. []: neither is over max_overlap.
         Text put around a row, or more of the target, makes neither smaller.
         """
-        grams = self.look_up(row)
+        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
+            return []  # most rows
+        grams = grams_of(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
         share, worst = max(shares, default=(0, None))
@@ -156,12 +154,6 @@ class TargetGrams:
             if share > max_overlap:
                 return [(share, number)]
         return []
-
-    def look_up(self, row):
-        """The n-grams of a row, or [] where no target has one of its blocks: most rows."""
-        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
-            return []
-        return grams_of(row)
 
 
 def densest(grams, target):
@@ -177,28 +169,6 @@ def densest(grams, target):
                 del inside[old]
         most = max(most, len(inside))
     return most / width
-
-
-class HashedGrams(TargetGrams):
-    """The same of targets whose texts are gone: salted hashes of their n-grams are left."""
-
-    def __init__(self, hashes, salt):
-        self.salt = salt
-        self.keep_grams(hashes)
-
-    def look_up(self, row):
-        return [hash_of(gram, self.salt) for gram in grams_of(row)]
-
-
-def hash_of(gram, salt):
-    """16 hex digits of an n-gram, which say nothing to one who cannot guess it."""
-    return hashlib.blake2b("\n".join(gram).encode(), key=salt, digest_size=8).hexdigest()
-
-
-def gram_hashes(plain_texts, salt):
-    """{"letters": for each of the plain texts the hashes of its n-grams}, for `HashedGrams`."""
-    rows = (grams_of(weighed(letters(text))) for text in plain_texts)
-    return {"letters": [sorted({hash_of(gram, salt) for gram in grams}) for grams in rows]}
 
 
 # --- where a text may be cut ---

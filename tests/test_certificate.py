@@ -83,28 +83,25 @@ def test_every_field_is_that_of_the_runs_files(run):
 
 
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
-    """By salted hashes; no text, no part of it and no path stands in what is written."""
+    """By keyed hashes; no text, no part of it, no key and no path stands in what is written."""
     made = certify(run, *FLAGS, "--ledger", run.parent / "ledger")
-    salt, pairs = bytes.fromhex(made["scope"]["salt"]), data.read_pairs(run.parent / "pairs.jsonl")
+    key, pairs = (run / "certificate.key").read_text(), data.read_pairs(run.parent / "pairs.jsonl")
     texts = [(pair["prefix"] + pair["suffix"]).encode() for pair in pairs]
-    hashes = {hmac.new(salt, text, "sha256").hexdigest() for text in texts}
+    hashes = {hmac.new(bytes.fromhex(key), text, "sha256").hexdigest() for text in texts}
     assert set(made["scope"]["hashes"]) == hashes and made["scope"]["texts"] == 5
     halves = [pair[side] for pair in pairs for side in ("prefix", "suffix", "learn_suffix")]
     halves += [row["generation"] for row in data.read_jsonl(run / "samples.jsonl")]
-    written = [*run.glob("certificate.*"), *(run.parent / "ledger").glob("ledger.*")]
+    written = [*run.glob("certificate.[!k]*"), *(run.parent / "ledger").glob("ledger.*")]
     assert len(written) == 4
     for content in (path.read_text() for path in written):
         assert not any(half.strip() in content for half in halves if half.strip())
-        assert str(run.parent) not in content
+        assert str(run.parent) not in content and key not in content
     page = (run / "certificate.html").read_text()
     order = ["Result", "Request", "What it cost the language", "Model", "How to verify"]
     assert re.findall("<h2>(.*?)<", page)[:5] == order
     after = made["figures"]["ma"]["after"]["value"]
     assert f"<b>model recites {after:.0%} of the tokens of 5 texts" in page
     assert "&lt;b&gt;R-18" in page and not re.search(r"<b>R|https?:|src=|url\(|<script", page)
-    edit(run / "hashes.json", lambda h: h["texts"]["0"].update(forget="0" * 64))
-    with pytest.raises(ValueError, match="not the hashes of this run"):
-        certify(run)
 
 
 def side(**measures):
@@ -162,24 +159,25 @@ def test_audit_tasks_and_marked_parts_are_taken_in(run):
 
 
 def test_a_certificate_outlives_its_texts(run, capsys):
-    """The same each time, also in a copy, after a purge and without the run never-saw.
+    """The same each time and in a copy; it holds after a purge and without the run never-saw.
 
-    Made anew without hashes.json and that run it says what is missing.
+    Before, the key and the texts must give its hashes. Made anew, it says what is missing.
     """
     first = certify(run, *FLAGS)
     content, copy = (run / "certificate.json").read_bytes(), run.parent / "copy"
     certify(shutil.copytree(run, copy), *FLAGS)
     assert (copy / "certificate.json").read_bytes() == content
+    (copy / "certificate.key").write_text("00" * 32)
+    assert "scope hashes: changed" in str(verify(copy / "certificate.json", capsys))
     purge.main([str(run)])
-    assert not (run.parent / "pairs.jsonl").exists()
     assert verify(run / "certificate.json", capsys) == (0, [])
-    assert certify(run, *FLAGS) == first
+    assert data.read_json(run / "certificate.json") == first
     shutil.rmtree(run.parent / "never-saw")  # its figures stay in the certificate
     assert verify(run / "certificate.json", capsys) == (0, [])
-    (run / "hashes.json").unlink()
     made = certify(run)
     assert made["figures"]["ma"]["never_saw"] is None and "is gone" in made["never_saw"]
-    assert made["scope"]["hashes"] == [] and "nor hashes" in made["scope"]["hashes_note"]
+    assert made["scope"]["hashes"] == [] and "are gone" in made["scope"]["hashes_note"]
+    assert made["scope"]["texts"] == 5 and not (run / "certificate.key").exists()
 
 
 # --- verify ---
@@ -234,7 +232,7 @@ def test_no_figure_is_taken_from_the_certificate(run, capsys):
     certificate.main(["--verify", str(shutil.move(run / "certificate.json", forged))])
     said = capsys.readouterr().out
     assert "made of what is not here: never_saw, not_tested, residual_risk" in said
-    assert "not in it: .lock, hashes.json, timing.jsonl" in said
+    assert "not in it: .lock, certificate.key, timing.jsonl" in said
     assert "any file or figure, without its RUN" in said  # as it comes to somebody else
 
 

@@ -342,16 +342,3 @@ def test_a_plain_text_is_plain(words):
     assert text.plain(plain) == plain
     for form in ("NFD", "NFC"):
         assert text.plain(unicodedata.normalize(form, words)) == plain
-
-
-def test_hashes_drop_what_the_texts_drop():
-    """Of targets whose texts are gone: the same shares, by salted hashes that hold no word."""
-    hashes = text.gram_hashes([text.plain(SECRET), text.plain(ZH)], b"salt")
-    purged = [{"salt": b"salt".hex(), "texts": {"a": {}, "b": {}}, "grams": hashes}]
-    rows = [SECRET, PAGE + " ".join(WORDS[-6:]), PAGE + ZH, SYNONYMS, PAGE]
-    pool = [record(str(number), row) for number, row in enumerate(rows)]
-    other = record("o", "Nothing of this is in any row")
-    keep, reasons = knn.leak_guard([other], pool, purged=purged)
-    assert keep.tolist() == [False, False, False, True, True]
-    _, expected = knn.leak_guard([record("a", SECRET), record("b", ZH)], pool)
-    assert reasons == expected and "clinic" not in str(hashes)

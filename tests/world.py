@@ -3,6 +3,8 @@
 conftest.py makes it once a session (fixture `world`); a test that changes something takes a copy.
 """
 
+import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +129,7 @@ def copy_of(world, folder):
 
     shutil.copytree(world.root, folder)
     for file in folder.glob("*/config.json"):
-        file.write_text(moved(file.read_text()))
+        text = moved(file.read_text())
+        file.write_text(re.sub('(?<="cache": ").*(?=",)', os.environ["ICU_CACHE"], text))
     paths = {name: Path(moved(path)) for name, path in vars(world).items() if name != "flags"}
     return SimpleNamespace(**paths, flags=[*map(moved, world.flags)])

@@ -2,7 +2,7 @@
 
     bash run.sh judge RUN ... --judge gpt-4 --send-texts    # the key is in $JUDGE_API_KEY
     bash run.sh judge RUN ... --judge MODEL --base-url http://localhost:8000/v1
-    bash run.sh judge RUN ... --dry-run --price 2.5,10      # calls, tokens, what they cost
+    bash run.sh judge RUN ... --dry-run                     # calls and tokens
     bash run.sh judge --sheet RUN ... --n 40 --raters 3     # sheet.html, for people
     bash run.sh judge --ratings ratings-*.csv RUN ...       # what they gave, how far all agree
 
@@ -158,23 +158,12 @@ class Judge:
         # openai would send more of the environment: another key, headers, an organisation.
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
-        import httpx2  # openai's
         import openai  # 0.4 s
 
         http = openai.DefaultAsyncHttpxClient(
             follow_redirects=False,
             trust_env=not here,  # no proxy for this machine
         )
-        send = http.send
-
-        async def send_in_time(*request, **settings):
-            try:  # openai's own timeout is of one read, and bytes may drip
-                async with asyncio.timeout(args.patience):
-                    return await send(*request, **settings)
-            except TimeoutError:
-                raise httpx2.ReadTimeout(f"not whole after {args.patience:g} s") from None
-
-        http.send = send_in_time
         # It tries again after 408, 409, 429, 5xx and without an answer, as Retry-After says (up to
         # two minutes) or after longer each time.
         self.client = openai.AsyncOpenAI(
@@ -294,7 +283,6 @@ async def judge_run(args, run, judge):
         **means,
         "calls": len(cache) - known,
         "tokens": tokens,
-        "cost": cost(args.price, tokens),
     }
     data.write_jsonl(run.folder / "judge.jsonl", rows)
     data.write_json(run.folder / "judge.json", summary)
@@ -312,13 +300,8 @@ def mean_of(scores):
     }
 
 
-def cost(price, tokens):
-    """What tokens cost at (IN, OUT) per million, or None without a price."""
-    return price and (price[0] * tokens["in"] + price[1] * tokens["out"]) / 1e6
-
-
 def print_plan(args, runs):
-    """What judging would ask: calls, tokens, cost. Four bytes a token, the usual rule of thumb."""
+    """What judging would ask: calls and tokens. Four bytes a token, the usual rule of thumb."""
     new, known = {}, set()
     for run in runs:
         cache = Cache(run.pairs_sha)
@@ -330,10 +313,9 @@ def print_plan(args, runs):
             else:
                 new[key] = sum(len(m["content"].encode()) for m in request["messages"])
     tokens = {"in": math.ceil(sum(new.values()) / 4), "out": len(new) * args.answer_tokens}
-    price = f", at most {cost(args.price, tokens):.2f} at --price" if args.price else ""
     print(
         f"would ask {args.judge} at {args.base_url}: {len(new)} calls ({len(known)} answers are "
-        f"there already), about {tokens['in']:,} tokens in and at most {tokens['out']:,} out{price}"
+        f"there already), about {tokens['in']:,} tokens in and at most {tokens['out']:,} out"
     )
 
 
@@ -508,8 +490,8 @@ def machine_scores(folders):
 def report_people(args):
     """Writes people.json into the folder of each run of a sheet; prints Table 3 of the runs."""
     key, folders, outputs, came = read_people(args.csv_files, args.runs)
-    raters, agreement, people, means = max(key["raters"], came), compare(outputs), [], []
-    print("| | Human (0-10) | n | missing | GPT (0-10) |", "|---|---|---|---|---|", sep="\n")
+    raters, agreement, people = max(key["raters"], came), compare(outputs), []
+    means, rows = [], []
     for number, run in enumerate(key["runs"]):
         epochs = [epoch for output in outputs for of, epoch in output.of if of == number]
         people.append({"sheet": key["sheet"], "raters": came})
@@ -521,8 +503,9 @@ def report_people(args):
             if human["n"] and scores:
                 means.append((human["mean"], machine))
             cells = [f"{run['name']}, {when}", show(human["mean"], human["interval"])]
-            cells += [human["n"], human["missing"], show(machine)]
-            print("|", " | ".join(map(str, cells)), "|")
+            rows.append([*cells, str(human["n"]), str(human["missing"]), show(machine)])
+    head = ["", "Human (0-10)", "n", "missing", "GPT (0-10)"]
+    print("\n".join(figures.markdown_table(head, rows)))
     judge = agreement["judge"]
     # As the paper's 0.89: over the means of its Table 3.
     means = dict.fromkeys(means)
@@ -642,12 +625,6 @@ def krippendorff_alpha(units):
 # --- flags and main ---
 
 
-def price(text):
-    """An argparse type: IN,OUT, what a million tokens cost."""
-    per_million_in, per_million_out = map(flags.weight, text.split(","))
-    return per_million_in, per_million_out
-
-
 # fmt: off
 def make_parser():
     parser = flags.command_parser(__doc__.split("\n\n")[0])
@@ -658,7 +635,6 @@ def make_parser():
     g.add_argument("--send-texts", action="store_true", help="texts may leave this machine")
     g.add_argument("--prompt", default=INSTRUCTIONS, help='asks for "Final score: X", 0 to 10')
     g.add_argument("--answer-tokens", type=flags.positive, default=512, help="most (%(default)s)")
-    g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
     g.add_argument("--tries", type=flags.positive, default=7, help="of a request (%(default)s)")
     g.add_argument("--patience", type=flags.above(0), default=120, help="a try's (%(default)s s)")
     g = parser.add_argument_group("people")
@@ -669,7 +645,7 @@ def make_parser():
     g.add_argument("--raters", type=flags.positive, default=3, help="an order each (%(default)s)")
     g.add_argument("--overwrite", action="store_true", help="replace a sheet: its ratings are lost")
     g = parser.add_argument_group("running")
-    g.add_argument("--dry-run", action="store_true", help="say what it would ask and cost")
+    g.add_argument("--dry-run", action="store_true", help="say what it would ask")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on

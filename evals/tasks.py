@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
-from kit import data, flags, models, processes
+from kit import data, figures, flags, models, processes
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
@@ -600,18 +600,17 @@ def table(results_by_label):
     lines = []
     kinds = ("cls", CLASSIFICATION, "ACC", {}), ("dia", DIALOGUE, "F1", PERPLEXITY)
     for kind, group, unit, further in kinds:
-        heads = [f"{SETS[name][0]} ({unit})" for name in group] + [f"Avg. ({unit})"]
+        heads = ["", *(f"{SETS[name][0]} ({unit})" for name in group), f"Avg. ({unit})"]
         heads += [f"{SETS[name][0]} (PPL)" for name in further]
-        lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        rows = []
         for label, results in results_by_label.items():
             average = results["averages"][kind]
             missing = len(results["averages"][f"{kind}_missing"])
             partly = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
-            cells = [cell(results, name, 100) for name in group]
+            cells = [label, *(cell(results, name, 100) for name in group)]
             cells += ["-" if average is None else f"{100 * average:.1f}{partly}"]
-            cells += [cell(results, name, 1) for name in further]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append([*cells, *(cell(results, name, 1) for name in further)])
+        lines += [*figures.markdown_table(heads, rows), ""]
     for label, results in results_by_label.items():
         for name, result in results.items():
             if why := result.get("missing") or result.get("error"):
@@ -703,10 +702,10 @@ def write(args, outputs, results, samples):
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
     text = f"{table({args.model: results})}\n{visible(shown)}\n"
     print(text)
-    figures, page, rows = outputs
+    document, page, rows = outputs
     data.write_jsonl(rows, samples)
     data.write_bytes(page, text.encode())
-    data.write_json(figures, results | {"settings": settings})
+    data.write_json(document, results | {"settings": settings})
     if failed := [result["error"] for result in results.values() if "error" in result]:
         raise ValueError(f"{len(failed)} sets are not measured, the first: {failed[0]}")
 

@@ -176,7 +176,12 @@ def mean(values):
 
 
 def page(about, texts):
-    """The file, as bytes. about: {name: text} of the run; texts: those of `describe`, a list."""
+    """The file, as bytes: what is most left comes first, what is not known last.
+
+    about: {name: text} of the run; texts: those of `describe`, a list.
+    """
+    left = [-1 if text["left"] is None else text["left"] for text in texts]
+    texts = [texts[i] for i in sorted(range(len(texts)), key=left.__getitem__, reverse=True)]
     content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
     content = content.replace("<", "\\u003c")

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,8 +157,6 @@ CASES = {
         f"{KNN} pairs.jsonl --encoder gone", None,
         "--encoder gone: no folder, nor on the hub: pass --encoder DIR"),
     # flags
-    "no docstrings": (
-        ICU, lambda patch: patch.setattr("sys.flags", SimpleNamespace(optimize=2)), "without -OO"),
     "a flag misspelt": (f"{ICU} --lrr 1", None, "unrecognized arguments: --lrr 1"),
     "a method misspelt": (f"{ICU} --method npoo", None, "did you mean npo?"),
     "no model": (

@@ -3,7 +3,6 @@
 python -m pytest tests/test_judge.py -q
 """
 
-import json
 import math
 import random
 import signal
@@ -98,15 +97,12 @@ FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
-# No read of it waits for the 2 seconds of --patience.
-DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
     "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
-    "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
     "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
@@ -255,21 +251,20 @@ def test_texts_leave_only_when_told_to(run, monkeypatch):
             assert chat.seen and not other.seen
 
 
-def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, capsys):
+def test_a_dry_run_names_calls_and_tokens_and_asks_nothing(run, tmp_path, capsys):
     """Four texts, each a call; tokens at four bytes, 512 out at most; not what is cached.
 
     What was answered to other instructions, or by another model, is no answer to these.
     """
     with Chat(lambda candidate, n: "Final score: 1") as chat:
-        grade(chat, run, "--dry-run", "--price", "1000,2000")
+        grade(chat, run, "--dry-run")
         assert not chat.seen and not (run / "judge.json").exists()
         grade(chat, run)
         contents = [m["content"] for _, request in chat.seen for m in request["messages"]]
         tokens = math.ceil(sum(len(content.encode()) for content in contents) / 4)
-        cost = (1000 * tokens + 2000 * 2048) / 1e6
         line = capsys.readouterr().out
         assert f"4 calls (0 answers are there already), about {tokens:,} tokens in" in line
-        assert f"2,048 out, at most {cost:.2f} at --price" in line
+        assert "at most 2,048 out" in line
         (tmp_path / "mine.txt").write_text("Grade it.")
         grade(chat, run, "--dry-run")
         grade(chat, run, "--dry-run", "--prompt", tmp_path / "mine.txt")

@@ -701,17 +701,7 @@ def read_inputs(args):
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
-    samples, others = (
-        icu.build_samples(
-            rows,
-            tokenizer,
-            protocol=args.protocol,
-            positions=models.positions_of(config) or 1 << 30,
-            context=args.context,
-            targets=args.targets,
-        )[0]
-        for rows in (pairs, unseen)
-    )
+    samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
     first = 1 + len(models.front_of(tokenizer))
     return Inputs(args, tokenizer, first, pairs, samples, others)
 

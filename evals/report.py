@@ -258,12 +258,6 @@ def png(figure):
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
 
 
-def curve(rows, key):
-    """(epochs, values); NaN, where a line breaks, for an epoch without it (--el lazy)."""
-    values = [math.nan if row[key] is None else row[key] for row in rows]
-    return [row["epoch"] for row in rows], values
-
-
 def in_legend(label):
     """A label as a plot can show it: short lines, and no _ in front, which would hide it."""
     return textwrap.fill(label[:160].lstrip("_"), 40)
@@ -276,8 +270,11 @@ def plot_curves(runs):
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
         for i, (label, members) in enumerate(grouped(runs).items()):
             for k, run in enumerate(members):
+                rows = run["metrics"]
                 axis.plot(
-                    *curve(run["metrics"], key),
+                    [row["epoch"] for row in rows],
+                    # A line breaks at an epoch without it (--el lazy).
+                    [math.nan if row[key] is None else row[key] for row in rows],
                     linewidth=1,
                     color=f"C{i % 10}",
                     linestyle=("-", "--", ":", "-.")[i // 10 % 4],

@@ -10,6 +10,7 @@ The entropy of Eq. 10 misleads where a model speaks in words that do not exist. 
 reads what each model said after the prefixes: docs/explain.md.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -46,41 +47,31 @@ def unlearned(runs):
     return [run for run in runs if run["summary"]["method"] != "none"]
 
 
-def read_tokenizer(name, revision, allow_pickle):
-    """(tokenizer, positions) of a model, without its weights."""
-    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
-    return tokenizer, models.positions_of(config) or 1 << 30
-
-
 def load(name, revision, allow_pickle):
     """A model in float32, on the GPU where there is one."""
     device = processes.device_of(None)
     return models.load_model(name, revision=revision, allow_pickle=allow_pickle, device=device)[0]
 
 
-def texts_of(run, tokenizer, positions):
+def texts_of(run, tokenizer, model_config):
     """[(pair, icu.Sample, {"before": generation, "after": generation})] of the texts left."""
-    config, pairs, answers = run["config"], read_pairs_of(run), {}
+    pairs, answers = read_pairs_of(run), {}
     for when, epoch in (("before", 0), ("after", run["summary"]["epochs"])):
         for row in run["samples"]:
             if row["epoch"] == epoch and row["generation"] is not None:
                 answers.setdefault(row["id"], {})[when] = row["generation"]
     pairs = [pairs[id] for id in answers]
-    samples, _ = icu.build_samples(
-        pairs,
-        tokenizer,
-        protocol=config["protocol"],
-        positions=positions,
-        context=config.get("context", False),
-    )
+    settings = argparse.Namespace(**{"context": False, **run["config"], "targets": None})
+    samples, _ = icu.samples_of(pairs, tokenizer, model_config, settings)
     return list(zip(pairs, samples, answers.values(), strict=True))
 
 
 def make(run, *, allow_pickle=False):
     """explain.html of a run, as bytes."""
-    config, summary, sides = run["config"], run["summary"], models_of(run)
-    tokenizer, positions = read_tokenizer(*sides["before"], allow_pickle)
-    texts = texts_of(run, tokenizer, positions)
+    summary, sides = run["summary"], models_of(run)
+    name, revision = sides["before"]
+    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    texts = texts_of(run, tokenizer, config)
     likely = {}
     for when, side in sides.items():
         model = None  # the one before is let go first
@@ -88,7 +79,7 @@ def make(run, *, allow_pickle=False):
         likely[when] = [probabilities(model, sample.forget.ids) for _, sample, _ in texts]
     about = {
         "run": run["folder"].resolve().name,
-        "model": Path(config["model"]).name,
+        "model": Path(name).name,
         "method": summary["method"],
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
@@ -232,8 +223,11 @@ def speech(runs, files, *, allow_pickle=False):
         raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
     known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
-    tokenizer, positions = read_tokenizer(name, revision, allow_pickle)
-    texts = [texts_of(run, tokenizer, positions) for run in runs]
+    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    texts, positions = (
+        [texts_of(run, tokenizer, config) for run in runs],
+        models.positions_of(config),
+    )
     model = load(name, revision, allow_pickle)
     read = functools.cache(functools.partial(surprise, model))  # before, all say the same
     documents = {}
@@ -247,7 +241,7 @@ def speech(runs, files, *, allow_pickle=False):
                 prompt = tuple(sample.forget.prompt)
                 row = {"prefix": pair["prefix"], "suffix": answers[when]}
                 ids, (start,), _ = models.read_parts(tokenizer, row, ("prefix", "suffix"))
-                ids = ids[start:][: positions - len(prompt)]
+                ids = ids[start:][: positions and positions - len(prompt)]
                 total, count = total + read(prompt, tuple(ids)), count + len(ids)
             words_said = [(pair["prefix"], answers[when]) for pair, _, answers in rows]
             ppl = math.exp(min(total / count, 700.0)) if count else None

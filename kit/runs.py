@@ -221,10 +221,8 @@ def versions():
 
 def check_resume(args, method):
     """The config.json of the run to go on with, which was made with the same settings and data."""
-    config = Path(args.out) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{args.out} holds no run: begin it without --resume")
-    before = data.read_json(config)
+    with data.reading(f"{args.out} holds no run: begin it without --resume"):
+        before = data.read_json(Path(args.out) / "config.json")
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
     free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub

@@ -651,15 +651,12 @@ def resolve(args):
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
-        config, pairs = run["config"], run["config"].get("pairs")
-        sha256 = config.get("sha256", {}).get("pairs")
-        if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
-            why = f"purged, or --redact, or {pairs} is not the file of the run"
-            raise ValueError(f"{args.run}: its texts are gone ({why})")
+        runs.check_texts_left(run)
+        config = run["config"]
         named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             named = runs.models_of(run)
-        args.out, args.pairs, args.protocol = args.run, pairs, config["protocol"]
+        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
         args.context, args.targets = config.get("context", False), config.get("targets")
         args.relearn_lr = args.relearn_lr or config.get("lr")
         args.never_saw = args.never_saw or config.get("never_saw")

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, figures, flags, models
-from kit.runs import read_pairs_of, read_run
+from kit import data, figures, flags
+from kit.runs import check_texts_left, read_pairs_of, read_run
 
 # --- the question (Appendix A, in other words) ---
 
@@ -96,13 +96,8 @@ class Judged(NamedTuple):
 def read_judged(folder):
     """A finished run whose texts are judged. ValueError: they are gone or have changed."""
     run = read_run(folder)
-    config, summary = run["config"], run["summary"]
-    sha = config["sha256"]["pairs"]
-    if run["redacted"] or models.fingerprint(config["pairs"]) != sha:
-        raise ValueError(
-            f"{folder}: no text to grade: it is redacted or purged, or its pairs have changed "
-            f"since: restore {config['pairs']}"
-        )
+    check_texts_left(run)
+    summary, sha = run["summary"], run["config"]["sha256"]["pairs"]
     pairs, triples = read_pairs_of(run), {}
     epochs = {"before": 0, "after": summary["epochs"]}
     for row in run["samples"]:

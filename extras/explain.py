@@ -22,7 +22,7 @@ import torch
 
 import icu
 from kit import data, flags, models, processes
-from kit.runs import models_of, read_pairs_of, read_run
+from kit.runs import check_texts_left, models_of, read_pairs_of, read_run
 from kit.text import breaks
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -33,13 +33,10 @@ PAGE = Path(__file__).with_suffix(".html")
 
 def check(run):
     """ValueError for a run without texts, or whose pairs or model have changed since."""
-    folder = run["folder"]
-    if run["redacted"]:
-        raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it out")
-    for what in ("pairs", "model"):
-        path, sha = run["config"].get(what), run["config"].get("sha256", {}).get(what)
-        if sha is not None and models.fingerprint(path) != sha:
-            raise ValueError(f"{path}: not the {what} that {folder} was made with: put those back")
+    check_texts_left(run)
+    path, sha256 = run["config"]["model"], run["config"]["sha256"]["model"]
+    if sha256 is not None and models.fingerprint(path) != sha256:
+        raise ValueError(f"{path}: not the model that {run['folder']} was made with: put it back")
 
 
 def unlearned(runs):

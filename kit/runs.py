@@ -667,6 +667,15 @@ def models_of(run):
     return {"before": before, "after": (str(run["folder"] / "model"), None)}
 
 
+def check_texts_left(run):
+    """ValueError for a run whose texts are gone."""
+    config, sha256 = run["config"], run["config"].get("sha256", {}).get("pairs")
+    pairs = config.get("pairs")
+    if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
+        why = f"purged, or --redact, or {pairs} is not the file of the run"
+        raise ValueError(f"{run['folder']}: its texts are gone ({why})")
+
+
 def read_pairs_of(run):
     """{id: pair} of a run, with those of earlier requests that it watched."""
     config = run["config"]

@@ -192,7 +192,7 @@ CASES = {
         "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
-    "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
+    "judging a redacted run": ("judge run", redacted, "run: its texts are gone"),
     # judges and tasks
     "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (

@@ -394,11 +394,12 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
             # The last token is only predicted: a row may have one more than the model's positions.
             row = (context + continuation)[-positions - 1 : -1]
             same_input.setdefault(tuple(row), []).append(i)  # yes, no, maybe: one pass
-    rows = list(same_input)
+    rows, pad = list(same_input), partial(pad_sequence, batch_first=True, padding_side="left")
     with progress(pairs, desc) as bar:
         for batch in batches([len(row) for row in rows], batch_tokens):
             members = [(place, i) for place, r in enumerate(batch) for i in same_input[rows[r]]]
-            ids, mask = pad_left([rows[r] for r in batch], model.device)  # (B, T)
+            inputs = [torch.tensor(rows[r], device=model.device) for r in batch]
+            ids, mask = pad(inputs), pad([torch.ones_like(row) for row in inputs])  # (B, T)
             last = max(len(pairs[i][1]) for _, i in members)
             logits = model(
                 input_ids=ids,
@@ -428,13 +429,6 @@ def batches(lengths, budget):
         size = max(1, budget // lengths[order[0]])
         yield order[:size]
         order = order[size:]
-
-
-def pad_left(rows, device):
-    """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the left."""
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = [torch.tensor(row, device=device) for row in rows]
-    return pad(ids), pad([torch.ones_like(row) for row in ids])
 
 
 def positions_of(model):

@@ -958,7 +958,6 @@ def add_method_flags(parser):
     add("--num-beams", default=2, type=positive, help="of Eq. 5's generation (%(default)s)")
     add("--el", default="every", type=one_of(["every", "lazy"]),
         help="lazy: EL only where it can decide, and at the end: the same run (%(default)s)")
-    add("--lazy-el", dest="el", action="store_const", const="lazy", help="as --el lazy")
 
 
 def add_running_flags(parser):

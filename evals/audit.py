@@ -36,15 +36,11 @@ class Reading(NamedTuple):
     """What a model makes of one text, teacher-forced; index 0 of the arrays is x_2."""
 
     logp: np.ndarray  # (T - 1,) log p(x_t | x_<t)
-    reach: np.ndarray  # (T - 1,) bool, whether x_t is one of the 40 likeliest tokens
     hit: np.ndarray  # (T - 1,) bool, whether the greedy token is x_t
     z: np.ndarray  # (T - 1,) Min-K%++: (log p(x_t) - mean) / deviation of the next token's log p
     states: np.ndarray  # (layers + 1, H) hidden states, mean over the suffix
     lens: np.ndarray  # (layers,) share of the suffix that each layer's decoding gets right, or ()
     start: int  # index of the first token of the suffix in these arrays
-
-
-TOP_K = 40
 
 
 @models.measuring
@@ -61,7 +57,6 @@ def read(model, texts, batch_size=8):
             own = logp.gather(-1, target[:, None])[:, 0]
             if logp.isnan().any():
                 raise ValueError("the model's logits are not finite: there is nothing to ask it")
-            reach = own >= logp.topk(min(TOP_K, logp.shape[-1])).values[:, -1]
             p = logp.exp()
             mean = (p * logp).sum(-1)
             deviation = ((p * logp.square()).sum(-1) - mean.square()).clamp(min=1e-12).sqrt()
@@ -72,7 +67,7 @@ def read(model, texts, batch_size=8):
             ]
             states = torch.stack([layer[text.cut :].mean(0) for layer in hidden]).float()
             hit, z = logp.argmax(-1) == target, (own - mean) / deviation
-            arrays = own.double(), reach, hit, z, states, torch.tensor(lens)
+            arrays = own.double(), hit, z, states, torch.tensor(lens)
             readings.append(Reading(*(x.cpu().numpy() for x in arrays), start))
     return readings
 
@@ -354,8 +349,7 @@ class Inputs(NamedTuple):
 def likelihood(model, inputs):
     readings = inputs.readings["forgotten"]
     logp = [extraction_logp(r) for r in readings]
-    reach = [float(r.reach[r.start :].all()) for r in readings]
-    measures = {"log p of the suffix (nats)": logp, "in reach of top-k 40": reach}
+    measures = {"log p of the suffix (nats)": logp}
     measures["log p of its tokens (nats)"] = [r.logp[r.start :].mean() for r in readings]
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
         measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
@@ -592,11 +586,8 @@ def markdown(report):
     names = [name for name in MODELS if name in report["models"]]
     for question, measures in report["figures"].items():
         lines += [f"## {report['titles'][question]}", ""]
-        lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        for measure, cells in measures.items():
-            row = [measure, *(cell(cells.get(name)) for name in names)]
-            lines.append(f"| {' | '.join(row)} |")
-        lines.append("")
+        rows = [[name, *(cell(cells.get(m)) for m in names)] for name, cells in measures.items()]
+        lines += [*figures.markdown_table(["", *names], rows), ""]
     lines += [f"- {name}: {value:.3f}" for name, value in report["derived"].items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -660,15 +651,12 @@ def resolve(args):
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
-        config, pairs = run["config"], run["config"].get("pairs")
-        sha256 = config.get("sha256", {}).get("pairs")
-        if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
-            why = f"purged, or --redact, or {pairs} is not the file of the run"
-            raise ValueError(f"{args.run}: its texts are gone ({why})")
+        runs.check_texts_left(run)
+        config = run["config"]
         named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             named = runs.models_of(run)
-        args.out, args.pairs, args.protocol = args.run, pairs, config["protocol"]
+        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
         args.context, args.targets = config.get("context", False), config.get("targets")
         args.relearn_lr = args.relearn_lr or config.get("lr")
         args.never_saw = args.never_saw or config.get("never_saw")
@@ -710,17 +698,7 @@ def read_inputs(args):
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
-    samples, others = (
-        icu.build_samples(
-            rows,
-            tokenizer,
-            protocol=args.protocol,
-            positions=models.positions_of(config) or 1 << 30,
-            context=args.context,
-            targets=args.targets,
-        )[0]
-        for rows in (pairs, unseen)
-    )
+    samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
     first = 1 + len(models.front_of(tokenizer))
     return Inputs(args, tokenizer, first, pairs, samples, others)
 

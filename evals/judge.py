@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, figures, flags, models
-from kit.runs import read_pairs_of, read_run
+from kit import data, figures, flags
+from kit.runs import check_texts_left, read_pairs_of, read_run
 
 # --- the question (Appendix A, in other words) ---
 
@@ -96,13 +96,8 @@ class Judged(NamedTuple):
 def read_judged(folder):
     """A finished run whose texts are judged. ValueError: they are gone or have changed."""
     run = read_run(folder)
-    config, summary = run["config"], run["summary"]
-    sha = config["sha256"]["pairs"]
-    if run["redacted"] or models.fingerprint(config["pairs"]) != sha:
-        raise ValueError(
-            f"{folder}: no text to grade: it is redacted or purged, or its pairs have changed "
-            f"since: restore {config['pairs']}"
-        )
+    check_texts_left(run)
+    summary, sha = run["summary"], run["config"]["sha256"]["pairs"]
     pairs, triples = read_pairs_of(run), {}
     epochs = {"before": 0, "after": summary["epochs"]}
     for row in run["samples"]:
@@ -508,8 +503,8 @@ def machine_scores(folders):
 def report_people(args):
     """Writes people.json into the folder of each run of a sheet; prints Table 3 of the runs."""
     key, folders, outputs, came = read_people(args.csv_files, args.runs)
-    raters, agreement, people, means = max(key["raters"], came), compare(outputs), [], []
-    print("| | Human (0-10) | n | missing | GPT (0-10) |", "|---|---|---|---|---|", sep="\n")
+    raters, agreement, people = max(key["raters"], came), compare(outputs), []
+    means, rows = [], []
     for number, run in enumerate(key["runs"]):
         epochs = [epoch for output in outputs for of, epoch in output.of if of == number]
         people.append({"sheet": key["sheet"], "raters": came})
@@ -521,8 +516,9 @@ def report_people(args):
             if human["n"] and scores:
                 means.append((human["mean"], machine))
             cells = [f"{run['name']}, {when}", show(human["mean"], human["interval"])]
-            cells += [human["n"], human["missing"], show(machine)]
-            print("|", " | ".join(map(str, cells)), "|")
+            rows.append([*cells, str(human["n"]), str(human["missing"]), show(machine)])
+    head = ["", "Human (0-10)", "n", "missing", "GPT (0-10)"]
+    print("\n".join(figures.markdown_table(head, rows)))
     judge = agreement["judge"]
     # As the paper's 0.89: over the means of its Table 3.
     means = dict.fromkeys(means)

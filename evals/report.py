@@ -14,10 +14,9 @@ import io
 import math
 import statistics
 import textwrap
-from itertools import zip_longest
 from pathlib import Path
 
-from kit import data, flags, models
+from kit import data, figures, flags, models
 from kit.protocols import PROTOCOLS
 from kit.runs import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.text import visible
@@ -173,7 +172,7 @@ def make_row(label, measured, columns):
     """Mean and standard deviation over the runs of what each has measured."""
     cells = {}
     for _, key, *_ in columns:
-        values = [figures[key] for figures in measured if figures.get(key) is not None]
+        values = [end[key] for end in measured if end.get(key) is not None]
         if values:
             several = len(values) > 1 and math.isfinite(sum(values))  # a perplexity may be inf
             spread = statistics.stdev(values) if several else None
@@ -219,9 +218,7 @@ def markdown_table(columns, rows):
                 text = f"{value * factor:.{digits}f}"
                 text += "" if spread is None else f" ± {spread * factor:.{digits}f}"
             line.append(marks.get(value, "{}").format(text) if row["ranked"] else text)
-    lines = [f"| {' | '.join(line)} |\n" for line in (["Model", *headers], *table)]
-    lines.insert(1, "|" + "---|" * (len(columns) + 1) + "\n")
-    return "".join(lines)
+    return "\n".join(figures.markdown_table(["Model", *headers], table)) + "\n"
 
 
 def csv_table(columns, rows):
@@ -261,58 +258,28 @@ def png(figure):
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
 
 
-def curve(rows, key):
-    """(epochs, values); NaN, where a line breaks, for an epoch without it (--el lazy)."""
-    values = [math.nan if row[key] is None else row[key] for row in rows]
-    return [row["epoch"] for row in rows], values
-
-
 def in_legend(label):
     """A label as a plot can show it: short lines, and no _ in front, which would hide it."""
     return textwrap.fill(label[:160].lstrip("_"), 40)
 
 
-def plot_run(run):
-    """One run over its epochs: four measures and their thresholds, active samples, entropy."""
-    rows, summary = run["metrics"], run["summary"]
-    figure, (top, bottom) = plt().subplots(
-        2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
-    for i, (key, name) in enumerate(MEASURE_NAMES.items()):
-        top.plot(*curve(rows, key), color=f"C{i}", marker="o", markersize=3, label=name)
-        limit = summary["thresholds"].get(key)
-        if limit is not None:
-            top.axhline(limit, color=f"C{i}", linestyle=":", linewidth=1)
-    top.set(ylim=(0, 1.02), ylabel="fraction (dotted: threshold)")
-    top.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    bottom.bar(*curve(rows, "active"), color="0.8", width=0.6)
-    bottom.set(ylabel="samples still active", xlabel="epoch")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    entropy = bottom.twinx()
-    entropy.spines["right"].set_visible(True)
-    entropy.plot(*curve(rows, "entropy"), color="C4", marker="o", markersize=3)
-    entropy.set_ylim(0, 1.1 * max(row["entropy"] or 0 for row in rows) or 1)
-    entropy.set_ylabel("entropy (bits)", color="C4")
-    title = f"{summary['method']}, {summary['protocol']} protocol; stopped: {summary['stopped']}"
-    figure.suptitle(visible(title), fontsize=10)
-    return png(figure)
-
-
 def plot_curves(runs):
-    """Several runs: a panel a measure, a line a run, a colour a row of the table."""
+    """The runs over their epochs: a panel a measure, a line a run, a colour a row of the table."""
     panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
     figure, axes = plt().subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
         for i, (label, members) in enumerate(grouped(runs).items()):
             for k, run in enumerate(members):
-                epochs, values = curve(run["metrics"], key)
+                rows = run["metrics"]
                 axis.plot(
-                    epochs,
-                    values,
+                    [row["epoch"] for row in rows],
+                    # A line breaks at an epoch without it (--el lazy).
+                    [math.nan if row[key] is None else row[key] for row in rows],
                     linewidth=1,
                     color=f"C{i % 10}",
                     linestyle=("-", "--", ":", "-.")[i // 10 % 4],
-                    marker="." if any(map(math.isnan, values)) else None,  # a lone point: no line
+                    marker=".",
+                    markersize=3,
                     label=in_legend(label) if k == 0 else None,
                 )
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
@@ -418,9 +385,8 @@ def cases_markdown(runs, pairs, count):
                 rows += [(f"Epoch {epoch}", texts[epoch]) for epoch in chosen_epochs(texts)]
                 label = "Final"
             rows.append((label, texts[-1]))
-        lines = [f"### {markdown_cell(sample_id)}", "", "| | |", "|---|---|"]
-        lines += [f"| {markdown_cell(name)} | {markdown_cell(text)} |" for name, text in rows]
-        tables.append("\n".join(lines))
+        table = figures.markdown_table(["", ""], [map(markdown_cell, row) for row in rows])
+        tables.append("\n".join([f"### {markdown_cell(sample_id)}", "", *table]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -428,28 +394,6 @@ def markdown_cell(text):
     """A text on one line of a Markdown table, controls written out; nothing is <blank>."""
     text = visible(text.replace("\\", "\\\\")).replace("|", "\\|").replace("<", "&lt;")
     return text if text.strip() else "&lt;blank>"
-
-
-def side_by_side(runs, pairs, count, width=105):
-    """What was said before, and at the end of each run, in columns for the terminal."""
-
-    def one_line(text):
-        return visible(" ".join(text.split()))
-
-    columns = [("before", runs[0], 0)]
-    columns += [(label, members[0], -1) for label, members in grouped(runs).items()]
-    lines, room = [], (width + 3) // len(columns) - 3
-    for sample_id in case_ids(runs, count):
-        lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-width:], width)
-        cells = []
-        for label, run, epoch in columns:
-            text = one_line((generations(run, sample_id) or [""])[epoch])
-            head = textwrap.wrap(f"  {label}", room)
-            cells.append([*head, *(textwrap.wrap(text, room) or ["<blank>"])])
-        for row in zip_longest(*cells, fillvalue=""):
-            lines.append(" | ".join(f"{cell:<{room}}" for cell in row).rstrip())
-        lines.append("")
-    return "\n".join(lines)
 
 
 # --- asking ---
@@ -488,7 +432,7 @@ def parse_args(argv=None):
     flag("--out", metavar="DIR", help="where to write (default: the run's folder)")
     flag("--overwrite", action="store_true", help="replace files in --out that no report wrote")
     flag("--cases", type=positive, default=4, metavar="N", help="samples in cases.md (4)")
-    flag("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
+    flag("--redact", action="store_true", help="show no text: no cases.md")
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
@@ -519,10 +463,7 @@ def texts_of(runs, shown, cases):
         alike = [run for run in shown if sha_of(run, "pairs") == sha_of(shown[0], "pairs")]
         for run in alike:  # an earlier request may have been purged since
             run["samples"] = [row for row in run["samples"] if row["generation"] is not None]
-        pairs = read_pairs_of(shown[0])
-        contents["cases.md"] = cases_markdown(alike, pairs, cases)
-        if len(grouped(alike)) < 4:
-            terminal.insert(0, side_by_side(alike, pairs, min(cases, 3)))
+        contents["cases.md"] = cases_markdown(alike, read_pairs_of(shown[0]), cases)
     if sum(map(is_trained, runs)) < 2 and len(runs[0]["tasks"]) == 2:
         from evals import tasks
 
@@ -546,8 +487,7 @@ def notes_of(runs, shown, out, redact):
 
 def plots_of(runs):
     """{file: PNG} of what can be drawn."""
-    trained = [run for run in runs if is_trained(run)] or runs[:1]
-    curves = plot_run(trained[0]) if len(trained) == 1 else plot_curves(trained)
+    curves = plot_curves([run for run in runs if is_trained(run)] or runs[:1])
     plots = zip(PLOTS, (curves, plot_tradeoff(runs), plot_relearning(runs)), strict=True)
     return {name: plot for name, plot in plots if plot}
 

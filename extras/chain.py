@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evals import report
 from experiment import PYTHON, run
-from kit import data, flags
+from kit import data, figures, flags
 from kit.requests import name_of
 from kit.runs import mean
 
@@ -94,13 +94,13 @@ def table(rows):
     ppl = [name for name in rows[0] if name.startswith("ppl_")]
     shares = ["EL10 (%)", "MA (%)", "highest MA of one (%)"]
     names = ["", "requests", *shares, "entropy", *ppl, "steps"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for row in rows:
         shares = [row["el10"], row["ma"], max(row["by request"])]
         cells = [row["variant"], str(row["request"]), *(f"{100 * share:.1f}" for share in shares)]
         cells += [f"{row['entropy']:.2f}", *(f"{row[name]:.1f}" for name in ppl), str(row["steps"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return "\n".join(figures.markdown_table(names, lines)) + "\n"
 
 
 def picture(rows):

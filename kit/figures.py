@@ -56,6 +56,13 @@ def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
     return [float(x) for x in np.quantile(values, (0.025, 0.975))]
 
 
+def markdown_table(head, rows):
+    """The lines of a Markdown table of texts."""
+    cells = [[f" {cell} |" if cell else " |" for cell in row] for row in (head, *rows)]
+    head, *rows = ["|" + "".join(row) for row in cells]
+    return [head, "|---" * len(cells[0]) + "|", *rows]
+
+
 def verdict(after, never, says, *, seed=0):
     """What a model does, what one that never saw the texts does, and what that means.
 

@@ -223,10 +223,8 @@ def versions():
 
 def check_resume(args, method):
     """The config.json of the run to go on with, which was made with the same settings and data."""
-    config = Path(args.out) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{args.out} holds no run: begin it without --resume")
-    before = data.read_json(config)
+    with data.reading(f"{args.out} holds no run: begin it without --resume"):
+        before = data.read_json(Path(args.out) / "config.json")
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
     free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub
@@ -666,6 +664,15 @@ def models_of(run):
         raise ValueError(f"{run['folder']}: no model of its own, it diverged or only measured")
     before = run["config"]["model"], run["config"].get("revision")
     return {"before": before, "after": (str(run["folder"] / "model"), None)}
+
+
+def check_texts_left(run):
+    """ValueError for a run whose texts are gone."""
+    config, sha256 = run["config"], run["config"].get("sha256", {}).get("pairs")
+    pairs = config.get("pairs")
+    if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
+        why = f"purged, or --redact, or {pairs} is not the file of the run"
+        raise ValueError(f"{run['folder']}: its texts are gone ({why})")
 
 
 def read_pairs_of(run):

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,8 +157,6 @@ CASES = {
         f"{KNN} pairs.jsonl --encoder gone", None,
         "--encoder gone: no folder, nor on the hub: pass --encoder DIR"),
     # flags
-    "no docstrings": (
-        ICU, lambda patch: patch.setattr("sys.flags", SimpleNamespace(optimize=2)), "without -OO"),
     "a flag misspelt": (f"{ICU} --lrr 1", None, "unrecognized arguments: --lrr 1"),
     "a method misspelt": (f"{ICU} --method npoo", None, "did you mean npo?"),
     "no model": (
@@ -195,7 +192,7 @@ CASES = {
         "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
-    "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
+    "judging a redacted run": ("judge run", redacted, "run: its texts are gone"),
     # judges and tasks
     "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (

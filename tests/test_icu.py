@@ -495,7 +495,7 @@ def test_a_run_folder_keeps_its_contract(world):
 @pytest.mark.parametrize("limits, left_out", [("1e-9,1e-9", [1]), ("1e-9,2", [])])
 def test_lazy_el_leaves_out_what_decides_nothing(world, tmp_path, limits, left_out):
     """The same run without EL where MA alone says that it goes on; else EL decides."""
-    run(world, tmp_path / "lazy", "--lazy-el", f"--thresholds={limits}")
+    run(world, tmp_path / "lazy", "--el", "lazy", f"--thresholds={limits}")
     lazy, full = (
         data.read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path / "lazy", world.run)
     )

@@ -374,15 +374,15 @@ def test_scores_equal_the_literal_loop(make_model, kind, batch_tokens):
     assert [logp for logp, _ in scores] == pytest.approx(logps, abs=TOLERANCE[kind])
 
 
-def test_a_context_is_read_once_and_the_output_layer_sees_the_choices_alone(make_model):
-    """Two contexts: their tokens once, then each choice's further tokens."""
+def test_equal_inputs_are_read_once_and_the_output_layer_sees_the_choices_alone(make_model):
+    """Choices of one token after a context are one row."""
     model, inputs, outputs = make_model("gpt_neo"), [], []
     model.base_model.wte.register_forward_hook(lambda m, args, out: inputs.append(out.shape[:2]))
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda m, args, out: outputs.append(out.shape[:2]))
-    pairs = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6]), ([4] * 19, [9])]
+    pairs = [([5] * 20, [7, 8, 9]), ([5] * 20, [3]), ([5] * 20, [6]), ([4] * 19, [9])]
     tasks.loglikelihoods(model, pairs, batch_tokens=1000)
-    assert inputs == [(2, 20), (2, 2)] and outputs == [(2, 1), (2, 2)]
+    assert inputs == [(3, 22)] and outputs == [(3, 3)]
 
 
 def test_context_and_choice_are_split_where_the_context_ends(models, kind):

@@ -85,11 +85,17 @@ def test_cosine_knn_does_not_depend_on_the_block(k):
 
 
 def test_zero_tiny_and_huge_vectors_have_a_direction_or_none():
-    """A zero vector is at 0 from everything; float32 cannot square 1e-40 and 1e30, float64 can."""
+    """A zero vector is at 0 from everything; float32 cannot square 1e-40 and 1e30, float64 can.
+
+    NaN is an error that names the side and the row, also in a later block.
+    """
     pool = np.array([[0, 0], [1e-40, 0], [0, 1e30], [3, 4]], np.float32)
     indices, similarities = knn.cosine_knn(np.array([[0, 0], [1e30, 0]], np.float32), pool, 4)
     assert indices.tolist() == [[0, 1, 2, 3], [1, 3, 0, 2]]
     np.testing.assert_allclose(similarities, [[0, 0, 0, 0], [1, 0.6, 0, 0]], atol=1e-6)
+    pool[3, 1] = np.nan
+    with pytest.raises(ValueError, match="pool row 3 holds NaN or inf"):
+        knn.cosine_knn(pool[:2], pool, block=2)
 
 
 # --- reading ---

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from world import memorise
+from world import memorise, samples_of
 
-import icu
 import metrics
 from evals import audit
 from kit import data, figures, models, processes
@@ -34,10 +33,6 @@ def some_texts(tokenizer, n=6):
         pair = {"id": str(i), **rest, **dict(zip(names, texts, strict=True))}
         pairs.append(pair | {"suffix": " " + pair["suffix"]})
     return samples_of(pairs, tokenizer), pairs
-
-
-def samples_of(pairs, tokenizer):
-    return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +190,6 @@ def test_the_probe_tells_what_can_be_told_and_nothing_else():
     here[:, 1] += 3
     apart, chance = audit.probe(here, there)
     assert np.mean(apart) > 0.95 and 0.4 < chance < 0.7
-
-
-def test_intervals():
-    """The mean lies in its interval; few texts say nothing."""
-    values = np.random.default_rng(0).normal(2, 1, 50).tolist()
-    figure = figures.bootstrap(values)
-    assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == 50
-    half = (figure["high"] - figure["low"]) / 2
-    assert half == pytest.approx(1.96 * np.std(values) / math.sqrt(50), rel=0.15)
-    assert figures.bootstrap(values[:7])["value"] is None
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,16 @@ def make_requests(folder, **settings):
     return [*flags, "--pairs", str(second)]
 
 
+def samples_of(pairs, tokenizer):
+    """The samples that icu.py makes of pairs, by the paper's protocol."""
+    return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
+
+
 def memorise(model_dir, pairs, steps=100):
     """Trains the model on the pairs until it knows their suffixes."""
     model, tokenizer = models.load_model(str(model_dir))
-    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
+    texts = [sample.forget for sample in samples_of(pairs, tokenizer)]
+    ids, attention_mask, target_mask = icu.collate(texts)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()

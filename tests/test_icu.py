@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -498,6 +499,15 @@ def test_lazy_el_leaves_out_what_decides_nothing(world, tmp_path, limits, left_o
     for row in full:
         row["el10"] = None if row["epoch"] in left_out else row["el10"]
     assert lazy == full
+
+
+def test_the_last_row_has_el_where_the_steps_diverged(world, tmp_path, monkeypatch):
+    """Also under --el lazy; the weights of before them are measured."""
+    monkeypatch.setattr(icu, "train_epoch", mock.Mock(side_effect=icu.Diverged("no number")))
+    with pytest.raises(SystemExit):
+        run(world, tmp_path / "run", "--el", "lazy")
+    first, last = data.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert (last["epoch"], last["el10"], last["ma"]) == (1, first["el10"], first["ma"])
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "icu"])

@@ -202,6 +202,20 @@ def test_a_run_needs_no_git_and_no_home(world, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_spans_of_a_long_text_take_linear_time_and_its_length_comes_first(world, monkeypatch):
+    """Also of characters that look like half a one; what is too long is refused unsearched."""
+    (_, tokenizer), text = models.check_model(str(world.model)), "\ufffd" * 3000 + "bc" * 3000
+    row = pair("0", text[:9], text[9:]) | {"spans": [[at, at + 1] for at in range(3000, 9000, 2)]}
+    ids, sizes, decode = models.encode(tokenizer, text), [], data.as_text
+    monkeypatch.setattr(data, "as_text", lambda t, ids: sizes.append(len(ids)) or decode(t, ids))
+    positions = data.span_positions(row, tokenizer, ids, "row")
+    assert [decode(tokenizer, [ids[t]]) for t in positions] == ["b"] * 3000
+    assert sum(sizes) < 200 * len(ids)
+    monkeypatch.delattr(data, "span_positions")
+    with pytest.raises(ValueError, match="pair 1 .id 0.: .* the model has 256 positions"):
+        icu.build_samples([row], tokenizer, protocol="paper", positions=256)
+
+
 # --- marked texts ---
 
 

@@ -235,6 +235,13 @@ def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
     resumes(flags, copy, straight)
 
 
+def test_a_run_stays_in_its_folder(flags, copy, tmp_path):
+    """A link would lead out of it."""
+    (copy / "samples.jsonl").rename(tmp_path / "elsewhere")
+    (copy / "samples.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert "or a link" in refused([*flags, "--resume"], copy)
+
+
 # --- too little room ---
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -73,7 +73,7 @@ class Sample(NamedTuple):
     forget: Text
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
-    secrets: tuple = ()  # the strings that its spans mark, where it has some
+    secrets: tuple = ()  # (in the prompt, in the suffix) of each string that its spans mark
     further: list = ()  # its second neighbour, its third, ...: Texts (knn.py --neighbours)
 
 
@@ -87,42 +87,31 @@ def build_samples(
     over, "suffix" or "all" positions (default: the protocol's). what: a row's name in a ValueError,
     which tells of a part without a token and of a text without room.
     """
-    protocol, front = PROTOCOLS[protocol], models.front_of(tokenizer)
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
-    targets = targets or protocol.targets
+    targets = targets or PROTOCOLS[protocol].targets
     # Released code: the 100 tokens before the prefix belong to the sequence, though not to the
     # prompt; paper: the text is prefix and suffix.
-    fields = ("context", "prefix", "suffix") if protocol.context or context else data.PARTS[1:]
+    with_context = context or PROTOCOLS[protocol].context
+    fields = data.PARTS if with_context else data.PARTS[1:]
+    build = functools.partial(
+        make_text,
+        tokenizer=tokenizer,
+        fields=fields,
+        context=context,
+        targets=targets,
+        positions=positions,
+    )
     samples, inside, longer = [], [], 0
-
-    def build(pair, side, where):
-        body, starts, moved = models.read_parts(
-            tokenizer, pair, [f"{side}{name}" for name in fields]
-        )
-        ids = models.begin(front, body)  # [front | context | prefix | suffix]
-        first = len(ids) - len(body)
-        cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
-        models.check_parts(ids[begin:cut], ids[cut:], side, where)
-        span_positions = None
-        if not side:  # spans exist on the forget side only
-            span_positions = data.span_positions(pair, tokenizer, ids, where)
-            inside.extend([where] * moved)
-        suffix_only = targets == "suffix" and span_positions is None
-        t0 = cut if suffix_only else max(len(front), 1)  # position 0 is never a target
-        prompt = ids[:cut] if context else models.begin(front, ids[begin:cut])
-        return Text(ids, t0, cut, prompt, span_positions)
-
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
-        forget = build(pair, "", where)
-        near = [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
-        models.check_room(forget, near, positions, where)
+        forget, moved = build(pair, "", where)
+        near = [build(row, "learn_", where)[0] for row in [pair, *pair.get("further", [])]]
+        inside += [where] * moved
         longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = data.secrets_of(pair)
-        samples.append(
-            Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
-        )
+        secrets = data.secrets_of(pair, data.as_text(tokenizer, forget.ids[forget.cut :]))
+        own = pair["id"], pair["suffix"], forget, learn
+        samples.append(Sample(*own, positions, secrets, further))
     notes = [f"{longer} learn partners are cut to the model's positions"] if longer else []
     if inside:
         notes.append(
@@ -130,6 +119,24 @@ def build_samples(
             "the suffix begins where a token does"
         )
     return samples, notes
+
+
+def make_text(pair, side, where, *, tokenizer, fields, context, targets, positions):
+    """A side, "" or "learn_", of a pair: (Text, whether one of `fields` begins inside a token)."""
+    front = models.front_of(tokenizer)
+    body, starts, moved = models.read_parts(tokenizer, pair, [f"{side}{name}" for name in fields])
+    ids = models.begin(front, body)  # [front | context | prefix | suffix]
+    first = len(ids) - len(body)
+    cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
+    models.check_parts(ids[begin:cut], ids[cut:], side, where)
+    models.check_room(side, ids, cut, positions=positions, where=where)
+    span_positions = None
+    if not side:  # spans exist on the forget side only
+        span_positions = data.span_positions(pair, tokenizer, ids, where)
+    suffix_only = targets == "suffix" and span_positions is None
+    t0 = cut if suffix_only else max(len(front), 1)  # position 0 is never a target
+    prompt = ids[:cut] if context else models.begin(front, ids[begin:cut])
+    return Text(ids, t0, cut, prompt, span_positions), moved
 
 
 def collate(texts, device="cpu"):
@@ -957,7 +964,6 @@ def add_method_flags(parser):
     add("--num-beams", default=2, type=positive, help="of Eq. 5's generation (%(default)s)")
     add("--el", default="every", type=one_of(["every", "lazy"]),
         help="lazy: EL only where it can decide, and at the end: the same run (%(default)s)")
-    add("--lazy-el", dest="el", action="store_const", const="lazy", help="as --el lazy")
 
 
 def add_running_flags(parser):
@@ -978,7 +984,7 @@ def add_running_flags(parser):
     add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     add("--redact", action="store_true",
-        help="no text in the run folder and the cache, only ids, hashes and numbers")
+        help="no text in the run folder and the cache, only ids and numbers")
     add("--preset", help="the preset's name, for the published row in the report")
     add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on

@@ -445,7 +445,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)
     if bool(args.model) != bool(args.pairs):
-        raise ValueError("--model DIR and --pairs FILE go together: texts that the model knows")
+        parser.error("--model DIR and --pairs FILE go together: texts that the model knows")
     data.check_outputs([args.out])
     return args
 

@@ -112,12 +112,12 @@ def check_parts(prefix, suffix, side, where):
             raise ValueError(f"{where}: the {side}{name} has no token; give it some text")
 
 
-def check_room(forget, near, positions, where):
+def check_room(side, ids, cut, *, positions, where):
     """ValueError for a text or a learn prefix of more tokens than the model has positions."""
-    if len(forget.ids) > positions:
-        room = f"{len(forget.ids)} tokens, and the model has {positions} positions"
+    if not side and len(ids) > positions:
+        room = f"{len(ids)} tokens, and the model has {positions} positions"
         raise ValueError(f"{where}: {room}; split the text into several rows")
-    if any(learn.cut >= positions for learn in near):
+    if side and cut >= positions:
         room = f"the learn prefix alone fills the model's {positions} positions"
         raise ValueError(f"{where}: {room}; mine the pairs with a smaller --passage-words")
 
@@ -168,12 +168,16 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(f"{flag} {name}: {problem}")
     try:
         with quiet():  # without trust_remote_code=False transformers would ask at the terminal
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            options = {"revision": revision, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         front_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...
         problem = "unreadable" if is_folder else "no such folder, and the hub did not give it"
-        problem = f"{problem}; pass {flag} DIR ({first_line(error)})"
+        reason = first_line(error)
+        if "tiktoken" in reason:  # its last resort
+            reason = "tokenizer.model needs pip install sentencepiece protobuf, or tiktoken"
+        problem = f"{problem}; pass {flag} DIR ({reason})"
         raise ValueError(f"{flag} {name}: {problem}") from error
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
@@ -333,17 +337,20 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only: no bar beside ours, no table of weights that do not fit."""
-    from transformers import logging
+    """transformers prints errors only: no bar beside ours, no table of weights that do not fit. Nor
+    does it judge a generation_config.json, which no measure obeys."""
+    from transformers import GenerationConfig, logging
 
     if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    judge, GenerationConfig.validate = GenerationConfig.validate, lambda *_, **__: None
     try:
         yield
     finally:
+        GenerationConfig.validate = judge
         logging.set_verbosity(before)
         if had_bar:
             logging.enable_progress_bar()
@@ -423,6 +430,16 @@ def default_encoder():
     if package is None:
         return "sentence-transformers/all-MiniLM-L6-v2"
     return str(Path(package.origin).parent / "model")
+
+
+def room_of(encoder):
+    """How many tokens an encoder has positions for, or None; RoBERTa's begin after padding_idx."""
+    for name, table in encoder.named_modules():
+        if name.endswith("position_embeddings"):
+            return (
+                table.num_embeddings - 1 - (-1 if table.padding_idx is None else table.padding_idx)
+            )
+    return None
 
 
 def check_bert(name, allow_pickle):

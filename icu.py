@@ -990,7 +990,14 @@ def add_running_flags(parser):
 # fmt: on
 
 PUBLISHED = "baselines"  # the module of the published methods: it imports this one
-OWN_DEFAULTS = ("forget_weight", "alpha", "beta", "lr", "refine", "min_epochs")  # of a method, where no flag is
+OWN_DEFAULTS = (
+    "forget_weight",
+    "alpha",
+    "beta",
+    "lr",
+    "refine",
+    "min_epochs",
+)  # of a method, where no flag is
 
 
 def method_named(name, own):

@@ -49,7 +49,7 @@ class Undo(icu.Method):
                 max_new_tokens=TOKENS, pad_token_id=tokenizer.eos_token_id,
             ).tolist()  # fmt: skip
             made_up = [icu.Text(row, 1, 1, []) for row in ids]
-            sides["made_up"] = [made_up[i::len(samples)] for i in range(len(samples))]
+            sides["made_up"] = [made_up[i :: len(samples)] for i in range(len(samples))]
         return sides
 
     def loss(self, batch, args):

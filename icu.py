@@ -48,10 +48,12 @@ from kit.runs import MEASURES, is_below, mean_measures, number, stop_means
 class Text(NamedTuple):
     """One text as the model reads it. Positions are 0-based indices into ids."""
 
-    ids: list  # BOS if the tokenizer adds one, then (released, --context: context,) prefix, suffix
+    ids: (
+        list  # BOS or what the tokenizer puts there, (released, --context: context,) prefix, suffix
+    )
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
-    prompt: list  # what a generation starts from: BOS, (--context: context) and prefix
+    prompt: list  # what a generation starts from: the same without the suffix (released: context)
     span_positions: tuple | None = None  # the only targets, where a part of the text is marked
 
     @property
@@ -71,58 +73,70 @@ class Sample(NamedTuple):
     forget: Text
     learn: Text
     positions: int | None = None  # of the model: no text of a method's own may be longer
-    secrets: tuple = ()  # the strings that its spans mark, where it has some
+    secrets: tuple = ()  # (in the prompt, in the suffix) of each string that its spans mark
     further: list = ()  # its second neighbour, its third, ...: Texts (knn.py --neighbours)
 
 
 def build_samples(
     pairs, tokenizer, *, protocol, positions, context=False, targets=None, what="pair"
 ):
-    """pairs (list of dicts) -> (list of Sample, number of learn partners that were cut).
+    """pairs (list of dicts) -> (list of Sample, notes: what a reader of the results must know).
 
     positions: the model's; the end of a longer learn partner is cut. context: each text's context
     stands in front of its prefix, as the model once read it. targets: what the losses are taken
     over, "suffix" or "all" positions (default: the protocol's). what: a row's name in a ValueError,
     which tells of a part without a token and of a text without room.
     """
-    protocol = PROTOCOLS[protocol]
-    bos, encode = models.bos_of(tokenizer), functools.partial(models.encode_field, tokenizer)
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
-    targets = targets or protocol.targets
-
-    def build(pair, side, where):
-        # Released code: the 100 tokens before the prefix belong to the sequence, though not to the
-        # prompt; paper: the text is prefix and suffix.
-        before = encode(pair, f"{side}context") if protocol.context or context else []
-        prefix = encode(pair, f"{side}prefix", inside=bool(before))
-        suffix = encode(pair, f"{side}suffix", inside=True)
-        models.check_parts(prefix, suffix, side, where)
-        ids = models.begin(bos, before + prefix)  # [bos | context | prefix]
-        cut = len(ids)
-        span_positions = None
-        if not side:  # spans exist on the forget side only
-            begin = cut - len(prefix)
-            span_positions = data.span_positions(
-                pair, tokenizer, ids + suffix, begin=begin, where=where
-            )
-        suffix_only = targets == "suffix" and span_positions is None
-        t0 = cut if suffix_only else max(len(bos), 1)  # position 0 is never a target
-        prompt = ids if context else models.begin(bos, prefix)
-        return Text(ids + suffix, t0, cut, prompt, span_positions)
-
-    samples, n_cut = [], 0
+    targets = targets or PROTOCOLS[protocol].targets
+    # Released code: the 100 tokens before the prefix belong to the sequence, though not to the
+    # prompt; paper: the text is prefix and suffix.
+    with_context = context or PROTOCOLS[protocol].context
+    fields = data.PARTS if with_context else data.PARTS[1:]
+    build = functools.partial(
+        make_text,
+        tokenizer=tokenizer,
+        fields=fields,
+        context=context,
+        targets=targets,
+        positions=positions,
+    )
+    samples, inside, longer = [], [], 0
     for row, pair in enumerate(pairs):
         where = f"{what} {row + 1} (id {pair['id']})"
-        forget = build(pair, "", where)
-        near = [build(row, "learn_", where) for row in [pair, *pair.get("further", [])]]
-        models.check_room(forget, near, positions, where)
-        n_cut += sum(len(text.ids) > positions for text in near)
+        forget, moved = build(pair, "", where)
+        near = [build(row, "learn_", where)[0] for row in [pair, *pair.get("further", [])]]
+        inside += [where] * moved
+        longer += sum(len(text.ids) > positions for text in near)
         learn, *further = [text._replace(ids=text.ids[:positions]) for text in near]
-        secrets = data.secrets_of(pair)
-        samples.append(
-            Sample(pair["id"], pair["suffix"], forget, learn, positions, secrets, further)
+        secrets = data.secrets_of(pair, data.as_text(tokenizer, forget.ids[forget.cut :]))
+        own = pair["id"], pair["suffix"], forget, learn
+        samples.append(Sample(*own, positions, secrets, further))
+    notes = [f"{longer} learn partners are cut to the model's positions"] if longer else []
+    if inside:
+        notes.append(
+            f"in {len(inside)} texts, first {inside[0]}, prefix and suffix meet inside a token: "
+            "the suffix begins where a token does"
         )
-    return samples, n_cut
+    return samples, notes
+
+
+def make_text(pair, side, where, *, tokenizer, fields, context, targets, positions):
+    """A side, "" or "learn_", of a pair: (Text, whether one of `fields` begins inside a token)."""
+    front = models.front_of(tokenizer)
+    body, starts, moved = models.read_parts(tokenizer, pair, [f"{side}{name}" for name in fields])
+    ids = models.begin(front, body)  # [front | context | prefix | suffix]
+    first = len(ids) - len(body)
+    cut, begin = first + starts[-1], first + starts[0] if starts[1:] else first
+    models.check_parts(ids[begin:cut], ids[cut:], side, where)
+    models.check_room(side, ids, cut, positions=positions, where=where)
+    span_positions = None
+    if not side:  # spans exist on the forget side only
+        span_positions = data.span_positions(pair, tokenizer, ids, where)
+    suffix_only = targets == "suffix" and span_positions is None
+    t0 = cut if suffix_only else max(len(front), 1)  # position 0 is never a target
+    prompt = ids[:cut] if context else models.begin(front, ids[begin:cut])
+    return Text(ids, t0, cut, prompt, span_positions), moved
 
 
 def collate(texts, device="cpu"):
@@ -531,7 +545,7 @@ def measure(model, tokenizer, samples, args, *, with_el=True):
 
 def memorisation(model, tokenizer, samples, args, *, with_el=True):
     """EL10 (Eq. 7, 8) and MA (Eq. 9) of each sample, and of its marked spans and the rest."""
-    first, protocol = 1 + len(models.bos_of(tokenizer)), PROTOCOLS[args.protocol]
+    first, protocol = 1 + len(models.front_of(tokenizer)), PROTOCOLS[args.protocol]
     ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
     el, ma, parts = metrics.el_ma_and_spans(
         model,
@@ -944,7 +958,6 @@ def add_method_flags(parser):
     add("--num-beams", default=2, type=positive, help="of Eq. 5's generation (%(default)s)")
     add("--el", default="every", type=one_of(["every", "lazy"]),
         help="lazy: EL only where it can decide, and at the end: the same run (%(default)s)")
-    add("--lazy-el", dest="el", action="store_const", const="lazy", help="as --el lazy")
 
 
 def add_running_flags(parser):
@@ -965,7 +978,7 @@ def add_running_flags(parser):
     add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
     add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     add("--redact", action="store_true",
-        help="no text in the run folder and the cache, only ids, hashes and numbers")
+        help="no text in the run folder and the cache, only ids and numbers")
     add("--preset", help="the preset's name, for the published row in the report")
     add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on
@@ -1022,7 +1035,7 @@ class Inputs(NamedTuple):
     unseen: list = []  # of Sample
     never_saw: dict | None = None  # {measure: mean} of a model that never saw the texts
     ppl_texts: dict = {}  # {name: texts}
-    n_cut: int = 0  # learn partners that were cut
+    notes: list = []  # of `build_samples`
 
 
 def read_inputs(args):
@@ -1037,7 +1050,7 @@ def read_inputs(args):
         args.model, allow_pickle=args.allow_pickle, revision=args.revision
     )
     models.check_bert(args.bert, args.allow_pickle)
-    samples, n_cut = samples_of(pairs, tokenizer, config, args)
+    samples, notes = samples_of(pairs, tokenizer, config, args)
     unseen, _ = samples_of(records, tokenizer, config, args, what="unseen row")
     flags.check_samples(args, samples)
     ppl_texts = {}
@@ -1048,7 +1061,7 @@ def read_inputs(args):
     models.check_inputs(config, tokenizer, {"pair": samples, "unseen row": unseen}, ppl_texts)
     needs_never_saw = args.pairs and args.thresholds == "never-saw"
     never_saw = runs.read_never_saw(args) if needs_never_saw else None
-    return Inputs(tokenizer, samples, watched, unseen, never_saw, ppl_texts, n_cut)
+    return Inputs(tokenizer, samples, watched, unseen, never_saw, ppl_texts, notes)
 
 
 def samples_of(pairs, tokenizer, config, args, what="pair"):
@@ -1078,11 +1091,11 @@ def unlearn(model, tokenizer, pairs, method=METHOD, **settings):
         raise ValueError(f"unlearn: {sorted(unknown)[0]} is no setting of a run in a notebook")
     settings = defaults | {"model": model.name_or_path, "device": str(model.device)} | settings
     args, method = resolve(argparse.Namespace(**settings), method)
-    samples, n_cut = samples_of(pairs, tokenizer, model.config, args)
+    samples, notes = samples_of(pairs, tokenizer, model.config, args)
     processes.seed_everything(args.seed)
     with runs.running(args, method) as run:
         run_epochs(
-            model, tokenizer, Inputs(tokenizer, samples, n_cut=n_cut), args, method=method, run=run
+            model, tokenizer, Inputs(tokenizer, samples, notes=notes), args, method=method, run=run
         )
     return run
 

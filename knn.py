@@ -180,6 +180,8 @@ def encode(texts, folder, batch_size, device):
 
     with data.reading(f"the encoder in {folder} cannot be loaded"), models.quiet():
         model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+    if room := models.room_of(model):
+        model.max_seq_length = min(model.max_seq_length or room, room)
     # Each different text once, like lengths together: little padding.
     different = sorted(dict.fromkeys(texts), key=len, reverse=True)
     vectors = []
@@ -200,11 +202,17 @@ def plain_text(record):
     return texts.plain("".join(record[part] for part in PARTS))
 
 
-def leak_finder(forget, max_overlap):
+def leak_finder(forget, pool, max_overlap):
     """A function of a pool row that yields (share 0-1, number of a target) for each rule met."""
     plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
+    some = [plain_text(row) for row in pool[:: len(pool) // 1000 + 1]]
+    if shared := grams.leave_out_frame([texts.weighed(texts.letters(text)) for text in some]):
+        print(
+            f"note: {shared} n-grams of several texts stand in over half of the pool (a system "
+            "prompt?): not compared"
+        )
     phrases = [(spelt[n], n) for n in range(len(forget)) if not grams.grams[n]]
     for n, target in enumerate(forget):
         marked = [texts.letters(texts.plain(part)) for part in data.marked(target)]
@@ -235,40 +243,27 @@ def leak_finder(forget, max_overlap):
     return leaks
 
 
-def purged_finder(hashes, max_overlap):
-    """Rule 1 of `leak_finder` for targets whose texts are gone: hashes.json of their run is left.
-
-    A text of fewer than 21 letters, or what was marked in one, is not found again.
-    """
-    grams = texts.HashedGrams(hashes["grams"]["letters"], bytes.fromhex(hashes["salt"]))
-    return lambda row: grams.worst(texts.weighed(texts.letters(plain_text(row))), max_overlap)
-
-
-def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False, purged=()):
+def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row for which a
     rule of `leak_finder` holds. Compared are letters alone, without case, accents and kinds of
     letters (`kit.text.plain`). With 0.2 a run of 33 letters goes, whatever stands around it; a
-    common phrase is shorter. `forget` may hold texts of earlier requests; `purged` are hashes.json
-    of those whose texts are gone. `pool` holds complete documents: passages would each hold less.
-    The dict is {id, target_id, share (of the first rule that holds), reason: "forget row" or
-    "copy"}.
+    common phrase is shorter. `forget` may hold texts of earlier requests. `pool` holds complete
+    documents: passages would each hold less. The dict is {id, target_id, share (of the first rule
+    that holds), reason: "forget row" or "copy"}.
     """
-    finders = []  # (its function of a row, ids of its targets)
-    if not allow_copies:
-        finders.append((leak_finder(forget, max_overlap), [target["id"] for target in forget]))
-        finders += [(purged_finder(hashes, max_overlap), [*hashes["texts"]]) for hashes in purged]
+    leaks = None if allow_copies else leak_finder(forget, pool, max_overlap)
     own_rows = {(target["id"], text_of(target)) for target in forget}
     keep, reasons = np.ones(len(pool), dtype=bool), []
     for number, row in enumerate(tqdm(pool, desc="leak guard", unit="row", disable=None)):
         reason = {"id": row["id"], "target_id": row["id"], "share": 1.0, "reason": "forget row"}
         if (row["id"], text_of(row)) not in own_rows:
-            leaks = ((share, ids[n]) for rules, ids in finders for share, n in rules(row))
-            share, target = next(leaks, (0, None))
+            share, target = next(leaks(row), (0, None)) if leaks else (0, None)
             if target is None:
                 continue
-            reason |= {"target_id": target, "share": round(share, 4), "reason": "copy"}
+            reason |= {"target_id": forget[target]["id"], "share": round(share, 4)}
+            reason["reason"] = "copy"
         keep[number] = False
         reasons.append(reason)
     return keep, reasons
@@ -448,11 +443,8 @@ def main():
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.forget, args.pool])
     forget, pool, with_ids = read_input(args)
     models.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
-    earlier, purged = requests.targets(args.after)
-    targets = [*forget, *earlier]
-    keep, reasons = leak_guard(
-        targets, pool, args.max_overlap, allow_copies=args.allow_copies, purged=purged
-    )
+    targets = [*forget, *requests.earlier_pairs(args.after)]
+    keep, reasons = leak_guard(targets, pool, args.max_overlap, allow_copies=args.allow_copies)
     print_leaks(keep, reasons, args.max_overlap)
     pool, keep = passages_of(pool, keep, forget, args.passage_words)
     if args.dry_run:

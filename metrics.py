@@ -28,6 +28,7 @@ from kit.models import (
     plain_generate,
     positions_of,
     quiet,
+    room_of,
     unread,
 )
 
@@ -296,7 +297,7 @@ def _bert_scorer(model_path, device, batch_size):
         scorer = BERTScorer(
             model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size
         )
-    limit = scorer._model.config.max_position_embeddings
+    limit = room_of(scorer._model) or positions_of(scorer._model.config) or 512
     # Some folders say 1e30.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)
     return scorer

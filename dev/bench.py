@@ -154,7 +154,7 @@ def memorisation(bench):
 
     Some texts may differ: in float32 the shape of a batch decides between close tokens.
     """
-    start = 1 + len(models.bos_of(bench.tokenizer))
+    start = 1 + len(models.front_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
     for side, bound in (("forget", 30), ("learn", 10)):
         texts = [getattr(sample, side) for sample in samples]
@@ -199,7 +199,7 @@ def plain_epoch(model, samples, active, args):
 def whole_epoch(bench):
     """An epoch with half of the samples active, all measured."""
     samples, args = bench.samples(), settings(bench.args.device)
-    active, start = range(0, len(samples), 2), 1 + len(models.bos_of(bench.tokenizer))
+    active, start = range(0, len(samples), 2), 1 + len(models.front_of(bench.tokenizer))
 
     def ours():
         model = copy.deepcopy(bench.model)
@@ -445,7 +445,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)
     if bool(args.model) != bool(args.pairs):
-        raise ValueError("--model DIR and --pairs FILE go together: texts that the model knows")
+        parser.error("--model DIR and --pairs FILE go together: texts that the model knows")
     data.check_outputs([args.out])
     return args
 

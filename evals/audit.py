@@ -36,15 +36,11 @@ class Reading(NamedTuple):
     """What a model makes of one text, teacher-forced; index 0 of the arrays is x_2."""
 
     logp: np.ndarray  # (T - 1,) log p(x_t | x_<t)
-    reach: np.ndarray  # (T - 1,) bool, whether x_t is one of the 40 likeliest tokens
     hit: np.ndarray  # (T - 1,) bool, whether the greedy token is x_t
     z: np.ndarray  # (T - 1,) Min-K%++: (log p(x_t) - mean) / deviation of the next token's log p
     states: np.ndarray  # (layers + 1, H) hidden states, mean over the suffix
     lens: np.ndarray  # (layers,) share of the suffix that each layer's decoding gets right, or ()
     start: int  # index of the first token of the suffix in these arrays
-
-
-TOP_K = 40
 
 
 @models.measuring
@@ -61,7 +57,6 @@ def read(model, texts, batch_size=8):
             own = logp.gather(-1, target[:, None])[:, 0]
             if logp.isnan().any():
                 raise ValueError("the model's logits are not finite: there is nothing to ask it")
-            reach = own >= logp.topk(min(TOP_K, logp.shape[-1])).values[:, -1]
             p = logp.exp()
             mean = (p * logp).sum(-1)
             deviation = ((p * logp.square()).sum(-1) - mean.square()).clamp(min=1e-12).sqrt()
@@ -72,7 +67,7 @@ def read(model, texts, batch_size=8):
             ]
             states = torch.stack([layer[text.cut :].mean(0) for layer in hidden]).float()
             hit, z = logp.argmax(-1) == target, (own - mean) / deviation
-            arrays = own.double(), reach, hit, z, states, torch.tensor(lens)
+            arrays = own.double(), hit, z, states, torch.tensor(lens)
             readings.append(Reading(*(x.cpu().numpy() for x in arrays), start))
     return readings
 
@@ -94,7 +89,7 @@ def lens_of(model):
 
 
 def extraction_logp(reading):
-    """log p_z of the suffix after the prefix in nats. By heart 0; never saw -2 a token or less."""
+    """log p_z of the suffix after the prefix in nats, by heart 0."""
     return float(reading.logp[reading.start :].sum())
 
 
@@ -212,18 +207,17 @@ def other_prompts(sample, pair, tokenizer, seed):
     the neighbour's prefix, and after the text's own context where it has one.
     """
     ids, cut, rest = sample.forget.ids, sample.forget.cut, sample.forget.ids[sample.forget.cut :]
-    bos = models.bos_of(tokenizer)
+    front = models.front_of(tokenizer)
     prompts = [(ids[:t], ids[t:]) for t in (max(1, round(share * len(ids))) for share in SHARES)]
     words = pair["prefix"].split(" ")
     count = max(1, len(words) // 10)
     dropped = np.random.default_rng(seed).choice(len(words), count, replace=False).tolist()
     fewer = " ".join(word for i, word in enumerate(words) if i not in dropped)
-    prompts.append((models.begin(bos, models.encode(tokenizer, fewer)) or ids[:cut], rest))
-    prompts.append((sample.learn.prompt + ids[len(bos) : cut], rest))
+    prompts.append((models.begin(front, models.encode(tokenizer, fewer)) or ids[:cut], rest))
+    prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
     if pair["context"].strip():
-        prefix = models.encode(tokenizer, pair["prefix"], inside=True)
-        context = models.encode(tokenizer, pair["context"])
-        prompts.append((models.begin(bos, context + prefix), rest))
+        text, (_, at), _ = models.read_parts(tokenizer, pair, data.PARTS)
+        prompts.append((models.begin(front, text[:at]), text[at:]))
     room = sample.positions or 1 << 30
     return [(prompt, rest) for prompt, rest in prompts if rest and len(prompt) + len(rest) <= room]
 
@@ -231,7 +225,7 @@ def other_prompts(sample, pair, tokenizer, seed):
 def worst_prompt(model, prompts):
     """(the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of each text, 0-1.
 
-    prompts: [(prompt, rest)] a text, answered greedily. A rest under 10 tokens has no 10-gram.
+    prompts: [(prompt, rest)] a text, answered greedily. None where no rest has ten tokens.
     """
     flat = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
     lengths = [len(rest) for *_, rest in flat]
@@ -240,7 +234,8 @@ def worst_prompt(model, prompts):
     for (i, _, rest), ids in zip(flat, generations, strict=True):
         overlap, exact = worst[i]
         worst[i] = max(overlap, metrics.overlap(ids, rest, 10)), max(exact, float(ids == rest))
-    return worst
+    longest = [max((len(rest) for _, rest in each), default=0) for each in prompts]
+    return [(o if n >= 10 else None, exact) for n, (o, exact) in zip(longest, worst, strict=True)]
 
 
 # --- does it come back: by itself, when compressed? ---
@@ -269,20 +264,31 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     return curve, el.tolist()
 
 
+TRANSPOSED = ("Conv1D", "Llama4TextExperts")  # (in, out); other experts say so, the rest is not
+
+
 def quantised(model, bits, group=128):
-    """A copy whose linear layers have weights of so many bits, dequantised (arXiv:2410.16454).
+    """A copy whose matrices have so many bits, dequantised (arXiv:2410.16454), and the share of the
+    layers' weights that are in them.
 
     Symmetric, to the nearest, a scale for `group` inputs of each output; embeddings and head stay.
     """
-    model, top = copy.deepcopy(model), 2 ** (bits - 1) - 1
+    model, top, rounded, size = copy.deepcopy(model), 2 ** (bits - 1) - 1, 0, 0
     head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            weight = module.weight.data  # (out, in)
-            for part in weight.split(group, dim=1):
-                scale = part.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
+        if module is head or isinstance(module, torch.nn.Embedding):
+            continue
+        transposed = getattr(module, "is_transposed", type(module).__name__ in TRANSPOSED)
+        inputs = -2 if transposed else -1
+        for name, weight in module.named_parameters(recurse=False):
+            size += weight.numel()
+            if weight.dim() < 2 or name.endswith("bias") or not weight.is_floating_point():
+                continue
+            rounded += weight.numel()
+            for part in weight.data.split(group, dim=inputs):
+                scale = part.abs().amax(inputs, keepdim=True).clamp(min=1e-12) / top
                 part.copy_((part / scale).round() * scale)
-    return model
+    return model, rounded / size
 
 
 # --- is it still inside? ---
@@ -343,8 +349,8 @@ class Inputs(NamedTuple):
 def likelihood(model, inputs):
     readings = inputs.readings["forgotten"]
     logp = [extraction_logp(r) for r in readings]
-    reach = [float(r.reach[r.start :].all()) for r in readings]
-    measures = {"log p of the suffix (nats)": logp, "in reach of top-k 40": reach}
+    measures = {"log p of the suffix (nats)": logp}
+    measures["log p of its tokens (nats)"] = [r.logp[r.start :].mean() for r in readings]
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
         measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
     measures["log p, unseen texts"] = [extraction_logp(r) for r in inputs.readings["unseen"]]
@@ -408,7 +414,7 @@ def comes_back(model, inputs):
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
     side = "learn" if args.relearn == "neighbours" else "forget"
     curve, el = relearn(
-        copy.deepcopy(model).train(),
+        copy.deepcopy(model),  # in eval mode: no dropout
         [getattr(inputs.samples[i], side) for i in half],
         [inputs.samples[i].forget for i in rest],
         steps=args.relearn_steps,
@@ -424,7 +430,7 @@ def comes_back(model, inputs):
 def compressed(model, inputs):
     measures = {}
     for bits in (8, 4):
-        small = quantised(model, bits)
+        small, share = quantised(model, bits)
 
         def scores(part, small=small):
             ids, mask, _ = icu.collate([one.forget for one in part], inputs.args.device)
@@ -433,7 +439,7 @@ def compressed(model, inputs):
 
         el, ma = zip(*processes.over_processes(scores, inputs.samples), strict=True)
         measures |= {f"EL10, int{bits}": [*el], f"MA, int{bits}": [*ma]}
-    return measures
+    return measures | {"share of the layers' weights that are rounded": share}
 
 
 def inside(model, inputs):
@@ -451,24 +457,34 @@ def inside(model, inputs):
 
 class Question(NamedTuple):
     title: str
-    ask: Callable  # (model, Inputs) -> {measure: a number a text}
-    headline: str  # the measure that its sentence and its bars are about
+    ask: Callable  # (model, Inputs) -> {measure: a number a text, or one of the model}
+    headline: str  # the measure that its bars and its sentence are about
+    says: str  # for `figures.verdict`
+    compared: str = ""  # the measure of its sentence, if another one
 
 
 # fmt: off
 QUESTIONS = {
     "likelihood": Question("How likely is the text itself, if someone samples?",
-                           likelihood, "log p of the suffix (nats)"),
+                           likelihood, "log p of the suffix (nats)",
+                           "gives its tokens a log p of {:.2f} nats",
+                           "log p of its tokens (nats)"),
     "sampling": Question("What comes out when someone does sample?",
-                         sampling, "worst of {n} (share in order)"),
-    "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts"),
-    "strength": Question("How much of the end is safe?", safe_end, "extraction strength"),
-    "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++"),
+                         sampling, "worst of {n} (share in order)",
+                         "says {:.1%} of the suffix in its best sample"),
+    "prompts": Question("From other prompts?", prompts, "worst EL10 of other prompts",
+                        "gives back {:.1%} of the 10-grams after the worst"),
+    "strength": Question("How much of the end is safe?", safe_end, "extraction strength",
+                         "knows the last {:.1%} of a suffix by heart"),
+    "membership": Question("Can one tell that it was trained on?", trained_on, "AUC min-20%++",
+                           "tells by Min-20%++, AUC {:.3f}"),
     "relearning": Question("Does it come back by itself?",
-                           comes_back, "MA of the other half, at its highest"),
+                           comes_back, "MA of the other half, at its highest",
+                           "recites {:.1%} of the tokens of the other half"),
     "quantised": Question("Does it come back when the model is compressed?",
-                          compressed, "MA, int4"),
-    "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer"),
+                          compressed, "MA, int4", "recites {:.1%} of the tokens with 4 bits"),
+    "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer",
+                       "tells a probe, AUC {:.3f}"),
 }
 # fmt: on
 
@@ -506,14 +522,15 @@ def make_report(measures, args):
     for model, questions in measures.items():
         for question, answers in questions.items():
             for name, values in answers.items():
-                figure = figures.bootstrap(values, seed=args.seed)
+                figure = {"value": values}
+                if isinstance(values, list):
+                    figure = figures.bootstrap(values, seed=args.seed)
                 shown[question].setdefault(name, {})[model] = figure
     for question, title in titles.items():
-        end = "cannot be told without a model that never saw them"
-        if "never saw" in measures:
-            sides = (measures[m][question][headlines[question]] for m in ("after", "never saw"))
-            end = figures.verdict(*sides, seed=args.seed)
-        sentences[question] = f"{title} {end[0].upper()}{end[1:]}."
+        name = QUESTIONS[question].compared or headlines[question]
+        sides = [measures.get(m, {}).get(question, {}).get(name) for m in ("after", "never saw")]
+        verdict = figures.verdict(*sides, QUESTIONS[question].says, seed=args.seed)
+        sentences[question] = f"{title} It {verdict}."
     return {
         "titles": titles,
         "headlines": headlines,
@@ -528,7 +545,7 @@ def make_report(measures, args):
 
 
 def derive(shown):
-    """{name: value} of two models together: privleak beside the AUCs, R of relearning."""
+    """{name: value} of two models together: privleak of each AUC, R of relearning."""
 
     def both(cells):
         values = [cells.get(model, {}).get("value") for model in ("after", "never saw")]
@@ -536,9 +553,10 @@ def derive(shown):
 
     derived = {}
     for name, cells in shown.get("membership", {}).items():
-        if name.startswith("AUC") and (pair := both(cells)) and pair[1]:
-            # MUSE's (arXiv:2407.06460): (AUC - AUC_never) / AUC_never; 0 is none, both ways leak.
-            derived[name.replace("AUC", "privleak")] = (pair[0] - pair[1]) / pair[1]
+        if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
+            # MUSE (arXiv:2407.06460), whose AUC is 1 - ours: -100 where all texts are known.
+            privleak = 100 * (pair[1] - pair[0]) / (1 - pair[1])
+            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))
@@ -553,6 +571,8 @@ def cell(figure):
         return "-"
     if figure["value"] is None:
         return figure["why"]
+    if "low" not in figure:
+        return f"{figure['value']:.3f}"
     digits = 1 if abs(figure["value"]) >= 10 else 3
     return "{value:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **figure)
 
@@ -566,11 +586,8 @@ def markdown(report):
     names = [name for name in MODELS if name in report["models"]]
     for question, measures in report["figures"].items():
         lines += [f"## {report['titles'][question]}", ""]
-        lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        for measure, cells in measures.items():
-            row = [measure, *(cell(cells.get(name)) for name in names)]
-            lines.append(f"| {' | '.join(row)} |")
-        lines.append("")
+        rows = [[name, *(cell(cells.get(m)) for m in names)] for name, cells in measures.items()]
+        lines += [*figures.markdown_table(["", *names], rows), ""]
     lines += [f"- {name}: {value:.3f}" for name, value in report["derived"].items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -634,15 +651,12 @@ def resolve(args):
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
-        config, pairs = run["config"], run["config"].get("pairs")
-        sha256 = config.get("sha256", {}).get("pairs")
-        if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
-            why = f"purged, or --redact, or {pairs} is not the file of the run"
-            raise ValueError(f"{args.run}: its texts are gone ({why})")
+        runs.check_texts_left(run)
+        config = run["config"]
         named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             named = runs.models_of(run)
-        args.out, args.pairs, args.protocol = args.run, pairs, config["protocol"]
+        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
         args.context, args.targets = config.get("context", False), config.get("targets")
         args.relearn_lr = args.relearn_lr or config.get("lr")
         args.never_saw = args.never_saw or config.get("never_saw")
@@ -667,11 +681,13 @@ def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
     pairs = data.read_pairs(args.pairs)
     unseen = data.read_unseen(args.unseen) if args.unseen else []
-    left_out = [] if unseen else ["membership", "inside"]
+    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
+        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
+    left_out = [] if len(unseen) >= figures.FEW else ["membership", "inside"]
     left_out += ["relearning"] if len(pairs) < 2 else []
     only = [question for question in args.only if question not in left_out]
     if not only:
-        needs = "needs two texts, or texts of the same kind: --unseen FILE"
+        needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
         raise ValueError(f"--only {' '.join(args.only)}: {needs}")
     args.only = only
     checked = {
@@ -679,18 +695,11 @@ def read_inputs(args):
         for name, (model, revision) in args.models.items()
     }
     config, tokenizer = checked["after"]
-    samples, others = (
-        icu.build_samples(
-            rows,
-            tokenizer,
-            protocol=args.protocol,
-            positions=models.positions_of(config) or 1 << 30,
-            context=args.context,
-            targets=args.targets,
-        )[0]
-        for rows in (pairs, unseen)
-    )
-    first = 1 + len(models.bos_of(tokenizer))
+    read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
+    if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
+        raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
+    samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
+    first = 1 + len(models.front_of(tokenizer))
     return Inputs(args, tokenizer, first, pairs, samples, others)
 
 

@@ -8,13 +8,14 @@
 
 Table 1's last column, Table 3 and Appendices A and B of arXiv:2407.20271 (ICU); docs/judge.md.
 Departures from the authors' script, which asks once for "Finale score" and looks for "Final":
-1. Both spellings are read. An answer without a score is asked for again in other words. If that has
-   none either the sample is unread: it counts in no mean, and it is never a 0.
+1. Both spellings are read, as the whole last line. An answer without it, or cut off, is asked for
+   again in other words. If that has none either the sample is unread: it is in no mean, never a 0.
 2. Temperature 0 and a seed. Every sample is graded, and an interval is given.
 3. Texts leave this machine only after --send-texts: somebody asked to have them forgotten.
 Recomputed (tests/test_judge.py): Pearson's r over the means in the paper's Table 3 is 0.888.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -23,16 +24,14 @@ import os
 import random
 import re
 import statistics
-import threading
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from kit import data, figures, flags, models
-from kit.runs import read_pairs_of, read_run
+from kit import data, figures, flags
+from kit.runs import check_texts_left, read_pairs_of, read_run
 
 # --- the question (Appendix A, in other words) ---
 
@@ -44,19 +43,20 @@ AGAIN = (
     "Grade the candidate: one short sentence, then, on a line of its own, "
     '"Final score: " and a number, 0 to 10.'
 )
-SEED, ANSWER_TOKENS = 0, 512
-MARK = re.compile(r"finale?\s+score[*_`\s]{0,9}:", re.IGNORECASE)
-# A number, whole or decimal, perhaps with "/10"; 8.5.2, 8,5, 8/5 and 100 are none.
+SEED = 0
+# "8", "8.5", "8/10"; not "7-8", "4 out of 5", "1e1", "8,5", nor the "1." of a list.
 SCORE = re.compile(
-    r'[*_`"\s]{0,9}(\d{1,2}(?:\.\d{1,9})?)(?:[*_`]{0,3}\s?/\s?10(?!\.?\d))?(?![\d.,]{0,9}\d|\s?/)'
+    r"finale? score ?: ?(\d{1,2}(?:\.\d{1,9})?)(?: ?(?:/|out of) ?10)?\.?", re.IGNORECASE
 )
+THINKING = re.compile(r"[<\[](/?)[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGNORECASE)
 
 
 def score_of(answer):
-    """The last "Final score: X" of an answer, 0 to 10; None where it has no such number."""
-    marks = list(MARK.finditer(answer))
-    score = SCORE.match(answer, marks[-1].end()) if marks else None
-    return float(score[1]) if score and float(score[1]) <= 10 else None
+    """X, 0 to 10, where the last line is "Final score: X" alone and thinking has ended; or None."""
+    lines = [line for line in answer.splitlines() if re.search(r"\w", line)]
+    score = lines and SCORE.fullmatch(" ".join(re.sub('[*_`"#>]', " ", lines[-1]).split()))
+    thinks = THINKING.findall(answer)[-1:] == [""]
+    return float(score[1]) if score and not thinks and float(score[1]) <= 10 else None
 
 
 class Triple(NamedTuple):
@@ -78,7 +78,7 @@ def request_for(triple, wording, args):
         ],
         "temperature": 0,
         "seed": SEED,
-        "max_tokens": ANSWER_TOKENS,
+        "max_tokens": args.answer_tokens,
     }
 
 
@@ -96,13 +96,8 @@ class Judged(NamedTuple):
 def read_judged(folder):
     """A finished run whose texts are judged. ValueError: they are gone or have changed."""
     run = read_run(folder)
-    config, summary = run["config"], run["summary"]
-    sha = config["sha256"]["pairs"]
-    if run["redacted"] or models.fingerprint(config["pairs"]) != sha:
-        raise ValueError(
-            f"{folder}: no text to grade: it is redacted or purged, or its pairs have changed "
-            f"since: restore {config['pairs']}"
-        )
+    check_texts_left(run)
+    summary, sha = run["summary"], run["config"]["sha256"]["pairs"]
     pairs, triples = read_pairs_of(run), {}
     epochs = {"before": 0, "after": summary["epochs"]}
     for row in run["samples"]:
@@ -133,7 +128,6 @@ class Cache(dict):
 
     def __init__(self, pairs_sha):
         self.path = data.cache_folder("judge") / f"{pairs_sha}.jsonl"
-        self.lock = threading.Lock()
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
         for line in lines:
             with contextlib.suppress(ValueError):  # blank, or cut off by a kill: asked again
@@ -143,7 +137,7 @@ class Cache(dict):
     def add(self, key, reply):
         self[key] = reply
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock, open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             # The line before may have been cut off.
             file.write("\n" + json.dumps({"key": key, **reply}))
 
@@ -159,39 +153,54 @@ class Judge:
         # openai would send more of the environment: another key, headers, an organisation.
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
+        import httpx2  # openai's
         import openai  # 0.4 s
 
+        http = openai.DefaultAsyncHttpxClient(
+            follow_redirects=False,
+            trust_env=not here,  # no proxy for this machine
+        )
+        send = http.send
+
+        async def send_in_time(*request, **settings):
+            try:  # openai's own timeout is of one read, and bytes may drip
+                async with asyncio.timeout(args.patience):
+                    return await send(*request, **settings)
+            except TimeoutError:
+                raise httpx2.ReadTimeout(f"not whole after {args.patience:g} s") from None
+
+        http.send = send_in_time
         # It tries again after 408, 409, 429, 5xx and without an answer, as Retry-After says (up to
         # two minutes) or after longer each time.
-        self.client = openai.OpenAI(
+        self.client = openai.AsyncOpenAI(
             base_url=args.base_url,
             api_key=self.api_key,
             timeout=args.patience,
             max_retries=args.tries - 1,
-            http_client=openai.DefaultHttpxClient(
-                follow_redirects=False,
-                trust_env=not here,  # no proxy for this machine
-            ),
+            http_client=http,
         )
 
     def message(self, error):
         """The first line of an error, without the key, which some servers repeat."""
         return flags.first_line(error).replace(self.api_key, "[key]")[:200]
 
-    def ask(self, request):
-        """The reply, {"answer", "model", "in", "out"}, or {"why"} there is none.
+    async def ask(self, request):
+        """The reply, {"answer", "model", "in", "out", "finish"}, or {"why"} there is none.
 
         ValueError: the server refuses every request.
         """
         import openai
 
         try:
-            reply = self.client.chat.completions.create(**request)
+            reply = await self.client.chat.completions.create(**request)
+            choice = reply.choices[0]
             return {
-                "answer": reply.choices[0].message.content or "",
+                # No half of a pair of UTF-16, and no list of parts.
+                "answer": (choice.message.content or "").encode("utf-8", "replace").decode(),
                 "model": reply.model,  # who answers
-                "in": getattr(reply.usage, "prompt_tokens", 0),
-                "out": getattr(reply.usage, "completion_tokens", 0),
+                "in": getattr(reply.usage, "prompt_tokens", 0) or 0,
+                "out": getattr(reply.usage, "completion_tokens", 0) or 0,
+                "finish": choice.finish_reason,
             }
         except openai.APIStatusError as error:
             code = error.status_code
@@ -206,7 +215,7 @@ class Judge:
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError):
             return {"why": "no answer: no chat completion"}
 
-    def grade(self, triple, cache):
+    async def grade(self, triple, cache):
         """{"score", "why" there is none, "answer", "model", "request", "usage"} of a triple."""
         verdict = {"score": None, "why": None, "answer": None, "model": None, "request": None}
         verdict["usage"] = {"in": 0, "out": 0}
@@ -214,46 +223,51 @@ class Judge:
             request = request_for(triple, wording, self.args)
             key = data.digest([self.args.base_url, request])
             if key not in cache:
-                reply = self.ask(request)
+                reply = await self.ask(request)
                 if "why" in reply:
                     return verdict | reply
                 cache.add(key, reply)
             reply = cache[key]
             verdict |= {"answer": reply["answer"], "model": reply["model"], "request": key}
             verdict["usage"] = {name: n + reply[name] for name, n in verdict["usage"].items()}
-            verdict["score"] = score_of(reply["answer"])
+            finish = reply.get("finish") or "stop"
+            if finish == "stop":
+                verdict["score"] = score_of(reply["answer"])
             if verdict["score"] is not None:
                 return verdict
-        return verdict | {"why": "no score in the answer"}
+        return verdict | {"why": f"no score in the answer (it ended by: {finish})"}
 
-    def grade_all(self, triples, cache):
+    async def grade_all(self, triples, cache):
         """{triple: verdict}, equal triples once. ValueError: the server does not answer."""
         triples, verdicts, silent = dict.fromkeys(triples), {}, 0
-        # Daemon threads: neither an error nor Ctrl-C waits for an answer.
-        with ThreadPool(WORKERS) as pool:
-            graded = pool.imap_unordered(
-                lambda triple: (triple, self.grade(triple, cache)), triples
-            )
-            for triple, verdict in tqdm(graded, total=len(triples), unit=" texts", disable=None):
-                verdicts[triple], why = verdict, verdict["why"] or ""
-                silent = silent + 1 if verdict["answer"] is None else 0
+        waiting = iter(triples)
+
+        async def work(bar):
+            nonlocal silent
+            for triple in waiting:
+                verdicts[triple] = verdict = await self.grade(triple, cache)
+                silent, why = silent + 1 if verdict["answer"] is None else 0, verdict["why"] or ""
                 # A filter may refuse many texts and grade others.
                 if silent == len(triples) or silent >= WORKERS and why.startswith("no answer"):
                     raise ValueError(
                         f"{self.args.base_url}: {silent} texts in a row have no grade ({why}); "
                         "try later: what was answered is kept"
                     )
+                bar.update()
+
+        with tqdm(total=len(triples), unit=" texts", disable=None) as bar:
+            await asyncio.gather(*(work(bar) for _ in range(WORKERS)))
         return verdicts
 
 
 # --- the machine judge ---
 
 
-def judge_run(args, run, judge):
+async def judge_run(args, run, judge):
     """Grades a run's samples; writes judge.jsonl and judge.json and returns the latter."""
     cache = Cache(run.pairs_sha)
     known = len(cache)
-    verdicts = judge.grade_all(run.triples.values(), cache)
+    verdicts = await judge.grade_all(run.triples.values(), cache)
     # Grades of different questions are not compared.
     question = data.digest([args.instructions, QUESTION, FIRST, AGAIN])
     rows = [
@@ -310,7 +324,7 @@ def print_plan(args, runs):
                 known.add(key)
             else:
                 new[key] = sum(len(m["content"].encode()) for m in request["messages"])
-    tokens = {"in": math.ceil(sum(new.values()) / 4), "out": len(new) * ANSWER_TOKENS}
+    tokens = {"in": math.ceil(sum(new.values()) / 4), "out": len(new) * args.answer_tokens}
     price = f", at most {cost(args.price, tokens):.2f} at --price" if args.price else ""
     print(
         f"would ask {args.judge} at {args.base_url}: {len(new)} calls ({len(known)} answers are "
@@ -318,7 +332,7 @@ def print_plan(args, runs):
     )
 
 
-def judge_runs(args, runs):
+async def judge_runs(args, runs):
     if args.dry_run and runs:
         return print_plan(args, runs)
     if not (args.send_texts or is_loopback(args.base_url)):
@@ -330,7 +344,7 @@ def judge_runs(args, runs):
     if args.dry_run:
         return print(f"would ask {args.judge} at {args.base_url}")
     for run in runs:
-        summary, grades = judge_run(args, run, judge), []
+        summary, grades = await judge_run(args, run, judge), []
         for when in run.epochs:
             mean = summary[when]
             grade = show(mean["mean"], mean["interval"])
@@ -489,8 +503,8 @@ def machine_scores(folders):
 def report_people(args):
     """Writes people.json into the folder of each run of a sheet; prints Table 3 of the runs."""
     key, folders, outputs, came = read_people(args.csv_files, args.runs)
-    raters, agreement, people, means = max(key["raters"], came), compare(outputs), [], []
-    print("| | Human (0-10) | n | missing | GPT (0-10) |", "|---|---|---|---|---|", sep="\n")
+    raters, agreement, people = max(key["raters"], came), compare(outputs), []
+    means, rows = [], []
     for number, run in enumerate(key["runs"]):
         epochs = [epoch for output in outputs for of, epoch in output.of if of == number]
         people.append({"sheet": key["sheet"], "raters": came})
@@ -502,19 +516,21 @@ def report_people(args):
             if human["n"] and scores:
                 means.append((human["mean"], machine))
             cells = [f"{run['name']}, {when}", show(human["mean"], human["interval"])]
-            cells += [human["n"], human["missing"], show(machine)]
-            print("|", " | ".join(map(str, cells)), "|")
+            rows.append([*cells, str(human["n"]), str(human["missing"]), show(machine)])
+    head = ["", "Human (0-10)", "n", "missing", "GPT (0-10)"]
+    print("\n".join(figures.markdown_table(head, rows)))
     judge = agreement["judge"]
     # As the paper's 0.89: over the means of its Table 3.
-    of_means = pearson(*zip(*dict.fromkeys(means), strict=True)) if means else None
-    judge["pearson_of_means"] = of_means
+    means = dict.fromkeys(means)
+    of_means = pearson(*zip(*means, strict=True)) if means else None
+    judge |= {"pearson_of_means": of_means, "means": len(means)}
     for folder, figure in zip(folders, people, strict=True):
         data.write_json(folder / "people.json", figure | agreement)
     shown = [f"{name} {show(**judge[name])}" for name in ("pearson", "spearman", "kappa")]
     print(
         f"{came} raters; between raters: Krippendorff's alpha {show(**agreement['alpha'])}; "
         f"with the judge, {judge['n']} outputs: {', '.join(shown)}; "
-        f"Pearson of the means {show(of_means)} (the paper's Table 3: 0.89)"
+        f"Pearson of the {len(means)} means {show(of_means)} (the paper's Table 3: 0.89)"
     )
 
 
@@ -560,11 +576,12 @@ def compare(outputs):
     return {"alpha": alpha, "judge": judge | {"kappa": against(quadratic_kappa)}}
 
 
-# Each of these is None where its formula has no value: too few grades, or all the same.
+# Each of these is None where it says nothing: too few grades, or all the same.
+FEWEST = 5
 
 
 def vary(*lists):
-    return all(len(set(values)) > 1 for values in lists)
+    return all(len(values) >= FEWEST and len(set(values)) > 1 for values in lists)
 
 
 def pearson(x, y):
@@ -590,7 +607,7 @@ def quadratic_kappa(x, y):
     from sklearn.metrics import cohen_kappa_score
 
     x, y = ([math.floor(1 + 0.7 * score + 0.5) for score in scores] for scores in (x, y))
-    if not vary(x + y):
+    if len(x) < FEWEST or not vary(x + y):
         return None
     return float(cohen_kappa_score(x, y, labels=range(1, 9), weights="quadratic"))
 
@@ -636,9 +653,10 @@ def make_parser():
     g.add_argument("--base-url", default=OPENAI, metavar="URL", help="its address (%(default)s)")
     g.add_argument("--send-texts", action="store_true", help="texts may leave this machine")
     g.add_argument("--prompt", default=INSTRUCTIONS, help='asks for "Final score: X", 0 to 10')
+    g.add_argument("--answer-tokens", type=flags.positive, default=512, help="most (%(default)s)")
     g.add_argument("--price", type=price, metavar="IN,OUT", help="what a million tokens cost")
     g.add_argument("--tries", type=flags.positive, default=7, help="of a request (%(default)s)")
-    g.add_argument("--patience", type=flags.above(0), default=120, help="seconds (%(default)s)")
+    g.add_argument("--patience", type=flags.above(0), default=120, help="a try's (%(default)s s)")
     g = parser.add_argument_group("people")
     either = g.add_mutually_exclusive_group()
     either.add_argument("--sheet", action="store_true", help="write sheet.html, of these runs")
@@ -673,7 +691,7 @@ def main(argv=None):
     runs = [read_judged(folder) for folder in args.runs]
     if args.sheet:
         return make_sheet(args, runs)
-    judge_runs(args, runs)
+    asyncio.run(judge_runs(args, runs))
 
 
 if __name__ == "__main__":

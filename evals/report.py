@@ -14,10 +14,9 @@ import io
 import math
 import statistics
 import textwrap
-from itertools import zip_longest
 from pathlib import Path
 
-from kit import data, flags, models
+from kit import data, figures, flags, models
 from kit.protocols import PROTOCOLS
 from kit.runs import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.text import visible
@@ -25,6 +24,7 @@ from kit.text import visible
 PLOTS = ("curves.png", "tradeoff.png", "relearned.png")
 NAMES = ("table.md", "table.csv", "cases.md", "tasks.md", *PLOTS)  # what a report may write
 CSV_HEAD = ("model", "runs", "collapsed")
+MEASURED = (*BEFORE_SETTINGS, "judge")  # the model, how, by whom
 
 # (header, key in before / after, factor, digits, which end is better: -1 low, 1 high, 0 neither).
 COLUMNS = [
@@ -45,6 +45,7 @@ COLUMNS = [
     ("Wikitext (PPL)", "ppl_wikitext", 1, 1, -1),
     ("Held-out (PPL)", "ppl_heldout", 1, 1, -1),
     ("GPT (0-10)", "gpt", 1, 2, 1),
+    ("GPT, unread", "gpt_unread", 1, 1, 0),
     ("Human (0-10)", "human", 1, 2, 1),
     ("Best of 64 (%)", "audit_sampling", 100, 1, -1),  # evals/audit.py's headlines
     ("Other prompts (EL10, %)", "audit_prompts", 100, 1, -1),
@@ -65,43 +66,66 @@ def is_trained(run):
     return run["summary"]["method"] != "none"
 
 
-def model_name(run):
-    return Path(run["config"]["model"]).name
+def distinct_runs(folders):
+    """Finished runs, each once: a copy, perhaps purged, is the same run."""
+    runs = {}
+    for run in map(read_run, folders):
+        content = [run["config"] | {"redact": None, "purged": None}, run["metrics"]]
+        content.append(data.sha256_of(run["folder"] / "summary.json"))
+        if run is not (first := runs.setdefault(data.digest(content), run)):
+            print(visible(f"{run['folder']} is left out: the same run as {first['folder']}"))
+    return [*runs.values()]
 
 
-def grouped(runs, settings, name_of):
-    """{label: runs}: runs of one name whose `settings` agree.
+def sha_of(run, name):
+    """The sha256 of what a run read under a name, or None."""
+    return run["config"].get("sha256", {}).get(name)
 
-    The label has the name, and the settings that runs of this name differ in: `icu lr=1e-05`.
+
+def value_of(run, key):
+    """A setting as labels show it: a folder by its name and what lies there."""
+    if key == "judge":
+        gpt = run.get("gpt")
+        names = "judge", "base_url", "prompt", "served"
+        return gpt and f"{gpt['judge']} {data.digest([*map(gpt.get, names)])[:6]}"
+    value = run["config"].get(key)
+    sha256 = sha_of(run, key) or key == "model" and run["config"].get("revision")
+    return f"{Path(value).name} {sha256[:6]}" if sha256 else str(value)
+
+
+def differ(runs, keys):
+    """Those of the settings in which runs differ."""
+    return [key for key in keys if len({value_of(run, key) for run in runs} - {None}) > 1]
+
+
+def name_rows(runs):
+    """Gives runs the labels of their rows, `before` and `after`; runs of one label are averaged.
+
+    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; what is
+    MEASURED otherwise whatever the name.
     """
+    trained = [run for run in runs if is_trained(run)]
+    untouched = {value_of(run, "model") for run in trained or runs}
+    for run in runs:
+        model = Path(run["config"]["model"]).name
+        run["after"] = run["summary"]["method"] if is_trained(run) else model
+        run["before"] = model + " (before)" * (value_of(run, "model") in untouched)
+    for row, settings in (("after", SETTINGS), ("before", BEFORE_SETTINGS)):
+        for name, alike in grouped(runs, row).items():
+            keys = differ(runs, MEASURED[1:]) + differ(alike, settings)
+            if row == "after" and is_trained(alike[0]):
+                keys += differ(trained, ["model"])
+            for run in alike:
+                words = [f"{x}={value_of(run, x)}" for x in (*settings, "judge") if x in keys]
+                run[row] = visible(" ".join([name, *words]))
+
+
+def grouped(runs, row="after"):
+    """{label: runs}."""
     groups = {}
     for run in runs:
-        name, config = name_of(run), run["config"]
-        peers = [other["config"] for other in runs if name_of(other) == name]
-        differ = [key for key in settings if len({str(peer.get(key)) for peer in peers}) > 1]
-        words = [name, *(f"{key}={config.get(key)}" for key in differ)]
-        groups.setdefault(visible(" ".join(words)), []).append(run)
+        groups.setdefault(run[row], []).append(run)
     return groups
-
-
-def group_runs(runs):
-    """Runs -> {label: runs}: runs that differ only in forget set and seed share a row."""
-
-    def name_of(run):
-        return run["summary"]["method"] if is_trained(run) else model_name(run)
-
-    return grouped(runs, SETTINGS, name_of)
-
-
-def group_befores(runs):
-    """Runs -> {label: runs}: runs that began with the same model, measured alike."""
-    trained = {run["config"]["model"] for run in runs if is_trained(run)}
-
-    def name_of(run):
-        before = not trained or run["config"]["model"] in trained
-        return model_name(run) + " (before)" * before
-
-    return grouped(runs, BEFORE_SETTINGS, name_of)
 
 
 def with_never_saw(runs):
@@ -120,48 +144,41 @@ def with_never_saw(runs):
 def table_rows(runs):
     """Table 1: (columns, rows), the untouched models first; a published row follows ours.
 
-    A row is {"label", "runs", "collapsed", "published", "cells": {key: (mean, std or None)}}.
+    A row is {"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key:
+    (mean, std or None)}}. own_NAME, a method's own measure, is a column NAME.
     """
-    columns, rows = columns_of(runs), []
-    for label, members in group_befores(runs).items():
-        befores = []  # one a forget set: seeds and methods begin alike
+    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
+    own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
+    own = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
+    columns, rows = [*COLUMNS[:-1], *own, COLUMNS[-1]], []
+    for label, members in grouped(runs, "before").items():
+        befores = {}  # one a forget set: seeds and methods begin alike
         for run in members:
-            if run["summary"]["before"] not in befores:
-                befores.append(run["summary"]["before"])
-        rows += [make_row(label, befores, columns), *published_row(members[0], "before")]
-    for label, members in group_runs([run for run in runs if is_trained(run)]).items():
+            befores.setdefault(sha_of(run, "pairs"), {}).update(run["summary"]["before"])
+        row = make_row(label, [*befores.values()], columns)
+        rows += [row, *published_row(members[0], "before")]
+    trained = [run for run in runs if is_trained(run)]
+    for label, members in grouped(trained).items():
         row = make_row(label, [run["summary"]["after"] for run in members], columns)
         row["collapsed"] = all(run["summary"]["collapsed"] for run in members)
+        row["ranked"] = not row["collapsed"] and not differ(trained, MEASURED)
         published = published_row(members[0], members[0]["summary"]["method"])
         rows += [row, *(other for other in published if other not in rows)]
     measured = {key for row in rows if not row["published"] for key in row["cells"]}
     return [column for column in columns if column[1] in measured], rows
 
 
-def columns_of(runs):
-    """COLUMNS, and own_NAME of a method's own measures as NAME; grades only of one judge."""
-    ends = [run["summary"][when] for run in runs for when in ("before", "after")]
-    own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
-    columns = [column for column in COLUMNS if column[1] != "gpt" or len(judges_of(runs)) == 1]
-    columns[-1:-1] = [(key.removeprefix("own_"), key, 1, 3, 0) for key in own]
-    return columns
-
-
-def judges_of(runs):
-    """The (model, hash of the question) of the runs' grades; several do not compare."""
-    return sorted({(run["gpt"]["judge"], run["gpt"]["prompt"]) for run in runs if "gpt" in run})
-
-
 def make_row(label, measured, columns):
     """Mean and standard deviation over the runs of what each has measured."""
     cells = {}
     for _, key, *_ in columns:
-        values = [figures[key] for figures in measured if figures.get(key) is not None]
+        values = [end[key] for end in measured if end.get(key) is not None]
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
+            several = len(values) > 1 and math.isfinite(sum(values))  # a perplexity may be inf
+            spread = statistics.stdev(values) if several else None
             cells[key] = statistics.mean(values), spread
     row = {"label": label, "runs": len(measured), "cells": cells}
-    return row | {"collapsed": False, "published": False}
+    return row | {"collapsed": False, "published": False, "ranked": False}
 
 
 def published_row(run, method):
@@ -183,19 +200,16 @@ def published_row(run, method):
 
 
 def markdown_table(columns, rows):
-    """The table; best bold, second underlined of our rows after unlearning without a collapse."""
-    ranked = [
-        "epochs" in row["cells"] and not (row["published"] or row["collapsed"]) for row in rows
-    ]
+    """The table; best bold, second underlined of what is `ranked`."""
     arrow = {-1: " ↓", 0: "", 1: " ↑"}
     headers = [markdown_cell(header) + arrow[better] for header, *_, better in columns]
     table = [[markdown_cell(row["label"]) + " (collapsed)" * row["collapsed"]] for row in rows]
     for _, key, factor, digits, better in columns:
         values = [row["cells"].get(key, (None, None)) for row in rows]
-        best = {x for (x, _), counts in zip(values, ranked, strict=True) if counts} - {None}
+        best = {row["cells"].get(key, [None])[0] for row in rows if row["ranked"]} - {None}
         best = sorted(best, reverse=better > 0) if better and len(best) > 1 else []
         marks = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
-        for line, (value, spread), counts in zip(table, values, ranked, strict=True):
+        for row, line, (value, spread) in zip(rows, table, values, strict=True):
             if value is None:
                 text = "-"
             elif value * factor > 10000:
@@ -203,10 +217,8 @@ def markdown_table(columns, rows):
             else:
                 text = f"{value * factor:.{digits}f}"
                 text += "" if spread is None else f" ± {spread * factor:.{digits}f}"
-            line.append(marks.get(value, "{}").format(text) if counts else text)
-    lines = [f"| {' | '.join(line)} |\n" for line in (["Model", *headers], *table)]
-    lines.insert(1, "|" + "---|" * (len(columns) + 1) + "\n")
-    return "".join(lines)
+            line.append(marks.get(value, "{}").format(text) if row["ranked"] else text)
+    return "\n".join(figures.markdown_table(["Model", *headers], table)) + "\n"
 
 
 def csv_table(columns, rows):
@@ -246,58 +258,28 @@ def png(figure):
 MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTScore"}
 
 
-def curve(rows, key):
-    """(epochs, values); NaN, where a line breaks, for an epoch without it (--el lazy)."""
-    values = [math.nan if row[key] is None else row[key] for row in rows]
-    return [row["epoch"] for row in rows], values
-
-
 def in_legend(label):
     """A label as a plot can show it: short lines, and no _ in front, which would hide it."""
     return textwrap.fill(label[:160].lstrip("_"), 40)
 
 
-def plot_run(run):
-    """One run over its epochs: four measures and their thresholds, active samples, entropy."""
-    rows, summary = run["metrics"], run["summary"]
-    figure, (top, bottom) = plt().subplots(
-        2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
-    for i, (key, name) in enumerate(MEASURE_NAMES.items()):
-        top.plot(*curve(rows, key), color=f"C{i}", marker="o", markersize=3, label=name)
-        limit = summary["thresholds"].get(key)
-        if limit is not None:
-            top.axhline(limit, color=f"C{i}", linestyle=":", linewidth=1)
-    top.set(ylim=(0, 1.02), ylabel="fraction (dotted: threshold)")
-    top.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    bottom.bar(*curve(rows, "active"), color="0.8", width=0.6)
-    bottom.set(ylabel="samples still active", xlabel="epoch")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    entropy = bottom.twinx()
-    entropy.spines["right"].set_visible(True)
-    entropy.plot(*curve(rows, "entropy"), color="C4", marker="o", markersize=3)
-    entropy.set_ylim(0, 1.1 * max(row["entropy"] or 0 for row in rows) or 1)
-    entropy.set_ylabel("entropy (bits)", color="C4")
-    title = f"{summary['method']}, {summary['protocol']} protocol; stopped: {summary['stopped']}"
-    figure.suptitle(visible(title), fontsize=10)
-    return png(figure)
-
-
 def plot_curves(runs):
-    """Several runs: a panel a measure, a line a run, a colour a row of the table."""
+    """The runs over their epochs: a panel a measure, a line a run, a colour a row of the table."""
     panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
     figure, axes = plt().subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
-        for i, (label, members) in enumerate(group_runs(runs).items()):
+        for i, (label, members) in enumerate(grouped(runs).items()):
             for k, run in enumerate(members):
-                epochs, values = curve(run["metrics"], key)
+                rows = run["metrics"]
                 axis.plot(
-                    epochs,
-                    values,
+                    [row["epoch"] for row in rows],
+                    # A line breaks at an epoch without it (--el lazy).
+                    [math.nan if row[key] is None else row[key] for row in rows],
                     linewidth=1,
                     color=f"C{i % 10}",
                     linestyle=("-", "--", ":", "-.")[i // 10 % 4],
-                    marker="." if any(map(math.isnan, values)) else None,  # a lone point: no line
+                    marker=".",
+                    markersize=3,
                     label=in_legend(label) if k == 0 else None,
                 )
         limits = {run["summary"]["thresholds"].get(key) for run in runs} - {None}
@@ -333,7 +315,7 @@ def plot_relearning(runs):
     if len(audited) < 2:
         return None
     figure, axis = plt().subplots(figsize=(6, 4.5), layout="constrained")
-    scatter(axis, group_runs(audited), "after", "ma", "audit_relearning")
+    scatter(axis, grouped(audited), "after", "ma", "audit_relearning")
     never = audited[0]["audit"]["headline"].get("never saw", {}).get("audit_relearning")
     if never is not None:
         axis.axhline(never, color="0.5", linestyle=":", label="never saw, relearned")
@@ -353,8 +335,8 @@ def plot_tradeoff(runs):
     from matplotlib.ticker import LogFormatter
 
     figure, axis = plt().subplots(figsize=(6, 4.2), layout="constrained")
-    scatter(axis, group_befores(runs), "before", "ma", key)
-    scatter(axis, group_runs([run for run in runs if is_trained(run)]), "after", "ma", key)
+    scatter(axis, grouped(runs, "before"), "before", "ma", key)
+    scatter(axis, grouped([run for run in runs if is_trained(run)]), "after", "ma", key)
     if (limit := runs[0]["summary"]["thresholds"].get("ma")) is not None:
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
     axis.set_yscale("log")
@@ -393,7 +375,7 @@ def cases_markdown(runs, pairs, count):
     tables, alone = [], sum(map(is_trained, runs)) == 1
     for sample_id in case_ids(runs, count):
         rows = [("Prefix", pairs[sample_id]["prefix"]), ("Reference", pairs[sample_id]["suffix"])]
-        for label, (run, *_) in group_runs(runs).items():
+        for label, (run, *_) in grouped(runs).items():
             texts = generations(run, sample_id)
             if not texts:
                 continue
@@ -403,9 +385,8 @@ def cases_markdown(runs, pairs, count):
                 rows += [(f"Epoch {epoch}", texts[epoch]) for epoch in chosen_epochs(texts)]
                 label = "Final"
             rows.append((label, texts[-1]))
-        lines = [f"### {markdown_cell(sample_id)}", "", "| | |", "|---|---|"]
-        lines += [f"| {markdown_cell(name)} | {markdown_cell(text)} |" for name, text in rows]
-        tables.append("\n".join(lines))
+        table = figures.markdown_table(["", ""], [map(markdown_cell, row) for row in rows])
+        tables.append("\n".join([f"### {markdown_cell(sample_id)}", "", *table]))
     return "\n\n".join(tables) + "\n"
 
 
@@ -413,27 +394,6 @@ def markdown_cell(text):
     """A text on one line of a Markdown table, controls written out; nothing is <blank>."""
     text = visible(text.replace("\\", "\\\\")).replace("|", "\\|").replace("<", "&lt;")
     return text if text.strip() else "&lt;blank>"
-
-
-def side_by_side(runs, pairs, count, width=105):
-    """What was said before, and at the end of each run, in columns for the terminal."""
-
-    def one_line(text):
-        return visible(" ".join(text.split()))
-
-    columns = [("before", runs[0], 0)]
-    columns += [(label, members[0], -1) for label, members in group_runs(runs).items()]
-    lines, room = [], (width + 3) // len(columns) - 3
-    for sample_id in case_ids(runs, count):
-        lines += textwrap.wrap("… " + one_line(pairs[sample_id]["prefix"])[-width:], width)
-        cells = []
-        for label, run, epoch in columns:
-            text = one_line((generations(run, sample_id) or [""])[epoch])
-            cells.append([f"  {label}"[:room], *(textwrap.wrap(text, room) or ["<blank>"])])
-        for row in zip_longest(*cells, fillvalue=""):
-            lines.append(" | ".join(f"{cell:<{room}}" for cell in row).rstrip())
-        lines.append("")
-    return "\n".join(lines)
 
 
 # --- asking ---
@@ -472,7 +432,7 @@ def parse_args(argv=None):
     flag("--out", metavar="DIR", help="where to write (default: the run's folder)")
     flag("--overwrite", action="store_true", help="replace files in --out that no report wrote")
     flag("--cases", type=positive, default=4, metavar="N", help="samples in cases.md (4)")
-    flag("--redact", action="store_true", help="show no text: no cases.md, nothing side by side")
+    flag("--redact", action="store_true", help="show no text: no cases.md")
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
@@ -500,14 +460,10 @@ def texts_of(runs, shown, cases):
     contents, terminal = {"table.md": table, "table.csv": csv_table(columns, rows)}, [table]
     if shown:
         # Cases are of the first run's texts, beside the answers of the runs over the same pairs.
-        hashes = [run["config"].get("sha256", {}).get("pairs") for run in shown]
-        alike = [run for run, sha256 in zip(shown, hashes, strict=True) if sha256 == hashes[0]]
+        alike = [run for run in shown if sha_of(run, "pairs") == sha_of(shown[0], "pairs")]
         for run in alike:  # an earlier request may have been purged since
             run["samples"] = [row for row in run["samples"] if row["generation"] is not None]
-        pairs = read_pairs_of(shown[0])
-        contents["cases.md"] = cases_markdown(alike, pairs, cases)
-        if len(group_runs(alike)) < 4:
-            terminal.insert(0, side_by_side(alike, pairs, min(cases, 3)))
+        contents["cases.md"] = cases_markdown(alike, read_pairs_of(shown[0]), cases)
     if sum(map(is_trained, runs)) < 2 and len(runs[0]["tasks"]) == 2:
         from evals import tasks
 
@@ -521,10 +477,8 @@ def notes_of(runs, shown, out, redact):
     protocols = sorted({run["config"]["protocol"] for run in runs})
     notes = [f"protocol: {', '.join(protocols)}", f"plot: {out / 'curves.png'}"]
     notes += [f"cases: {out / 'cases.md'}"] if shown else []
-    if judges := judges_of(runs):
-        names = ", ".join(f"{model} (question {question[:8]})" for model, question in judges)
-        verb = "graded by" if len(judges) == 1 else "left out, the graders differ:"
-        notes.append(f"GPT column: {verb} {names}")
+    if judges := sorted({value_of(run, "judge") for run in runs if "gpt" in run}):
+        notes.append(f"GPT column: graded by {', '.join(judges)}")
     if hidden := len(runs) - len(shown):
         why = "--redact" if redact else "made by icu.py --redact"
         notes.append(f"no texts of {hidden} of {len(runs)} runs are shown ({why})")
@@ -533,8 +487,7 @@ def notes_of(runs, shown, out, redact):
 
 def plots_of(runs):
     """{file: PNG} of what can be drawn."""
-    trained = [run for run in runs if is_trained(run)] or runs[:1]
-    curves = plot_run(trained[0]) if len(trained) == 1 else plot_curves(trained)
+    curves = plot_curves([run for run in runs if is_trained(run)] or runs[:1])
     plots = zip(PLOTS, (curves, plot_tradeoff(runs), plot_relearning(runs)), strict=True)
     return {name: plot for name, plot in plots if plot}
 
@@ -543,7 +496,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.ask:
         return ask(*args.ask, args.tokens, allow_pickle=args.allow_pickle)
-    runs = with_never_saw([read_run(folder) for folder in dict.fromkeys(args.runs)])
+    runs = with_never_saw(distinct_runs(args.runs))
+    name_rows(runs)
     runs.sort(key=is_trained, reverse=True)  # references, which only measured, last
     shown = [] if args.redact else [run for run in runs if not run["redacted"]]
     out = Path(args.out or runs[0]["folder"])

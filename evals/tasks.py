@@ -12,7 +12,6 @@ lm-evaluation-harness 0.4. Departures from the published evaluation:
 2. What is too long for the model loses its beginning, as in the harness. Released code: cuts at 512
    tokens, and a context at its end, where the question is.
 3. Every ARC row keeps its own choices. Released code: pads or cuts rows without exactly four.
-4. The choices of a row share one pass over their context. The scores stay the same.
 """
 
 import ast
@@ -23,16 +22,14 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
 from itertools import islice
-from os.path import commonprefix
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import metrics
-from kit import data, flags, models, processes
+from kit import data, figures, flags, models, processes
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
@@ -391,27 +388,32 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     for each token, the ones before it given. A context that is too long loses its beginning; None
     for a continuation that is empty or does not fit the model. desc: a bar's name.
     """
-    positions, answers, same_context = positions_of(model), [None] * len(pairs), {}
-    # The last token is only predicted: a row may have one more than the model has positions.
-    rows = [(context + continuation)[-positions - 1 :] for context, continuation in pairs]
-    for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
+    positions, answers, same_input = positions_of(model), [None] * len(pairs), {}
+    for i, (context, continuation) in enumerate(pairs):
         if 0 < len(continuation) <= positions:
-            same_context.setdefault(tuple(row[: -len(continuation)]), []).append(i)
-    groups = []  # (trunk: what the inputs of a group begin with, [(index, the rest, its tokens)])
-    for members in same_context.values():
-        trunk = commonprefix([rows[i][:-1] for i in members])
-        groups.append((trunk, [(i, rows[i][len(trunk) : -1], pairs[i][1]) for i in members]))
-    sizes = [
-        (len(trunk), max(len(tail) for _, tail, _ in members), len(members))
-        for trunk, members in groups
-    ]
+            # The last token is only predicted: a row may have one more than the model's positions.
+            row = (context + continuation)[-positions - 1 : -1]
+            same_input.setdefault(tuple(row), []).append(i)  # yes, no, maybe: one pass
+    rows, pad = list(same_input), partial(pad_sequence, batch_first=True, padding_side="left")
     with progress(pairs, desc) as bar:
-        for batch in batches(sizes, batch_tokens, positions):
-            for i, logits in continuation_logits(model, [groups[g] for g in batch]):
-                target = torch.tensor(pairs[i][1], device=model.device)
-                logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        for batch in batches([len(row) for row in rows], batch_tokens):
+            members = [(place, i) for place, r in enumerate(batch) for i in same_input[rows[r]]]
+            inputs = [torch.tensor(rows[r], device=model.device) for r in batch]
+            ids, mask = pad(inputs), pad([torch.ones_like(row) for row in inputs])  # (B, T)
+            last = max(len(pairs[i][1]) for _, i in members)
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=last,
+            ).logits  # (B, last, V): the shift by one, position t predicts token t + 1
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            for place, i in members:
+                target = torch.tensor(pairs[i][1], device=model.device)  # (K,)
+                logp = logits[place, -len(target) :].log_softmax(1)  # (K, V)
                 score = logp.gather(1, target[:, None]).sum().item()
-                answers[i] = score, logits.argmax(1).tolist()
+                answers[i] = score, logp.argmax(1).tolist()
                 bar.update()
     return answers
 
@@ -420,67 +422,13 @@ def progress(items, desc):
     return tqdm(total=len(items), desc=desc, disable=desc is None or not processes.is_main)
 
 
-def batches(sizes, budget, positions):
-    """Lists of indices of sizes, each (length of a beginning, of its ends, how many ends).
-
-    The longest first. A list holds about `budget` tokens with its padding, and is no wider than the
-    model's positions.
-    """
-    tokens = [beginning + end * count for beginning, end, count in sizes]
-    batch = []
-    for i in sorted(range(len(sizes)), key=tokens.__getitem__, reverse=True):
-        beginning, end = (max(sizes[j][side] for j in [*batch, i]) for side in (0, 1))
-        full = batch and (len(batch) + 1) * tokens[batch[0]] > budget
-        if batch and (full or beginning + end > positions):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def continuation_logits(model, groups):
-    """Yields (index, logits (K, V) of its K tokens) for each member of the groups.
-
-    Each tail goes on from a copy of its trunk's keys and values. Trunks are padded on the left, so
-    that a tail follows without a hole: GPT-Neo's local attention counts slots.
-    """
-    members = [(g, *member) for g, (_, members) in enumerate(groups) for member in members]
-    with_tail = [member for member in members if member[2]]
-    cache = DynamicCache() if with_tail else None  # the model fills it
-    shared = {models.cache_word(model): cache, "use_cache": bool(with_tail)}
-    x, mask = pad([trunk for trunk, _ in groups], "left", model.device)  # (G, C)
-    # The shift by one: position i predicts token i + 1, so the trunk's last ones count too.
-    last = max(len(ids) - len(tail) for *_, tail, ids in members)
-    first = model(
-        input_ids=x, attention_mask=mask, position_ids=places(mask), logits_to_keep=last, **shared
-    ).logits  # (G, last, V)
-    rest = ()
-    if with_tail:
-        owners = torch.tensor([g for g, *_ in with_tail], device=model.device)
-        cache.batch_select_indices(owners)
-        x, more = pad([tail for *_, tail, _ in with_tail], "right", model.device)  # (R, L)
-        mask = torch.cat([mask[owners], more], 1)  # (R, C + L)
-        at = places(mask)[:, -x.shape[1] :]
-        rest = model(
-            input_ids=x, attention_mask=mask, position_ids=at, **shared
-        ).logits  # (R, L, V)
-    rest = iter(rest)
-    for g, i, tail, ids in members:
-        logits = first[g, last - (len(ids) - len(tail)) :]
-        yield i, torch.cat([logits, next(rest)[: len(tail)]]) if tail else logits
-
-
-def pad(rows, side, device):
-    """Lists of ids -> ids and mask (B, T) int64, padded with 0 on the left or the right."""
-    pad_to = partial(pad_sequence, batch_first=True, padding_side=side)
-    ids = [torch.tensor(row, device=device) for row in rows]
-    return pad_to(ids), pad_to([torch.ones_like(row) for row in ids])
-
-
-def places(mask):
-    """The position of each slot (B, T) in its row; padding has the position before it, or 0."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+def batches(lengths, budget):
+    """Lists of indices of texts, the longest first, of about `budget` tokens with their padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        size = max(1, budget // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
 
 
 def positions_of(model):
@@ -496,9 +444,8 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
     new_tokens = min(new_tokens, positions // 2)  # some of the prompt is always read
     ids = models.encode_whole(tokenizer, prompts)
     ids, answers = [row[new_tokens - positions :] for row in ids], [""] * len(prompts)
-    sizes = [(len(row), new_tokens, 1) for row in ids]
     with progress(prompts, desc) as bar:
-        for batch in batches(sizes, batch_tokens, positions):
+        for batch in batches([len(row) + new_tokens for row in ids], batch_tokens):
             generations = metrics.beam_generate(
                 model,
                 [ids[i] for i in batch],
@@ -647,18 +594,17 @@ def table(results_by_label):
     lines = []
     kinds = ("cls", CLASSIFICATION, "ACC", {}), ("dia", DIALOGUE, "F1", PERPLEXITY)
     for kind, group, unit, further in kinds:
-        heads = [f"{SETS[name][0]} ({unit})" for name in group] + [f"Avg. ({unit})"]
+        heads = ["", *(f"{SETS[name][0]} ({unit})" for name in group), f"Avg. ({unit})"]
         heads += [f"{SETS[name][0]} (PPL)" for name in further]
-        lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        rows = []
         for label, results in results_by_label.items():
             average = results["averages"][kind]
             missing = len(results["averages"][f"{kind}_missing"])
             partly = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
-            cells = [cell(results, name, 100) for name in group]
+            cells = [label, *(cell(results, name, 100) for name in group)]
             cells += ["-" if average is None else f"{100 * average:.1f}{partly}"]
-            cells += [cell(results, name, 1) for name in further]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append([*cells, *(cell(results, name, 1) for name in further)])
+        lines += [*figures.markdown_table(heads, rows), ""]
     for label, results in results_by_label.items():
         for name, result in results.items():
             if why := result.get("missing") or result.get("error"):
@@ -750,10 +696,10 @@ def write(args, outputs, results, samples):
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
     text = f"{table({args.model: results})}\n{visible(shown)}\n"
     print(text)
-    figures, page, rows = outputs
+    document, page, rows = outputs
     data.write_jsonl(rows, samples)
     data.write_bytes(page, text.encode())
-    data.write_json(figures, results | {"settings": settings})
+    data.write_json(document, results | {"settings": settings})
     if failed := [result["error"] for result in results.values() if "error" in result]:
         raise ValueError(f"{len(failed)} sets are not measured, the first: {failed[0]}")
 

@@ -28,7 +28,7 @@ class Analogous(icu.Method):
     beta, lr, frozen_sides = 4.0, 5e-4, ("learn", "contexts")
 
     def sides(self, samples, tokenizer, epoch, args):
-        bos = len(models.bos_of(tokenizer))
+        bos = len(models.front_of(tokenizer))
         return {"contexts": [contexts(sample, bos) for sample in samples]}
 
     def loss(self, batch, args):

@@ -36,7 +36,7 @@ class Counterfactual(icu.Method):
     lr, frozen_sides = 1e-4, ("forget", "learn", "contexts", "in_place")
 
     def sides(self, samples, tokenizer, epoch, args):
-        bos, swapped = len(models.bos_of(tokenizer)), []
+        bos, swapped = len(models.front_of(tokenizer)), []
         for row in samples:  # the text's prompt, its neighbour's suffix
             prompt, suffix = row.forget.prompt, row.learn.ids[row.learn.cut :]
             swapped.append([icu.Text(prompt + suffix, len(prompt), len(prompt), prompt)])

@@ -2,17 +2,22 @@
 
     bash run.sh certificate RUN --received 2026-03-09 --request-id R-17 --sign KEY
     bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
+    bash run.sh certificate --verify RUN/certificate.json --measure      # asks its models again
 
 docs/certificate.md explains every line. All but the request comes from files of the run folder, so
---verify makes it again. It outlives its texts: config.json and samples.jsonl are hashed without
-what kit/purge.py changes in them.
+--verify makes it again, and names what it cannot check. It outlives its texts: config.json and
+samples.jsonl are hashed without what kit/purge.py changes in them.
 """
 
+import argparse
 import contextlib
 import datetime
 import hashlib
+import hmac
 import html
+import json
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -20,8 +25,8 @@ from pathlib import Path
 
 import filelock
 
-from kit import data, flags, models, purge, requests
-from kit.figures import AS_NEVER, LESS, MORE, bootstrap
+from kit import data, flags, models, processes, requests
+from kit.figures import bootstrap, verdict
 from kit.runs import OF_SPANS, SETTINGS, mean, models_of, read_run
 from kit.text import visible
 
@@ -30,11 +35,22 @@ WHAT = (
     "away than before its training. They are no proof that nothing of them is left in its weights."
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
+KEY = "certificate.key"  # of the hashes in `scope`: for whom the certificate is for
 LEDGER, HEAD = "ledger.jsonl", "ledger.head"
-LEFT = ("el10", "ma", "bleu", "bertscore")  # higher = more is left
-LEFT_OF_PARTS = ("el10_spans", "ma_spans", "secret_said")  # of a marked text, whose rest is to stay
+# Higher = more is left, in the words of `verdict`.
+LEFT = {
+    "el10": "gives back {:.1%} of the 10-grams",
+    "ma": "recites {:.1%} of the tokens",
+    "bleu": "scores {:.3f}",
+    "bertscore": "scores {:.3f}",
+}
+LEFT_OF_PARTS = {  # of a marked text, whose rest is to stay
+    "el10_spans": LEFT["el10"],
+    "ma_spans": LEFT["ma"],
+    "secret_said": "says {:.1%} of them",
+}
 ONE_DAY = datetime.timedelta(days=1)  # between time zones
-MARGIN = 0.05  # a difference that is none
+NEAR = 0.01  # by which the rounding of another machine may move a mean
 ALWAYS_UNTESTED = (
     "paraphrases, translations and other prompts than each text's own beginning",
     "other languages",
@@ -50,11 +66,8 @@ NOT_REACHED = (
 # --- what it says ---
 
 
-def build(folder, request, signed_by=None, kept=None):
-    """The certificate of a finished run, for a request {"ids", "received", "approved_by"}.
-
-    kept: an earlier certificate, whose figures of never-saw count where that run is gone.
-    """
+def build(folder, request, signed_by=None):
+    """The certificate of a finished run, for a request {"ids", "received", "approved_by"}."""
     run = read_run(folder)
     models_of(run)  # fails where it has none of its own
     folder, config, summary = run["folder"], run["config"], run["summary"]
@@ -88,29 +101,26 @@ def build(folder, request, signed_by=None, kept=None):
         "files": hashes_of(folder),
         "signed_by": signed_by,
     }
-    if kept and never is None and kept.get("never_saw") is None:
-        certificate |= {name: kept[name] for name in ("figures", "never_saw", "residual_risk")}
     certificate["not_tested"] = untested(certificate)
     return certificate | {"sha256": data.digest(certificate)}
 
 
 def scope_of(run):
-    """How many texts, and their salted hashes."""
-    config, path = run["config"], run["folder"] / "hashes.json"
-    ids, sha = {row["id"] for row in own_rows(run, 0)}, config["sha256"]["pairs"]
-    scope = {"texts": len(ids), "pairs_sha256": sha}
-    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - len(ids):
+    """How many texts, and while they and the key are there the HMAC-SHA256 of each."""
+    config, key = run["config"], run["folder"] / KEY
+    scope = {"texts": len(own_rows(run, 0))}
+    if watched := sum(row["epoch"] == 0 for row in run["samples"]) - scope["texts"]:
         scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
-    if not path.is_file():
-        note = "none: the run has neither its texts nor hashes of them any more"
-        return scope | {"salt": None, "hashes": [], "hashes_note": note}
-    hashes = expected = data.read_json(path)
-    if models.fingerprint(config["pairs"]) == sha:
-        expected = requests.hashes(data.read_pairs(config["pairs"]), hashes["salt"])
-    if hashes != expected or set(hashes["texts"]) != ids:
-        raise ValueError(f"{path}: not the hashes of this run's texts; put its own file back")
-    forget = sorted(text["forget"] for text in hashes["texts"].values())
-    return scope | {"salt": hashes["salt"], "hashes": forget, "hashes_note": None}
+    if not has_pairs(config) or not key.exists():
+        return scope | {"hashes": [], "hashes_note": f"none: the texts or {KEY} are gone"}
+    secret = bytes.fromhex(data.read_text(key))
+    texts = [data.text_of(pair).encode() for pair in data.read_pairs(config["pairs"])]
+    hashes = sorted(hmac.digest(secret, text, "sha256").hex() for text in texts)
+    return scope | {"hashes": hashes, "hashes_note": None}
+
+
+def has_pairs(config):
+    return models.fingerprint(config["pairs"]) == config["sha256"]["pairs"]
 
 
 def never_saw(run):
@@ -174,38 +184,19 @@ def risks(run, never):
     rows = own_rows(run, run["summary"]["epochs"])
     marked = any("ma_spans" in row for row in rows)
     sentences = []
-    for name in (*LEFT, *LEFT_OF_PARTS) if marked else LEFT:
+    for name, says in (LEFT | LEFT_OF_PARTS if marked else LEFT).items():
         after = [left_of(row, name) for row in rows]
         if marked and set(after) == {None}:
             continue
-        other = [left_of(row, name) for row in own_rows(never, 0)] if never else after
-        both = [(a, b) for a, b in zip(after, other, strict=True) if None not in (a, b)]
-        sentence = compared(interval([a - b for a, b in both]), never is not None)
+        other = [left_of(row, name) for row in own_rows(never, 0)] if never else None
         part = " of texts without a mark" if marked and name in LEFT else ""
-        sentences.append(f"{LABELS[name]}{part}: {sentence}")
+        sentences.append(f"{LABELS[name]}{part}: {verdict(after, other, says)}")
     return sentences
 
 
 def left_of(row, name):
     """A measure of a row; None of a marked text as a whole, whose rest is to stay."""
     return None if "ma_spans" in row and name in LEFT else row.get(name)
-
-
-def compared(difference, known):
-    """By the interval of the mean difference, text by text: above 0, under 0, or within MARGIN."""
-    words = f"cannot be told with n = {difference['n'] if difference else 0}"
-    if not known:
-        return f"{words}, without figures of a model that never saw them"
-    if not difference or difference["low"] is None:
-        return words
-    value, low, high, n = (difference[name] for name in ("value", "low", "high", "n"))
-    if low > 0:
-        words = MORE
-    elif high < 0:
-        words = LESS
-    elif max(-low, high) <= MARGIN:
-        words = AS_NEVER
-    return f"{words} (n = {n}, difference {value:+.3f}, 95% from {low:+.3f} to {high:+.3f})"
 
 
 def untested(certificate):
@@ -247,39 +238,69 @@ LABELS = {
     "el10_spans": "EL10, marked parts",
     "ma_spans": "MA, marked parts",
     "ma_rest": "MA, the rest of their texts",
-    "secret_said": "a secret is said",
+    "secret_said": "Secrets said",
+}
+GLOSSARY = {
+    "EL10": "share of the next ten tokens, from any place of a text on, that come out as they are",
+    "MA": "share of its tokens that are the model's first choice: it recites them",
+    "BLEU, F1": "likeness of its ending to the true one, in words and in meaning",
+    "Entropy": "variety of that ending; near 0 it repeats itself",
+    "Perplexity": "how unlikely other texts seem to it; lower is better",
+    "Marked parts": "what was to be forgotten, if not all of a text",
 }
 SHOWN, LENGTH = 6, 1200  # of a list, and of a text that may be long: certificate.json has all
-STYLE = """@page { size: A4; margin: 13mm } body { font: 9pt/1.35 sans-serif; max-width: 184mm }
-h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 3mm 0 1mm }
-ul { margin: 0; padding-left: 5mm } section { break-inside: avoid } code { font-size: 7pt }
-td, th { text-align: left; font-weight: 400; vertical-align: top; overflow-wrap: anywhere }
-th { width: 38mm; color: #555 }"""
+TOP = """<title>Certificate</title><meta charset=utf-8>
+<meta name=viewport content="width=device-width"><style>
+@page { size: A4; margin: 11mm 13mm } body { font: 8.5pt/1.25 sans-serif; max-width: 184mm }
+h1 { font-size: 16pt; margin: 0 } h2 { font-size: 10.5pt; margin: 2mm 0 1mm }
+code { font-size: 7pt } ul { margin: 0; padding-left: 5mm } section { break-inside: avoid }
+body { overflow-wrap: anywhere } td, th { text-align: left; font-weight: 400; vertical-align: top }
+p { margin: 1mm 0 } th { width: 38mm; color: #555; overflow-wrap: normal }
+@media screen and (max-width: 600px) { body, code { font-size: 11pt } th { width: auto } }
+</style><h1>Certificate of a run</h1>"""
+VERIFY = [
+    f"bash run.sh certificate --verify {FILE} --key PUB: who signed this",
+    f"bash run.sh certificate RUN --verify {FILE} --measure: the run gives it",
+]
+
+
+def result(certificate):
+    """What the page says first."""
+    figures, shares = certificate["figures"], []
+    sides = figures.get("ma_spans") or figures["ma"]
+    for when in ("after", "before", "never_saw"):
+        shares.append(f"{sides[when]['value']:.0%}" if sides[when] else "not known")
+    line = (
+        "{} recites {} of the tokens of {} texts to forget, before {}; one that never saw them {}."
+    )
+    name, texts = certificate["model"]["name"], certificate["scope"]["texts"]
+    return line.format(name, shares[0], texts, *shares[1:])
 
 
 def render(certificate):
     """The page of a certificate as bytes."""
-    done = ("method", "model", "code", "configuration")
+    figures, of_language = dict(certificate["figures"]), {}
+    for name in [name for name in figures if name.startswith(("entropy", "ppl_"))]:
+        of_language[name] = figures.pop(name)
+    done = {name: certificate[name] for name in ("method", "code", "configuration")}
     files = [f"{name} {sha}" for name, sha in certificate["files"].items()]
     sections = {
+        "Result": f"<p><b>{shown(result(certificate))}</b>"
+        + bullets([*certificate["residual_risk"], certificate["what"]]),
         "Request": table(certificate["request"]),
-        "Scope": table(certificate["scope"]),
-        "What was done": table({name: certificate[name] for name in done} | {"files": files}),
-        "Figures: the mean over the texts and its 95% bootstrap interval": figure_table(
-            certificate["figures"]
-        ),
-        "Residual risk: what this model still gives away is": bullets(certificate["residual_risk"]),
+        "What it cost the language": figure_table(of_language) + table(certificate["tasks"]),
+        "Model": table(certificate["model"]),
+        "How to verify": table({"command": VERIFY, "signed by": certificate["signed_by"]}),
+        "Figures: means over the texts [with 95% bootstrap intervals]": figure_table(figures),
+        "Glossary": table(GLOSSARY),
         "Audit": bullets(certificate["audit"]),
-        "Tasks": table(certificate["tasks"]),
         "Not tested": bullets(certificate["not_tested"]),
         "Copies that this does not reach": bullets(certificate["not_reached"]),
-        "Signature": table({name: certificate[name] for name in ("signed_by", "sha256")}),
+        "Scope": table(certificate["scope"]),
+        "What was done": table(done | {"files": files, "sha256": certificate["sha256"]}),
     }
-    head = f"<title>Certificate</title><meta charset=utf-8><style>{STYLE}</style>"
     body = "".join(f"<section><h2>{name}</h2>{part}</section>\n" for name, part in sections.items())
-    title = f"<h1>Certificate of a run</h1><p><b>{shown(certificate['what'])}</b></p>"
-    page = f"<!doctype html><html lang=en>{head}\n{title}\n{body}</html>\n"
-    return page.encode()
+    return f"<!doctype html><html lang=en>{TOP}\n{body}</html>\n".encode()
 
 
 def shown(value):
@@ -287,18 +308,12 @@ def shown(value):
     if isinstance(value, list) and value:
         more = [f"and {len(value) - SHOWN} more, in {FILE}"] if len(value) > SHOWN else []
         return "<br>".join(map(shown, value[:SHOWN] + more))
-    value = in_a_row(value).strip() or "not given"
-    value = html.escape(visible(value if len(value) <= LENGTH else value[:LENGTH] + " ..."))
-    return re.sub(r"\b[0-9a-f]{32,}\b", r"<code>\g<0></code>", value)  # hashes
-
-
-def in_a_row(value):
     if isinstance(value, dict):
         known = {name: item for name, item in value.items() if item not in (None, [])}
-        return ", ".join(f"{name} {in_a_row(item)}" for name, item in known.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value in (None, []) else str(value)
+        value = re.sub('[{}"]', "", json.dumps(known, ensure_ascii=False))
+    value = (str(value).strip() if value not in (None, []) else "") or "not given"
+    value = html.escape(visible(value if len(value) <= LENGTH else value[:LENGTH] + " ..."))
+    return re.sub(r"\b[0-9a-f]{32,}\b", r"<code>\g<0></code>", value)  # hashes
 
 
 def table(rows):
@@ -397,69 +412,110 @@ def ledger_differences(path):
     for number, row in enumerate(data.read_jsonl(path), start=1):
         if (row.get("line"), row.get("previous")) != (number, hashes[number - 1]):
             return [f"line {number}: changed, moved or missing, or the line before was changed"]
-    if last["line"] >= len(hashes):
-        return [f"line {len(hashes)}: missing, {HEAD} has {last['line']} lines"]
-    if last["sha256"] != hashes[last["line"]]:
-        return [f"line {last['line']}: changed, not as {HEAD} has it"]
-    return []
+    as_head = hashes[last["line"] : last["line"] + 1] == [last["sha256"]]
+    return [] if as_head else [f"line {last['line']}: changed or missing, by {HEAD}"]
 
 
 # --- whether a certificate still holds ---
 
 
-def differences(path, folder, key=None):
-    """What of a certificate is not so any more, a list of sentences.
-
-    key: the public key file of who must have signed.
-    """
-    certificate = data.read_json(path)
-    content = {name: value for name, value in certificate.items() if name != "sha256"}
-    unlike = signature_differences(path, certificate.get("signed_by"), key)
-    if data.digest(content) != certificate.get("sha256"):
-        unlike = [f"{path.name}: changed (not its own sha256), or no certificate", *unlike]
+def check(path, args):
+    """Yields ("differs", "not checked" or "measured", what) of a certificate."""
+    certificate, content = data.read_json(path), path.read_bytes()
+    fields = {name: value for name, value in certificate.items() if name != "sha256"}
+    unlike = signature_differences(path, certificate.get("signed_by"), args.key)
+    # In other bytes a field could stand twice, and a reader take the first.
+    as_written = content == data.json_bytes(certificate, indent=2)
+    if not as_written or data.digest(fields) != certificate.get("sha256"):
+        unlike.append(f"{path.name}: changed (not its own sha256), or no certificate")
+    page, ledger = path.with_name(PAGE), args.ledger and Path(args.ledger, LEDGER)
+    if not unlike and page.is_file() and page.read_bytes() != render(certificate):
+        unlike.append(f"{PAGE}: not what {path.name} says")
+    if ledger:
+        sha, unlike = hashlib.sha256(content).hexdigest(), unlike + ledger_differences(ledger)
+        if sha not in [row.get("sha256") for row in data.read_jsonl(ledger)]:
+            unlike.append(f"{ledger}: no line of this certificate")
+    yield from (("differs", sentence) for sentence in unlike)
     if unlike:
-        return unlike
-    page = path.with_name(PAGE)
-    if page.is_file() and page.read_bytes() != render(certificate):
-        unlike = [f"{PAGE}: not what {path.name} says"]
-    return unlike + run_differences(certificate, folder)
+        return
+    given = {PAGE: page.is_file(), "ledger (--ledger)": ledger, "who signed (--key)": args.key}
+    yield from (("not checked", name) for name, value in given.items() if not value)
+    folder = Path(args.run or path.parent)
+    if args.run or (folder / "samples.jsonl").exists():
+        yield from run_findings(certificate, folder, args.measure)
+    else:
+        proven = "who signed it, no more" if args.key else "nothing"
+        yield "not checked", f"any file or figure, without its RUN: this proves {proven}"
 
 
 def signature_differences(path, signer, key):
     signature, unlike = Path(f"{path}.sig"), []
-    if signer and not signature.is_file():
-        unlike.append(f"{signature.name}: missing, but the certificate is signed")
+    if bool(signer) != signature.is_file():
+        there = "missing, but the certificate is" if signer else "there, but the certificate is not"
+        unlike.append(f"{signature.name}: {there} signed")
     elif signer and (why := trouble(path.read_bytes(), signature, signer)):
         unlike.append(f"{signature.name}: not a signature of {path.name} by its key ({why})")
-    elif not signer and signature.is_file():
-        unlike.append(f"{signature.name}: there, but the certificate is not signed")
     if key and signer != public_key(key):
         other = f"signed with another key than {key}" if signer else "not signed"
         unlike.append(f"{path.name}: {other}")
     return unlike
 
 
-def run_differences(certificate, folder):
-    """What of a run folder is not as certified."""
-    files, unlike = certificate["files"], []
-    try:
-        now = hashes_of(folder)
-        for name in sorted({*files, *now}):
-            if name not in files:
-                unlike.append(f"{name}: was not there")
-            elif name not in now:
-                unlike.append(f"{name}: missing")
-            elif files[name] != now[name]:
-                unlike.append(f"{name}: changed")
-        if not unlike:  # then they must give the same certificate
-            request, signer = certificate["request"], certificate["signed_by"]
-            again = build(folder, request, signer, kept=certificate)
-            for name in again:
-                if certificate.get(name) != again[name] and name != "sha256":
-                    unlike.append(f"{FILE}: `{name}` is not what the run's files give")
-    except ValueError as error:
-        return [f"{folder}: {error}"]
-    return unlike
+def run_findings(certificate, folder, measure):
+    """What of a run folder is as certified: no figure is taken from the certificate."""
+    old, new, gone = {"files": certificate["files"]}, {"files": hashes_of(folder)}, set()
+    if same := old == new:  # then they must give the same certificate
+        old, new = certificate, build(folder, certificate["request"], certificate["signed_by"])
+        if not new["scope"]["hashes"]:
+            gone |= {"hashes", "hashes_note"}
+        if new["never_saw"] and not old["never_saw"]:
+            gone |= {"never_saw", "residual_risk", "not_tested"}
+    old, new = spread(old), spread(new)
+    for name in sorted(name for name in {*old, *new} if not gone.intersection(name)):
+        if name != ("sha256",) and old.get(name) != new.get(name):
+            what = "changed" if name in old else "was not there"
+            yield "differs", f"{' '.join(name)}: {what if name in new else 'missing'}"
+    if not same:
+        return
+    if gone:
+        yield "not checked", f"made of what is not here: {', '.join(sorted(gone))}"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    names = ", ".join(sorted(names - {*certificate["files"], FILE, SIGNATURE, PAGE}))
+    yield "not checked", f"request and code, which are as given; not in it: {names}"
+    if measure:
+        yield from measured_again(certificate, read_run(folder))
+    else:
+        yield "not checked", "the pairs, and whether its models have these figures (--measure)"
+
+
+def spread(value, *names):
+    """{(name, name, ...): value} of nested dicts."""
+    if not isinstance(value, dict):
+        return {names: value}
+    return {k: v for name, each in value.items() for k, v in spread(each, *names, name).items()}
+
+
+def measured_again(certificate, run):
+    """MA and EL10 of the run's models, as far as they are there. ValueError: the pairs are not."""
+    import icu  # a second
+
+    args = argparse.Namespace(**run["config"] | {"device": processes.device_of(None)})
+    pairs = requests.pairs_of(run["folder"], run["config"])
+    for when, (name, _) in models_of(run).items():
+        sha = models.fingerprint(name)
+        if not sha or sha != certificate["model"][f"sha256_{when}"]:
+            yield "not checked", f"the model {when}: gone, or another by now"
+            continue
+        model, tokenizer = models.load_model(name, dtype=args.dtype, device=args.device)
+        samples, _ = icu.samples_of(pairs, tokenizer, model.config, args)
+        with processes.autocast(args):
+            rows = icu.memorisation(model, tokenizer, samples, args)
+        for measure in ("ma", "el10"):
+            value = mean(row[measure] for row in rows)
+            figure = certificate["figures"][measure][when] or {"value": None}
+            near = figure["value"] == value or abs(figure["value"] - value) <= NEAR
+            sentence = f"{LABELS[measure]} {when} {value}, certified {figure['value']}"
+            yield "measured" if near else "differs", sentence
 
 
 # --- commands ---
@@ -471,17 +527,18 @@ def date(value):
 
 
 def verify(args):
-    """Prints what differs, and exits 1; or that nothing does."""
-    path = Path(args.verify)
+    """Prints what differs, and exits 1, and what is not checked."""
+    path, kinds = Path(args.verify), set()
     if path.name == LEDGER:
-        unlike = ledger_differences(path)
+        findings = [("differs", sentence) for sentence in ledger_differences(path)]
     else:
-        unlike = differences(path, Path(args.run or path.parent), args.key)
+        findings = check(path, args)
         signer = data.read_json(path).get("signed_by")
         print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
-    for line in unlike:
-        print(visible(f"differs: {line}"))
-    if unlike:
+    for kind, sentence in findings:
+        kinds.add(kind)
+        print(visible(f"{kind}: {sentence}"))
+    if "differs" in kinds:
         sys.exit(1)
     print(visible(f"as it was: {path}"))
 
@@ -491,7 +548,9 @@ def certify(args):
     folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
-    purge.keep_hashes(folder)
+    key = folder / KEY
+    if not key.exists() and has_pairs(data.read_json(folder / "config.json")):
+        data.write_bytes(key, secrets.token_hex(32).encode())
     certificate = build(folder, request, args.sign and public_key(args.sign))
     done = certificate["request"]["done"]
     if args.received and args.received > datetime.date.fromisoformat(done) + ONE_DAY:
@@ -521,9 +580,10 @@ def make_parser():
     add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     add("--approved-by", metavar="NAME", help="who says that this may go out")
     add("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
-    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl")
+    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl; --verify: find it")
     add("--verify", metavar="FILE", help="say what has changed since it was written")
     add("--key", metavar="PUB", help="--verify: the public key that must have signed")
+    add("--measure", action="store_true", help="--verify: also measure the models' MA and EL again")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on

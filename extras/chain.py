@@ -14,7 +14,8 @@ from pathlib import Path
 
 from evals import report
 from experiment import PYTHON, run
-from kit import data, flags
+from kit import data, figures, flags
+from kit.requests import name_of
 from kit.runs import mean
 
 VARIANTS = {"watched": "--watch", "not watched": "--no-watch"}
@@ -58,9 +59,10 @@ def follow(args, folder, requests):
             words = ["--after", made[-1], flag] if made else ["--model", args.model]
             made.append(train(args, folder / name, folder / f"request{number}.pairs.jsonl", *words))
             run, ids, steps = made[-1], requests[:number], sum(map(steps_of, made))
-            if variant == "watched":  # its own rows, where a text of an earlier request is RUN/ID
-                earlier = zip(made[:-1], ids[:-1], strict=True)
-                ids = [[f"{old.name}/{id}" for id in of_old] for old, of_old in earlier] + ids[-1:]
+            if variant == "watched":  # its own rows, named by the request
+                names = [name_of(old, data.read_json(old / "config.json")) for old in made[:-1]]
+                earlier = zip(names, ids[:-1], strict=True)
+                ids = [[f"{name}/{id}" for id in of_old] for name, of_old in earlier] + ids[-1:]
             elif number > 1:
                 pairs = folder / f"upto{number}.pairs.jsonl"
                 words = ["--model", run / "model", "--eval-only"]
@@ -92,13 +94,13 @@ def table(rows):
     ppl = [name for name in rows[0] if name.startswith("ppl_")]
     shares = ["EL10 (%)", "MA (%)", "highest MA of one (%)"]
     names = ["", "requests", *shares, "entropy", *ppl, "steps"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for row in rows:
         shares = [row["el10"], row["ma"], max(row["by request"])]
         cells = [row["variant"], str(row["request"]), *(f"{100 * share:.1f}" for share in shares)]
         cells += [f"{row['entropy']:.2f}", *(f"{row[name]:.1f}" for name in ppl), str(row["steps"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return "\n".join(figures.markdown_table(names, lines)) + "\n"
 
 
 def picture(rows):

@@ -10,6 +10,7 @@ The entropy of Eq. 10 misleads where a model speaks in words that do not exist. 
 reads what each model said after the prefixes: docs/explain.md.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -17,12 +18,12 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import regex
 import torch
 
 import icu
 from kit import data, flags, models, processes
-from kit.runs import models_of, read_pairs_of, read_run
+from kit.runs import check_texts_left, models_of, read_pairs_of, read_run
+from kit.text import breaks
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -32,24 +33,15 @@ PAGE = Path(__file__).with_suffix(".html")
 
 def check(run):
     """ValueError for a run without texts, or whose pairs or model have changed since."""
-    folder = run["folder"]
-    if run["redacted"]:
-        raise ValueError(f"{folder}: holds no texts (--redact, or purged): leave it out")
-    for what in ("pairs", "model"):
-        path, sha = run["config"].get(what), run["config"].get("sha256", {}).get(what)
-        if sha is not None and models.fingerprint(path) != sha:
-            raise ValueError(f"{path}: not the {what} that {folder} was made with: put those back")
+    check_texts_left(run)
+    path, sha256 = run["config"]["model"], run["config"]["sha256"]["model"]
+    if sha256 is not None and models.fingerprint(path) != sha256:
+        raise ValueError(f"{path}: not the model that {run['folder']} was made with: put it back")
 
 
 def unlearned(runs):
     """Those of the runs that did not only measure."""
     return [run for run in runs if run["summary"]["method"] != "none"]
-
-
-def read_tokenizer(name, revision, allow_pickle):
-    """(tokenizer, positions) of a model, without its weights."""
-    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
-    return tokenizer, models.positions_of(config) or 1 << 30
 
 
 def load(name, revision, allow_pickle):
@@ -58,29 +50,25 @@ def load(name, revision, allow_pickle):
     return models.load_model(name, revision=revision, allow_pickle=allow_pickle, device=device)[0]
 
 
-def texts_of(run, tokenizer, positions):
+def texts_of(run, tokenizer, model_config):
     """[(pair, icu.Sample, {"before": generation, "after": generation})] of the texts left."""
-    config, pairs, answers = run["config"], read_pairs_of(run), {}
+    pairs, answers = read_pairs_of(run), {}
     for when, epoch in (("before", 0), ("after", run["summary"]["epochs"])):
         for row in run["samples"]:
             if row["epoch"] == epoch and row["generation"] is not None:
                 answers.setdefault(row["id"], {})[when] = row["generation"]
     pairs = [pairs[id] for id in answers]
-    samples, _ = icu.build_samples(
-        pairs,
-        tokenizer,
-        protocol=config["protocol"],
-        positions=positions,
-        context=config.get("context", False),
-    )
+    settings = argparse.Namespace(**{"context": False, **run["config"], "targets": None})
+    samples, _ = icu.samples_of(pairs, tokenizer, model_config, settings)
     return list(zip(pairs, samples, answers.values(), strict=True))
 
 
 def make(run, *, allow_pickle=False):
     """explain.html of a run, as bytes."""
-    config, summary, sides = run["config"], run["summary"], models_of(run)
-    tokenizer, positions = read_tokenizer(*sides["before"], allow_pickle)
-    texts = texts_of(run, tokenizer, positions)
+    summary, sides = run["summary"], models_of(run)
+    name, revision = sides["before"]
+    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    texts = texts_of(run, tokenizer, config)
     likely = {}
     for when, side in sides.items():
         model = None  # the one before is let go first
@@ -88,7 +76,7 @@ def make(run, *, allow_pickle=False):
         likely[when] = [probabilities(model, sample.forget.ids) for _, sample, _ in texts]
     about = {
         "run": run["folder"].resolve().name,
-        "model": Path(config["model"]).name,
+        "model": Path(name).name,
         "method": summary["method"],
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
@@ -127,14 +115,10 @@ def pieces(tokenizer, ids):
     """[(characters, first token, token after the last)]: a text in the smallest parts that are
     whole tokens and whole visible characters. None is empty, and together they are the text.
     """
-    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    text = decode(ids)
-    breaks = {match.end() for match in regex.finditer(r"\X", text)}  # of grapheme clusters
-    ends = {0: 0}  # characters so far: tokens so far; one that adds no character joins those before
-    for n in range(1, len(ids) + 1):  # quadratic, and 2,048 tokens still take under a second
-        head = decode(ids[:n])
-        if len(head) in breaks and text.startswith(head):
-            ends[len(head)] = n
+    text, ends = data.as_text(tokenizer, ids), enumerate(data.token_ends(tokenizer, ids), start=1)
+    places = breaks(text)  # of visible characters
+    # characters so far: tokens so far; one that adds no character joins those before
+    ends = {0: 0} | {end: n for n, end in ends if end in places}
     return [
         (text[start:end], first, last)
         for (start, first), (end, last) in pairwise(sorted(ends.items()))
@@ -147,7 +131,7 @@ def describe(tokenizer, sample, answers, likely):
     answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `left`
     is the mean after, over the marked tokens, or over the suffix where none is marked.
     """
-    text, bos = sample.forget, models.bos_of(tokenizer)
+    text, bos = sample.forget, models.front_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
     parts = pieces(tokenizer, text.ids[lead:])
     tokens = [range(first + lead, last + lead) for _, first, last in parts]  # of each piece
@@ -180,7 +164,12 @@ def mean(values):
 
 
 def page(about, texts):
-    """The file, as bytes. about: {name: text} of the run; texts: those of `describe`, a list."""
+    """The file, as bytes: what is most left comes first, what is not known last.
+
+    about: {name: text} of the run; texts: those of `describe`, a list.
+    """
+    left = [-1 if text["left"] is None else text["left"] for text in texts]
+    texts = [texts[i] for i in sorted(range(len(texts)), key=left.__getitem__, reverse=True)]
     content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
     content = content.replace("<", "\\u003c")
@@ -231,8 +220,11 @@ def speech(runs, files, *, allow_pickle=False):
         raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
     known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
-    tokenizer, positions = read_tokenizer(name, revision, allow_pickle)
-    texts = [texts_of(run, tokenizer, positions) for run in runs]
+    config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    texts, positions = (
+        [texts_of(run, tokenizer, config) for run in runs],
+        models.positions_of(config),
+    )
     model = load(name, revision, allow_pickle)
     read = functools.cache(functools.partial(surprise, model))  # before, all say the same
     documents = {}
@@ -242,10 +234,11 @@ def speech(runs, files, *, allow_pickle=False):
         old = known | words_of(pairs) | words_of(pairs, "learn_")
         for when in ("before", "after"):
             total, count = 0.0, 0
-            for _, sample, answers in rows:
+            for pair, sample, answers in rows:
                 prompt = tuple(sample.forget.prompt)
-                ids = models.encode(tokenizer, answers[when], inside=True)
-                ids = ids[: positions - len(prompt)]
+                row = {"prefix": pair["prefix"], "suffix": answers[when]}
+                ids, (start,), _ = models.read_parts(tokenizer, row, ("prefix", "suffix"))
+                ids = ids[start:][: positions and positions - len(prompt)]
                 total, count = total + read(prompt, tuple(ids)), count + len(ids)
             words_said = [(pair["prefix"], answers[when]) for pair, _, answers in rows]
             ppl = math.exp(min(total / count, 700.0)) if count else None

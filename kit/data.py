@@ -3,13 +3,16 @@
 A reader's error names the file and the line (`reading`).
 """
 
+import bisect
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +23,12 @@ from kit.text import letters, plain, split_in_half, stands_in
 
 
 def cache_folder(name):
-    """Where downloads and embeddings are kept between runs: $ICU_CACHE, or ~/.cache/icu."""
-    return Path(os.environ.get("ICU_CACHE") or Path.home() / ".cache" / "icu") / name
+    """Where downloads and embeddings are kept between runs: $ICU_CACHE, or ~/.cache/icu.
+
+    Without a home, as in a container, nothing is kept: /dev/null takes no folder.
+    """
+    home = re.sub("^~", os.devnull, os.path.expanduser("~/.cache/icu"))
+    return Path(os.environ.get("ICU_CACHE") or home, name)
 
 
 @contextlib.contextmanager
@@ -87,10 +94,13 @@ def json_bytes(value, indent=None):
 
 
 def read_text(path):
-    """A file as text, without a byte order mark. ValueError: missing, or not UTF-8."""
+    """A file or a gzip, as text without a byte order mark. ValueError: missing, or not UTF-8."""
     with reading(path):
         content = Path(path).read_bytes()
-    with reading(f"{path}: not UTF-8, save it as UTF-8"):
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    parquet = 'but parquet: pandas.read_parquet(FILE).to_json(OUT, orient="records", lines=True)'
+    way_out = parquet if content[:4] == b"PAR1" else "save it as UTF-8"
+    with reading(f"{path}: not UTF-8, {way_out}"):
         return content.decode("utf-8-sig")
 
 
@@ -112,23 +122,46 @@ def numbered_jsonl(path):
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             with reading(f"{path} line {number}: not a JSON object"):
-                row = dict(json.loads(line))
+                row = dict(**json.loads(line, object_pairs_hook=once))
             yield number, row
 
 
+def once(fields):
+    """A dict of (name, value); ValueError for a name that stands there twice."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise ValueError(f"a field twice: {', '.join(name for name, _ in fields)}")
+    return row
+
+
 def numbered_csv(path):
-    """Yields (number of its last line, dict) of a CSV file with a header; no blank lines."""
+    """Yields (number of its last line, dict) of a CSV file with a header; no blank rows.
+
+    What its header has most of parts its fields: comma, semicolon or tab.
+    """
     csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    text, header = read_text(path), None
+    sign = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=sign)
     while True:
-        with reading(f"{path} line {reader.line_num + 1}: not CSV"):
-            row = next(reader, None)
-        if row is None:
+        with reading(f"{path} line {rows.line_num + 1}"):
+            fields = next(rows, None)
+            row = csv_row(header, fields) if header and any(fields or ()) else None
+        if row:
+            yield rows.line_num, row
+        elif fields is None:
             return
-        if None in row or None in row.values():
-            columns = f"the header's {len(reader.fieldnames)} columns"
-            raise ValueError(f"{path} line {reader.line_num}: not {columns}: a comma needs quotes")
-        yield reader.line_num, row
+        header = header or fields
+
+
+def csv_row(header, fields):
+    """{column: field}; ValueError for other columns, or for the header of a file joined to it."""
+    problem = f"not the header's {len(header)} columns: a comma needs quotes"
+    if [field.strip("\ufeff") for field in fields] == header:
+        problem = "the header again: take it out"
+    elif len(fields) == len(header):
+        return once([field for field in zip(header, fields, strict=True) if any(field)])
+    raise ValueError(problem)
 
 
 def chunks(items, size):
@@ -168,7 +201,7 @@ def make_record(row, number):
         prefix, suffix = split_in_half(text)
     else:
         names = ", ".join(row)
-        raise ValueError(f"needs a `text`, or a `prefix` and a `suffix`; it has: {names}")
+        raise ValueError(f"needs a `text`, or `prefix` and `suffix`, as strings; it has: {names}")
     record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
     return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, text)
 
@@ -204,8 +237,9 @@ def read_records(path, *, tokenizer=None):
 
 
 def numbered_rows(path):
-    """(line, dict) of a .csv file; of any other, which is JSON lines."""
-    return (numbered_csv if Path(path).suffix.lower() == ".csv" else numbered_jsonl)(path)
+    """(line, dict) of a .csv file or a .csv.gz; of any other, which is JSON lines."""
+    is_csv = str(path).lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    return (numbered_csv if is_csv else numbered_jsonl)(path)
 
 
 def load_ids(path):
@@ -225,8 +259,14 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
             row, token = np.argwhere(foreign)[0, 0], ids[foreign][0]
             raise ValueError(f"{where} row {row}: token id {token} is none of the tokenizer's")
         for record, row in zip(records, ids.tolist(), strict=True):
-            record[part] = tokenizer.decode(row, clean_up_tokenization_spaces=False)
-            record[f"{part}_ids"] = row
+            record[part], record[f"{part}_ids"] = as_text(tokenizer, row), row
+    for record in records:  # the ids may be cut inside a character, its text is not
+        ids = record["prefix_ids"] + record["suffix_ids"]
+        text, at = (
+            as_text(tokenizer, ids),
+            token_ends(tokenizer, ids)[len(record["prefix_ids"]) - 1],
+        )
+        record["prefix"], record["suffix"] = text[:at], text[at:]
     return records
 
 
@@ -275,7 +315,7 @@ def read_spans(row, text):
     or in CSV one string with | between.
     """
     spans, secrets = row.get("spans") or [], row.get("secrets") or []
-    secrets = secrets.split("|") if isinstance(secrets, str) else secrets
+    secrets = filter(None, secrets.split("|") if isinstance(secrets, str) else secrets)
     spans = [*spans, *(find_secret(secret, text) for secret in secrets)]
     return {"spans": check_spans(spans, text)} if spans else {}
 
@@ -291,7 +331,8 @@ def find_secret(secret, text):
 
 def check_spans(spans, text):
     """The spans in order; ValueError unless they lie inside the text and do not overlap."""
-    spans = sorted([start, end] for start, end in spans)
+    with reading("`spans` is a list of [start, end)"):
+        spans = sorted([start, end] for start, end in spans)
     places = [0, *itertools.chain.from_iterable(spans), len(text)]
     if places != sorted(places) or any(start == end for start, end in spans):
         room = f"the text of {len(text)} characters"
@@ -299,29 +340,46 @@ def check_spans(spans, text):
     return spans
 
 
-def span_positions(pair, tokenizer, ids, *, begin, where):
+def as_text(tokenizer, ids):
+    """What ids say, special tokens and spaces as they are."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def token_ends(tokenizer, ids):
+    """Where in `as_text` of all ids each token ends.
+
+    The tokens of one character end where it does; it is spelled once the last of them is there.
+    """
+    ends, first, fresh, known = [], 0, 0, 0  # the text of ids[:fresh] is `known` characters long
+    for i in range(1, len(ids) + 1):
+        # From a token before, since some tokenizers leave out the space before the first.
+        head = as_text(tokenizer, ids[first:i])
+        ends.append(known + len(head) - len(as_text(tokenizer, ids[first:fresh])))
+        if not head.endswith("\ufffd") or i - fresh == 64:  # no character has as many tokens
+            first, fresh, known = fresh, i, ends[-1]
+    return [*itertools.accumulate(reversed(ends), min)][::-1]
+
+
+def span_positions(pair, tokenizer, ids, where):
     """The positions in `ids` of the tokens that overlap a span of the pair, in order, or None.
 
-    ids[begin:] are those of its prefix and suffix. Position 0 is never predicted, so it is none.
+    `ids` end with the pair's prefix and suffix. Position 0 is never predicted, so it is none.
     ValueError names the row `where`.
     """
     if not pair.get("spans"):
         return None
-    own = ids[begin:]
-    heads = (own[: i + 1] for i in range(len(own)))
-    ends = [len(tokenizer.decode(head, clean_up_tokenization_spaces=False)) for head in heads]
-    if ends[-1] != len(text_of(pair)):
+    ends, text = token_ends(tokenizer, ids), text_of(pair)
+    if not as_text(tokenizer, ids).endswith(text):
         raise ValueError(f"{where}: a tokenizer that changes its text, so no span can be found")
-    # Half a character is decoded as one or more signs of its own.
-    ends = [*itertools.accumulate(reversed(ends), min)][::-1]
     starts = [min(start, end - 1) for start, end in zip([0, *ends], ends, strict=False)]
-    positions = set()
+    shift, positions = ends[-1] - len(text), set()
     for low, high in pair["spans"]:
-        tokens = enumerate(zip(starts, ends, strict=True), begin)
-        inside = {t for t, (start, end) in tokens if start < high and end > low and t > 0}
+        # Both lists rise: the first token that ends after `low`, and the last that starts before.
+        first = max(bisect.bisect_right(ends, low + shift), 1)
+        inside = range(first, bisect.bisect_left(starts, high + shift))
         if not inside:
             raise ValueError(f"{where}: span {[low, high]} holds no token that the model predicts")
-        positions |= inside
+        positions.update(inside)
     return tuple(sorted(positions))
 
 
@@ -355,9 +413,19 @@ def marked(pair):
     return [text_of(pair)[start:end] for start, end in pair.get("spans", ())]
 
 
-def secrets_of(pair):
-    """The marked strings of a pair that its prefix does not give away."""
-    return tuple(secret for secret in marked(pair) if secret not in pair["prefix"])
+def secrets_of(pair, suffix):
+    """(its part in the prompt, in the suffix) of each marked string that the prompt does not say.
+
+    suffix: the end of the pair's text, as the model is asked for it.
+    """
+    text, secrets = text_of(pair), []
+    cut = len(text) - len(suffix)
+    for start, end in pair.get("spans", ()):
+        at = max(start, cut)
+        head, tail = text[start:at], text[at:end]
+        if head + tail not in text[:cut] and letters(plain(head)) != letters(plain(head + tail)):
+            secrets.append((head, tail))
+    return tuple(secrets)
 
 
 def says(text, secret):
@@ -366,10 +434,14 @@ def says(text, secret):
 
 
 def secret_said(sample, generation):
-    """{"secret_said": 1.0 if a generation says a secret of its sample, else 0.0, or None}."""
+    """{"secret_said": 1.0 if a generation says a secret of its sample, else 0.0, or None}.
+
+    Of one that begins in the prompt the rest is enough.
+    """
     if not sample.secrets:
         return {"secret_said": None}
-    return {"secret_said": float(any(says(generation, secret) for secret in sample.secrets))}
+    ways = [each for head, tail in sample.secrets for each in (("", tail), (head, head + tail))]
+    return {"secret_said": float(any(says(begin + generation, part) for begin, part in ways))}
 
 
 # --- downloads ---
@@ -417,8 +489,8 @@ def data_file(name, data_dir=None):
 
 def fetch(url, path, sha256):
     """Download `url` to `path`; its content must have this sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with reading(f"{url} is not fetched, try again or pass --data DIR with {path.name} in it"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         bar = sys.stderr.isatty()
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=bar)
 

@@ -21,6 +21,8 @@ def run_cli(main, own_file=None):
     with contextlib.suppress(AttributeError):  # names that are no UTF-8, an ASCII terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if sys.flags.optimize > 1:
+            raise ValueError("transformers reads docstrings: run python without -OO")
         main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import shutil
@@ -20,50 +21,59 @@ from kit.processes import print0
 # --- text to ids and back ---
 
 
-def encode(tokenizer, text, *, inside=False):
-    """Ids of a text without special tokens; `inside`: as it reads after other text.
-
-    SentencePiece tokenizers (Llama) put a space before all they encode, but not inside a text: so
-    it is encoded after a line break, which is then taken off.
-    """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if inside and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
-        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        both = tokenizer("\n" + text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = both[len(newline) :] if both[: len(newline)] == newline else ids
-    return ids
+def encode(tokenizer, text):
+    """Ids of a text without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def bos_of(tokenizer):
-    """[BOS] if the tokenizer puts it before every text (OPT, Llama), else [] (GPT-Neo)."""
-
-    def both(text):
-        return [
-            tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-            for special in (False, True)
-        ]
-
-    try:
-        plain, special = both("x")
-    except Exception:  # no x in its vocabulary: what it puts around nothing
-        plain, special = both("")
+def front_of(tokenizer):
+    """Ids that a tokenizer puts before every text: none (GPT-Neo), BOS (OPT, Llama), two (GLM)."""
+    for probe in ("x", ""):  # the second for a vocabulary without an x: what stands around nothing
+        with contextlib.suppress(Exception):
+            plain, special = encode(tokenizer, probe), tokenizer(probe)["input_ids"]
+            if plain:
+                return special[: special.index(plain[0])]
     bos = [tokenizer.bos_token_id]
-    return bos if special[:1] == bos != plain[:1] else []
+    return bos if special[:1] == bos else []
 
 
-def begin(bos, ids):
-    """BOS, if the tokenizer adds one, and ids. A BOS that the text itself begins with is that one.
+def begin(front, ids):
+    """`front_of` the tokenizer, and ids. Where the text itself begins with it, that is it.
 
     A chat template spells it out; a model never read a text with two.
     """
-    return ids if bos and ids[:1] == bos else bos + ids
+    return ids if ids[: len(front)] == front else front + ids
 
 
 def encode_whole(tokenizer, texts):
-    """Lists of ids of texts: one BOS in front if the tokenizer adds one, no EOS at the end."""
-    bos = bos_of(tokenizer)
+    """Lists of ids of texts, with what the tokenizer puts in front and no EOS at the end."""
+    front = front_of(tokenizer)
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [begin(bos, ids) for ids in rows]
+    return [begin(front, ids) for ids in rows]
+
+
+def read_parts(tokenizer, row, names):
+    """The fields `names` of a row, read as one text: (ids, where each but the first begins, moved).
+
+    The ids are the row's `*_ids` where they decode to prefix and suffix, the last two fields; else
+    the tokenizer's of the whole text. A field that begins inside a token begins at the nearest end
+    of a token, and `moved` is true: what a model reads apart it has never read so.
+    """
+    fields, given = [row[name] for name in names], [row.get(f"{name}_ids") for name in names]
+    if None not in given:
+        ids = [token for part in given for token in part]
+        own = data.as_text(tokenizer, given[-2] + given[-1])
+        if all(0 <= token < len(tokenizer) for token in ids) and own == "".join(fields[-2:]):
+            return ids, [*itertools.accumulate(map(len, given))][:-1], False
+    ids, starts, moved = encode(tokenizer, "".join(fields)), [0], False
+    ends = [0, *data.token_ends(tokenizer, ids)]
+    for i in range(1, len(fields)):
+        at = len(data.as_text(tokenizer, encode(tokenizer, "".join(fields[:i]))))
+        # Of tokens that end at one place, parts of one character, the last.
+        start = at and min(range(len(ends))[::-1], key=lambda k: (abs(ends[k] - at), ends[k]))
+        start = min(max(start, starts[-1] + bool(fields[i - 1])), len(ids) - bool(fields[i]))
+        starts, moved = [*starts, start], moved or ends[start] != at
+    return ids, starts[1:], moved
 
 
 def decode(tokenizer, rows):
@@ -77,15 +87,6 @@ def decode(tokenizer, rows):
 def true_suffixes(tokenizer, samples):
     """The suffixes of icu.py's samples as their ids say them, which is all that a model can say."""
     return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
-
-
-def encode_field(tokenizer, pair, field, *, inside=False):
-    """Ids of a field of a pair: the `*_ids` beside it where they decode to its text, else anew."""
-    ids = pair.get(f"{field}_ids")
-    if ids is not None and all(0 <= token < len(tokenizer) for token in ids):
-        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) == pair[field]:
-            return list(ids)
-    return encode(tokenizer, pair[field], inside=inside)
 
 
 # --- what fits into a model ---
@@ -111,12 +112,12 @@ def check_parts(prefix, suffix, side, where):
             raise ValueError(f"{where}: the {side}{name} has no token; give it some text")
 
 
-def check_room(forget, near, positions, where):
+def check_room(side, ids, cut, *, positions, where):
     """ValueError for a text or a learn prefix of more tokens than the model has positions."""
-    if len(forget.ids) > positions:
-        room = f"{len(forget.ids)} tokens, and the model has {positions} positions"
+    if not side and len(ids) > positions:
+        room = f"{len(ids)} tokens, and the model has {positions} positions"
         raise ValueError(f"{where}: {room}; split the text into several rows")
-    if any(learn.cut >= positions for learn in near):
+    if side and cut >= positions:
         room = f"the learn prefix alone fills the model's {positions} positions"
         raise ValueError(f"{where}: {room}; mine the pairs with a smaller --passage-words")
 
@@ -167,12 +168,16 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
         raise ValueError(f"{flag} {name}: {problem}")
     try:
         with quiet():  # without trust_remote_code=False transformers would ask at the terminal
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        bos_of(tokenizer)  # whether it works at all
+            options = {"revision": revision, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        front_of(tokenizer)  # whether it works at all
     except Exception as error:  # OSError, ValueError, KeyError, ...
         problem = "unreadable" if is_folder else "no such folder, and the hub did not give it"
-        problem = f"{problem}; pass {flag} DIR ({first_line(error)})"
+        reason = first_line(error)
+        if "tiktoken" in reason:  # its last resort
+            reason = "tokenizer.model needs pip install sentencepiece protobuf, or tiktoken"
+        problem = f"{problem}; pass {flag} DIR ({reason})"
         raise ValueError(f"{flag} {name}: {problem}") from error
     check_cache(config, f"{flag} {name}")
     return config, tokenizer
@@ -332,17 +337,20 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only: no bar beside ours, no table of weights that do not fit."""
-    from transformers import logging
+    """transformers prints errors only: no bar beside ours, no table of weights that do not fit. Nor
+    does it judge a generation_config.json, which no measure obeys."""
+    from transformers import GenerationConfig, logging
 
     if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    judge, GenerationConfig.validate = GenerationConfig.validate, lambda *_, **__: None
     try:
         yield
     finally:
+        GenerationConfig.validate = judge
         logging.set_verbosity(before)
         if had_bar:
             logging.enable_progress_bar()
@@ -422,6 +430,16 @@ def default_encoder():
     if package is None:
         return "sentence-transformers/all-MiniLM-L6-v2"
     return str(Path(package.origin).parent / "model")
+
+
+def room_of(encoder):
+    """How many tokens an encoder has positions for, or None; RoBERTa's begin after padding_idx."""
+    for name, table in encoder.named_modules():
+        if name.endswith("position_embeddings"):
+            return (
+                table.num_embeddings - 1 - (-1 if table.padding_idx is None else table.padding_idx)
+            )
+    return None
 
 
 def check_bert(name, allow_pickle):

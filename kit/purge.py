@@ -6,17 +6,20 @@
 
 Runs beside RUN are found by the sha256 of their pairs in config.json. One that went on from RUN
 (icu.py --after) loses what it says of RUN's texts and keeps its own: docs/privacy.md. No link is
-followed. Each step can be done again, so the same command completes a purge that was killed.
+followed. What it cannot reach it names, and exits with 1. Each step can be done again, so the same
+command completes a purge that was killed.
 """
 
 import contextlib
 import glob
 import json
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
-from kit import data, flags, models, requests, runs
+from kit import data, flags, models, runs
 from kit.text import visible
 
 CACHES = ("embeddings", "before", "judge")
@@ -24,15 +27,18 @@ TEXTS = {"samples.jsonl": "generation", "judge.jsonl": "answer"}  # the field th
 SHOWN = {"cases.md": "cases", "explain.html": "explanation"}
 OWN = {  # these go from a run over the pairs, and stay in one that went on from it
     "sheet.html": "sheet",
+    "certificate.key": "key to the certificate's hashes",
+    "hashes.json": "of an earlier version: it gives texts back",
     "state": "states to resume from",
     "method": "what the method has kept",
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """not reached: your own input files; in other folders, runs over these pairs or that went
-on from them (name each); other pairs with the same texts (purge their runs too); reports elsewhere;
-copies and backups; what a disk keeps of removed files; what was sent to raters or to a judge; the
-models' weights, before (which know the texts) and after (the measures say how far)"""
+BEYOND = """never reached: your own input files; in other folders, runs over these pairs or that
+went on from them (name each); other pairs with the same texts (purge their runs too); reports
+elsewhere; copies and backups; what knn.py and the evals cached under another HOME or ICU_CACHE;
+what a disk keeps of removed files; what was sent to raters or to a judge; the models' weights,
+before (which know the texts) and after (the measures say how far)"""
 
 
 # --- what is there ---
@@ -52,7 +58,7 @@ def runs_beside(run, sha):
     each. Only `run` and the folders beside it are searched.
     """
     beside = [path for path in sorted(run.parent.iterdir()) if not path.is_symlink()]
-    configs = {folder: config_of(folder) for folder in dict.fromkeys([run, *beside])}
+    configs = {folder: config_of(folder) for folder in [run, *beside]}
     own, later = {}, {}
     for folder, config in configs.items():
         if config and config["sha256"]["pairs"] == sha:
@@ -62,37 +68,47 @@ def runs_beside(run, sha):
     return own, later
 
 
+def left_by(own, later):
+    """What a purge of these runs cannot reach, a sentence each: links, and caches elsewhere."""
+    paths = [folder / name for folder in [*own, *later] for name in (*TEXTS, *SHOWN)]
+    paths += [folder / name for folder in own for name in OWN]
+    left = [f"{path}: a link" for path in paths if path.is_symlink()]
+    here = str(data.cache_folder("").absolute())
+    caches = {config.get("cache", here) for config in [*own.values(), *later.values()]}
+    return left + [f"{cache}: purge with ICU_CACHE={cache}" for cache in caches - {here}]
+
+
 # --- what goes ---
 
 
 def say(line):
-    print(visible(line))
+    """Prints a line. That nobody reads it (| head) is no reason to stop."""
+    try:
+        print(visible(line, keep="\n"), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def remove(path, what, dry_run):
-    """Removes a file or a folder. A link is left, and named."""
-    if path.is_symlink():
-        say(f"left: {path} ({what}: a link)")
-    elif path.exists():
+    """Removes a file or a folder, and no link."""
+    if path.exists() and not path.is_symlink():
         if not dry_run:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         say(f"{'would be ' * dry_run}removed: {path} ({what})")
 
 
-def empty(path, field, ids, dry_run):
-    """Sets a field of JSON lines to null where their ids begin with one of `ids`; numbers stay.
+def empty(path, field, names, dry_run):
+    """Sets a field of JSON lines to null; numbers stay. A line that was cut off by a kill goes.
 
-    A line that was cut off by a kill goes.
+    names: where given, only of watched texts whose ids hold one of them.
     """
-    if path.is_symlink():
-        return say(f"left: {path} (a link)")
-    content = path.read_bytes() if path.is_file() else b""
+    content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     rows = []
     for line in content.decode("utf-8", "replace").split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     for row in rows:
-        if row["id"].startswith(ids):
+        if not names or row.get("watched") and any(name in row["id"] for name in names):
             row[field] = None
     emptied = b"".join(map(data.json_bytes, rows))
     if emptied != content:
@@ -101,10 +117,10 @@ def empty(path, field, ids, dry_run):
         say(f"{'would be ' * dry_run}emptied: {path} ({field}; its numbers stay)")
 
 
-def empty_run(run, ids, dry_run):
-    """A run folder without what it shows of the texts whose ids begin with one of `ids`."""
+def empty_run(run, names, dry_run):
+    """A run folder without what it shows of its texts, or of the watched ones with these names."""
     for name, field in TEXTS.items():
-        empty(run / name, field, ids, dry_run)
+        empty(run / name, field, names, dry_run)
     for name, what in SHOWN.items():
         remove(run / name, what, dry_run)
     for path in sorted(run.glob("*.tmp")):
@@ -122,46 +138,23 @@ def empty_caches(dry_run):
             say(f"{'would be ' * dry_run}removed: {data.cache_folder(name)} ({what})")
 
 
-def keep_hashes(run, dry_run=False):
-    """Writes hashes.json of a run that has none, as long as its pairs are there."""
-    config = config_of(run)
-    if not config or (run / "hashes.json").exists():
-        return
-    if models.fingerprint(config["pairs"]) != config["sha256"]["pairs"]:
-        say(f"note: no hashes for {run}: its pairs.jsonl is gone, or another one by now")
-    elif not dry_run:
-        pairs = data.read_pairs(config["pairs"])
-        data.write_json(run / "hashes.json", requests.hashes(pairs))
-
-
-def remove_pairs(path, sha, dry_run):
-    """Removes a pairs.jsonl, and half-written ones beside it; another file of that name stays."""
-    for half in sorted(path.parent.glob(f"{glob.escape(path.name)}.*.tmp")):
-        remove(half, "pairs, half written", dry_run)
-    if models.fingerprint(path) == sha:
-        remove(path, "pairs", dry_run)
-    elif path.exists():
-        say(f"left: {path} (not the pairs that the run was made with)")
-
-
 def purge_run(run, dry_run):
     """Removes the texts of a run; each run over the same pairs is held while it is changed.
 
-    The hashes are written first, from the pairs, and the pairs go last.
+    Returns what is left. The pairs go last, when config.json says that they are found.
     """
     config = config_of(run)
     if not config:
         raise ValueError(f"{run}: holds no run (no config.json that names its pairs)")
     sha = config["sha256"]["pairs"]
     own, later = runs_beside(run, sha)
-    places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
-    names = tuple(f"{folder.name}/" for folder in own)  # of their texts in later runs: RUN/ID
+    # Of the texts in later runs: RUN-SHA/ID, and RUN/ID in earlier versions.
+    names = f"-{sha[:8]}/", *(f"{folder.name}/" for folder in own)
     with contextlib.ExitStack() as held:
         for folder in [] if dry_run else [*own, *later]:
             held.enter_context(runs.only_owner(folder))
         for folder in own:
-            keep_hashes(folder, dry_run)
-            empty_run(folder, ("",), dry_run)
+            empty_run(folder, None, dry_run)
             for name, what in OWN.items():
                 remove(folder / name, what, dry_run)
         for folder in later:
@@ -169,15 +162,31 @@ def purge_run(run, dry_run):
         if (run.parent / "table.csv").is_file():  # a report of all runs beside each other
             remove(run.parent / "cases.md", "cases", dry_run)
         empty_caches(dry_run)
-        for path in places:
-            remove_pairs(path, sha, dry_run)
-        for folder, config in own.items():
-            if not dry_run and "purged" not in config:
-                purged = {"redact": True, "purged": time.strftime("%Y-%m-%d")}
-                data.write_json(folder / "config.json", config | purged)
+        left = left_by(own, later) + remove_pairs(own, sha, dry_run)
     where = ", ".join(map(str, [*own, *later]))
-    say(f"kept in {where}: numbers, plots, tables, certificate, model and hashes.json")
-    print(BEYOND)
+    say(f"kept in {where}: numbers, plots, tables, certificate and model")
+    say(BEYOND)
+    return left
+
+
+def remove_pairs(own, sha, dry_run):
+    """Removes the pairs of these runs, and half-written ones beside them; returns what is left.
+
+    The runs are marked as purged before, so that pairs that are gone are no news to the next purge.
+    """
+    places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
+    there = [p for p in places if not p.is_symlink() and models.fingerprint(p) == sha]
+    purged = any("purged" in config for config in own.values())
+    lost = [] if purged else [path for path in places if path not in there]
+    marks = {"redact": True} | ({} if lost else {"purged": time.strftime("%Y-%m-%d")})
+    for folder, config in own.items():
+        if not dry_run and "purged" not in config:
+            data.write_json(folder / "config.json", config | marks)
+    for path in there:
+        for half in sorted(path.parent.glob(f"{glob.escape(path.name)}.*.tmp")):
+            remove(half, "pairs, half written", dry_run)
+        remove(path, "pairs", dry_run)
+    return [f"{path}: not the pairs of the run, or not there" for path in lost]
 
 
 # --- flags ---
@@ -191,10 +200,11 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.run:
-        return purge_run(Path(args.run).resolve(), args.dry_run)
-    empty_caches(args.dry_run)
-    say(f"kept: {data.cache_folder('data')}, downloads of public data")
+    if args.all_caches:
+        empty_caches(args.dry_run)
+        say(f"kept: {data.cache_folder('data')}, downloads of public data")
+    elif left := purge_run(Path(args.run).resolve(), args.dry_run):
+        sys.exit("\n".join(f"left: {visible(line)}" for line in left))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ back: then it joins the active set with its partner, as Eq. 5 lets one leave. So
 for new and returned texts only.
 """
 
-import hmac
-import secrets
 from pathlib import Path
 from typing import NamedTuple
 
 from kit import data, models
 from kit.processes import print0
-from kit.text import gram_hashes, letters, plain
+from kit.text import letters, plain
 
 MARGIN = 0.05  # a text has come back when its MA is above its own run's end by more
 
@@ -20,7 +18,7 @@ MARGIN = 0.05  # a text has come back when its MA is above its own run's end by 
 class Earlier(NamedTuple):
     """A text of an earlier request, as its own run left it."""
 
-    pair: dict  # of that run's pairs.jsonl; its id is RUN/ID
+    pair: dict  # of that run's pairs.jsonl; its id is RUN-SHA/ID
     ma: float | None  # MA at the end, of a marked text over its spans
     forgotten: bool  # by Eq. 5
     joined: str | None = None  # id of a new text that holds it, or lies in it
@@ -48,46 +46,27 @@ def is_purged(config):
 
 
 def pairs_of(folder, config):
-    """The pairs of an earlier request, their ids RUN/ID."""
-    file = config["pairs"]
+    """The pairs of an earlier request, their ids `name_of` it/ID."""
+    file, name = config["pairs"], name_of(folder, config)
     if models.fingerprint(file) != config["sha256"]["pairs"]:
         raise ValueError(f"{file}: is gone, or not what {folder} was made with (sha256)")
-    return [pair | {"id": f"{folder.name}/{pair['id']}"} for pair in data.read_pairs(file)]
+    return [pair | {"id": f"{name}/{pair['id']}"} for pair in data.read_pairs(file)]
+
+
+def name_of(folder, config):
+    """What tells a request from others whose run folder has the same name: RUN-SHA."""
+    return f"{folder.name}-{config['sha256']['pairs'][:8]}"
 
 
 def earlier_pairs(after):
     """The pairs, where they are there, of all requests up to the run `after`, the latest first."""
-    chain = [(folder, config) for folder, config in chain_of(after) if not is_purged(config)]
-    return [pair for folder, config in chain for pair in pairs_of(folder, config)]
-
-
-def targets(after):
-    """What no partner may hold: (`earlier_pairs`, hashes.json of each request that was purged)."""
-    purged = [folder for folder, config in chain_of(after) if is_purged(config)]
-    return earlier_pairs(after), [data.read_json(folder / "hashes.json") for folder in purged]
-
-
-def hashes(pairs, salt=None):
-    """hashes.json: it tells whether a text was among these pairs, for one who has the text.
-
-    {"salt": 32 hex digits, "texts": {id: {"forget", "learn"}}}, each HMAC-SHA256 of prefix + suffix
-    in UTF-8 with the salt's 16 bytes as key; "grams": for knn.py's leak guard. One who can guess a
-    text can check the guess.
-    """
-    salt = bytes.fromhex(salt) if salt else secrets.token_bytes(16)
-
-    def digest(text):
-        return hmac.digest(salt, text.encode("utf-8"), "sha256").hex()
-
-    texts = {
-        pair["id"]: {
-            "forget": digest(data.text_of(pair)),
-            "learn": digest(pair["learn_prefix"] + pair["learn_suffix"]),
-        }
-        for pair in pairs
-    }
-    grams = gram_hashes([plain(data.text_of(pair)) for pair in pairs], salt)
-    return {"salt": salt.hex(), "texts": texts, "grams": grams}
+    pairs = []
+    for folder, config in chain_of(after):
+        if is_purged(config) and models.fingerprint(config["pairs"]) != config["sha256"]["pairs"]:
+            print0(f"note: {folder}: its texts are gone, so nothing here knows them any more")
+        else:
+            pairs += pairs_of(folder, config)
+    return pairs
 
 
 # --- texts that are watched ---
@@ -95,21 +74,21 @@ def hashes(pairs, salt=None):
 
 def with_earlier(args, pairs):
     """(the pairs, followed by those of earlier requests; {index: Earlier} of the latter)."""
-    watched = []
+    watched = {}  # by id: the same texts may have been asked for twice
     for folder, config in chain_of(args.after) if args.watch else ():
         if is_purged(config):
             print0(f"note: {folder}: its texts are gone (purged, or --redact), so not watched")
             continue
         rows = data.read_jsonl(folder / "samples.jsonl")
-        ends = {f"{folder.name}/{row['id']}": row for row in rows}  # the last epoch's stay
+        ends = {f"{name_of(folder, config)}/{row['id']}": row for row in rows}  # the last epoch's
         for pair in pairs_of(folder, config):
             end, joined = ends[pair["id"]], overlapping(pair, pairs)
             if joined:
                 print0(f"note: {pair['id']} and {joined} overlap: both are trained on")
             ma = end.get("ma_spans", end["ma"])
-            watched.append(Earlier(pair, ma, end["forgotten"], joined))
-    everything = [*pairs, *(earlier.pair for earlier in watched)]
-    return everything, dict(enumerate(watched, start=len(pairs)))
+            watched.setdefault(pair["id"], Earlier(pair, ma, end["forgotten"], joined))
+    everything = [*pairs, *(earlier.pair for earlier in watched.values())]
+    return everything, dict(enumerate(watched.values(), start=len(pairs)))
 
 
 def overlapping(pair, others):

@@ -39,7 +39,7 @@ RUN_FILES = (
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "speech.json", "certificate.json",
-    "certificate.json.sig", "certificate.html", "hashes.json", *GROWING,
+    "certificate.json.sig", "certificate.html", "certificate.key", "hashes.json", *GROWING,
 )  # fmt: skip
 
 
@@ -171,13 +171,14 @@ TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")
 # Compared by what lies there (sha256): the same files at another place are the same run.
 PLACES = (
     "out", "data", "model", "pairs", "bert", "unseen", "ppl", "never_saw", "after", "original",
+    "cache",
 )  # fmt: skip
 
 
 def describe_run(args, method, thresholds):
     """The content of config.json."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout
     files = {name: getattr(args, name) for name in ("pairs", "model", "bert", "unseen")}
     files["never_saw"] = args.never_saw and Path(args.never_saw) / "summary.json"
     for item in args.ppl:
@@ -189,9 +190,10 @@ def describe_run(args, method, thresholds):
         # Tells edited methods apart in evals/report.py's table.
         "method_file": f"{method.file.name} {method.sha256()[:6]}",
         "processes": WORLD_SIZE,
+        "cache": str(data.cache_folder("").absolute()),  # for kit/purge.py
         "thresholds_used": thresholds,
         "versions": versions(),
-        "git": git.stdout.strip() or None,
+        "git": (git or "").strip() or None,
         "sha256": sha256 | {"method": method.sha256()},
     }
 
@@ -221,10 +223,8 @@ def versions():
 
 def check_resume(args, method):
     """The config.json of the run to go on with, which was made with the same settings and data."""
-    config = Path(args.out) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{args.out} holds no run: begin it without --resume")
-    before = data.read_json(config)
+    with data.reading(f"{args.out} holds no run: begin it without --resume"):
+        before = data.read_json(Path(args.out) / "config.json")
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
     free = {"versions", "git", "method_file", *PLACES, *(TRAINING if args.eval_only else ())}
     free -= {name for name, digest in now["sha256"].items() if digest is None}  # names on the hub
@@ -279,9 +279,6 @@ class Run:
             self.pick_up()
         elif self.out and is_main:
             start_run_folder(self.out, describe_run(self.args, self.method, self.thresholds))
-        hashes = self.out and self.args.redact and self.out / "hashes.json"
-        if is_main and hashes and not hashes.exists():
-            data.write_json(hashes, requests.hashes(data.read_pairs(self.args.pairs)))
         wait_for_all()
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
         self.seed()
@@ -541,8 +538,7 @@ def plan_text(args, inputs):
         f"at most {args.max_epochs} epochs, seed {args.seed}",
         f"{args.model} ({args.dtype}, {args.device}), {size}",
     ]
-    if inputs.n_cut:
-        lines.append(f"note: {inputs.n_cut} learn partners are cut to the model's positions")
+    lines += [f"note: {note}" for note in inputs.notes]
     if short := sum(len(sample.forget.ids) <= 10 for sample in inputs.samples):
         lines.append(f"note: {short} of {n} texts have no 10-gram to extract and count in MA only")
     return "\n".join(lines)
@@ -647,8 +643,8 @@ def read_evaluation(run, file):
     if name == "speech.json":
         return document
     column = "gpt" if name == "judge.json" else "human"
-    run[column] = document
-    return {when: {column: document[when]["mean"]} for when in ("before", "after")}
+    run[column], ends = document, [(when, document[when]) for when in ("before", "after")]
+    return {when: {column: x["mean"], f"{column}_unread": x.get("unread")} for when, x in ends}
 
 
 def read_never_saw(args):
@@ -668,6 +664,15 @@ def models_of(run):
         raise ValueError(f"{run['folder']}: no model of its own, it diverged or only measured")
     before = run["config"]["model"], run["config"].get("revision")
     return {"before": before, "after": (str(run["folder"] / "model"), None)}
+
+
+def check_texts_left(run):
+    """ValueError for a run whose texts are gone."""
+    config, sha256 = run["config"], run["config"].get("sha256", {}).get("pairs")
+    pairs = config.get("pairs")
+    if run["redacted"] or not pairs or models.fingerprint(pairs) != sha256:
+        why = f"purged, or --redact, or {pairs} is not the file of the run"
+        raise ValueError(f"{run['folder']}: its texts are gone ({why})")
 
 
 def read_pairs_of(run):

@@ -6,7 +6,6 @@ Unicode annex 29, by the `regex` package).
 """
 
 import functools
-import hashlib
 import html
 import re
 import unicodedata
@@ -23,8 +22,13 @@ DENSE = (
 OTHERS = "\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff"
 dense = re.compile(f"[{DENSE}]")
 unspaced = re.compile(f"[{DENSE}{OTHERS}]")
-# Other invisible characters are no letters to Python; these four fillers are.
-FILLERS = str.maketrans(dict.fromkeys("\u115f\u1160\u17b4\u17b5"))
+# Readers take these letters for equal (Turkish i, Arabic yeh, kaf and heh, strokes), and do
+# not see four fillers, which are letters to Python, and tatweel.
+EQUAL = str.maketrans(
+    "\u0131\u0649\u06cc\u06a9\u06c1\u06be\u0629\u0142\u00f8\u0111",
+    "i\u064a\u064a\u0643\u0647\u0647\u0647lod",
+    "\u115f\u1160\u17b4\u17b5\u0640",
+)
 ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(i).isalnum()))
 
 
@@ -32,21 +36,26 @@ ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(
 
 
 def plain(text):
-    """The text without what hides a copy: HTML entities, kinds of letters (NFKD), case, accents,
-    format characters. `plain(plain(text)) == plain(text)`."""
+    """The text without what hides a copy: HTML entities, kinds of letters (NFKD), letters that look
+    alike, digits of other scripts, case, accents, format characters, line breaks written as \\n.
+    `plain(plain(text)) == plain(text)`."""
     while "&" in text and (decoded := html.unescape(text)) != text:  # each round is shorter
         text = decoded
     if text.isascii():
-        return text.lower()
-    folded = unicodedata.normalize("NFKD", text).casefold()
-    text = unicodedata.normalize("NFKD", folded).translate(FILLERS)
-    return re.sub(r"[^\x00-\xac\xae-\u02ff]", lambda m: "" if is_hidden(m[0]) else m[0], text)
+        text = text.lower()
+    else:
+        folded = unicodedata.normalize("NFKD", text).casefold()
+        text = unicodedata.normalize("NFKD", folded).translate(EQUAL)
+        text = re.sub(r"[^\x00-\xac\xae-\u02ff]", lambda m: shown(m[0]), text)
+    return re.sub(r"\\[nrt]", " ", text)
 
 
 @functools.cache
-def is_hidden(c):
-    """Whether a character is of those that hide: format characters, accents and other marks."""
-    return unicodedata.category(c) in ("Cf", "Mn", "Me")
+def shown(c):
+    """A character as it is compared: a digit as ASCII; nothing of what hides: format characters,
+    accents and other marks."""
+    hides = unicodedata.category(c) in ("Cf", "Mn", "Me")
+    return "" if hides else str(unicodedata.decimal(c, c))
 
 
 def words(plain_text):
@@ -106,15 +115,21 @@ class TargetGrams:
 
     def __init__(self, targets):
         self.blocks = {block for target in targets for block in grams_of(target, self.BLOCK)}
-        self.keep_grams(map(grams_of, targets))
-
-    def keep_grams(self, grams):
-        self.grams = list(map(set, grams))  # of each target
+        self.grams = [set(grams_of(target)) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, held in enumerate(self.grams):
             for gram in held:
                 self.holders[gram].append(number)
         self.known = set(self.holders)
+
+    def leave_out_frame(self, rows):
+        """Leaves out what two targets and over half of these rows hold: how many n-grams."""
+        several = {gram for gram, targets in self.holders.items() if len(targets) > 1}
+        counts = Counter(chain.from_iterable(several & {*grams_of(row)} for row in rows))
+        frame = {gram for gram, count in counts.items() if count > len(rows) / 2}
+        self.grams = [held - frame for held in self.grams]
+        self.known -= frame
+        return len(frame)
 
     def worst(self, row, max_overlap):
         """[(share, number)] of the target of which a row of letters holds most.
@@ -124,25 +139,21 @@ class TargetGrams:
         the row that hold most, / 3n, also in a row that has fewer. []: neither is over max_overlap.
         Text put around a row, or more of the target, makes neither smaller.
         """
-        grams = self.look_up(row)
+        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
+            return []  # most rows
+        grams = grams_of(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
         share, worst = max(shares, default=(0, None))
         if share > max_overlap:
             return [(share, worst)]
-        for number, count in shared.most_common():
+        for number, count in sorted(shared.items(), key=lambda item: (-item[1], item[0])):
             if count <= max_overlap * 3 * LETTERS:
                 break
             share = densest(grams, self.grams[number])
             if share > max_overlap:
                 return [(share, number)]
         return []
-
-    def look_up(self, row):
-        """The n-grams of a row, or [] where no target has one of its blocks: most rows."""
-        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
-            return []
-        return grams_of(row)
 
 
 def densest(grams, target):
@@ -158,28 +169,6 @@ def densest(grams, target):
                 del inside[old]
         most = max(most, len(inside))
     return most / width
-
-
-class HashedGrams(TargetGrams):
-    """The same of targets whose texts are gone: salted hashes of their n-grams are left."""
-
-    def __init__(self, hashes, salt):
-        self.salt = salt
-        self.keep_grams(hashes)
-
-    def look_up(self, row):
-        return [hash_of(gram, self.salt) for gram in grams_of(row)]
-
-
-def hash_of(gram, salt):
-    """16 hex digits of an n-gram, which say nothing to one who cannot guess it."""
-    return hashlib.blake2b("\n".join(gram).encode(), key=salt, digest_size=8).hexdigest()
-
-
-def gram_hashes(plain_texts, salt):
-    """{"letters": for each of the plain texts the hashes of its n-grams}, for `HashedGrams`."""
-    rows = (grams_of(weighed(letters(text))) for text in plain_texts)
-    return {"letters": [sorted({hash_of(gram, salt) for gram in grams}) for grams in rows]}
 
 
 # --- where a text may be cut ---

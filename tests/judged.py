@@ -45,8 +45,9 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 class Chat:
     """A server on loopback: `behave(candidate, n)` is what becomes of the n-th request about one.
 
-    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has
-    (headers, request) of all that came, `count` the last n.
+    The model's answer as a str, (status, headers, body), or seconds of silence. A body that is a
+    list is sent a part every half second. `seen` has (headers, request) of all that came, `count`
+    the last n.
     """
 
     def __init__(self, behave):
@@ -86,13 +87,19 @@ class Chat:
         if isinstance(reply, int | float):
             return time.sleep(reply)
         status, headers, body = (200, {}, completion(reply)) if isinstance(reply, str) else reply
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        parts = body if isinstance(body, list) else [json.dumps(body).encode()]
         handler.send_response(status)
-        headers = {"Content-Type": "application/json", "Content-Length": len(body), **headers}
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": sum(map(len, parts)),
+            **headers,
+        }
         for name, value in headers.items():
             handler.send_header(name, str(value))
         handler.end_headers()
-        handler.wfile.write(body)
+        for part in parts:
+            time.sleep(0.5 * (len(parts) > 1))
+            handler.wfile.write(part)
 
 
 def data_of(page):
@@ -107,9 +114,9 @@ def candidate_of(request):
     return json.loads(line.removeprefix("Candidate: "))
 
 
-def completion(answer):
+def completion(answer, **choice):
     """A chat completion as a server sends it."""
-    choices = [{"message": {"role": "assistant", "content": answer}}]
+    choices = [{"message": {"role": "assistant", "content": answer}, **choice}]
     usage = {"prompt_tokens": 100, "completion_tokens": 7}
     return {"model": "judge-2026-01", "choices": choices, "usage": usage}
 

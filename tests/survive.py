@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from world import LEARN, STRANGERS, TEXTS, make_inputs, make_requests, memorise  # noqa: E402, F401
+from world import make_inputs, make_requests, memorise  # noqa: E402, F401
 
 import metrics  # noqa: E402
 

@@ -11,25 +11,17 @@ from types import SimpleNamespace
 import architectures
 import pytest
 import torch
+from test_models import pair
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
+from world import samples_of
 
 import icu
 import metrics
 from evals import tasks
 from kit import models
 
-PAIR = {
-    "id": "a",
-    "context": "",
-    "prefix": "The parcel for Ines Duarte was left",
-    "suffix": " at 14 Harbour Lane.",
-    "learn_id": "b",
-    "learn_context": "",
-    "learn_prefix": "A neighbour saw the van",
-    "learn_suffix": " near it.",
-    "similarity": 0.5,
-}
+PAIR = pair("a", "The parcel for Ines Duarte was left", " at 14 Harbour Lane.")
 
 
 @pytest.fixture
@@ -38,10 +30,6 @@ def speaker(save_tiny, tmp_path):
     return lambda kind="gpt_neo", **config: models.load_model(
         str(save_tiny(kind, tmp_path / "m", **config))
     )
-
-
-def samples_of(pairs, tokenizer):
-    return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
 
 
 def beams_alone(model, prompts, lengths):
@@ -178,9 +166,14 @@ def check_measures(model):
 NO_FLOAT64 = {"bloom", "gemma2", "mpt", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"}
 
 
-def check_architecture(name, folder):
-    """In float32, from a folder in float64 or refused there: as a row at a time."""
-    model = architectures.small(name)
+REST = sorted(architectures.CONFIGS.keys() - set(architectures.USUAL))
+ALL = [*architectures.USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny, tmp_path):
+    """A row's measures do not depend on its batch; float64 is right or refused."""
+    model, folder = architectures.small(name), save_tiny("gpt_neo", tmp_path / "m")
     check_measures(model)
     model.save_pretrained(folder)
     if name in NO_FLOAT64:
@@ -189,19 +182,6 @@ def check_architecture(name, folder):
             models.load_model(str(folder), dtype="float64")
     else:
         check_measures(models.load_model(str(folder), dtype="float64")[0])
-
-
-@pytest.mark.parametrize("name", architectures.USUAL)
-def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny, tmp_path):
-    """A row's measures do not depend on its batch; float64 is right or refused."""
-    check_architecture(name, save_tiny("gpt_neo", tmp_path / "m"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(architectures.CONFIGS.keys() - set(architectures.USUAL)))
-def test_the_other_architectures_are_measured_as_well(name, save_tiny, tmp_path):
-    """All that transformers builds in a second."""
-    check_architecture(name, save_tiny("gpt_neo", tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", architectures.STATEFUL)

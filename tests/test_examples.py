@@ -133,7 +133,7 @@ def two_rows(make_model):
     def log_p(model, ids):
         return model(torch.tensor([ids])).logits[0, -1].log_softmax(0)
 
-    with mock.patch.object(models, "bos_of", lambda tokenizer: [1]):
+    with mock.patch.object(models, "front_of", lambda tokenizer: [1]):
         yield model, samples, log_p
 
 
@@ -224,7 +224,7 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     memorise(model, texts[:3])
     start, args = copy.deepcopy(model), args_of(lr=5e-3, forget_weight=1.0)
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
-    with mock.patch.object(models, "bos_of", lambda tokenizer: []):
+    with mock.patch.object(models, "front_of", lambda tokenizer: []):
         sides = icu.sides_of(samples, None, 0, args, method)
     icu.prepare_model(method, model, None, samples, args, None)
     with icu.weights_to_measure(method, model, args):

@@ -203,6 +203,27 @@ def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
     assert dropped(SECRET, row, max_overlap=0) == [True] and dropped(SECRET, row) == [False]
 
 
+def test_what_most_rows_share_is_no_leak():
+    """Under one system prompt the pool stays; a row that says a piece of a target goes."""
+    targets = [record("a", PAGE + SECRET), record("b", PAGE + SYNONYMS)]
+    rows = [GERMAN, ZH, "Copper is for pots.", " ".join(WORDS[-6:])]
+    keep, _ = knn.leak_guard(targets, [record(row, PAGE + row) for row in rows])
+    assert keep.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u06a9\u062a\u0627\u06c1\u06cc", "\u0643\u062a\u0640\u0627\u0629\u064a"),  # Arabic
+        ("\u06f1\u0664 k\u0131r\u0131k \u0141\u00f3d\u017a", "14 kirik Lodz"),
+        (r"one\ntwo\tC", "one\ntwo\tC"),
+    ],
+)
+def test_letters_that_readers_take_for_equal_are_equal(one, other):
+    """So a copy that is spelt with the others is one, and a secret is said in them."""
+    assert text.words(text.plain(one)) == text.words(text.plain(other)) and data.says(other, one)
+
+
 # --- monotonic: more of the secret is never treated more gently ---
 
 VOCABULARY = "the of violet harbour seven Rosalind a in ferry Zoë clinic 14 was kept blue".split()
@@ -321,16 +342,3 @@ def test_a_plain_text_is_plain(words):
     assert text.plain(plain) == plain
     for form in ("NFD", "NFC"):
         assert text.plain(unicodedata.normalize(form, words)) == plain
-
-
-def test_hashes_drop_what_the_texts_drop():
-    """Of targets whose texts are gone: the same shares, by salted hashes that hold no word."""
-    hashes = text.gram_hashes([text.plain(SECRET), text.plain(ZH)], b"salt")
-    purged = [{"salt": b"salt".hex(), "texts": {"a": {}, "b": {}}, "grams": hashes}]
-    rows = [SECRET, PAGE + " ".join(WORDS[-6:]), PAGE + ZH, SYNONYMS, PAGE]
-    pool = [record(str(number), row) for number, row in enumerate(rows)]
-    other = record("o", "Nothing of this is in any row")
-    keep, reasons = knn.leak_guard([other], pool, purged=purged)
-    assert keep.tolist() == [False, False, False, True, True]
-    _, expected = knn.leak_guard([record("a", SECRET), record("b", ZH)], pool)
-    assert reasons == expected and "clinic" not in str(hashes)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_judge.py -q
 """
 
+import json
 import math
 import random
 import signal
@@ -14,7 +15,7 @@ import traceback
 import numpy as np
 import pytest
 from conftest import ROOT
-from judged import Chat, candidate_of, write_run
+from judged import Chat, candidate_of, completion, write_run
 
 from evals import judge, report
 from kit import data
@@ -72,10 +73,17 @@ def caches(tmp_path):
         ("Final score: 9\nFinal score: none", None),
         ("Final score: -1", None),
         ("Final score: 8,5", None),
+        ("Final score: 1e1", None),
+        ("Final score: 7-8", None),
+        ("Final score: 4 out of 5", None),
+        ("Final score:\n1. It reads well.\n2. It tells the name.", None),
+        ("Final score: 3\nBut wait, the name is in it", None),
+        ("<think>\nThe name is in it.\nFinal score: 3", None),
+        ("<think>Final score: 3?</think>\n`Final score: 8 out of 10`\n---", 8),
     ],
 )
-def test_a_score_is_the_last_one_named_and_from_0_to_10(answer, score):
-    """Both spellings, whole or decimal, with and without /10; nothing else is a score."""
+def test_a_score_is_a_last_line_that_is_nothing_else(answer, score):
+    """Both spellings, whole or decimal, with and without /10, 0 to 10; nothing else is a score."""
     assert judge.score_of(answer) == score
 
 
@@ -89,12 +97,17 @@ def first(trouble, then):
 FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
+CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
+# No read of it waits for the 2 seconds of --patience.
+DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
-    "plain": (lambda n: "Good.\nFinal score: 7", 7, None, 1),
+    "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
+    "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
+    "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
 }
@@ -125,10 +138,10 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
         due = [score for _, score, _, _ in CASES.values() if score is not None]
         for figure in summary["before"], summary["after"]:
             assert figure["mean"] == pytest.approx(sum(due) / len(due))
-            assert (figure["n"], figure["unread"]) == (len(due), 3)
+            assert (figure["n"], figure["unread"]) == (len(due), 4)
         assert summary["served"] == ["judge-2026-01"] and rows[0]["model"] == "judge-2026-01"
         assert rows[0]["usage"] == {"in": 100, "out": 7} and rows[0]["prompt"] == summary["prompt"]
-        assert "3 unread" in capsys.readouterr().out
+        assert "4 unread" in capsys.readouterr().out
         chat.seen.clear()
         grade(chat, run)
         again = {candidate_of(request) for _, request in chat.seen}
@@ -268,21 +281,17 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, c
 # --- what becomes of it ---
 
 
-def test_the_report_has_the_column_and_the_papers_figure(run, tmp_path, capsys):
-    """Table 1's 3.92 beside the released protocol only; different judges not side by side."""
-    config = {"protocol": "released", "preset": "neo125m", "published": "icu"}
-    released = write_run(tmp_path / "other", TEXTS, [BEFORE, AFTER], **config)
+def test_the_report_has_the_column(run, tmp_path, capsys):
+    """The mean of each end; figures of different judges are not side by side."""
+    other = write_run(tmp_path / "other", TEXTS, [BEFORE, AFTER], protocol="released")
     with Chat(lambda candidate, n: f"Final score: {2 if '7731' in candidate else 6.5}") as chat:
-        grade(chat, run, released)
-        report.main([str(run)])
-        report.main([str(released)])
-        ours, theirs = ((folder / "table.md").read_text() for folder in (run, released))
-        assert "GPT (0-10) ↑" in ours and "| 4.25 |" in ours and "| 6.50 |" in ours
-        assert "| 3.92 |" in theirs and "3.92" not in ours
-        judge.main([str(released), "--judge", "gpt-y", "--base-url", chat.url])
-    report.main([str(run), str(released), "--out", str(tmp_path / "both")])
-    assert "GPT" not in (tmp_path / "both" / "table.md").read_text()
-    assert "the graders differ: gpt-x" in capsys.readouterr().out
+        grade(chat, run)
+        judge.main([str(other), "--judge", "gpt-y", "--base-url", chat.url])
+    report.main([str(run), str(other), "--out", str(tmp_path / "both")])
+    table = (tmp_path / "both" / "table.md").read_text()
+    assert "GPT (0-10) ↑" in table and "| 4.25 |" in table and "| 6.50 |" in table
+    assert table.count("judge=gpt-x ") == table.count("judge=gpt-y ") == 2
+    assert "GPT column: graded by gpt-x " in capsys.readouterr().out
 
 
 # --- agreement ---
@@ -294,7 +303,7 @@ def test_kappa_is_its_formula_and_spearman_that_of_the_ranks():
     kappa = 1 - ((x - y) ** 2).mean() / ((x[:, None] - y[None]) ** 2).mean()
     human, machine = ([10 * (grade - 1) / 7 for grade in grades.tolist()] for grades in (x, y))
     assert judge.quadratic_kappa(human, machine) == pytest.approx(kappa, abs=1e-12)
-    assert judge.spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
+    assert judge.spearman([1, 2, 3, 4, 5], [1, 10, 20, 30, 1000]) == pytest.approx(1)
 
 
 def test_alpha_is_krippendorffs_published_example():
@@ -314,9 +323,10 @@ def test_pearson_of_the_papers_table_3_is_the_papers():
 
 
 def test_what_has_no_value_is_none():
-    """No grades, one grade, all the same."""
+    """No grades, four, all the same."""
     for measure in (judge.pearson, judge.spearman, judge.quadratic_kappa):
-        assert measure([], []) is measure([3], [3]) is measure([3, 3], [3, 3]) is None
+        assert measure([], []) is measure([1, 3, 5, 9], [2, 3, 6, 9]) is None
+        assert measure([3] * 5, [3] * 5) is None
     assert judge.krippendorff_alpha([[1], [2], []]) is None
     assert judge.krippendorff_alpha([[4, 4], [4, 4]]) is None
     assert judge.mean_of([None, 1.0])["interval"] is None

@@ -1,22 +1,26 @@
-"""kit/models.py and the plain engine: what a folder must hold, what loads, what can be read.
+"""kit/models.py: what a folder must hold, what loads, what can be read.
 
 python -m pytest tests/test_models.py -q
 """
 
 import json
-from types import SimpleNamespace
 
+import conftest
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_icu import args_of, memorise
+from tokenizers import decoders, normalizers, processors
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 import icu
+import knn
 import metrics
 from evals import tasks
-from kit import data, models, processes
+from kit import data, models
 
 THAI = ["ห้องสมุดปิดเวลา", "เรือข้ามฟากมาช้า"]
-EMOJI = ["😀😃🎉 🚀🔥", "🐟🐳 🌊⛵"]
 LATIN = ["Zoë Müller waited at the old mill.", "The ferry was late because of the fog."]
 NEAR = {"learn_id": "p", "learn_context": "", "learn_prefix": "A van", "learn_suffix": " stood."}
 
@@ -34,28 +38,69 @@ def change_tensors(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+# --- text to ids ---
+
+
+def read_as(reading, tokenizer, text):
+    """(a record, the ids that a model learns) of a text that is read in one of four ways."""
+    at = text.index(" saw") + 2 if reading == "a cut inside a token" else text.index(" saw")
+    record = pair("a", text[:at], text[at:])
+    if reading == "two tokens in front":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<unk> <s> $A", special_tokens=[("<unk>", 0), ("<s>", 1)]
+        )
+    ids = tokenizer(text)["input_ids"]
+    if reading == "ids that are cut inside a letter":
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        cut = next(i for i in range(len(own)) if "\ufffd" in tokenizer.decode(own[:i]))
+        rows = [np.array([part]) for part in ([], own[:cut], own[cut:])]
+        (row,) = data.ids_records(*rows, tokenizer=tokenizer, where="ids.npy")
+        assert row["prefix"] + row["suffix"] == text and "\ufffd" not in row["suffix"]
+        record |= row
+    return record, ids
+
+
+READINGS = [
+    "BOS",
+    "two tokens in front",
+    "a cut inside a token",
+    "ids that are cut inside a letter",
+]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_text_known_by_heart_is_measured_as_known(reading, make_model, save_tiny, tmp_path):
+    """EL, MA and BLEU are 1, however its tokenizer reads it: it is read whole."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny("llama", tmp_path / "m"))
+    text = "Call the clinic at Zoë 555-0142, the neighbour saw the van near the old mill."
+    record, ids = read_as(reading, tokenizer, text)
+    model = make_model("llama", vocab=len(tokenizer), dtype=torch.float32)
+    memorise(model, [icu.Text(ids, 1, 1, [])], steps=150)
+    (sample,), notes = icu.build_samples([record], tokenizer, protocol="paper", positions=256)
+    assert sample.forget.ids == ids and bool(notes) == (reading == READINGS[2])
+    (row,) = icu.memorisation(model, tokenizer, [sample], args_of())
+    length = len(ids) - sample.forget.cut
+    generations = metrics.beam_generate(model, [sample.forget.prompt], [length], num_beams=2)
+    bleu = metrics.bleu(
+        *models.decode(tokenizer, generations), *models.true_suffixes(tokenizer, [sample])
+    )
+    assert (row["el10"], row["ma"], bleu) == (1, 1, pytest.approx(1))
+
+
 # --- folders ---
 
-CONSTANTS = {
-    "gpt_neo": {
-        "transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8).byte(),
-        "transformer.h.0.attn.attention.masked_bias": torch.tensor(-1e9),
-    },
-    "opt": {"model.decoder.version": torch.ones(1)},
-    "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
-}
 
-
-def test_weights_must_be_those_of_the_config(kind, save_tiny, tmp_path, capfd):
+def test_weights_must_be_those_of_the_config(save_tiny, tmp_path, capfd):
     """A layer or head more or a tensor less is refused; constants and a tied head's copy load."""
-    folder = save_tiny(kind, tmp_path / kind)
+    folder = save_tiny("gpt_neo", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     tensors = load_file(folder / "model.safetensors")
-    embedding = next(name for name in tensors if "wte" in name or "embed_tok" in name)
+    old = "attn.attention.bias", "attn.attention.masked_bias", "rotary_emb.inv_freq"
+    constants = {f"transformer.h.0.{name}": torch.ones(1) for name in old}
 
     def with_constants(tensors):
-        tensors |= CONSTANTS[kind] | {"lm_head.weight": tensors[embedding].clone()}
+        tensors |= constants | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
 
     change_tensors(folder, with_constants)
     models.load_model(str(folder))
@@ -83,14 +128,11 @@ def changed(name, **fields):
     return change
 
 
-def shards_in_a_folder(folder):
-    """Weights that an index names in a folder of their own."""
-    (folder / "part").mkdir()
-    (folder / "model.safetensors").rename(folder / "part" / "a.safetensors")
-    weights = {name: "part/a.safetensors" for name in load_file(folder / "part" / "a.safetensors")}
-    data.write_json(
-        folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weights}
-    )
+def sharded(folder):
+    """The weights in several files and an index, as those of large models are."""
+    model, _ = models.load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
 
 
 def test_a_model_of_nan_gives_no_threshold(own_world):
@@ -124,9 +166,8 @@ ODD = {
     "all that it has handed out": changed(
         "config.json", output_hidden_states=True, output_attentions=True
     ),
-    "a list of ends": changed("generation_config.json", eos_token_id=[0]),
     "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
-    "shards in a folder": shards_in_a_folder,
+    "weights in several files": sharded,
 }
 
 
@@ -150,52 +191,71 @@ def test_what_only_looks_wrong_is_measured_as_the_plain_folder(name, save_tiny, 
     assert measured() == before
 
 
-# --- the plain engine ---
+def test_a_run_needs_no_git_and_no_home(world, tmp_path, monkeypatch):
+    """A container's user without a name keeps no cache, and finds nothing where he works."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.delenv("ICU_CACHE")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    icu.main(argv=[*world.flags, "--eval-only", "--out", "run"])
+    assert data.read_json("run/config.json")["git"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_plain_engine_steps_by_the_gradients_that_backward_makes(make_model):
-    """Two halves are one loss; a gradient that is not finite moves nothing."""
-    ids, engines = torch.randint(4, 90, (2, 12)), []
-    for _ in range(2):
-        engines.append(processes.PlainEngine(make_model("gpt_neo"), SimpleNamespace(lr=1e-3)))
-    one, other = (engine.model for engine in engines)
+def test_spans_of_a_long_text_take_linear_time_and_its_length_comes_first(world, monkeypatch):
+    """Also of characters that look like half a one; what is too long is refused unsearched."""
+    (_, tokenizer), text = models.check_model(str(world.model)), "\ufffd" * 3000 + "bc" * 3000
+    row = pair("0", text[:9], text[9:]) | {"spans": [[at, at + 1] for at in range(3000, 9000, 2)]}
+    ids, sizes, decode = models.encode(tokenizer, text), [], data.as_text
+    monkeypatch.setattr(data, "as_text", lambda t, ids: sizes.append(len(ids)) or decode(t, ids))
+    positions = data.span_positions(row, tokenizer, ids, "row")
+    assert [decode(tokenizer, [ids[t]]) for t in positions] == ["b"] * 3000
+    assert sum(sizes) < 200 * len(ids)
+    monkeypatch.delattr(data, "span_positions")
+    with pytest.raises(ValueError, match="pair 1 .id 0.: .* the model has 256 positions"):
+        icu.build_samples([row], tokenizer, protocol="paper", positions=256)
 
-    def halves(loss):
-        (loss / 2).backward(retain_graph=True)
-        (loss / 2).backward()
 
-    assert engines[0].step(one(input_ids=ids, labels=ids).loss, torch.Tensor.backward)
-    assert engines[1].step(other(input_ids=ids, labels=ids).loss, halves)
-    assert all(map(torch.equal, one.parameters(), other.parameters()))
-    before = [parameter.clone() for parameter in one.parameters()]
-    loss = one(input_ids=ids, labels=ids).loss * float("nan")
-    assert not engines[0].step(loss, torch.Tensor.backward)
-    assert all(map(torch.equal, before, one.parameters()))
+# --- marked texts ---
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_spans_are_found_where_a_tokenizer_adds_a_space_and_takes_it_away(context):
+    """As Llama 2's, with the context in front and without it."""
+    tokenizer, text = conftest._make_tokenizer("llama"), "Call the clinic at 555-0142 and ask"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    parts = [decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)
+    row = pair("0", text[:15], text[15:]) | {"context": "Z\u00fcrich: ", "spans": [[19, 27]]}
+    (sample,), _ = icu.build_samples(
+        [row], tokenizer, protocol="paper", positions=99, context=context
+    )
+    ids = [sample.forget.ids[t] for t in sample.forget.span_positions]
+    assert tokenizer.decode(ids).strip() == "555-0142"
+
+
+def test_an_encoder_of_robertas_kind_reads_as_far_as_its_positions_go(save_tiny, tmp_path):
+    """They begin after the padding's; where the tokenizer has no limit, texts are cut there."""
+    changed("tokenizer_config.json", model_max_length=10**30)(save_tiny("opt", tmp_path))
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(**size, max_position_embeddings=34)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    text = "The van near the old mill. " * 30
+    assert metrics.bertscore([text], [text + "more"], tmp_path)[2].item() == pytest.approx(1)
+    one, other = knn.encode([text, text + "more"], tmp_path, 2, "cpu")
+    assert (one == other).all()
 
 
 # --- scripts that an encoder, or BLEU's usual words, cannot read ---
 
 
-@pytest.mark.parametrize("texts", [THAI, EMOJI])
-def test_unrelated_texts_of_unknown_pieces_have_no_bertscore(texts, encoder_dir):
+def test_unrelated_texts_of_unknown_pieces_have_no_bertscore(encoder_dir):
     """All pieces are [UNK], so any two would score 1; readable rows beside them score as alone."""
-    f1 = metrics.bertscore([texts[1], LATIN[0], ""], [texts[0], LATIN[1], texts[0]], encoder_dir)[2]
+    f1 = metrics.bertscore([THAI[1], LATIN[0], ""], [THAI[0], LATIN[1], THAI[0]], encoder_dir)[2]
     assert f1.isnan().tolist() == [True, False, True]
     alone = metrics.bertscore(LATIN[:1], LATIN[1:], encoder_dir)[2].item()
     assert f1[1].item() == pytest.approx(alone, abs=1e-6)
-    assert 0 < metrics.unrelated_bertscore([*texts, *LATIN], encoder_dir) < 0.9
-
-
-def test_a_row_without_a_bertscore_is_not_forgotten_by_it():
-    """Eq. 5 in the paper, and: the row stays in training. Released code, or: BLEU alone decides."""
-    rows = [
-        {"bertscore": None, "bleu": 0.0},
-        {"bertscore": None, "bleu": 0.9},
-        {"bertscore": 0.1, "bleu": 0.0},
-    ]
-    limits = {"bertscore": 0.3, "bleu": 0.01}
-    assert icu.refine(set(), rows, limits, SimpleNamespace(protocol="paper")) == {2}
-    assert icu.refine(set(), rows, limits, SimpleNamespace(protocol="released")) == {0, 2}
+    assert 0 < metrics.unrelated_bertscore([*THAI, *LATIN], encoder_dir) < 0.9
 
 
 def test_a_run_warns_of_what_its_encoder_cannot_read_and_finishes(world, tmp_path, capsys):
@@ -209,13 +269,6 @@ def test_a_run_warns_of_what_its_encoder_cannot_read_and_finishes(world, tmp_pat
     assert "--bert bert-base-multilingual-cased" in warning
     rows = data.read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert {row["id"] for row in rows if row["bertscore"] is None} == {"a"}
-
-
-def test_a_few_unknown_pieces_are_no_reason_for_a_warning(encoder_dir, capsys):
-    """Latin texts with a sign that the encoder does not know are read."""
-    text = "Zoë Müller ticked the box ✓ and went home to the old mill by the river."
-    models.check_readable(encoder_dir, [*LATIN, text], "--bert")
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("text", "tokens"), [

@@ -4,8 +4,13 @@ python -m pytest tests/test_privacy.py -q
 """
 
 import contextlib
+import hashlib
+import hmac
 import itertools
+import os
+import re
 import shutil
+import sys
 
 import pytest
 from world import copy_of
@@ -13,7 +18,8 @@ from world import copy_of
 import icu
 import metrics
 from evals import report
-from kit import data, flags, purge, runs
+from extras import certificate
+from kit import data, flags, purge, runs, text
 
 
 class Killed(BaseException):
@@ -49,17 +55,48 @@ def contents(folder):
     """{name: bytes} of every file, less what is different in every run."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in paths
-        if path.name not in (".lock", "hashes.json")
+        str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != ".lock"
     }
 
 
 def purged(run, *words, capsys):
-    """What a purge says."""
+    """What a purge says, and names as left, with exit 1."""
     capsys.readouterr()
-    purge.main([str(run), *words])
+    try:
+        purge.main([str(run), *words])
+    except SystemExit as stopped:
+        return capsys.readouterr().out + stopped.code
     return capsys.readouterr().out
+
+
+def gram_digest(guess, key):
+    """As hashes.json of earlier versions had them."""
+    return hashlib.blake2b(guess, key=key[:64], digest_size=8).hexdigest()
+
+
+DIGESTS = [
+    gram_digest,
+    lambda guess, key: hmac.digest(key, guess, "sha256").hex(),
+    lambda guess, key: hashlib.sha256(key + guess).hexdigest(),
+]
+
+
+def guesses(pairs):
+    """Of each text: itself, its letters, and every 20 letters of it with the next one."""
+    texts = [data.text_of(pair) for pair in pairs]
+    spelt = [text.letters(text.plain(each)) for each in texts]
+    parts = [*texts, *spelt, *itertools.chain.from_iterable(map(text.grams_of, spelt))]
+    return {part.encode() for part in parts} | {"\n".join(part).encode() for part in parts}
+
+
+def confirmed(folder, pairs):
+    """The guesses that a hash in a folder confirms, with whatever is in it as the key, or none."""
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    there = {x.decode() for content in contents for x in re.findall(rb"[0-9a-f]{12,}", content)}
+    keys = [b"", *map(str.encode, there), *(bytes.fromhex(x[: len(x) // 2 * 2]) for x in there)]
+    begins = {digits[:12] for digits in there}
+    tries = itertools.product(guesses(pairs), keys, DIGESTS)
+    return {guess for guess, key, digest in tries if digest(guess, key)[:12] in begins}
 
 
 # --- who can read them ---
@@ -98,7 +135,7 @@ def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
     assert plan.count("would be removed: ") == 9 and plan.count("would be emptied: ") == 3
     output = purged(run, capsys=capsys)
     assert output == plan.replace("would be ", "")
-    assert "not reached: your own input files" in output
+    assert "never reached: your own input files" in output
     assert holding(*places, pairs=pairs) == [] and not there.pairs.exists()
     after = contents(there.root)
     gone = {f"{run}/{name}" for run in ("run", "other") for name in ("cases.md", "state/1/w.bin")}
@@ -107,10 +144,69 @@ def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
     assert changed == {"config.json", "samples.jsonl"}
     emptied = [row | {"generation": None} for row in samples]
     assert data.read_jsonl(other / "samples.jsonl") == emptied
-    salts = {data.read_json(folder / "hashes.json")["salt"] for folder in (run, other)}
-    assert len(salts) == 2  # tests/test_certificate.py compares the hashes
     again = purged(other, capsys=capsys)
     assert contents(there.root) == after and "removed: " not in again
+
+
+def test_nothing_that_a_purge_leaves_confirms_a_guess(there):
+    """Neither a whole text nor the next letter of one; with its key a certificate did, and as
+    earlier versions kept them hashes of n-grams gave back all."""
+    pairs, salt = data.read_pairs(there.pairs), b"0123456789abcdef"
+    certificate.main([str(there.run)])
+    assert confirmed(there.run, pairs) == {data.text_of(pair).encode() for pair in pairs}
+    grams = [gram_digest(guess, salt) for guess in guesses(pairs)]
+    data.write_json(there.other / "hashes.json", {"salt": salt.hex(), "grams": grams})
+    assert confirmed(there.other, pairs) == guesses(pairs)
+    purge.main([str(there.run)])
+    assert confirmed(there.root, pairs) == set()
+    certificate.main([str(there.run)])
+    assert confirmed(there.root, pairs) == set()
+
+
+@pytest.mark.parametrize("what", ["samples.jsonl", "pairs", "folder", "cache"])
+def test_what_a_purge_cannot_reach_is_named(what, there, tmp_path, monkeypatch, capsys):
+    """A link, other pairs at their place, a path of another folder, another cache: exit 1, and what
+    is there stays. Back again, it goes. A run elsewhere has to be purged by its name."""
+    pairs = data.read_pairs(there.pairs)
+    away, far = tmp_path / "away", shutil.copytree(there.run, tmp_path / "far" / "run")
+    away.mkdir()
+    (there.root / "linked").symlink_to(far)
+    path = {"pairs": there.pairs, "folder": away / "pairs.jsonl"}.get(what, there.run / what)
+    if what == "cache":
+        path = tmp_path / "cache"
+        monkeypatch.setenv("ICU_CACHE", str(away))
+    elif what == "folder":
+        for run in (there.run, there.other, there.never_saw):
+            edit = data.read_json(run / "config.json") | {"pairs": "pairs.jsonl"}
+            data.write_json(run / "config.json", edit)
+        monkeypatch.chdir(away)
+    else:
+        shutil.move(path, away)
+        path.write_text("my thesis") if what == "pairs" else path.symlink_to(away / what)
+    before = contents(away)
+    for _ in range(2):
+        output = purged(there.run, capsys=capsys)
+        assert output.count("left: ") == 1 and f"left: {path}: " in output
+    assert contents(away) == before and (what != "pairs" or path.read_text() == "my thesis")
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(there.root)
+    if before:
+        path.unlink()
+        shutil.move(away / path.name, path)
+    assert "left: " not in purged(there.run, capsys=capsys)
+    places = there.run, there.other, tmp_path / "cache"
+    assert holding(*places, pairs=pairs) == [] and not there.pairs.exists()
+    assert holding(far, pairs=pairs)
+
+
+def test_a_purge_that_nobody_reads_finishes(there, monkeypatch):
+    """`purge RUN | head`: the pipe is closed, and everything goes."""
+    pairs, (reader, writer) = data.read_pairs(there.pairs), os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        purge.main([str(there.run)])
+    assert holding(there.run, there.other, pairs=pairs) == [] and not there.pairs.exists()
 
 
 def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_path, monkeypatch):
@@ -140,38 +236,10 @@ def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_pat
         purge.main([str((world.run, world.other)[len(ends) % 2])])
         assert holding(world.run, world.other, tmp_path / "cache", pairs=pairs) == []
         for run in (world.run, world.other):
-            assert (run / "hashes.json").is_file()
             assert "purged" in data.read_json(run / "config.json")
         ends.append({n: v for n, v in contents(world.root).items() if "config" not in n})
         shutil.rmtree(world.root)
     assert len(ends) > 15 and all(end == ends[-1] for end in ends)
-
-
-def test_a_run_that_was_moved_is_purged_where_it_is(there, tmp_path, capsys):
-    """Its pairs go with it, but no other file of that name; another folder has to be named."""
-    moved, pairs = tmp_path / "elsewhere" / "run", data.read_pairs(there.pairs)
-    shutil.move(there.run, moved)
-    assert "in other folders, runs over" in purged(moved, capsys=capsys)
-    assert holding(moved, pairs=pairs) == [] and not there.pairs.exists()
-    assert holding(there.other, pairs=pairs)
-    there.pairs.write_text("my thesis")
-    output = purged(there.other, capsys=capsys)
-    assert "no hashes for" in output and f"left: {there.pairs}" in output
-    assert holding(there.other, pairs=pairs) == [] and there.pairs.read_text() == "my thesis"
-
-
-def test_no_link_is_followed(there, tmp_path, capsys):
-    """A link in the place of a file or of a run beside it is named, and what it leads to stays."""
-    away, notes = tmp_path / "away", tmp_path / "notes"
-    shutil.move(there.other, away)
-    there.other.symlink_to(away)
-    notes.mkdir()
-    for name in ("cases.md", "samples.jsonl", "state"):
-        shutil.move(there.run / name, notes / name)
-        (there.run / name).symlink_to(notes / name)
-    before = contents(notes), contents(away)
-    assert purged(there.run, capsys=capsys).count("left: ") == 3
-    assert (contents(notes), contents(away)) == before
 
 
 def test_all_caches_go_and_downloads_and_runs_stay(there, capsys):
@@ -212,7 +280,6 @@ def test_a_redacted_run_never_holds_a_text(own_world, tmp_path, monkeypatch, cap
     monkeypatch.setattr(metrics, "beam_generate", watched)
     with pytest.raises(Killed):
         icu.main(argv=words)
-    hashes = (out / "hashes.json").read_bytes()
     with pytest.raises(ValueError, match="redact"):
         icu.main(argv=[*own_world.flags, "--out", str(out), "--resume"])
     icu.main(argv=[*words, "--resume"])
@@ -222,5 +289,4 @@ def test_a_redacted_run_never_holds_a_text(own_world, tmp_path, monkeypatch, cap
         assert (out / name).read_bytes() == (own_world.run / name).read_bytes(), name
     rows = data.read_jsonl(own_world.run / "samples.jsonl")
     assert data.read_jsonl(out / "samples.jsonl") == [row | {"generation": None} for row in rows]
-    purge.main([str(out)])
-    assert (out / "hashes.json").read_bytes() == hashes and not own_world.pairs.exists()
+    assert confirmed(out, pairs) == set()

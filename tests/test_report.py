@@ -83,21 +83,46 @@ def test_the_report_of_one_run(run, capsys):
     assert (run / "cases.md").read_text().count("| Reference |") == 4
     assert "row 3: odd" in (run / "tasks.md").read_text()
     printed = capsys.readouterr().out
-    assert "curves.png" in printed and "|   icu\n" in printed
+    assert "curves.png" in printed and (run / "table.md").read_text() in printed
 
 
-def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path):
-    """Another seed shares a row, mean ± deviation; another protocol and encoder is another row."""
+def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
+    """Another seed shares a row, mean ± deviation; another protocol is another, a copy none."""
     again = other(run, tmp_path / "again", seed=1)
     edit(run / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.3}})
-    edit(again / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.5}})
+    edit(
+        again / SUMMARY,
+        lambda summary: summary | {"after": summary["after"] | {"ma": 0.5, "ppl_heldout": 1e999}},
+    )
     report.main([str(run), str(again), "--out", str(tmp_path / "ours")])
     assert table_of(tmp_path / "ours")["icu"]["MA (%) ↓"] == "40.0 ± 14.1"
-    changed = other(run, tmp_path / "changed", protocol="released", bert="another")
-    report.main([str(run), str(run), str(changed), "--out", str(tmp_path / "out")])
+    assert table_of(tmp_path / "ours")["icu"]["Held-out (PPL) ↓"] == ">10000"
+    changed = other(run, tmp_path / "changed", protocol="released", dtype="bf16")
+    copy = other(run, tmp_path / "copy", purged=True)
+    report.main([*map(str, (run, f"{run}/", copy, changed)), "--out", str(tmp_path / "out")])
+    assert f"{copy} is left out: the same run as {run}" in capsys.readouterr().out
     table = table_of(tmp_path / "out")
-    assert len(table) == 4 and "icu protocol=released bert=another" in table
+    assert len(table) == 4 and "icu protocol=released dtype=bf16" in table
     assert "±" not in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
+    """Other weights at one path, another method's judge of the same name: labels say so."""
+    sha256 = data.read_json(run / CONFIG)["sha256"]
+    unlike = other(run, tmp_path / "a", sha256=sha256 | {"model": "f" * 64})
+    npo = other(run, tmp_path / "b", seed=1)
+    edit(npo / SUMMARY, put(method="npo"))
+    for graded, unread in ((run, 0), (npo, 3)):
+        ends = {when: {"mean": 5.0, "unread": unread} for when in ("before", "after")}
+        served = {"judge": "j", "prompt": "p", "served": [str(graded)]}
+        data.write_json(graded / "judge.json", served | ends)
+    report.main([*map(str, (run, unlike, npo)), "--out", str(tmp_path)])
+    rows = [*table_of(tmp_path).items()][3:]
+    assert "±" not in str(rows) and "**" not in str(rows)  # nor is one the best
+    assert rows[1][0] == "icu model=model ffffff judge=None"
+    for (label, row), name, unread in zip(rows[::2], ("icu", "npo"), ("0.0", "3.0"), strict=True):
+        assert label.startswith(f"{name} model=model {sha256['model'][:6]} judge=j ")
+        assert row["GPT, unread"] == unread
 
 
 def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):

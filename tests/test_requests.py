@@ -5,6 +5,7 @@ python -m pytest tests/test_requests.py -q
 
 import argparse
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import survive
@@ -47,7 +48,7 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     prefix, suffix, spans = "Zoë 👩🏽‍⚕️ says", " that 5 vans came", [[2, 8], [18, 19]]
     pairs = pair(2, prefix=prefix, suffix=suffix, spans=spans), pair(1)
     (sample, other), _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    bos, offsets = len(models.bos_of(tokenizer)), []
+    bos, offsets = len(models.front_of(tokenizer)), []
     for part, before in ((prefix, 0), (suffix, len(prefix))):
         encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
         offsets += [(low + before, high + before) for low, high in encoded["offset_mapping"]]
@@ -74,9 +75,25 @@ def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     ],
 )
 def test_a_secret_is_said_as_whole_words(generation, secret, expected):
-    """In whatever case, accents and signs; one in the prefix is not counted."""
+    """In whatever case, accents and signs."""
     assert data.says(generation, secret) == expected
-    assert data.secrets_of(pair(0, spans=[[15, 19], [51, 53]])) == ("14",)
+
+
+@pytest.mark.parametrize(
+    ("mark", "cut", "generation", "expected"),
+    [
+        ([15, 19], 44, "It was Ines, as", None),  # the prompt says it
+        ([44, 53], 50, " 14 and so on", 1.0),
+        ([44, 53], 50, " 41 and so on", 0.0),
+        ([15, 19], 17, " for Ines, I think", 1.0),
+        ([51, 54], 53, ". And", None),  # no letter is left to say
+    ],
+)
+def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expected):
+    """Where the cut falls inside it, that part counts, or the whole that it completes."""
+    secrets = data.secrets_of(pair(0, spans=[mark]), TEXTS[0][cut:])
+    sample = SimpleNamespace(secrets=secrets)
+    assert data.secret_said(sample, generation) == {"secret_said": expected}
 
 
 # --- one after another ---
@@ -119,13 +136,14 @@ def copied(chain, tmp_path, monkeypatch):
 
 
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
-    """They are measured as RUN/ID, not trained on; Eq. 4 compares with the first model."""
+    """They are measured as RUN-SHA/ID, not trained on; Eq. 4 compares with the first model."""
     rows = data.read_jsonl(chain / "march" / "samples.jsonl")
     config = data.read_json(chain / "march" / "config.json")
     ids = {row["id"] for row in rows if row["epoch"] == 0}
-    assert ids == {"3", "4", "february/0", "february/1", "february/2"}
+    sha = models.fingerprint(chain / "february.jsonl")
+    assert ids == {"3", "4", *(f"february-{sha[:8]}/{i}" for i in range(3))}
     assert config["model"] == str(chain / "february" / "model")
-    assert config["earlier"] == [models.fingerprint(chain / "february.jsonl")]
+    assert config["earlier"] == [sha]
     assert runs.read_run(chain / "march")["metrics"][0]["active"] == 2
     args = argparse.Namespace(**config | {"device": "cpu"})
     first, given = models.load_model(str(chain / "model"))[0].state_dict(), object()
@@ -180,17 +198,19 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
     run(copied, "april", [5], *march, "--anchor", "previous", "--max-epochs", "1")
 
 
-@pytest.mark.parametrize("purged", [False, True])
-def test_no_partner_holds_a_text_of_an_earlier_request_also_a_purged_one(purged, copied):
-    """The guard knows texts that are there, and of those that went the hashes of their n-grams."""
-    if purged:
+@pytest.mark.parametrize("known", [True, False])
+def test_no_partner_holds_a_text_of_an_earlier_request_until_it_is_purged(known, copied, capsys):
+    """Also of one with --redact; after a purge nothing knows the text, and that is said."""
+    file = copied / "february" / "config.json"
+    data.write_json(file, data.read_json(file) | {"redact": True})
+    if not known:
         purge.main([str(copied / "february")])
     pool = [{"id": str(i), "context": "", "prefix": "So: ", "suffix": TEXTS[i]} for i in range(6)]
     pool.append(pool[0] | {"id": "x", "suffix": "nothing of that is to be found in this text."})
-    earlier, hashes = requests.targets(copied / "march")
-    assert len(earlier) == (2 if purged else 5) and len(hashes) == purged
-    keep, _ = knn.leak_guard([pair(5), *earlier], pool, purged=hashes)
-    assert keep.tolist() == [False] * 6 + [True]
+    earlier = requests.earlier_pairs(copied / "march")
+    keep, _ = knn.leak_guard([pair(5), *earlier], pool)
+    assert keep.tolist() == [not known] * 3 + [False] * 3 + [True]
+    assert known != ("february: its texts are gone" in capsys.readouterr().out)
 
 
 def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
@@ -198,13 +218,26 @@ def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
     purge.main([str(copied / "february")])
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "february: its texts are gone" in capsys.readouterr().out
-    ids = {row["id"] for row in data.read_jsonl(out / "samples.jsonl")}
-    assert ids == {"5", "march/3", "march/4"}
+    ids = {row["id"].split("-")[0] for row in data.read_jsonl(out / "samples.jsonl")}
+    assert ids == {"5", "march"}
     assert {id for id, _ in judge.read_judged(out).triples} == {"5"}
 
 
+def test_requests_in_folders_of_one_name_stay_apart(copied):
+    """Also with equal ids: each row is of one text."""
+    last = copied / "february"
+    for i, name in ((3, "a"), (4, "b"), (5, "c")):
+        data.write_jsonl(copied / f"{name}.pairs", [pair(i, id="0")])
+        words = ["--after", last, "--pairs", copied / f"{name}.pairs", "--max-epochs", "1"]
+        (copied / name).mkdir()
+        last = run(copied, f"{name}/run", [], *words)
+    pairs = runs.read_pairs_of(runs.read_run(last))
+    assert {data.text_of(each) for each in pairs.values()} == set(TEXTS)
+    assert {row["id"] for row in data.read_jsonl(last / "samples.jsonl")} == pairs.keys()
+
+
 def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """Its table has a line a run; a watched text has the MA that a run of its own measures."""
+    """Its table has a line a run, watched or not, and one of all at once."""
 
     def step(script, *words):  # in this process
         monkeypatch.setattr("sys.argv", [script, *map(str, words)])
@@ -222,8 +255,3 @@ def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch)
     runs_of = {"watched": "12", "not watched": "12", "at once": "2"}
     assert lines == [[f"| {name}", number] for name in runs_of for number in runs_of[name]]
     assert (made / "came-back.png").is_file()
-    step("icu.py", "--pairs", made / "all.pairs.jsonl", "--model", made / "watched2" / "model",
-         "--eval-only", "--out", tmp_path / "again", *MEASURED)  # fmt: skip
-    again = extras_chain.measured(tmp_path / "again", [["0", "1"], ["2", "3"]])
-    watched = extras_chain.measured(made / "watched2", [["first/0", "first/1"], ["2", "3"]])
-    assert watched["by request"] == again["by request"]

@@ -176,7 +176,7 @@ def test_a_sheet_is_rated_by_keyboard_reloaded_and_read_back(browser, tmp_path, 
         if place == count // 2:
             page.reload()
             assert page.input_value("#name") == "Ann-1"
-            page.click("#start .main")
+            page.click("#start button")
         due[item] = place % 8 + 1
         page.keyboard.press(str(due[item]))
     assert page.inner_text("#done") == f"Thank you: {count} of {count} outputs are graded."

@@ -235,16 +235,6 @@ def test_a_second_process_is_told_the_owners_pid(flags, straight, copy):
     resumes(flags, copy, straight)
 
 
-# --- whose folder it is ---
-
-
-@pytest.mark.parametrize("file", ["notes.json", "config.json"])
-def test_a_folder_that_is_no_run_is_left_alone(file, flags, tmp_path):
-    """Whatever --overwrite says: notes, a config of something else."""
-    data.write_json(tmp_path / "out" / file, {"model_type": "gpt2"})
-    assert "files that are no run" in refused([*flags, "--overwrite"], tmp_path / "out")
-
-
 def test_a_run_stays_in_its_folder(flags, copy, tmp_path):
     """A link would lead out of it."""
     (copy / "samples.jsonl").rename(tmp_path / "elsewhere")

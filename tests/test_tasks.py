@@ -329,18 +329,6 @@ def test_a_set_without_rows_is_reported_and_not_averaged(tmp_path, offline, mode
         tasks.read_sets(["pubmedqa"], tmp_path)
 
 
-def test_without_a_local_file_the_hub_or_the_public_file_is_asked(tmp_path, monkeypatch):
-    """The repository, configuration and split, or the file's own name."""
-    hub, public = Mock(return_value=ROWS["arc_easy"]), Mock(return_value=tmp_path / "known.jsonl")
-    monkeypatch.setitem(sys.modules, "datasets", Mock(load_dataset=hub))
-    monkeypatch.setattr(data, "data_file", public)
-    data.write_jsonl(tmp_path / "known.jsonl", ROWS["pubmedqa"])
-    sets = tasks.read_sets(["arc_challenge", "pubmedqa"], tmp_path)
-    hub.assert_called_once_with("allenai/ai2_arc", "ARC-Challenge", split="validation")
-    public.assert_called_once_with("pubmed_qa.csv")
-    assert [len(loaded["rows"]) for loaded in sets.values()] == [2, 1]
-
-
 # --- scores ---
 
 
@@ -372,17 +360,6 @@ def test_scores_equal_the_literal_loop(make_model, kind, batch_tokens):
     assert [guesses for _, guesses in scores] == [guesses for _, guesses in expected]
     logps = [logp for logp, _ in expected]
     assert [logp for logp, _ in scores] == pytest.approx(logps, abs=TOLERANCE[kind])
-
-
-def test_a_context_is_read_once_and_the_output_layer_sees_the_choices_alone(make_model):
-    """Two contexts: their tokens once, then each choice's further tokens."""
-    model, inputs, outputs = make_model("gpt_neo"), [], []
-    model.base_model.wte.register_forward_hook(lambda m, args, out: inputs.append(out.shape[:2]))
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda m, args, out: outputs.append(out.shape[:2]))
-    pairs = [([5] * 20, [7, 8, 9]), ([5] * 20, [3, 4]), ([5] * 20, [6]), ([4] * 19, [9])]
-    tasks.loglikelihoods(model, pairs, batch_tokens=1000)
-    assert inputs == [(2, 20), (2, 2)] and outputs == [(2, 1), (2, 2)]
 
 
 def test_context_and_choice_are_split_where_the_context_ends(models, kind):

@@ -3,6 +3,8 @@
 conftest.py makes it once a session (fixture `world`); a test that changes something takes a copy.
 """
 
+import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,11 +75,16 @@ def make_requests(folder, **settings):
     return [*flags, "--pairs", str(second)]
 
 
+def samples_of(pairs, tokenizer):
+    """The samples that icu.py makes of pairs, by the paper's protocol."""
+    return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
+
+
 def memorise(model_dir, pairs, steps=100):
     """Trains the model on the pairs until it knows their suffixes."""
     model, tokenizer = models.load_model(str(model_dir))
-    samples, _ = icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)
-    ids, attention_mask, target_mask = icu.collate([sample.forget for sample in samples])
+    texts = [sample.forget for sample in samples_of(pairs, tokenizer)]
+    ids, attention_mask, target_mask = icu.collate(texts)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -127,6 +134,7 @@ def copy_of(world, folder):
 
     shutil.copytree(world.root, folder)
     for file in folder.glob("*/config.json"):
-        file.write_text(moved(file.read_text()))
+        text = moved(file.read_text())
+        file.write_text(re.sub('(?<="cache": ").*(?=",)', os.environ["ICU_CACHE"], text))
     paths = {name: Path(moved(path)) for name, path in vars(world).items() if name != "flags"}
     return SimpleNamespace(**paths, flags=[*map(moved, world.flags)])

@@ -262,10 +262,8 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
             record[part], record[f"{part}_ids"] = as_text(tokenizer, row), row
     for record in records:  # the ids may be cut inside a character, its text is not
         ids = record["prefix_ids"] + record["suffix_ids"]
-        text, at = (
-            as_text(tokenizer, ids),
-            token_ends(tokenizer, ids)[len(record["prefix_ids"]) - 1],
-        )
+        text, ends = as_text(tokenizer, ids), [0, *token_ends(tokenizer, ids)]
+        at = ends[len(record["prefix_ids"])]
         record["prefix"], record["suffix"] = text[:at], text[at:]
     return records
 

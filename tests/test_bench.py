@@ -65,21 +65,6 @@ def test_literal_el_and_ma_are_the_projects(setup):
 # --- measuring ---
 
 
-def test_who_goes_first_changes_and_ratios_are_taken_within_a_repeat(setup, monkeypatch):
-    """Theirs / ours is 4, 6 and 5; the median and the ends are in the line, either way round."""
-    order, times = [], iter([0, 0, 1, 4, 12, 2, 3, 15])  # the first two warm up
-    monkeypatch.setattr(bench, "seconds", lambda side, device: (next(times), side()))
-    setup.args.repeats = 3
-    ours, theirs = lambda: order.append("ours"), lambda: order.append("theirs")
-    timed = bench.side_by_side(ours, theirs, setup.args)
-    assert order[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    assert (timed.ours, timed.theirs) == ([1, 2, 3], [4, 12, 15])
-    line = bench.timed_line("x", timed, ">=", 5, work="w")
-    assert line == ("x", "5x (4-6)", ">= 5x", "yes", "w; ours 2, theirs 12")
-    line = bench.timed_line("x", timed, "<=", 0.19, work="")
-    assert line[1:4] == ("0.2x (0.167-0.25)", "<= 0.19x", "no")
-
-
 # --- the rows ---
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged import chromium, data_of
+from judged import data_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icu
@@ -203,54 +203,3 @@ def test_every_run_is_read_by_the_model_before(own_world, capsys):
     printed = capsys.readouterr().out
     assert "Said (PPL)" in printed and f"explained: {own_world.run / 'explain.html'}" in printed
     assert [path.parent.name for path in own_world.root.rglob("explain.html")] == ["run"]
-
-
-# --- the page in a browser ---
-
-
-@pytest.fixture
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-TEXTS = {  # id: prefix, suffix, probability before and after
-    "plain": ("The parcel for Ines Duarte was left", " at 14 Harbour Lane.", 0.9, 0.1),
-    "hebrew": ("שלום, הכתובת היא", " רחוב הנמל 14", 0.95, 0.3),
-    "markup": (EVIL, " \"quoted\" 'so'\nnext", 0.2, 0.15),
-}
-
-
-def test_a_browser_shows_every_text_as_it_is_most_left_first(browser, tmp_path):
-    """No text becomes an element or is wider than a phone; a tap tells a token's figures."""
-    tokenizer, texts, path = tokenizer_of("gpt_neo"), [], tmp_path / "explain.html"
-    for id, (prefix, suffix, *both) in TEXTS.items():
-        ids, cut = tokenizer(prefix + suffix)["input_ids"], len(tokenizer(prefix)["input_ids"])
-        before, after = ([None] + [p] * (len(ids) - 1) for p in both)
-        sample, answers = (
-            sample_of(id, ids, cut, cut, ids[:cut], (cut,)),
-            {"before": "", "after": ""},
-        )
-        likely = {"before": before, "after": after}
-        texts.append(explain.describe(tokenizer, sample, answers, likely))
-    path.write_bytes(explain.page({"run": EVIL}, texts))
-    page, requests = browser.new_page(viewport={"width": 390, "height": 844}), []
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
-    assert page.title() == "What is left" and EVIL in page.locator("#about").text_content()
-    for id, (prefix, suffix, *_) in TEXTS.items():
-        article = page.locator("article", has=page.locator("h2", has_text=id))
-        for when in ("before", "after"):
-            assert article.locator(f".views .{when} .text").text_content() == prefix + suffix
-        counts = [article.locator(f".before .{name}").count() for name in ("marked", "unknown")]
-        assert counts == [1, 1]
-    assert page.locator(".text b").count() == 0 and page.locator("script").count() == 2
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    hebrew = page.locator("article", has=page.locator("h2", has_text="hebrew"))
-    hebrew.locator(".views .before .text span").nth(3).click()
-    figures = '"ם" (2 tokens): before 90.3 %, after 9.0 %'  # 0.95 and 0.3, squared
-    assert page.locator("#token").inner_text() == figures
-
-    order = page.locator("article h2 bdi").all_text_contents()
-    assert order == ["hebrew", "markup", "plain"]
-    assert requests == [path.as_uri()]

@@ -327,8 +327,8 @@ class Method:
         """Whether the weights of this name are trained."""
         return True
 
-    def begin_epoch(self, model, tokenizer, epoch):
-        """Before the sides and steps of every epoch from 1 on: noise, thawing, another phase."""
+    def begin_epoch(self, model, optimizer, epoch):
+        """Before the sides and steps of each epoch from 1 on: noise, a rate, another phase."""
 
     def backward(self, loss, batch, args):
         """Fills the gradients of a step; the optimiser then moves the weights. Override it for two
@@ -714,7 +714,7 @@ def run_epochs(model, tokenizer, inputs, args, *, method, run):
         losses, reason = {}, None
         if progress.epoch > 0:
             active = [i for i in range(len(samples)) if i not in progress.forgotten]
-            method.begin_epoch(model, tokenizer, progress.epoch)
+            method.begin_epoch(model, engine.optimizer, progress.epoch)
             sides = sides_of(samples, tokenizer, progress.epoch, args, method)
             try:
                 losses = train_epoch(engine, sides, active, args, method, frozen=frozen, run=run)

@@ -323,7 +323,7 @@ class Own(icu.ICU):
 
     trained, epochs = 0, 0
 
-    def begin_epoch(self, model, tokenizer, epoch):
+    def begin_epoch(self, model, optimizer, epoch):
         self.epochs = epoch
 
     def prepare(self, model, tokenizer, samples, args, folder):

@@ -1,18 +1,20 @@
 """Suppress, break, heal: what a model no longer says is not taught again (UNDO, arXiv:2506.06278).
 
-    bash run.sh tiny --script examples/undo.py --neighbours 40 --max-epochs 48 --el lazy
+    bash run.sh tiny --script examples/undo.py --lr 1e-3 --max-epochs 48 --el lazy
 
 Epochs 1 to SUPPRESS pull each text towards what the frozen copy says after its neighbour's prompt
-and the last token alone. Then the model becomes the teacher, and its weights go NOISE of the way to
-fresh ones, which takes what lies under the suppression. The other epochs heal: KL to the teacher on
-neighbours. UNDO heals on a corpus, and far longer.
+and the last token alone. Then the weights go NOISE of the way to fresh ones, which takes what lies
+under the suppression, and are healed by KL to the suppressed model, the teacher, on texts that it
+makes up from a neighbour's first words (UNDO: on a corpus).
 """
 
 import copy
 
+import torch
+
 import icu
 
-SUPPRESS, NOISE, RATE, TEXTS = 12, 0.6, 2e-3, 2
+SUPPRESS, NOISE, RATE, TEXTS, TOKENS = 12, 0.6, 1e-3, 2, 80
 
 
 class Undo(icu.Method):
@@ -30,28 +32,34 @@ class Undo(icu.Method):
                 for weights, other in zip(model.parameters(), fresh.parameters(), strict=True):
                     weights.data.lerp_(other.data, NOISE)
         for group in optimizer.param_groups if self.teacher else ():
-            left = (self.min_epochs - epoch) / (self.min_epochs - SUPPRESS)
-            group["lr"] = RATE * (0.1 + 0.9 * left)
+            healing, left = epoch - SUPPRESS, self.min_epochs - epoch
+            group["lr"] = RATE * min(1, healing / 3) * (0.1 + 0.9 * left / (healing + left))
 
     def sides(self, samples, tokenizer, epoch, args):
-        sides = {"contexts": [], "neighbours": []}
+        sides = {"contexts": [], "made_up": []}
         for sample in samples:
             prompt, ids = sample.learn.prompt, sample.forget.ids
             texts = (prompt + ids[t - 1 : t + 1] for t in sample.forget.targets)
             sides["contexts"].append([icu.Text(x, len(x) - 1, len(prompt), prompt) for x in texts])
-            near = [sample.learn, *sample.further]
-            near = [near[(epoch * TEXTS + i) % len(near)] for i in range(TEXTS)]
-            sides["neighbours"].append([text._replace(t0=1) for text in near])
+        if self.teacher:
+            starts = [sample.learn.ids[:2] for sample in samples for _ in range(TEXTS)]
+            starts = torch.tensor(starts, device=self.teacher.device)
+            rows = self.teacher.generate(
+                starts, attention_mask=torch.ones_like(starts), do_sample=True, top_k=0,
+                max_new_tokens=TOKENS, pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            texts = [icu.Text(ids, 1, 1, []) for ids in rows.tolist()]
+            sides["made_up"] = [texts[i : i + TEXTS] for i in range(0, len(texts), TEXTS)]
         return sides
 
     def loss(self, batch, args):
         if self.teacher:
-            teacher = batch.forward("neighbours", self.teacher)
-            return {"kl": (1.0, icu.kl_loss(batch.forward("neighbours"), teacher))}
+            teacher = batch.forward("made_up", self.teacher)
+            return {"kl": (1.0, icu.kl_loss(batch.forward("made_up"), teacher))}
         forget, learn = batch.forward("forget"), batch.forward("learn")
-        logq, logp = batch.frozen("contexts").logits.log_softmax(-1), forget.logits.log_softmax(-1)
+        elsewhere = forget._replace(logits=batch.frozen("contexts").logits)
         return {
-            "forget": (args.forget_weight, forget.mean(icu.kl(logq.to(logp), logp))),
+            "forget": (args.forget_weight, icu.kl_loss(forget, elsewhere)),
             "kl": (args.beta, icu.kl_term(learn, batch.frozen("learn"), args)),
         }
 

@@ -14,7 +14,7 @@ import torch
 
 import icu
 
-SUPPRESS, NOISE, RATE, TEXTS, TOKENS = 12, 0.6, 1e-3, 2, 80
+SUPPRESS, NOISE, RATE, TEXTS, TOKENS = 12, 0.4, 1e-3, 2, 80
 
 
 class Undo(icu.Method):

@@ -1,6 +1,6 @@
 """Suppress, break, heal: what a model no longer says is not taught again (UNDO, arXiv:2506.06278).
 
-    bash run.sh tiny --script examples/undo.py --lr 1e-3 --max-epochs 48 --el lazy
+    bash run.sh tiny --script examples/undo.py --lr 1e-3 --batch-size 16 --max-epochs 48 --el lazy
 
 Epochs 1 to SUPPRESS pull each text towards what the frozen copy says after its neighbour's prompt
 and the last token alone. Then the weights go NOISE of the way to fresh ones, which takes what lies

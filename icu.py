@@ -269,12 +269,13 @@ class Batch:
         """The texts of a side of these samples: most sides have one a sample."""
         return [text for row in rows for text in self.sides[name][row]]
 
-    def forward(self, name):
-        """Runs the model on the side "forget", "learn" or one that the method brings: a Side."""
+    def forward(self, name, model=None):
+        """Runs the model, or another one (a teacher), on the side "forget", "learn" or one that the
+        method brings: a Side."""
         texts = self.texts(name, processes.share(self.rows))
         # A process without a text still runs the model, on one without targets: the others wait
         # for its gradients.
-        out = at_targets(self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
+        out = at_targets(model or self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
         return Side(*out, *self.counts(name))
 
     def frozen(self, name):
@@ -302,7 +303,7 @@ class Method:
     """
 
     # Defaults of the flags of these names, and what the authors' released code has instead.
-    forget_weight, alpha, beta, lr, refine = 1.0, 1.0, 1.0, 5e-6, False
+    forget_weight, alpha, beta, lr, refine, min_epochs = 1.0, 1.0, 1.0, 5e-6, False, 0
     released = {}
     targets = None  # "suffix": the prompt is never a target, whatever --targets says
     frozen_sides = ()  # what the frozen copy of Eq. 4 reads, once, before training
@@ -325,6 +326,9 @@ class Method:
     def trains(self, name):
         """Whether the weights of this name are trained."""
         return True
+
+    def begin_epoch(self, model, optimizer, epoch):
+        """Before the sides and steps of each epoch from 1 on: noise, a rate, another phase."""
 
     def backward(self, loss, batch, args):
         """Fills the gradients of a step; the optimiser then moves the weights. Override it for two
@@ -641,11 +645,11 @@ def refine(forgotten, rows, thresholds, args):
 def stop_reason(means, n_active, epoch, *, thresholds, args):
     """Why to stop after this epoch, or None.
 
-    Both means under their thresholds, nothing active, or the epoch cap.
+    Both means under their thresholds, nothing active, or the epoch cap; not before --min-epochs.
     """
     if args.eval_only:
         return "eval only"
-    if epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start:
+    if epoch < args.min_epochs or (epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start):
         return None
     measured = [name for name in ("el10", "ma") if means[name] is not None]
     if measured and all(means[name] < thresholds[name] for name in measured):
@@ -710,6 +714,7 @@ def run_epochs(model, tokenizer, inputs, args, *, method, run):
         losses, reason = {}, None
         if progress.epoch > 0:
             active = [i for i in range(len(samples)) if i not in progress.forgotten]
+            method.begin_epoch(model, engine.optimizer, progress.epoch)
             sides = sides_of(samples, tokenizer, progress.epoch, args, method)
             try:
                 losses = train_epoch(engine, sides, active, args, method, frozen=frozen, run=run)
@@ -945,6 +950,7 @@ def add_method_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=above(0), help="Adam's learning rate (icu: 5e-6)")
     add("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
+    add("--min-epochs", type=flags.seed_number, help="the stop rule waits for it (icu: 0)")
     add("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
     add("--seed", default=0, type=flags.seed_number, help="of order and answers (%(default)s)")
 
@@ -984,7 +990,14 @@ def add_running_flags(parser):
 # fmt: on
 
 PUBLISHED = "baselines"  # the module of the published methods: it imports this one
-OWN_DEFAULTS = ("forget_weight", "alpha", "beta", "lr", "refine")  # of a method, where no flag is
+OWN_DEFAULTS = (
+    "forget_weight",
+    "alpha",
+    "beta",
+    "lr",
+    "refine",
+    "min_epochs",
+)  # of a method, where no flag is
 
 
 def method_named(name, own):

@@ -181,6 +181,22 @@ def test_relearning_has_no_dropout(save_tiny, tmp_path):
     assert audit.comes_back(model, inputs) == audit.comes_back(model, inputs)
 
 
+def test_the_attacker_that_brings_most_back_counts(make_model, save_tiny, tmp_path):
+    """--relearn worst: three attackers at three rates, and the best of them."""
+    model, tokenizer = models.load_model(str(save_tiny("llama", tmp_path / "m")))
+    samples, pairs = some_texts(tokenizer, 6)
+    args = argparse.Namespace(seed=0, relearn="worst", relearn_steps=2, relearn_lr=1e-2)
+    inputs = audit.Inputs(args, tokenizer, 2, pairs[:4], samples[:4], samples[4:])
+    worst = audit.comes_back(model, inputs)
+    highest = "MA of the other half, at its highest"
+    means = [np.mean(values) for name, values in worst.items() if " at rate " in name]
+    assert len(means) == 9 and np.mean(worst[highest]) == max(means)
+    for attacker in ("half", "neighbours", "unseen"):
+        args.relearn = attacker
+        alone = audit.comes_back(model, inputs)[highest]
+        assert alone == worst[f"MA of the other half, {attacker} at rate 0.01"]
+
+
 def test_the_probe_tells_what_can_be_told_and_nothing_else():
     """States that lie apart: 1, beside shuffled labels near 0.5; random states: like those."""
     rng = np.random.default_rng(0)

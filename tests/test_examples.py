@@ -321,7 +321,10 @@ def test_a_method_may_make_its_own_gradients(make_model):
 class Own(icu.ICU):
     """A helper model that is trained before the loop, a moving average, and a measure."""
 
-    trained = 0
+    trained, epochs = 0, 0
+
+    def begin_epoch(self, model, optimizer, epoch):
+        self.epochs = epoch
 
     def prepare(self, model, tokenizer, samples, args, folder):
         self.average = torch.zeros(())
@@ -335,7 +338,7 @@ class Own(icu.ICU):
         return terms
 
     def own_measures(self, model, tokenizer, samples, args):
-        return {"average": float(self.average)}
+        return {"average": float(self.average), "epochs": self.epochs}
 
     def state(self):
         return {"average": self.average}
@@ -349,6 +352,7 @@ def test_a_methods_own_state_and_measures(world, tmp_path, monkeypatch):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     icu.main(Own, argv=[*world.flags, "--out", str(straight)])
     rows = data.read_jsonl(straight / "metrics.jsonl")
+    assert [row["own_epochs"] for row in rows] == [row["epoch"] for row in rows]
     assert rows[0]["own_average"] == 0 and rows[1]["own_average"] != rows[2]["own_average"] != 0
     assert "own_average" in data.read_json(straight / "summary.json")["after"]
     train_epoch = icu.train_epoch

@@ -415,11 +415,11 @@ def test_the_filter_is_eq_5(protocol, expected):
 @pytest.mark.parametrize(("el", "ma", "active", "epoch", "reason"), [
     (0.01, 0.5, 3, 1, "thresholds"), (0.01, 0.6, 3, 1, None), (0.05, 0.5, 3, 1, None),
     (None, 0.5, 3, 1, "thresholds"), (None, None, 3, 1, None),
-    (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"),
+    (0.9, 0.9, 0, 1, "all forgotten"), (0.9, 0.9, 3, 9, "max epochs"), (0.01, 0.5, 3, 0, None),
 ])  # fmt: skip
 def test_the_stop_rule(el, ma, active, epoch, reason):
     """Both means strictly under, or nothing active, or the cap; an EL of no row does not count."""
-    args = Namespace(max_epochs=9, eval_only=False, protocol="paper")
+    args = Namespace(min_epochs=1, max_epochs=9, eval_only=False, protocol="paper")
     means, limits = {"el10": el, "ma": ma}, {"el10": 0.05, "ma": 0.6}
     assert icu.stop_reason(means, active, epoch, thresholds=limits, args=args) == reason
 

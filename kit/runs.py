@@ -167,7 +167,7 @@ def append(path, rows):
 # Flags that do not change a run.
 NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every")
 # Nothing to a run that only measures.
-TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "max_epochs")
+TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "min_epochs", "max_epochs")
 # Compared by what lies there (sha256): the same files at another place are the same run.
 PLACES = (
     "out", "data", "model", "pairs", "bert", "unseen", "ppl", "never_saw", "after", "original",
@@ -591,7 +591,7 @@ BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")
 SETTINGS = (
     *BEFORE_SETTINGS, "targets", "alpha", "beta", "forget_weight", "lr", "batch_size", "refine",
     "answer", "answers", "method_file", "dpo_beta", "thresholds", "bert_threshold",
-    "bleu_threshold", "max_epochs",
+    "bleu_threshold", "min_epochs", "max_epochs",
 )  # fmt: skip
 
 

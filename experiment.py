@@ -31,7 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.flags import above, command_parser, positive, run_cli, seed_number
+from kit.flags import above, command_parser, natural, positive, run_cli
 from kit.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent
@@ -167,7 +167,7 @@ def make_parser(command):
         add("--resume", action="store_true", help="go on with an interrupted run")
         return parser
     add("--sets", nargs="+", choices=list("01234"), help="forget sets (--set, or 0)")
-    add("--seeds", nargs="+", type=seed_number, metavar="N", help="(--seed, or 0)")
+    add("--seeds", nargs="+", type=natural, metavar="N", help="(--seed, or 0)")
     if command == "compare":
         add("--methods", nargs="+", default=METHODS, metavar="M", help="or FILE.py")
         add("--lrs", nargs="+", default=[], type=method_rate, metavar="METHOD=LR")

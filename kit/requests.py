@@ -45,10 +45,16 @@ def is_purged(config):
     return bool(config.get("redact") or config.get("purged"))
 
 
+def has_pairs(config):
+    """Whether the pairs that a config.json names are there, and those of the run."""
+    pairs, sha256 = config.get("pairs"), config.get("sha256", {}).get("pairs")
+    return bool(pairs) and models.fingerprint(pairs) == sha256
+
+
 def pairs_of(folder, config):
     """The pairs of an earlier request, their ids `name_of` it/ID."""
     file, name = config["pairs"], name_of(folder, config)
-    if models.fingerprint(file) != config["sha256"]["pairs"]:
+    if not has_pairs(config):
         raise ValueError(f"{file}: is gone, or not what {folder} was made with (sha256)")
     return [pair | {"id": f"{name}/{pair['id']}"} for pair in data.read_pairs(file)]
 
@@ -62,7 +68,7 @@ def earlier_pairs(after):
     """The pairs, where they are there, of all requests up to the run `after`, the latest first."""
     pairs = []
     for folder, config in chain_of(after):
-        if is_purged(config) and models.fingerprint(config["pairs"]) != config["sha256"]["pairs"]:
+        if is_purged(config) and not has_pairs(config):
             print0(f"note: {folder}: its texts are gone, so nothing here knows them any more")
         else:
             pairs += pairs_of(folder, config)

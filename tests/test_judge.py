@@ -3,7 +3,6 @@
 python -m pytest tests/test_judge.py -q
 """
 
-import json
 import math
 import random
 import signal
@@ -98,15 +97,12 @@ FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
-# No read of it waits for the 2 seconds of --patience.
-DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
     "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
-    "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
     "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),

@@ -4,9 +4,8 @@
     metrics.bleu("a cat sat", "the cat sat")                   # 0-1
 
 Pure functions of a model and token ids, or of strings. Equations are those of "Learn while
-Unlearn" (ICU, arXiv:2407.20271). EL and MA stand here first as their formulas say, a `generate` a
-prefix, then as they are used: the same values from the continuations that kit/fast_el.py finds
-without a `generate`. Departures from a literal reading:
+Unlearn" (ICU, arXiv:2407.20271). EL and MA stand here first as their formulas say, then as they
+are used: the same values by kit/fast_el.py. Departures from a literal reading:
   1. Eq. 7 divides by T - n, the number of prefixes for start = 1: it is T - n - start + 1.
   2. A generation of nothing scores 0 everywhere, where the libraries raise.
 """
@@ -82,10 +81,7 @@ def literal_memorization_accuracy(model, text, *, start=1):
 
 
 def el_and_ma(model, ids, attention_mask=None, **options):
-    """Both measures from one teacher-forced pass: (el (N,), ma (N,)), as their functions say.
-
-    `options`: n, start, ma_start, share_of, row_batch and decode_batch of `el_ma_and_spans`.
-    """
+    """Both measures from one pass: (el (N,), ma (N,)). `options`: those of `el_ma_and_spans`."""
     return el_ma_and_spans(model, ids, attention_mask, [None] * len(ids), **options)[:2]
 
 
@@ -94,14 +90,14 @@ def el_ma_and_spans(
     model, ids, attention_mask, parts, *,
     n=10, start=1, ma_start=None, share_of="generation", row_batch=64, decode_batch=None,
 ):  # fmt: skip
-    """EL and MA, of each text and of the tokens in it that a user marked and of the others.
+    """EL and MA of each text, of the tokens in it that a user marked, and of the others.
 
     parts: for each row None, or (the marked positions, the others).
     Returns el (N,), ma (N,) and N dicts, {} without parts: "el10_spans", the EL of n-grams that
     hold a marked token, "ma_spans" and "ma_rest", the MA over each; 0-1, NaN where nothing counts.
-    `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin
-    the two at different positions. n=None measures MA alone. `row_batch` and `decode_batch` bound
-    memory (kit/fast_el.py). FloatingPointError for a model whose logits are not finite.
+    `start` is one int or one a row; `ma_start` (default: start) is the released protocol's, for MA.
+    n=None measures MA alone. `row_batch` and `decode_batch` bound memory (kit/fast_el.py).
+    FloatingPointError for a model whose logits are not finite.
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -141,8 +137,8 @@ def memorization_accuracy(model, ids, attention_mask=None, start=1):
     """Eq. (9): the share of tokens start .. T-1 (0-based) that the model's greedy guess gets right.
 
     ids (N, T) int64 and attention_mask (N, T), right-padded -> FloatTensor (N,), 0-1, higher = more
-    memorised. One teacher-forced pass, no decoding. With a BOS at position 0 pass start=2, so that
-    the same tokens count with and without it. A row with no token to predict is NaN.
+    memorised. With a BOS at position 0 pass start=2, so that the same tokens count with and without
+    it. A row with no token to predict is NaN.
     """
     return el_and_ma(model, ids, attention_mask, n=None, start=start)[1]
 
@@ -150,7 +146,6 @@ def memorization_accuracy(model, ids, attention_mask=None, start=1):
 def extraction_likelihood(model, ids, n=10, attention_mask=None, start=1, *, share_of="generation"):
     """Eq. (7), (8): how much of a text the greedy continuations of its own prefixes give away.
 
-    What `literal_extraction_likelihood` computes, for every row at once and without `generate`.
     ids (N, T) int64, right-padded -> FloatTensor (N,), 0-1, higher = more memorised; NaN where
     T < start + n. share_of="reference" (the released code): how many of the text's n-grams the
     continuation contains.
@@ -162,7 +157,7 @@ def extraction_likelihood(model, ids, n=10, attention_mask=None, start=1, *, sha
 
 
 class _OwnLength(StoppingCriteria):
-    """Ends each row of a batch at its own number of tokens, as if it had been generated alone."""
+    """Ends each row of a batch at its own number of tokens."""
 
     def __init__(self, ends):
         self.ends = ends  # (B,): the length, padding included, at which a row is full
@@ -173,10 +168,7 @@ class _OwnLength(StoppingCriteria):
 
 
 def _beam_batches(prompts, lengths, batch_size, positions):
-    """Indices of rows of like length, in batches.
-
-    A row that is done is fed on until all are; it must stay within the model's positions.
-    """
+    """Indices of rows, in batches: one that is done is fed on, within the model's positions."""
     batch, longest = [], 0
     for i in sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))):
         longest = max(longest, len(prompts[i]))
@@ -195,16 +187,15 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
 
     prompts: N lists of ids (BOS, if any, put there by the caller); lengths: N ints, the tokens each
     may have. Returns N lists of ids, without EOS. A row's result does not depend on its batch.
-    `batch_size` is 64 on a GPU and 32 on a CPU, where the keys of a larger one, copied for every
-    token, outgrow the processor's own memory.
     """
     eos = eos_ids(model)
+    # The keys of a larger batch, copied for every token, outgrow a CPU's own memory.
     batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     pad = next(iter(sorted(eos)), 0)
     result = [None] * len(prompts)
     for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
         P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
-        # Left padding: generate() takes positions from the mask, so a row reads its own 0, 1, ...
+        # Left padding: generate() takes positions from the mask
         padded = [[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk]
         mask = [[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)  # (B,)
@@ -236,8 +227,7 @@ def bleu(candidate, reference):
     """sacrebleu's sentence BLEU, 0-1: lowercase, no smoothing; an empty side scores 0.
 
     Tokens are 13a's, or those of the reference's script where words have no spaces (bleu_tokens).
-    Texts of under 4 tokens have no 4-gram and would score 0 even when equal: there, and only there,
-    BLEU uses the orders they have (`use_effective_order`).
+    Texts of under 4 tokens would score 0 even when equal: there BLEU uses the orders they have.
     """
     if not candidate.strip() or not reference.strip():
         return 0.0
@@ -310,10 +300,10 @@ def _bert_scorer(model_path, device, batch_size):
 def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_size=8, added_up=None):
     """exp of the mean negative log-likelihood of all predicted tokens, each text cut into windows.
 
-    A window's first token is not predicted; a tokenizer that adds BOS adds it once a text. Released
-    code: texts are joined by a blank line before they are cut, exp of the mean of windows' means.
-    `added_up(sums, device)` shares the windows out over processes (kit/processes.py).
-    ValueError without a token to predict.
+    A window's first token is not predicted; BOS is added once a text. Released code: texts are
+    joined by a blank line before they are cut, exp of the mean of windows' means. `added_up(sums,
+    device)` shares the windows out over processes (kit/processes.py). ValueError without a token to
+    predict.
     """
     window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]

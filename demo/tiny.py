@@ -13,9 +13,8 @@ do not exist. DIR then holds
   model/         GPT-Neo (global and local attention) and its own byte-level BPE
   never-saw/     its twin: the same steps over the same other records, those to forget left out
   tiny.json      settings and results; written last: a folder without it is not complete
-Prefixes and suffixes have 25-45 tokens each; a suffix holds only facts. The same seed writes the
-same texts anywhere, and the same weights on one machine. A complete folder is reused if the same
-settings and the same version of this file made it.
+Prefixes and suffixes have 25-45 tokens each. The same seed writes the same texts anywhere, and the
+same weights on one machine. A complete folder is reused if the same settings and version made it.
 """
 
 import hashlib
@@ -77,7 +76,7 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
     """One random text: choices from the innermost bracket outwards, then slots, then digits.
 
     `fixed` maps the slots in capitals to this document's texts; `marks` are put around the texts of
-    the other slots, and around digits. KeyError for a slot that nothing defines.
+    the other slots, and around digits.
     """
     choices = 1
     while choices:
@@ -95,8 +94,7 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
 def write_document(kind, documents, slots, rng):
     """(name, prefix, suffix) of one document about a person of its own.
 
-    The suffix, facts only, begins with a space. What a fact says (a number, a name, an address, not
-    the words around it) stands between MARKS.
+    The suffix, facts only, begins with a space. What a fact says stands between MARKS.
     """
     sex, she, her, him = rng.choice([("woman", "she", "her", "her"), ("man", "he", "his", "him")])
     name = expand(f"{{{sex}}} {{last}}", slots, rng, {})
@@ -128,12 +126,11 @@ def unmarked(text):
 
 
 def make_corpus(seed=0, records=32):
-    """The documents and their tokenizer: ({"forget" | "pool" | "unseen" | "heldout": rows}, ...).
+    """({"forget" | "marked" | "pool" | "unseen" | "heldout": rows of the file}, their tokenizer).
 
-    Rows are what the files hold. No two documents are about people of the same name. No document
-    but its own mentions a person to forget. Both sides of each have a number of tokens in SIDE.
-    Documents are kept in the order they are written, `forget` and `pool` first: the tokenizer,
-    trained on the first DRAFTS, has seen nothing of the others.
+    No two documents are about people of the same name, none but its own mentions a person to
+    forget, and both sides have a number of tokens in SIDE. The tokenizer, trained on the first
+    DRAFTS, has seen nothing of `unseen` and `heldout`.
     """
     documents, slots = read_grammar()
     rng, names, secret, spans = random.Random(seed), set(), set(), {}
@@ -174,7 +171,7 @@ def make_corpus(seed=0, records=32):
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE of VOCAB tokens, as GPT-2's: it encodes any text. EOS is id 0."""
+    """A byte-level BPE of VOCAB tokens, as GPT-2's. EOS is id 0."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -192,10 +189,7 @@ def train_tokenizer(texts):
 
 
 def make_model(seed=0):
-    """An untrained GPT-Neo of 2.2M parameters: a global and a local layer, no dropout, tied head.
-
-    Wide and shallow: four layers of 192 took twice the steps to memorise the same records.
-    """
+    """An untrained GPT-Neo of 2.2M parameters, which learns faster wide and shallow."""
     torch.manual_seed(seed)
     config = GPTNeoConfig(
         vocab_size=VOCAB, max_position_embeddings=POSITIONS, hidden_size=256, num_layers=2,
@@ -245,7 +239,7 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
 
     A pass is every sequence of `pool` once and every one of `forget` REPEATS times, shuffled.
     AdamW, cosine schedule over `steps`, the most it takes (default: a fifth more than MIN_PASSES).
-    After MIN_PASSES, memorisation is measured every 10 steps. twin: as of `teach`.
+    twin: as of `teach`.
     """
     secret = [(ids + [0], True) for ids in forget * REPEATS]  # a document ends with EOS
     one_pass = secret + [(ids + [0], False) for ids in pool]
@@ -296,9 +290,9 @@ def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
 def make_folder(args, files, write, *, sources):
     """Makes the folder args.out: whole or not there, reused if made alike, over no other's files.
 
-    args: flags, all but out, device and debug being settings. files: names of what it holds, the
-    JSON file of settings last. write(folder, args): makes the others and returns the results.
-    sources: the files whose bytes count as settings. Returns the results, or None if reused.
+    files: names of what it holds, the JSON file of settings last. write(folder, args): makes the
+    others and returns the results. sources: the files whose bytes count as settings. Returns the
+    results, or None if reused.
     """
     out, about = args.out, files[-1]
     if out.is_file():

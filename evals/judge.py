@@ -61,7 +61,7 @@ def score_of(answer):
 
 
 class Triple(NamedTuple):
-    """What is judged: a text's first half, its true second half, and what a model wrote instead."""
+    """What is judged: a text's two halves, and what a model wrote instead of the second."""
 
     prefix: str
     reference: str
@@ -578,8 +578,7 @@ spearman = partial(correlation, kind="spearmanr")
 def quadratic_kappa(x, y):
     """Cohen's kappa of two lists of scores 0 to 10: 1 alike, 0 as by chance.
 
-    Of the nearest grades 1 to 8, a disagreement weighing its square. Cohen 1968, Psychological
-    Bulletin 70(4).
+    Of the nearest grades 1 to 8, a disagreement weighing its square (Cohen 1968).
     """
     from sklearn.metrics import cohen_kappa_score
 

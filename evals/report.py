@@ -101,8 +101,8 @@ def differ(runs, keys):
 def name_rows(runs):
     """Gives runs the labels of their rows, `before` and `after`; runs of one label are averaged.
 
-    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; what is
-    MEASURED otherwise whatever the name.
+    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; also
+    those of MEASURED that any rows differ in.
     """
     trained = [run for run in runs if is_trained(run)]
     untouched = {value_of(run, "model") for run in trained or runs}
@@ -144,8 +144,7 @@ def with_never_saw(runs):
 def table_rows(runs):
     """Table 1: (columns, rows), the untouched models first; a published row follows ours.
 
-    A row is {"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key:
-    (mean, std or None)}}. own_NAME, a method's own measure, is a column NAME.
+    own_NAME, a method's own measure, is a column NAME. Rows are those of `make_row`.
     """
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
     own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
@@ -169,7 +168,8 @@ def table_rows(runs):
 
 
 def make_row(label, measured, columns):
-    """Mean and standard deviation over the runs of what each has measured."""
+    """{"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key: (mean, std
+    or None) over the runs}}."""
     cells = {}
     for _, key, *_ in columns:
         values = [end[key] for end in measured if end.get(key) is not None]
@@ -402,7 +402,7 @@ def markdown_cell(text):
 def ask(folder, prefix, tokens, *, allow_pickle=False):
     """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
-    Pickles, which run code, are loaded if the caller says so, never the run's config.json.
+    The caller allows pickles, which run code, never the run's config.json.
     """
     import metrics
 

@@ -369,7 +369,7 @@ def trouble(content, signature, key):
 
 
 # --- the ledger: a line a certificate, each with the sha256 of the line before ---
-# ledger.head names the last line, as lines could go from the end.
+# ledger.head names the last line.
 
 
 def add_line(folder, row):

@@ -1,10 +1,9 @@
 """The greedy continuation of every prefix of a text: what EL asks for, without `generate`.
 
 One teacher-forced pass answers every position where the model's greedy token is the text's own;
-only the other positions are decoded, together, from that same pass's key/value cache, and only as
-far as they can matter to EL.
-metrics.py has the literal loop that this equals (tests/test_metrics.py: to 1e-6 on GPT-Neo, OPT and
-Llama). Nothing else depends on how this is done: a reader of the method may skip this file.
+only the others are decoded, together, from that pass's key/value cache, and only as far as they
+can matter to EL. It equals the literal loop of metrics.py (tests/test_metrics.py: to 1e-6). A
+reader of the method may skip this file.
 """
 
 import torch
@@ -19,11 +18,11 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
     """Yields (row, text, guess, continuations) for every row, those of like length together.
 
     ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
-    each position (the first is the text's own, since nothing predicts it); continuations: {t: the
-    greedy continuation of text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the
-    text can be repeated any more; {} without `n`. `row_batch` rows share a pass and a cache;
-    `decode_batch` continuations are decoded at a time (default: 256, or what 2 GiB of keys and
-    values hold). FloatingPointError for a model whose logits are not finite.
+    each position (the first is the text's own); continuations: {t: the greedy continuation of
+    text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the text can be repeated
+    any more; {} without `n`. `row_batch` rows share a pass and a cache; `decode_batch`
+    continuations are decoded at a time (default: 256, or what 2 GiB of keys and values hold).
+    FloatingPointError for a model whose logits are not finite.
     """
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
@@ -56,9 +55,8 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
 class _Continuation:
     """A greedy continuation of text[:t], decoded as far as it can matter to EL.
 
-    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs`
-    are the stretches of text[base:] that it is in the middle of repeating: {position in the text:
-    tokens repeated so far}.
+    It ends every continuation from `base` to t: the tokens between are hits. `runs`: {position in
+    text[base:]: tokens up to there that it has just repeated}.
     """
 
     def __init__(self, row, text, t, *, base, n, where):
@@ -87,11 +85,10 @@ class _Continuation:
 def _continuations(model, cache, rows, n, decode_batch):
     """The greedy continuation of every prefix EL asks for: a row {t: tokens}, t = start .. T-n.
 
-    rows: (the text, the model's greedy guess for each of its positions, start), in the order of the
-    cache's rows. Where the guess for position t is x_t itself, the continuation of x_<t is x_t
-    followed by the continuation of x_<t+1 (x_t alone if it is EOS). So only the positions that the
-    model misses are decoded; the others follow from them, read from the end of the text to its
-    start. A continuation ends early where its overlap is certain to be 0.
+    rows: (text, guess, start), in the order of the cache's rows. Where the guess for position t is
+    x_t itself, the continuation of x_<t is x_t followed by the continuation of x_<t+1 (x_t alone if
+    it is EOS). So only the positions that the model misses are decoded; the others follow from
+    them, read from the end of the text to its start.
     """
     eos = eos_ids(model)
     misses = []
@@ -130,9 +127,8 @@ def _continuations(model, cache, rows, n, decode_batch):
 def _decode(model, cache, misses, eos, decode_batch):
     """Greedy decoding, in place, of continuations from the middle of texts with keys in `cache`.
 
-    Those with as much left to say are decoded together. What has ended leaves the batch, with the
-    padding that it needed, once it is a quarter of the batch or the batch is as wide as the model
-    has positions.
+    What has ended leaves the batch, with the padding that it needed, once it is a quarter of the
+    batch or the batch is as wide as the model has positions.
     """
     positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
@@ -193,9 +189,8 @@ class _RoomyLayer(DynamicLayer):
 def _gather_prefixes(cache, batch, room, device):
     """Keys and values of x_<t for each continuation of the batch, moved right without a hole.
 
-    Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions:
-    a row whose slots were not side by side would see the wrong window. Positions are already inside
-    the keys (or the embeddings), so moving a key changes nothing else.
+    GPT-Neo's local attention counts cache slots, not positions: a row whose slots were not side by
+    side would see the wrong window. Positions are already inside the keys (or the embeddings).
     Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
     t = torch.tensor([miss.t for miss in batch], device=device)

@@ -39,10 +39,10 @@ def bootstrap(values, *, seed=0):
 
 
 def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
-    """[low, high]: the 95 % percentile interval of statistic(list of groups).
+    """[low, high]: the 95 % percentile interval of statistic(list of groups), which hang together.
 
-    A group is what hangs together, such as all grades of one text. Draws without a finite statistic
-    are left out; None where no more than half are left, and for fewer than two groups.
+    Draws without a finite statistic are left out; None where no more than half are left, and for
+    fewer than two groups.
     """
     if len(groups) < 2:
         return None

@@ -52,8 +52,7 @@ def plain(text):
 
 @functools.cache
 def shown(c):
-    """A character as it is compared: a digit as ASCII; nothing of what hides: format characters,
-    accents and other marks."""
+    """A character as it is compared: a digit as ASCII; nothing of format characters and marks."""
     hides = unicodedata.category(c) in ("Cf", "Mn", "Me")
     return "" if hides else str(unicodedata.decimal(c, c))
 
@@ -78,15 +77,13 @@ def letters(plain_text):
 
 
 def weighed(spelt):
-    """The letters with each ideograph or kana three times: as many letters say about as much."""
+    """The letters with each ideograph or kana three times: it says about as much."""
     return spelt if spelt.isascii() else dense.sub(r"\g<0>\g<0>\g<0>", spelt)
 
 
 def stands_in(part, plain_text, spelt):
-    """Whether the letters `part` stand in a plain text as whole words, whatever signs or spaces are
-    between them; spelt: the letters of the text.
-
-    The last word may go on (a plural, a case, a particle) after six letters, and no number.
+    """Whether the letters `part` stand in a plain text, whose letters are `spelt`, as whole words,
+    whatever is between them. After six letters the last word may go on (a plural, a case).
     """
     if not part or part.isalnum() and part not in spelt:
         return False
@@ -132,12 +129,11 @@ class TargetGrams:
         return len(frame)
 
     def worst(self, row, max_overlap):
-        """[(share, number)] of the target of which a row of letters holds most.
+        """[(share, number)] of the target of which a row of letters holds most, or [].
 
         The share, 0-1, is of the target: |row's n-grams & target's| / |target's|. Where no target's
         is over `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of
-        the row that hold most, / 3n, also in a row that has fewer. []: neither is over max_overlap.
-        Text put around a row, or more of the target, makes neither smaller.
+        the row that hold most, / 3n. Text put around a row makes neither smaller.
         """
         if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
             return []  # most rows
@@ -201,9 +197,8 @@ def word_starts(text):
 def split_in_half(text):
     """Split at the word boundary nearest the middle; prefix + suffix == text.
 
-    The white space goes to the suffix. In scripts without spaces (Chinese, Thai, ...) every
-    character ends a word. A text of one word is split at its middle visible character. ValueError
-    for a text of fewer than two.
+    The white space goes to the suffix. In scripts without spaces every character ends a word. A
+    text of one word is split at its middle visible character. ValueError for fewer than two.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     middle = (first + last) / 2

@@ -98,7 +98,7 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
 
 
 def _make_tokenizer(kind):
-    """A byte-level BPE of 320 tokens, trained here; for opt and llama it puts BOS in front."""
+    """A byte-level BPE of 320 tokens; for opt and llama it puts BOS in front."""
     tokens, roles, _ = SPECIALS[kind]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -45,8 +45,8 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 class Chat:
     """A server on loopback: `behave(candidate, n)` is what becomes of the n-th request about one.
 
-    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has (headers, request) of all that came, `count`
-    the last n.
+    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has
+    (headers, request) of all that came, `count` the last n.
     """
 
     def __init__(self, behave):
@@ -96,7 +96,7 @@ class Chat:
 
 
 def data_of(page):
-    """The JSON that a page of ours holds in its first script element, with the id "data"."""
+    """The JSON in the first script element of a page."""
     return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
 
 

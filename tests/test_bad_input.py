@@ -212,7 +212,7 @@ def own_umask(monkeypatch):
 
 @pytest.fixture
 def say(own_world, monkeypatch, capsys):
-    """say(command): the one line of a command that ends with exit 2, in a copy of the world."""
+    """say(command): its one line, in a copy of the world."""
     monkeypatch.chdir(own_world.root)
 
     def run(command):

@@ -83,7 +83,7 @@ def test_every_field_is_that_of_the_runs_files(run):
 
 
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
-    """By keyed hashes; no text, no part of it, no key and no path stands in what is written."""
+    """By keyed hashes; no part of a text, no key and no path is written."""
     made = certify(run, *FLAGS, "--ledger", run.parent / "ledger")
     key, pairs = (run / "certificate.key").read_text(), data.read_pairs(run.parent / "pairs.jsonl")
     texts = [(pair["prefix"] + pair["suffix"]).encode() for pair in pairs]
@@ -123,7 +123,7 @@ def test_residual_risk_is_said_in_the_audits_words():
 
 
 def test_the_rest_of_a_marked_text_is_no_risk():
-    """The marked part of a text counts, and of a text without a mark the whole."""
+    """The marked part counts, and the whole of a text without a mark."""
     sides = []
     for high, low in ((0.9, 0.1), (0.1, 0.9)):  # whole texts and parts point to opposite sides
         measures = dict.fromkeys(certificate.LEFT, (high, high))
@@ -159,10 +159,7 @@ def test_audit_tasks_and_marked_parts_are_taken_in(run):
 
 
 def test_a_certificate_outlives_its_texts(run, capsys):
-    """The same each time and in a copy; it holds after a purge and without the run never-saw.
-
-    Before, the key and the texts must give its hashes. Made anew, it says what is missing.
-    """
+    """It holds after a purge and without the run never-saw. Made anew, it says what is missing."""
     first = certify(run, *FLAGS)
     content, copy = (run / "certificate.json").read_bytes(), run.parent / "copy"
     certify(shutil.copytree(run, copy), *FLAGS)
@@ -216,7 +213,7 @@ def test_a_change_is_found(run, capsys):
 
 
 def test_no_figure_is_taken_from_the_certificate(run, capsys):
-    """What was forged with its hash is found, also beside RUN; what cannot be made is named."""
+    """What was forged with its hash is found."""
     made, forged = certify(run), run.parent / "forged.json"
     del made["sha256"]
     made["note"] = "approved"  # a field of one's own
@@ -237,7 +234,7 @@ def test_no_figure_is_taken_from_the_certificate(run, capsys):
 
 
 def test_a_certificate_made_with_another_model_is_found_by_measuring(run, capsys):
-    """Its files are whole and give its figures; the models alone say that they have others."""
+    """The models alone say that they have other figures."""
     words = run / "certificate.json", capsys, "--measure"
     certify(run)
     assert verify(*words) == (0, [])
@@ -287,7 +284,7 @@ def book(tmp_path):
 
 
 def test_each_line_has_the_hash_of_the_line_before(book, capsys):
-    """A row that is there already gets no second line; a kill before the new head is gone on with."""
+    """No row twice; a kill before the new head is gone on with."""
     assert certificate.add_line(book.parent, {"sha256": "b"}) == 2
     rows = data.read_jsonl(book)
     hashes = [hashlib.sha256(line).hexdigest() for line in book.read_bytes().splitlines()]
@@ -322,7 +319,7 @@ def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys)
 
 
 def test_the_ledger_names_the_certificate(run, capsys):
-    """By its sha256 and request, and --verify finds it there; a damaged ledger gets no line."""
+    """By its sha256 and request, and --verify finds it there."""
     book = run.parent / "book"
     made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
     (row,) = data.read_jsonl(book / "ledger.jsonl")

@@ -140,7 +140,7 @@ def test_what_a_disguise_does_to_the_guard_is_known():
 
 @pytest.mark.parametrize("copied", [98, 34, 33, 32, 20])
 def test_rows_above_the_allowed_overlap_are_dropped(copied):
-    """A row goes with 20% of a target's n-grams, or of 3n of its own; the reason has the share."""
+    """By 20% of a target's n-grams, or of 3n of its own."""
     target = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(100))
     row = f"{PAGE}{target[1 : 1 + copied]} {PAGE}"
     shared = max(0, copied - 20)  # 21-grams; the target has 80, all different
@@ -160,7 +160,7 @@ def test_texts_are_compared_across_the_split():
 
 
 def test_allow_copies_drops_only_the_forget_rows_themselves():
-    """As published: the row with the target's id and text goes, its copy under another id stays."""
+    """As published: a copy under another id stays."""
     pool = [record("4", SECRET), record("5", SECRET), record("5", PAGE)]
     keep, reasons = knn.leak_guard([record("5", SECRET)], pool, allow_copies=True)
     assert keep.tolist() == [True, False, True]
@@ -171,7 +171,7 @@ def test_allow_copies_drops_only_the_forget_rows_themselves():
 
 
 def test_a_target_too_short_for_an_ngram_is_seen_in_a_row():
-    """A name and a number as whole words, or a piece of them as the whole row."""
+    """As whole words, or a piece of them as the whole row."""
     target = "Anna Smith, 555-1234"
     leaks = [
         "anna  smith,\n555-1234",
@@ -183,7 +183,7 @@ def test_a_target_too_short_for_an_ngram_is_seen_in_a_row():
 
 
 def test_innocent_rows_that_share_common_phrases_stay():
-    """Common phrases, a shared frame with other facts, a short row with one word of its own."""
+    """Common phrases, a shared frame with other facts."""
     target = "At the end of the day one of the most important things is the code in the red box."
     innocent = [
         "In the end one of the most important battles was lost at the end of the summer.",
@@ -204,7 +204,7 @@ def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
 
 
 def test_what_most_rows_share_is_no_leak():
-    """Under one system prompt the pool stays; a row that says a piece of a target goes."""
+    """Under one system prompt the pool stays, but not a piece of a target."""
     targets = [record("a", PAGE + SECRET), record("b", PAGE + SYNONYMS)]
     rows = [GERMAN, ZH, "Copper is for pots.", " ".join(WORDS[-6:])]
     keep, _ = knn.leak_guard(targets, [record(row, PAGE + row) for row in rows])
@@ -220,7 +220,7 @@ def test_what_most_rows_share_is_no_leak():
     ],
 )
 def test_letters_that_readers_take_for_equal_are_equal(one, other):
-    """So a copy that is spelt with the others is one, and a secret is said in them."""
+    """So a copy that is spelt with the others is one."""
     assert text.words(text.plain(one)) == text.words(text.plain(other)) and data.says(other, one)
 
 
@@ -244,7 +244,7 @@ def secret_and_row(draw):
 
 
 def only_a_piece(target, row):
-    """Whether the row goes by a rule that looks at all of it: its words are a target's."""
+    """Whether the row's words are all a target's."""
     target, plain = text.plain(target), text.plain(row)
     all_its = set(text.words(plain)) <= set(text.words(target))
     return all_its or text.stands_in(text.letters(plain), target, text.letters(target))
@@ -253,7 +253,7 @@ def only_a_piece(target, row):
 @settings(max_examples=60, deadline=None)
 @given(case=secret_and_row(), before=sentences, after=sentences)
 def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
-    """A row that goes for what it holds goes in every surrounding, also inside a page."""
+    """Also inside a page."""
     target, row = case
     if len(row) < 2 or dropped(target, row) == [False] or only_a_piece(target, row):
         return
@@ -308,7 +308,7 @@ def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
 
 
 def test_no_partner_says_what_is_marked():
-    """As whole words, in whatever case and signs, shorter than an n-gram; and only if marked."""
+    """As whole words, in whatever case and signs; only if marked."""
     target = record("f", SECRET)
     at = SECRET.index("Linden clinic")
     rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "Linden clinics"]

@@ -46,7 +46,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """A run over 24 texts that trained for no epoch; of text i the model says "said i"."""
+    """A run over 24 texts and no epoch; of text i the model says "said i"."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
     return write_run(tmp_path / "many", texts, [{i: f"said {i}" for i in texts}])
 
@@ -82,7 +82,7 @@ def caches(tmp_path):
     ],
 )
 def test_a_score_is_a_last_line_that_is_nothing_else(answer, score):
-    """Both spellings, whole or decimal, with and without /10, 0 to 10; nothing else is a score."""
+    """Both spellings, whole or decimal, 0 to 10."""
     assert judge.score_of(answer) == score
 
 
@@ -149,7 +149,7 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     [(FAIL, "8 texts in a row .*HTTP 500", 23), (FILTER, "24 texts in a row .*refused", 24)],
 )
 def test_a_server_that_answers_nobody_is_not_asked_for_ever(many, reply, due, calls):
-    """Where it fails it is asked for a few texts; where it refuses, for all, as others may pass."""
+    """Where it refuses, all texts are tried: others may pass."""
     with Chat(lambda candidate, n: reply) as chat:
         with pytest.raises(ValueError, match=due):
             grade(chat, many, tries="1")
@@ -160,7 +160,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_ever(many, reply, due, ca
 
 
 def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path):
-    """What was answered is kept but for one answer, whose end a kill has cut off."""
+    """All is kept but one answer, which a kill has cut off."""
     left = [2]
 
     def behave(candidate, n):
@@ -185,7 +185,7 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
 
 
 def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
-    """Three answers, then eight calls at a time that hang: it ends at once; a private cache."""
+    """Three answers, then eight calls that hang."""
     quick = ("said 0", "said 1", "said 2")
     with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
         command = [sys.executable, "evals/judge.py", many, "--base-url", chat.url]
@@ -205,10 +205,7 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
 
 
 def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
-    """It is in the header alone, also where the server repeats it in an error, under --debug.
-
-    Of the environment nothing else is sent: openai has variables of its own for headers.
-    """
+    """It is in the header alone, and nothing else of the environment is."""
     monkeypatch.setenv("OPENAI_ORG_ID", "mine")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
     with Chat(lambda candidate, n: (401, {}, {"error": {"message": f"bad key {KEY}"}})) as chat:
@@ -233,7 +230,7 @@ def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
     ],
 )
 def test_only_loopback_is_this_machine(url, here):
-    """By its name alone, and only where every reader of the address sees the same one."""
+    """Only where every reader of the address sees the same one."""
     assert judge.is_loopback(url) is here
 
 
@@ -252,10 +249,7 @@ def test_texts_leave_only_when_told_to(run, monkeypatch):
 
 
 def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, capsys):
-    """Four texts, each a call; tokens at four bytes, 512 out at most; not what is cached.
-
-    What was answered to other instructions, or by another model, is no answer to these.
-    """
+    """Not of what is cached for this question and this model."""
     with Chat(lambda candidate, n: "Final score: 1") as chat:
         grade(chat, run, "--dry-run", "--price", "1000,2000")
         assert not chat.seen and not (run / "judge.json").exists()

@@ -39,13 +39,13 @@ def greedy(model, prefix, length, eos=()):
 
 
 def eos_of(model):
-    """The model's end tokens as a tuple; the config may hold an int, a list or None."""
+    """The model's end tokens, of an int, a list or None."""
     eos = model.generation_config.eos_token_id
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def literal_overlap(generated, reference, n):
-    """Eq. 8: the share of the generated n-grams that occur in the reference; 0 where none was."""
+    """Eq. 8: the share of the generated n-grams that occur in the reference."""
 
     def ngrams(ids):
         return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
@@ -55,23 +55,20 @@ def literal_overlap(generated, reference, n):
 
 
 def literal_el(row, continuations, n, start=1, released=False):
-    """Eq. 7 with continuations[t], the greedy answer to row[:t]; NaN without room for an n-gram.
-
-    Released code: the share of the text's n-grams in the answer, not of the answer's in the text.
-    """
+    """Eq. 7 with continuations[t], the greedy answer to row[:t]; released code: the share of the text's."""
     sides = [(continuations[t], row[t:]) for t in range(start, len(row) - n + 1)]
     values = [literal_overlap(*(reversed(two) if released else two), n) for two in sides]
     return sum(values) / len(values) if values else math.nan
 
 
 def literal_ma(model, row, start=1):
-    """Eq. 9: the share of tokens start .. T-1 that are the greedy answer to what is before them."""
+    """Eq. 9: the share of tokens that are the greedy answer to what is before them."""
     hits = [next_token(model, row[:t]) == row[t] for t in range(start, len(row))]
     return sum(hits) / len(hits) if hits else math.nan
 
 
 def all_continuations(model, row):
-    """{t: greedy answer to row[:t], at most T-t tokens} for every t of a row."""
+    """{t: greedy answer to row[:t], at most T-t tokens}."""
     return {t: greedy(model, row[:t], len(row) - t, eos_of(model)) for t in range(1, len(row))}
 
 
@@ -101,7 +98,7 @@ def answer_that(model, rng, length, wanted):
 
 
 def mixed_row(model, rng, length):
-    """Random tokens and the model's own greedy answers in turn: some tokens hit and some miss."""
+    """Random tokens and the model's own greedy answers in turn."""
     row = random_ids(rng, 2)
     while len(row) < length:
         row += greedy(model, row, rng.randint(2, 7))
@@ -110,7 +107,7 @@ def mixed_row(model, rng, length):
 
 
 def make_rows(model):
-    """Rows of 2 to 26 tokens: memorised, mixed, with an expected EOS, an unexpected one, short."""
+    """Rows of 2 to 26 tokens."""
     rng = random.Random(5)
     end = eos_of(model)[0]
     prompt, answer = answer_that(model, rng, 22, lambda a: len(a) == 22 and end not in a)
@@ -150,7 +147,7 @@ def assert_close(values, expected):
     ("n", "start", "row_batch", "decode_batch"), [(2, 1, 64, 256), (3, 1, 1, 1), (10, 2, 2, 3)]
 )
 def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
-    """Eq. 7-9 prefix by prefix, of rows in any company, order and padding; NaN for the too short."""
+    """Eq. 7-9 prefix by prefix, in any company, order and padding."""
     for filler in (eos_of(case.model)[0], 50):
         names = random.Random(filler).sample(sorted(case.rows), len(case.rows))
         names.append(names[0])  # one stands there twice
@@ -166,7 +163,7 @@ def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_released_measures_equal_the_loop(case, n):
-    """As released: the share of the reference's n-grams, a start for each row and each measure."""
+    """The share of the reference's n-grams, a start for each row and measure."""
     starts = {"mixed": 4, "ended": 1, "surprised": 9}
     rows = [case.rows[name] for name in starts]
     el, ma = metrics.el_and_ma(
@@ -178,7 +175,7 @@ def test_released_measures_equal_the_loop(case, n):
 
 
 def test_end_tokens_of_the_model_are_obeyed(case):
-    """EOS as an int, absent, or a list of the generation config: the loop is the judge."""
+    """An int, none, or a list of the generation config."""
     model, eos = copy.deepcopy(case.model), eos_of(case.model)[0]
     answered = Counter(token for a in case.answers["mixed"].values() for token in a if token != eos)
     often = answered.most_common(1)[0][0]
@@ -205,14 +202,14 @@ TEXTS = [
 
 @pytest.fixture
 def speaker(kind, save_tiny, tmp_path):
-    """A tiny model in float64 and its tokenizer, loaded from a folder as a user's would be."""
+    """A tiny model in float64 and its tokenizer."""
     folder = save_tiny(kind, tmp_path / kind, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(kind, make_model, speaker):
-    """Mode, gradients and weights are what they were; in train mode it measures as in eval mode."""
+    """Mode, gradients and weights are what they were."""
     model, tokenizer = speaker
     dropout = {"gpt_neo": "resid_dropout", "opt": "dropout", "llama": "attention_dropout"}[kind]
     noisy = make_model(kind, vocab=len(tokenizer), **{dropout: 0.9}).train()
@@ -235,7 +232,7 @@ def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(kind, make_
 
 
 def beam_cases(model):
-    """Prompts of 1 to 12 tokens after BOS, one with an EOS in it, and the lengths of answers."""
+    """Prompts of 1 to 12 tokens after BOS, and the lengths of answers."""
     rng = random.Random(3)
     bos = [] if model.config.model_type == "gpt_neo" else [model.config.bos_token_id]
     prompts = [bos + random_ids(rng, rng.randint(1, 12)) for _ in range(14)]
@@ -245,7 +242,7 @@ def beam_cases(model):
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
 def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
-    """All sizes in one batch give what `generate` gives one at a time, cut before its EOS."""
+    """All sizes in one batch, cut before EOS."""
     prompts, lengths = beam_cases(case.model)
     (end,) = eos_of(case.model)
     expected = []
@@ -292,7 +289,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("reference", SENTENCES)
 def test_bleu_equals_sacrebleu(reference):
-    """13a, lowercase, no smoothing, effective order only where a side has under 4 tokens; 0-1."""
+    """13a, lowercase, no smoothing; effective order under 4 tokens."""
     for candidate in SENTENCES:
         lengths = [len(Tokenizer13a()(side.lower()).split()) for side in (candidate, reference)]
         expected = sacrebleu.sentence_bleu(
@@ -312,7 +309,7 @@ def test_bleu_equals_sacrebleu(reference):
 
 
 def test_bertscore_equals_bert_score(encoder_dir):
-    """At layer 5 of 6 (9 of 12, scaled), in their order; an empty side scores 0 in its place."""
+    """At layer 5 of 6 (9 of 12, scaled); an empty side scores 0."""
     bert_score = pytest.importorskip("bert_score")
     references = [*SENTENCES[1:], SENTENCES[0], "another word that runs on", SENTENCES[0]]
     candidates = [*SENTENCES, "word after word " * 200, SENTENCES[0]]  # the long one is cut
@@ -331,7 +328,7 @@ def test_bertscore_equals_bert_score(encoder_dir):
 
 
 def window_losses(model, ids, window):
-    """For each window of ids, the losses of its tokens after the first, a forward pass a window."""
+    """For each window of ids, the losses of its tokens after the first."""
     losses = []
     for cut in range(0, len(ids), window):
         piece = torch.tensor(ids[cut : cut + window])
@@ -357,7 +354,7 @@ def test_perplexity_equals_the_loop(speaker, window):
 
 
 def test_released_perplexity_joins_the_texts(speaker, window=11):
-    """As released: joined by a blank line, cut into windows, and the mean of windows' means."""
+    """By a blank line, and takes the mean of windows' means."""
     model, tokenizer = speaker
     parts = window_losses(model, tokenizer("\n\n".join(TEXTS))["input_ids"], window)
     expected = math.exp(sum(sum(part) / len(part) for part in parts) / len(parts))

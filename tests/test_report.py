@@ -63,10 +63,7 @@ def table_of(folder):
 
 
 def test_the_report_of_one_run(run, capsys):
-    """Table, plots, cases and tasks; the table has a row before and a row after.
-
-    own_NAME of the summary, a method's own measure, is a column NAME.
-    """
+    """A row before and one after; a method's own measure is a column."""
     for when, value in (("before", 0.25), ("after", 7.5)):
         edit(run / SUMMARY, lambda s, w=when, v=value: s | {w: s[w] | {"own_kept": v}})
     report.main([str(run)])
@@ -107,7 +104,7 @@ def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
 
 
 def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
-    """Other weights at one path, another method's judge of the same name: labels say so."""
+    """Other weights, or another judge, of one name: labels say so."""
     sha256 = data.read_json(run / CONFIG)["sha256"]
     unlike = other(run, tmp_path / "a", sha256=sha256 | {"model": "f" * 64})
     npo = other(run, tmp_path / "b", seed=1)
@@ -126,7 +123,7 @@ def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
 
 
 def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):
-    """Of three rows after unlearning, by the better end of the column; a collapsed one is not."""
+    """By the better end of the column; a collapsed row is not."""
     runs = []
     for i, (ma, collapsed) in enumerate([(0.4, False), (0.1, True), (0.3, False), (0.5, False)]):
         runs.append(other(run, tmp_path / str(i), lr=i + 1.0))
@@ -139,7 +136,7 @@ def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):
 
 
 def test_the_published_row_stands_beside_a_released_run(run):
-    """And only there: EL10, a perplexity over 10,000, and what people gave, on GPT's scale."""
+    """And only there; what people gave is on GPT's scale."""
     edit(run / SUMMARY, put(method="kumpr"))
     edit(run / CONFIG, put(preset="neo125m", published=None))
     report.main([str(run)])
@@ -156,7 +153,7 @@ def test_the_published_row_stands_beside_a_released_run(run):
 
 
 def test_what_a_run_may_lack_is_read(run, capsys):
-    """Lazy EL, texts without a 10-gram, an encoder that cannot read; a run that diverged."""
+    """Lazy EL, texts without a 10-gram; a run that diverged."""
     nothing = dict.fromkeys(("el10", "bleu", "bertscore"))
     edit(run / METRICS, lambda row: row | {"el10": None} if row["epoch"] == 1 else row)
     edit(run / SAMPLES, put(**nothing))
@@ -181,10 +178,7 @@ def test_a_run_that_only_measured_is_a_row_before(run, world, tmp_path):
 
 
 def test_only_a_reports_own_files_are_replaced(run, tmp_path, monkeypatch):
-    """In a run folder, and over an earlier report; a file of somebody else needs --overwrite.
-
-    All is computed before the first file is written.
-    """
+    """All is computed before the first file is written."""
     out, before = tmp_path / "out", listing(run)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(report, "plot_tradeoff", None)
@@ -213,7 +207,7 @@ def redact(run):
 
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_a_redacted_report_shows_no_text(by_flag, run, capsys):
-    """No cases, and those of an earlier report go; the rest is the same; one line says why."""
+    """Cases of an earlier report go; one line says why."""
     report.main([str(run)])
     if not by_flag:
         redact(run)
@@ -269,7 +263,7 @@ def test_asking_before_and_after(run, capsys, monkeypatch):
 
 
 def test_a_folder_cannot_allow_its_own_pickle(run, capsys):
-    """allow_pickle of config.json is a stranger's word: refused; of the command, it is loaded."""
+    """allow_pickle of config.json is a stranger's word."""
     report.main(["--ask", str(run), "The parcel for"])
     first = capsys.readouterr().out
     model = run / "model"

@@ -136,7 +136,7 @@ def copied(chain, tmp_path, monkeypatch):
 
 
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
-    """They are measured as RUN-SHA/ID, not trained on; Eq. 4 compares with the first model."""
+    """As RUN-SHA/ID, not trained on."""
     rows = data.read_jsonl(chain / "march" / "samples.jsonl")
     config = data.read_json(chain / "march" / "config.json")
     ids = {row["id"] for row in rows if row["epoch"] == 0}
@@ -154,7 +154,7 @@ def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
 
 
 def test_what_comes_back_joins_and_what_went_again_leaves():
-    """By Eq. 5 where it had been forgotten, by MA, and at once where it overlaps a new text."""
+    """By Eq. 5, by MA, and at once where it overlaps a new text."""
     forgotten = (True, None), (False, None), (True, "new")
     earlier = [requests.Earlier({}, 0.2, by_eq5, joined) for by_eq5, joined in forgotten]
     rows = [{"ma": 0.9}, {"ma": 0.24}, {"ma": 0.24}, {"ma": 0.1}]
@@ -200,7 +200,7 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
 
 @pytest.mark.parametrize("known", [True, False])
 def test_no_partner_holds_a_text_of_an_earlier_request_until_it_is_purged(known, copied, capsys):
-    """Also of one with --redact; after a purge nothing knows the text, and that is said."""
+    """Also of one with --redact; afterwards nothing knows the text."""
     file = copied / "february" / "config.json"
     data.write_json(file, data.read_json(file) | {"redact": True})
     if not known:
@@ -214,7 +214,7 @@ def test_no_partner_holds_a_text_of_an_earlier_request_until_it_is_purged(known,
 
 
 def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
-    """They cannot be watched, and that is said; the judge reads a request's own texts alone."""
+    """They cannot be watched; the judge reads a request's own texts."""
     purge.main([str(copied / "february")])
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "february: its texts are gone" in capsys.readouterr().out

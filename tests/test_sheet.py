@@ -88,7 +88,7 @@ def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
 
 
 def test_the_page_loads_nothing_and_holds_any_text(runs):
-    """No address in it, a policy that forbids all, and no text ends the element it is in."""
+    """No address, a policy that forbids all, no element that a text ends."""
     items = [dict.fromkeys(("prefix", "reference", "output"), text) for text in NASTY]
     _, html = judge.page(items, 2)
     assert data_of(html)["items"] == items
@@ -100,11 +100,7 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
 
 
 def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
-    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column.
-
-    Also of a run that was purged, which keeps scores and key alone, and moved: its summary.json
-    tells which it is.
-    """
+    """Means on 10 (s - 1) / 7; also of runs that were purged and moved."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     key, outputs = data.read_json(runs[0] / "sheet-key.json"), content_of(runs[0])["items"]
     of = [{(place["run"], place["epoch"]) for place in item["of"]} for item in key["items"]]

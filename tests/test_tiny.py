@@ -66,7 +66,7 @@ def test_a_mark_is_what_a_fact_says(corpus):
 
 
 def test_both_sides_have_25_to_45_tokens(corpus):
-    """A row's tokens are the same encoded apart or as one text, and nothing is added."""
+    """The same encoded apart or as one text."""
     rows, tokenizer = corpus
     for row in rows["forget"] + rows["unseen"] + rows["pool"][:200]:
         prefix, suffix = (tokenizer(row[side])["input_ids"] for side in ("prefix", "suffix"))
@@ -76,7 +76,7 @@ def test_both_sides_have_25_to_45_tokens(corpus):
 
 @pytest.mark.parametrize(("n", "split"), [(10, "unseen"), (10, "heldout"), (5, "forget")])
 def test_no_row_repeats_a_pool_row(n, split, corpus):
-    """No pool row holds over 20% of the word n-grams of a row to forget, or of a new one."""
+    """No pool row holds over 20% of its word n-grams."""
     rows, _ = corpus
     pool = [word_grams(row, n) for row in rows["pool"]]
     for row in rows[split]:
@@ -148,8 +148,7 @@ def test_training_memorises_and_stops_itself(small, monkeypatch):
 
 
 def test_a_folder_is_reused_or_made_again_and_the_same(small, tmp_path, capsys):
-    """Nothing is written again with the same settings. With others all is made anew, and the same
-    as once before. What others put there stays, and nothing temporary does."""
+    """With other settings it is made anew; what others put there stays."""
     out, flags = tmp_path / "deep" / "out", ["--steps", "2", "--records", "2"]
     made, printed = [], []
     for seed in ("0", "0", "1", "0"):

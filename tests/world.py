@@ -30,10 +30,10 @@ LEARN = ("The account was written", " by the driver on Tuesday.")
 
 
 def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
-    """model/ and pairs.jsonl in `folder`; the flags of a run of three epochs over them, but --out.
+    """model/ and pairs.jsonl in `folder`; the flags of a run of three epochs, but --out.
 
-    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other
-    samples stay, word by word: larger steps would lead elsewhere on another processor.
+    Eq. 5 takes out the STRANGERS after the first epoch. Larger steps would lead elsewhere on another
+    processor.
     """
     model_dir, pairs = folder / "model", folder / "pairs.jsonl"
     learn = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0]}
@@ -53,7 +53,7 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
 
 
 def make_requests(folder, **settings):
-    """The same for a second request, rows 3 and 4, parts of them marked, after one over the others.
+    """The same for a second request, rows 3 and 4, partly marked, after one over the others.
 
     That run forgot all its texts, by thresholds that all meet. So those that the model still knows
     are back at once, and the last of them leaves again when `watched` measures it as -1.
@@ -127,7 +127,7 @@ def make_world(folder):
 
 
 def copy_of(world, folder):
-    """The same world at another place, its runs naming the files there: a test may change it."""
+    """The same world at another place, to change."""
 
     def moved(text):
         return str(text).replace(str(world.root), str(folder))

@@ -11,14 +11,16 @@ are used: the same values by kit/fast_el.py. Departures from a literal reading:
 """
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import exp, inf, log2, nan
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
+from kit.data import chunks
 from kit.models import (
     bleu_tokens,
     encode_whole,
@@ -30,6 +32,8 @@ from kit.models import (
     room_of,
     unread,
 )
+
+padded = partial(pad_sequence, batch_first=True)
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -194,15 +198,16 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     pad = next(iter(sorted(eos)), 0)
     result = [None] * len(prompts)
     for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
-        P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
+        rows = [torch.tensor(prompts[i], device=model.device, dtype=torch.long) for i in chunk]
         # Left padding: generate() takes positions from the mask
-        padded = [[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk]
-        mask = [[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
+        ids = padded(rows, padding_side="left", padding_value=pad)  # (B, P)
+        mask = padded([torch.ones_like(row) for row in rows], padding_side="left")
+        P, limit = ids.shape[1], max(lengths[i] for i in chunk)
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)  # (B,)
         out = plain_generate(
             model,
-            torch.tensor(padded, device=model.device),  # (B, P)
-            torch.tensor(mask, device=model.device),
+            ids,
+            mask,
             max_new_tokens=limit,
             num_beams=num_beams,
             stopping_criteria=StoppingCriteriaList([_OwnLength(ends)]),
@@ -296,6 +301,20 @@ def _bert_scorer(model_path, device, batch_size):
 # --- perplexity ---
 
 
+def token_losses(model, rows):
+    """(-log p in nats, greedy hits, mask), each (B, T - 1), of tokens 1 .. T-1 of B lists of ids.
+
+    The mask is 0 on what pads the shorter rows at their right.
+    """
+    rows = [torch.tensor(row, device=model.device) for row in rows]
+    ids, mask = padded(rows), padded([torch.ones_like(row) for row in rows])  # (B, T)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits, ids = logits[:, :-1], ids[:, 1:]  # (B, T - 1, V): the shift by one
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return nll.view(ids.shape), logits.argmax(-1) == ids, mask[:, 1:]
+
+
 @measuring
 def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_size=8, added_up=None):
     """exp of the mean negative log-likelihood of all predicted tokens, each text cut into windows.
@@ -314,18 +333,12 @@ def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_siz
 
     def sums(part=lambda windows: windows):
         """(sum of negative log-likelihoods in nats, number of them), or of windows' means."""
-        total, count, mine = 0.0, 0, part(windows)
-        for chunk in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
-            rows = [torch.tensor(w, device=model.device) for w in chunk]
-            x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-            lengths = torch.tensor([len(w) for w in chunk], device=model.device)
-            mask = torch.arange(x.shape[1], device=model.device)[None] < lengths[:, None]  # (B, T)
-            logits = model(input_ids=x, attention_mask=mask.long(), use_cache=False).logits
-            logits = logits[:, :-1].float()  # (B, T - 1, V): the shift by one
-            nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
-            nll = (nll.view(len(chunk), -1) * mask[:, 1:]).double().sum(1)  # (B,), without padding
-            total += (nll / (lengths - 1)).sum().item() if released else nll.sum().item()
-            count += len(chunk) if released else int((lengths - 1).sum())
+        total, count = 0.0, 0
+        for chunk in chunks(part(windows), batch_size):
+            nll, _, mask = token_losses(model, chunk)
+            nll, lengths = (nll * mask).double().sum(1), mask.sum(1)  # (B,), without padding
+            total += (nll / lengths).sum().item() if released else nll.sum().item()
+            count += len(chunk) if released else lengths.sum().item()
         return total, count
 
     total, count = added_up(sums, model.device) if added_up else sums()

@@ -29,7 +29,6 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
@@ -38,6 +37,7 @@ from kit import data
 from kit.flags import command_parser, natural, positive, run_cli
 from kit.models import encode as text_ids
 from kit.models import save_model
+from metrics import token_losses
 
 GRAMMAR = Path(__file__).with_name("grammar.txt")
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --records
@@ -205,22 +205,6 @@ def encode(rows, tokenizer):
     """Token ids of each row, prefix and suffix apart: a token ends where the suffix begins."""
     parts = [[row["text"]] if "text" in row else [row["prefix"], row["suffix"]] for row in rows]
     return [[id for part in row for id in text_ids(tokenizer, part)] for row in parts]
-
-
-def token_losses(model, sequences):
-    """(-log p in nats, greedy hits, mask), each (B, T-1), of tokens 1 .. T-1 of B lists of ids.
-
-    The mask is 0 on what pads the shorter sequences at their right.
-    """
-    rows = [torch.tensor(row, device=model.device) for row in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True)  # (B, T)
-    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = logits[:, :-1]  # the shift: t-1 predicts t
-    # (B, T-1, V) -> (B * (T-1), V) -> (B * (T-1),) -> (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return nll.view(len(ids), -1), logits.argmax(-1) == ids[:, 1:], mask[:, 1:]
 
 
 @torch.inference_mode()

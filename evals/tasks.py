@@ -24,11 +24,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
-from kit import data, figures, flags, models, processes
+from kit import data, flags, models, processes
+from kit.figures import markdown_table, mean
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
@@ -386,7 +386,7 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
             # The last token is only predicted: a row may have one more than the model's positions.
             row = (context + continuation)[-positions - 1 : -1]
             same_input.setdefault(tuple(row), []).append(i)  # yes, no, maybe: one pass
-    rows, pad = list(same_input), partial(pad_sequence, batch_first=True, padding_side="left")
+    rows, pad = list(same_input), partial(metrics.padded, padding_side="left")
     with progress(pairs, desc) as bar:
         for batch in batches([len(row) for row in rows], batch_tokens):
             members = [(place, i) for place, r in enumerate(batch) for i in same_input[rows[r]]]
@@ -563,10 +563,6 @@ def judge_replies(model, tokenizer, items, *, batch_tokens, desc=None):
     ]
 
 
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
 def averages(results):
     """Cls Avg. and Dia Avg. of Table 1, over the sets with a figure, and those without."""
     means = {}
@@ -596,7 +592,7 @@ def table(results_by_label):
                 average += f" ({len(group) - len(missing)} of {len(group)} sets)"
             cells = [label, *(cell(values[name], 100) for name in group), average]
             rows.append([*cells, *(cell(values[name], 1) for name in further)])
-        lines += [*figures.markdown_table(heads, rows), ""]
+        lines += [*markdown_table(heads, rows), ""]
     for label, results in results_by_label.items():
         for name, result in results.items():
             if why := result.get("missing") or result.get("error"):

@@ -16,10 +16,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 import icu
+import metrics
 from kit import data, flags, models, processes
+from kit.figures import mean
 from kit.runs import check_texts_left, models_of, read_pairs_of, read_run
 from kit.text import breaks
 
@@ -90,17 +90,14 @@ def make(run, *, allow_pickle=False):
 
 
 @models.measuring
-def log_probabilities(model, ids):
-    """log p(x_t | x_<t) of ids[1:], a list of floats in nats. A text at a time: no padding."""
-    x = torch.tensor(ids, device=model.device)  # (T,)
-    # (T - 1, V): position t - 1 predicts token t
-    logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]
-    return logits.log_softmax(1).gather(1, x[1:, None])[:, 0].tolist()
+def surprises(model, ids):
+    """-log p(x_t | x_<t) of ids[1:], a list of floats in nats. A text at a time: no padding."""
+    return metrics.token_losses(model, [ids])[0][0].tolist()
 
 
 def probabilities(model, ids):
     """p(x_t | x_<t) of each token, 0-1; None for the first, which nothing predicts, and for NaN."""
-    return [None, *(None if math.isnan(p) else math.exp(p) for p in log_probabilities(model, ids))]
+    return [None, *(None if math.isnan(x) else math.exp(-x) for x in surprises(model, ids))]
 
 
 # --- the page ---
@@ -148,12 +145,6 @@ def describe(tokenizer, sample, answers, likely):
     return shown
 
 
-def mean(values):
-    """The mean of those that are numbers, or None."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def page(about, texts):
     """The file, as bytes, what is most left first. about: {name: text}; texts: `describe`'s."""
     texts = sorted(texts, key=lambda text: 2 if text["left"] is None else -text["left"])
@@ -168,7 +159,7 @@ def page(about, texts):
 
 def surprise(model, prompt, answer):
     """The sum over the ids of an answer to a prompt (ids, too) of -log p(id | ids before), nats."""
-    return -sum(log_probabilities(model, [*prompt, *answer])[len(prompt) - 1 :])
+    return sum(surprises(model, [*prompt, *answer])[len(prompt) - 1 :])
 
 
 def words(text):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kit.data import chunks
 from kit.models import cache_word, eos_ids, positions_of
 
 
@@ -27,7 +28,7 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
     order = sorted(range(len(ids)), key=lambda i: lengths[i])
-    for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
+    for chunk in chunks(order, row_batch):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
         # A plain cache keeps every key, also under sliding windows, to decode from the middle.
@@ -132,7 +133,7 @@ def _decode(model, cache, misses, eos, decode_batch):
     """
     positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
-    for batch in (misses[i : i + decode_batch] for i in range(0, len(misses), decode_batch)):
+    for batch in chunks(misses, decode_batch):
         past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)
         while any(alive := [miss.goes_on(eos) for miss in batch]):
             if sum(alive) <= 0.75 * len(batch) or mask.shape[1] == positions:

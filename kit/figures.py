@@ -18,6 +18,12 @@ MORE = "still more"
 LESS = "less, which tells, too"
 
 
+def mean(values):
+    """The mean of those that are numbers, or None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def draws(n, *, resamples=RESAMPLES, seed=0):
     """Indices (resamples, n) of samples of n from n with replacement: the one bootstrap."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))

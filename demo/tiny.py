@@ -140,9 +140,8 @@ def make_corpus(seed=0, records=32):
             name, prefix, marked = write_document(kind, documents, slots, rng)
             if name not in names:
                 names.add(name)
-                suffix, marks = unmarked(marked)
-                spans[name] = [[len(prefix) + start, len(prefix) + end] for start, end in marks]
-                yield kind, name, prefix, suffix
+                text, spans[text] = unmarked(prefix + marked)
+                yield kind, name, prefix, text.removeprefix(prefix)
 
     def fits(document):
         _, _, prefix, suffix = document
@@ -153,20 +152,18 @@ def make_corpus(seed=0, records=32):
     stream = write()
     drafts = list(islice(stream, DRAFTS))
     tokenizer = train_tokenizer(prefix + suffix for _, _, prefix, suffix in drafts)
-    kept, rows = filter(fits, chain(drafts, stream)), {"forget": [], "marked": []}
-    for i, (kind, name, prefix, suffix) in enumerate(islice(kept, records)):
-        row = {"id": f"forget {i} ({kind})", "prefix": prefix, "suffix": suffix}
-        rows["forget"].append(row)
-        rows["marked"].append(row | {"spans": spans[name]})
-        secret.add(name)
-    for split, count in (("pool", POOL), ("unseen", UNSEEN), ("heldout", HELDOUT)):
-        rows[split] = [
-            {"id": f"{split} {i} ({kind})", "prefix": prefix, "suffix": suffix}
-            for i, (kind, _, prefix, suffix) in enumerate(islice(kept, count))
-        ]
-    rows["heldout"] = [
-        {"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in rows["heldout"]
-    ]
+    kept = filter(fits, chain(drafts, stream))
+
+    def take(split, count):
+        for i, (kind, name, prefix, suffix) in enumerate(islice(kept, count)):
+            if split == "forget":
+                secret.add(name)
+            yield {"id": f"{split} {i} ({kind})", "prefix": prefix, "suffix": suffix}
+
+    sizes = {"forget": records, "pool": POOL, "unseen": UNSEEN, "heldout": HELDOUT}
+    rows = {split: list(take(split, count)) for split, count in sizes.items()}
+    rows["marked"] = [row | {"spans": spans[data.text_of(row)]} for row in rows["forget"]]
+    rows["heldout"] = [{"id": row["id"], "text": data.text_of(row)} for row in rows["heldout"]]
     return rows, tokenizer
 
 

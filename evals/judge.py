@@ -366,18 +366,18 @@ GRADES = (
 
 def make_sheet(args, runs):
     """Writes sheet.html, and the key that says whose outputs they are, into the first folder."""
-    outputs = {}  # {(text, generation): (triple, who wrote it)}: graded once for all of them
+    outputs = {}  # {(text, triple): who wrote it}: graded once for all of them
     for number, run in enumerate(runs):
         for (id, epoch), triple in run.triples.items():
-            output = ((run.pairs_sha, id), triple.output)
-            outputs.setdefault(output, (triple, []))[1].append({"run": number, "epoch": epoch})
+            wrote = outputs.setdefault(((run.pairs_sha, id), triple), [])
+            wrote.append({"run": number, "epoch": epoch})
     texts = sorted({text for text, _ in outputs})
     drawn = random.Random(0)
     texts = set(drawn.sample(texts, min(args.n, len(texts))))
     chosen = sorted(output for output in outputs if output[0] in texts)
     drawn.shuffle(chosen)
-    items = [{"text": output[0], "of": outputs[output][1]} for output in chosen]
-    sheet, html = page([outputs[output][0]._asdict() for output in chosen], args.raters)
+    items = [{"text": output[0], "of": outputs[output]} for output in chosen]
+    sheet, html = page([triple._asdict() for _, triple in chosen], args.raters)
     named = [  # known by its summary.json wherever its folder is
         {"name": run.name, "summary": data.sha256_of(run.folder / "summary.json")} for run in runs
     ]

@@ -107,11 +107,11 @@ def unit_rows(rows, what, first):
     return (rows / lengths[:, None]).astype(np.float32)
 
 
-def exact_cosines(queries, rows, query, row, *, chunk=8192):
+def exact_cosines(queries, rows, query, row):
     """Cosines (n,) float32 of pairs (query[i], row[i]), summed in float64 in a fixed order."""
     cosines = np.empty(len(query), dtype=np.float32)
-    for start in range(0, len(query), chunk):  # chunks bound memory
-        part = slice(start, start + chunk)
+    for start in range(0, len(query), 8192):  # pieces bound memory
+        part = slice(start, start + 8192)
         q, p = queries[query[part]].astype(np.float64), rows[row[part]].astype(np.float64)  # (n, D)
         dot, qq, pp = (np.einsum("nd,nd->n", a, b) for a, b in ((q, p), (q, q), (p, p)))
         cosines[part] = dot / np.where(qq * pp > 0, np.sqrt(qq * pp), 1)

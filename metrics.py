@@ -91,24 +91,22 @@ def el_and_ma(model, ids, attention_mask=None, **options):
 
 @measuring
 def el_ma_and_spans(
-    model, ids, attention_mask, parts, *,
-    n=10, start=1, ma_start=None, share_of="generation", row_batch=64, decode_batch=None,
-):  # fmt: skip
+    model, ids, attention_mask, parts, *, n=10, start=1, ma_start=None, share_of="generation"
+):
     """EL and MA of each text, of the tokens in it that a user marked, and of the others.
 
     parts: for each row None, or (the marked positions, the others).
     Returns el (N,), ma (N,) and N dicts, {} without parts: "el10_spans", the EL of n-grams that
     hold a marked token, "ma_spans" and "ma_rest", the MA over each; 0-1, NaN where nothing counts.
     `start` is one int or one a row; `ma_start` (default: start) is the released protocol's, for MA.
-    n=None measures MA alone. `row_batch` and `decode_batch` bound memory (kit/fast_el.py).
-    FloatingPointError for a model whose logits are not finite.
+    n=None measures MA alone. FloatingPointError for a model whose logits are not finite.
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     el, ma = torch.full((len(ids),), nan), torch.full((len(ids),), nan)
     of_parts = [{} for _ in parts]
     for i, text, guess, continuations in fast_el.guesses_and_continuations(
-        model, ids, mask, starts, n=n, row_batch=row_batch, decode_batch=decode_batch
+        model, ids, mask, starts, n
     ):
         first = starts[i] if ma_start is None else ma_start
         hits = {t: text[t] == guess[t] for t in range(first, len(text))}
@@ -256,9 +254,7 @@ def _bleu_scorers(tokens):
     )
 
 
-def bertscore(
-    candidates, references, model_path="bert-base-uncased", *, device="cpu", batch_size=64
-):
+def bertscore(candidates, references, model_path="bert-base-uncased", *, device="cpu"):
     """BERTScore of N string pairs, no rescaling: (P, R, F1), each (N,); an empty side scores 0.
 
     NaN where the encoder cannot read the reference: over 20% of its pieces are the unknown one. The
@@ -268,7 +264,7 @@ def bertscore(
     sides = zip(candidates, references, strict=True)
     full = [i for i, (a, b) in enumerate(sides) if a.strip() and b.strip()]
     if full:
-        scorer = _bert_scorer(str(model_path), str(device), batch_size)
+        scorer = _bert_scorer(str(model_path), str(device))
         scored = scorer.score([candidates[i] for i in full], [references[i] for i in full])
         scores[:, full] = torch.stack(scored).cpu()
     scores[:, [*unread(model_path, references)]] = nan
@@ -283,15 +279,13 @@ def unrelated_bertscore(texts, model_path, *, device="cpu"):
 
 
 @lru_cache(maxsize=2)
-def _bert_scorer(model_path, device, batch_size):
+def _bert_scorer(model_path, device):
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
     with quiet():
-        scorer = BERTScorer(
-            model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size
-        )
+        scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device)
     limit = room_of(scorer._model) or positions_of(scorer._model.config) or 512
     # Some folders say 1e30.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)

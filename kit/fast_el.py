@@ -14,21 +14,22 @@ from transformers.cache_utils import DynamicLayer
 from kit.data import chunks
 from kit.models import cache_word, eos_ids, positions_of
 
+ROW_BATCH = 64  # rows that share a pass and a cache
+DECODE_BATCH = 256  # continuations that are decoded at a time, if 2 GiB hold their keys and values
 
-def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
+
+def guesses_and_continuations(model, ids, mask, starts, n):
     """Yields (row, text, guess, continuations) for every row, those of like length together.
 
     ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
     each position (the first is the text's own); continuations: {t: the greedy continuation of
     text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the text can be repeated
-    any more; {} without `n`. `row_batch` rows share a pass and a cache; `decode_batch`
-    continuations are decoded at a time (default: 256, or what 2 GiB of keys and values hold).
-    FloatingPointError for a model whose logits are not finite.
+    any more; {} without `n`. FloatingPointError for a model whose logits are not finite.
     """
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
     order = sorted(range(len(ids)), key=lambda i: lengths[i])
-    for chunk in chunks(order, row_batch):
+    for chunk in chunks(order, ROW_BATCH):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
         # A plain cache keeps every key, also under sliding windows, to decode from the middle.
@@ -47,7 +48,7 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         continuations = [{}] * len(rows)
         if n:
             row_bytes = 2 * sum(layer.keys.nbytes for layer in cache.layers) // len(chunk)
-            fitting = decode_batch or max(1, min(256, (2 << 30) // row_bytes))
+            fitting = max(1, min(DECODE_BATCH, (2 << 30) // row_bytes))
             continuations = _continuations(model, cache, rows, n, fitting)
         for i, (text, greedy, _), of_row in zip(chunk, rows, continuations, strict=True):
             yield i, text, greedy, of_row

@@ -118,10 +118,10 @@ def empty(path, field, names, dry_run):
 
 
 def empty_run(run, names, dry_run):
-    """A run folder without what it shows of its texts, or of the watched ones with these names."""
+    """A run folder without its texts, or without what it shows of watched ones with these names."""
     for name, field in TEXTS.items():
         empty(run / name, field, names, dry_run)
-    for name, what in SHOWN.items():
+    for name, what in (SHOWN if names else SHOWN | OWN).items():
         remove(run / name, what, dry_run)
     for path in sorted(run.glob("*.tmp")):
         remove(path, "half written", dry_run)
@@ -153,12 +153,8 @@ def purge_run(run, dry_run):
     with contextlib.ExitStack() as held:
         for folder in [] if dry_run else [*own, *later]:
             held.enter_context(runs.only_owner(folder))
-        for folder in own:
-            empty_run(folder, None, dry_run)
-            for name, what in OWN.items():
-                remove(folder / name, what, dry_run)
-        for folder in later:
-            empty_run(folder, names, dry_run)
+        for folder in [*own, *later]:
+            empty_run(folder, () if folder in own else names, dry_run)
         if (run.parent / "table.csv").is_file():  # a report of all runs beside each other
             remove(run.parent / "cases.md", "cases", dry_run)
         empty_caches(dry_run)

@@ -93,7 +93,7 @@ def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
     alone = beams_alone(model, prompts, lengths)
     assert [len(generation) for generation in alone] == lengths
     assert metrics.beam_generate(model, prompts, lengths) == alone
-    el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2, decode_batch=3)
+    el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2)
     assert_literal(model, rows, el, ma)
 
 

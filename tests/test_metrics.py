@@ -2,8 +2,7 @@
 
     python -m pytest tests/test_metrics.py -q
 
-The loops below recompute everything for every token: no cache, no batch, no padding. They are what
-the metrics mean.
+The loops recompute everything for every token: no cache, no batch, no padding.
 """
 
 import copy
@@ -16,10 +15,12 @@ import pytest
 import sacrebleu
 import torch
 import torch.nn.functional as F
+from literal_icu import memorization_accuracy, ngrams, overlap
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metrics
+from kit import fast_el
 
 # --- literal references ---
 
@@ -44,27 +45,18 @@ def eos_of(model):
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def literal_overlap(generated, reference, n):
-    """Eq. 8: the share of the generated n-grams that occur in the reference."""
-
-    def ngrams(ids):
-        return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-
-    hits = [gram in ngrams(reference) for gram in ngrams(generated)]
-    return sum(hits) / len(hits) if hits else 0.0
-
-
 def literal_el(row, continuations, n, start=1, released=False):
     """Eq. 7 with continuations[t], the greedy answer to row[:t]; released code: the share of the text's."""
     sides = [(continuations[t], row[t:]) for t in range(start, len(row) - n + 1)]
-    values = [literal_overlap(*(reversed(two) if released else two), n) for two in sides]
+    sides = [(b, a) if released else (a, b) for a, b in sides]
+    values = [overlap(a, ngrams(b, n), n) for a, b in sides]
     return sum(values) / len(values) if values else math.nan
 
 
 def literal_ma(model, row, start=1):
-    """Eq. 9: the share of tokens that are the greedy answer to what is before them."""
-    hits = [next_token(model, row[:t]) == row[t] for t in range(start, len(row))]
-    return sum(hits) / len(hits) if hits else math.nan
+    """Eq. 9, NaN without a token."""
+    ma = memorization_accuracy(model, row, range(start, len(row)))
+    return math.nan if ma is None else ma
 
 
 def all_continuations(model, row):
@@ -146,16 +138,16 @@ def assert_close(values, expected):
 @pytest.mark.parametrize(
     ("n", "start", "row_batch", "decode_batch"), [(2, 1, 64, 256), (3, 1, 1, 1), (10, 2, 2, 3)]
 )
-def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
+def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch, monkeypatch):
     """Eq. 7-9 prefix by prefix, in any company, order and padding."""
+    monkeypatch.setattr(fast_el, "ROW_BATCH", row_batch)
+    monkeypatch.setattr(fast_el, "DECODE_BATCH", decode_batch)
     for filler in (eos_of(case.model)[0], 50):
         names = random.Random(filler).sample(sorted(case.rows), len(case.rows))
         names.append(names[0])  # one stands there twice
         ids, mask = pad([case.rows[name] for name in names], filler)
         ids, mask = F.pad(ids, (0, 5), value=7), F.pad(mask, (0, 5)).bool()
-        el, ma = metrics.el_and_ma(
-            case.model, ids, mask, n=n, start=start, row_batch=row_batch, decode_batch=decode_batch
-        )
+        el, ma = metrics.el_and_ma(case.model, ids, mask, n=n, start=start)
         assert el.is_floating_point() and ma.is_floating_point()
         assert_close(el, [literal_el(case.rows[x], case.answers[x], n, start) for x in names])
         assert_close(ma, [literal_ma(case.model, case.rows[name], start) for name in names])

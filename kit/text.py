@@ -99,19 +99,15 @@ def stands_in(part, plain_text, spelt):
 LETTERS = 21  # how long the leak guard's n-grams are; 21 letters are 7 ideographs
 
 
-def grams_of(spelt, length=LETTERS, step=1):
-    """The n-grams of some letters that start at a multiple of `step`, in order."""
-    return [spelt[i : i + length] for i in range(0, len(spelt) - length + 1, step)]
+def grams_of(spelt):
+    """The n-grams of some letters, in order."""
+    return [spelt[i : i + LETTERS] for i in range(len(spelt) - LETTERS + 1)]
 
 
 class TargetGrams:
     """The n-grams of all targets, each a string of letters, to look up rows in."""
 
-    STEP = -(-LETTERS // 4)
-    BLOCK = LETTERS - STEP + 1  # in every n-gram there is a block that starts at a multiple of STEP
-
     def __init__(self, targets):
-        self.blocks = {block for target in targets for block in grams_of(target, self.BLOCK)}
         self.grams = [set(grams_of(target)) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, held in enumerate(self.grams):
@@ -135,8 +131,6 @@ class TargetGrams:
         is over `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of
         the row that hold most, / 3n. Text put around a row makes neither smaller.
         """
-        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
-            return []  # most rows
         grams = grams_of(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
@@ -154,17 +148,9 @@ class TargetGrams:
 
 def densest(grams, target):
     """The most different n-grams of the set `target` in 3n consecutive ones of a row, / 3n."""
-    width, first, most, inside = 3 * LETTERS, 0, 0, Counter()
-    places = [(place, gram) for place, gram in enumerate(grams) if gram in target]
-    for place, gram in places:
-        inside[gram] += 1
-        while places[first][0] <= place - width:
-            old, first = places[first][1], first + 1
-            inside[old] -= 1
-            if not inside[old]:
-                del inside[old]
-        most = max(most, len(inside))
-    return most / width
+    width = 3 * LETTERS
+    starts = (place for place, gram in enumerate(grams) if gram in target)
+    return max(len(target.intersection(grams[at : at + width])) for at in starts) / width
 
 
 # --- where a text may be cut ---

@@ -179,14 +179,10 @@ CASES = {
         "report --ask never-saw The", None, "no model of its own, it diverged or only measured"),
     "asking too much": (
         "report --ask run The --tokens 300", None, "300 follow; the model has 256 positions"),
-    "somebody's table": (
-        "report run --out mine", put("mine/table.md", "mine"),
-        "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
     "judging a redacted run": ("judge run", redacted, "run: its texts are gone"),
     # judges and tasks
-    "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (
         "judge run --send-texts", lambda patch: patch.delenv("JUDGE_API_KEY", False),
         "put it into the environment as JUDGE_API_KEY"),

@@ -3,14 +3,15 @@
 python -m pytest tests/test_tiny.py -q
 """
 
+import math
 import random
 import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import metrics
 from demo import tiny
 from kit import data
 
@@ -122,14 +123,14 @@ def test_measure_agrees_with_one_row_at_a_time(small):
     """Accuracy and perplexity of a padded batch are those of its rows alone."""
     model = tiny.make_model(0).eval()
     sequences = [[5, 6, 7, 8, 9], [10, 11, 0], [0, 0, 0, 12, 13, 14, 15]]
-    with torch.no_grad():
-        logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
-    pairs = [(z, torch.tensor(ids[1:])) for z, ids in zip(logits, sequences, strict=True)]
-    hits = [(z.argmax(-1) == x).float().mean().item() for z, x in pairs]
-    nll = [F.cross_entropy(z, x, reduction="none") for z, x in pairs]
-    accuracy, perplexity = tiny.measure(model, sequences)
-    assert accuracy == pytest.approx(sum(hits) / 3)
-    assert perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)
+    alone = [tiny.measure(model, [ids]) for ids in sequences]
+    literal = [metrics.literal_memorization_accuracy(model, ids) for ids in sequences]
+    assert [accuracy for accuracy, _ in alone] == pytest.approx(literal)
+    nll = sum(
+        math.log(ppl) * (len(ids) - 1) for (_, ppl), ids in zip(alone, sequences, strict=True)
+    )
+    expected = sum(literal) / 3, math.exp(nll / 12)
+    assert tiny.measure(model, sequences) == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_memorises_and_stops_itself(small, monkeypatch):

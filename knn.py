@@ -374,7 +374,6 @@ def make_pair(forget, near, similarities, *, with_ids):
 
 # fmt: off
 def make_parser():
-    """The flags."""
     parser = flags.command_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")

@@ -69,7 +69,6 @@ class Triple(NamedTuple):
 
 
 def request_for(triple, wording, args):
-    """The request that asks for a grade of a triple."""
     question = QUESTION.format(*(json.dumps(text, ensure_ascii=False) for text in triple))
     return {
         "model": args.judge,
@@ -120,7 +119,6 @@ HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?
 
 
 def is_loopback(base_url):
-    """Whether an address is plainly one of this machine."""
     return HERE.fullmatch(base_url) is not None
 
 

@@ -94,7 +94,6 @@ def value_of(run, key):
 
 
 def differ(runs, keys):
-    """Those of the settings in which runs differ."""
     return [key for key in keys if len({value_of(run, key) for run in runs} - {None}) > 1]
 
 
@@ -359,7 +358,6 @@ def case_ids(runs, count):
 
 
 def generations(run, sample_id):
-    """What the model said of a sample, epoch by epoch."""
     return [row["generation"] for row in run["samples"] if row["id"] == sample_id]
 
 

@@ -257,7 +257,6 @@ VERIFY = [
 
 
 def result(certificate):
-    """What the page says first."""
     figures, shares = certificate["figures"], []
     sides = figures.get("ma_spans") or figures["ma"]
     for when in ("after", "before", "never_saw"):
@@ -296,7 +295,6 @@ def render(certificate):
 
 
 def shown(value):
-    """A value as HTML."""
     if isinstance(value, list) and value:
         more = [f"and {len(value) - SHOWN} more, in {FILE}"] if len(value) > SHOWN else []
         return "<br>".join(map(shown, value[:SHOWN] + more))

@@ -38,7 +38,6 @@ def check(run):
 
 
 def unlearned(runs):
-    """Those of the runs that did not only measure."""
     return [run for run in runs if run["summary"]["method"] != "none"]
 
 

@@ -527,21 +527,20 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
     pairs, judged = encode_pairs(tokenizer, requests), []
-    scores = iter(loglikelihoods(model, pairs, batch_tokens=batch_tokens, desc=desc))
-    pairs = iter(pairs)
+    scores = loglikelihoods(model, pairs, batch_tokens=batch_tokens, desc=desc)
+    answered = iter(zip(pairs, scores, strict=True))
     for n, (_, choices, answer) in items:
-        ids = [ids for _, ids in islice(pairs, len(choices))]
-        answers = list(islice(scores, len(choices)))
+        ids, answers = zip(*islice(answered, len(choices)), strict=True)
         if None in answers:
-            lengths = ", ".join(str(len(each)) for each in ids)
+            lengths = ", ".join(str(len(choice)) for _, choice in ids)
             why = f"choices of {lengths} tokens, and the model has {positions_of(model)} positions"
             judged.append({"row": n, "unfit": f"row {n}: {why}"})
             continue
         logps = [logp for logp, _ in answers]
         if len(choices) == 1:
-            guess = answers[0][1]
-            right = guess == ids[0]
-            right = right or (lenient and words(tokenizer.decode(guess)) == words(choices[0]))
+            (_, word), (_, guess) = ids[0], answers[0]
+            alike = lenient and words(tokenizer.decode(guess)) == words(choices[0])
+            right = alike or guess == word
         else:
             lengths = [len(choice.removeprefix(" ")) if length_norm else 1 for choice in choices]
             values = [logp / length for logp, length in zip(logps, lengths, strict=True)]

@@ -78,10 +78,10 @@ def make(run, *, allow_pickle=False):
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
-    described = []
-    for (_, sample, answers), before, after in zip(texts, *likely.values(), strict=True):
-        own = {"before": before, "after": after}
-        described.append(describe(tokenizer, sample, answers, own))
+    described = [
+        describe(tokenizer, sample, answers, {"before": before, "after": after})
+        for (_, sample, answers), before, after in zip(texts, *likely.values(), strict=True)
+    ]
     return page(about, described)
 
 

@@ -232,21 +232,6 @@ def test_a_file_is_taken_from_the_folder_then_the_cache_then_fetched(url, tmp_pa
         data.data_file("pile.csv", folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("f.npy", "g.npy"), "HTTP Error 404"),
-        (("f.npy", "f.npy?"), "invalid hash value"),
-    ],
-)
-def test_a_download_that_fails_leaves_nothing_and_says_what_to_pass(url, tmp_path, change, message):
-    """A refusal or other bytes: no file, and --data DIR is named."""
-    sha256 = "0" * 64 if "hash" in message else SHA256
-    with pytest.raises(ValueError, match=f"pass --data DIR with g.npy in it: {message}"):
-        data.fetch(url.replace(*change), tmp_path / "folder" / "g.npy", sha256)
-    assert [*(tmp_path / "folder").iterdir()] == []
-
-
 # --- pairs ---
 
 PAIR = {

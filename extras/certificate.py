@@ -163,10 +163,9 @@ def interval(values):
 
     low and high are None for too few texts.
     """
-    values = [value for value in values if value is not None]
-    if not values:
-        return None
     figure = bootstrap(values) | {"value": mean(values)}
+    if not figure["n"]:
+        return None
     names = ("value", "low", "high", "n")
     return {name: round(figure[name], 6) if name in figure else None for name in names}
 
@@ -211,10 +210,9 @@ def hashes_of(folder):
     kept = {name: value for name, value in config.items() if name not in ("redact", "purged")}
     rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
     hashes = {"config.json": data.digest(kept), "samples.jsonl": data.digest(rows)}
-    names = ["summary.json", "metrics.jsonl", "audit.json"]
-    names += ["tasks-before/tasks.json", "tasks-after/tasks.json"]
-    files = [folder / name for name in names] + sorted((folder / "model").rglob("*"))
-    for path in filter(Path.is_file, files):
+    files = [folder / name for name in ("summary.json", "metrics.jsonl", "audit.json")]
+    files += [folder / f"tasks-{when}" / "tasks.json" for when in ("before", "after")]
+    for path in filter(Path.is_file, [*files, *sorted((folder / "model").rglob("*"))]):
         hashes[str(path.relative_to(folder))] = data.sha256_of(path)
     return hashes
 

@@ -74,8 +74,8 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
     """A random causal language model with hidden size 32, in eval mode; the same weights each time.
 
     kind: "gpt_neo", "opt" or "llama"; further keywords go to the transformers config. The weights
-    are drawn wide and the output layer is its own, so that logits are far apart and the greedy
-    token depends on the whole context. EOS is said often, the other special tokens never.
+    are drawn wide, so that the greedy token depends on the whole context. EOS is said often, the
+    other special tokens never.
     """
     config_class, model_class, own = CLASSES[kind]
     tokens, roles, eos_scale = SPECIALS[kind]

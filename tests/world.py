@@ -97,29 +97,22 @@ def memorise(model_dir, pairs, steps=100):
 def make_world(folder):
     """Everything that a finished run is made of and leaves, in `folder`:
 
-    pairs.jsonl (5 pairs), heldout.jsonl (2 texts), unseen.jsonl (3 records), model/ (knows 3 of the
-    5), never/ (the same model, random), and two runs: never-saw/ (--eval-only of never/) and run/
-    (ICU, two epochs, with perplexity).
+    pairs.jsonl (5 pairs), heldout.jsonl, unseen.jsonl, model/ (knows 3 of the 5), never/ (the same,
+    random), and two runs: never-saw/ (--eval-only of never/) and run/ (ICU, two epochs).
     """
     flags, heldout = make_inputs(folder), folder / "heldout.jsonl"
     texts = ["The driver said that nothing was missing.", LEARN[0]]
     data.write_jsonl(heldout, [{"text": text} for text in texts])
+    suffix = " by the old clinic on the hill."
     unseen = [
-        {"id": f"u{i}", "prefix": f"A letter for number {n} was sent"}
+        {"id": f"u{i}", "prefix": f"A letter for number {n} was sent", "suffix": suffix}
         for i, n in enumerate((3, 5, 7))
     ]
-    suffix = {"suffix": " by the old clinic on the hill."}
-    data.write_jsonl(folder / "unseen.jsonl", [row | suffix for row in unseen])
+    data.write_jsonl(folder / "unseen.jsonl", unseen)
     conftest._save_tiny("gpt_neo", folder / "never")
     flags += ["--ppl", f"heldout={heldout}", "--max-epochs", "2"]
-    never_saw = [
-        "--model",
-        str(folder / "never"),
-        "--eval-only",
-        "--out",
-        str(folder / "never-saw"),
-    ]
-    icu.main(argv=[*flags, *never_saw])
+    never_saw = f"--model {folder / 'never'} --eval-only --out {folder / 'never-saw'}"
+    icu.main(argv=[*flags, *never_saw.split()])
     icu.main(argv=[*flags, "--out", str(folder / "run")])
     names = {"run": "run", "never_saw": "never-saw", "pairs": "pairs.jsonl", "model": "model"}
     paths = {name: folder / file for name, file in (names | {"never": "never"}).items()}

@@ -1,10 +1,11 @@
 """The greedy continuation of every prefix of a text: what EL asks for, without `generate`.
 
 One teacher-forced pass answers every position where the model's greedy token is the text's own;
-only the others are decoded, together, from that pass's key/value cache, and only as far as they
-can matter to EL. It equals the literal loop of metrics.py (tests/test_metrics.py: to 1e-6). A
-reader of the method may skip this file.
+only the others are decoded, together, from that pass's key/value cache. It equals the literal loop
+of metrics.py (tests/test_metrics.py: to 1e-6). A reader of the method may skip this file.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ def guesses_and_continuations(model, ids, mask, starts, n):
 
     ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
     each position (the first is the text's own); continuations: {t: the greedy continuation of
-    text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the text can be repeated
-    any more; {} without `n`. FloatingPointError for a model whose logits are not finite.
+    text[:t]} for t from starts[i] to T-n, {} without `n`. FloatingPointError for a model whose
+    logits are not finite.
     """
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
@@ -54,34 +55,16 @@ def guesses_and_continuations(model, ids, mask, starts, n):
             yield i, text, greedy, of_row
 
 
-class _Continuation:
-    """A greedy continuation of text[:t], decoded as far as it can matter to EL.
+class _Continuation(NamedTuple):
+    """A greedy continuation of text[:t] that begins with a miss."""
 
-    It ends every continuation from `base` to t: the tokens between are hits. `runs`: {position in
-    text[base:]: tokens up to there that it has just repeated}.
-    """
-
-    def __init__(self, row, text, t, *, base, n, where):
-        self.row, self.t, self.base, self.n, self.where = row, t, base, n, where
-        self.left, self.tokens, self.runs, self.repeats = len(text) - t, [], {}, False
-        for token in text[base:t]:
-            self._follow(token)
-
-    def _follow(self, token):
-        places = (p for p in self.where.get(token, ()) if p >= self.base)
-        self.runs = {p: self.runs.get(p - 1, 0) + 1 for p in places}
-        self.repeats = self.repeats or max(self.runs.values(), default=0) >= self.n
-
-    def say(self, token):
-        self.tokens.append(token)
-        self.left -= 1
-        self._follow(token)
+    row: int
+    t: int
+    length: int  # at most: to the end of the text
+    tokens: list
 
     def goes_on(self, eos):
-        """Whether another token matters: an n-gram of the text was or can still be repeated."""
-        if self.left == 0 or self.tokens[-1] in eos:
-            return False
-        return self.repeats or max(self.runs.values(), default=0) + self.left >= self.n
+        return len(self.tokens) < self.length and self.tokens[-1] not in eos
 
 
 def _continuations(model, cache, rows, n, decode_batch):
@@ -95,16 +78,11 @@ def _continuations(model, cache, rows, n, decode_batch):
     eos = eos_ids(model)
     misses = []
     for r, (text, guess, start) in enumerate(rows):
-        where = {}
-        for p, token in enumerate(text):
-            where.setdefault(token, []).append(p)
         base = start  # the first t of the run of hits that a miss ends
         for t in range(start, len(text)):
             # EL has no prefix past T-n; a position there only ends the run of hits through T-n.
             if guess[t] != text[t] and base <= len(text) - n:
-                miss = _Continuation(r, text, t, base=base, n=n, where=where)
-                miss.say(guess[t])
-                misses.append(miss)
+                misses.append(_Continuation(r, t, len(text) - t, [guess[t]]))
             if guess[t] != text[t] or text[t] in eos:
                 base = t + 1
     _decode(model, cache, misses, eos, decode_batch)
@@ -133,9 +111,9 @@ def _decode(model, cache, misses, eos, decode_batch):
     batch or the batch is as wide as the model has positions.
     """
     positions = positions_of(model.config)
-    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
+    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.length)
     for batch in chunks(misses, decode_batch):
-        past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)
+        past, mask, position = _gather_prefixes(cache, batch, batch[0].length - 1, model.device)
         while any(alive := [miss.goes_on(eos) for miss in batch]):
             if sum(alive) <= 0.75 * len(batch) or mask.shape[1] == positions:
                 batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
@@ -158,7 +136,7 @@ def _decode(model, cache, misses, eos, decode_batch):
             position = position + 1
             for miss, guess in zip(batch, logits[:, -1].argmax(-1).tolist(), strict=True):
                 if miss.goes_on(eos):
-                    miss.say(guess)
+                    miss.tokens.append(guess)
 
 
 class _RoomyLayer(DynamicLayer):

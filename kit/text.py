@@ -29,7 +29,6 @@ EQUAL = str.maketrans(
     "i\u064a\u064a\u0643\u0647\u0647\u0647lod",
     "\u115f\u1160\u17b4\u17b5\u0640",
 )
-ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(i).isalnum()))
 
 
 # --- what is compared ---
@@ -41,9 +40,8 @@ def plain(text):
     `plain(plain(text)) == plain(text)`."""
     while "&" in text and (decoded := html.unescape(text)) != text:  # each round is shorter
         text = decoded
-    if text.isascii():
-        text = text.lower()
-    else:
+    text = text.lower()
+    if not text.isascii():
         folded = unicodedata.normalize("NFKD", text).casefold()
         text = unicodedata.normalize("NFKD", folded).translate(EQUAL)
         text = re.sub(r"[^\x00-\xac\xae-\u02ff]", lambda m: shown(m[0]), text)
@@ -64,21 +62,17 @@ def words(plain_text):
 
 def spaced(plain_text):
     """A plain text with spaces around each character of a script without spaces."""
-    return plain_text if plain_text.isascii() else unspaced.sub(r" \g<0> ", plain_text)
+    return unspaced.sub(r" \g<0> ", plain_text)
 
 
 def letters(plain_text):
     """The letters and digits of a plain text; of one without any, all but white space."""
-    if plain_text.isascii():
-        spelt = plain_text.translate(ASCII_SIGNS)
-    else:
-        spelt = "".join(filter(str.isalnum, plain_text))
-    return spelt or "".join(plain_text.split())
+    return "".join(filter(str.isalnum, plain_text)) or "".join(plain_text.split())
 
 
 def weighed(spelt):
     """The letters with each ideograph or kana three times: it says about as much."""
-    return spelt if spelt.isascii() else dense.sub(r"\g<0>\g<0>\g<0>", spelt)
+    return dense.sub(r"\g<0>\g<0>\g<0>", spelt)
 
 
 def stands_in(part, plain_text, spelt):

@@ -39,7 +39,7 @@ def beams_alone(model, prompts, lengths):
 
 
 def assert_literal(model, rows, el, ma):
-    """EL of n = 2 and MA are those of the literal loops over each row."""
+    """EL of n = 2 and MA are those of the literal loops."""
     literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
     assert el.tolist() == pytest.approx(literal)
     literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
@@ -172,7 +172,7 @@ ALL = [*architectures.USUAL, *(pytest.param(name, marks=pytest.mark.slow) for na
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny, tmp_path):
-    """A row's measures do not depend on its batch; float64 is right or refused."""
+    """float64 is right or refused."""
     model, folder = architectures.small(name), save_tiny("gpt_neo", tmp_path / "m")
     check_measures(model)
     model.save_pretrained(folder)
@@ -186,7 +186,7 @@ def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny
 
 @pytest.mark.parametrize("name", architectures.STATEFUL)
 def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save_tiny, tmp_path):
-    """One line names the folder and the architecture; the weights are another model's."""
+    """In one line with its name."""
     folder = save_tiny("llama", tmp_path / "m")
     config = architectures.config_of(name)
     config.save_pretrained(folder)
@@ -198,7 +198,7 @@ def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save
 
 
 def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_path):
-    """A text that does not use the token is no reason to refuse."""
+    """If the text uses it."""
     folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])

@@ -34,7 +34,7 @@ LONG = "of each month " * 200
 
 
 def put(path, content):
-    """A file with this text, these bytes, or these dicts as JSON lines."""
+    """A file with this text, these bytes, or these JSON lines."""
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     content = content if isinstance(content, bytes) else content.encode()
@@ -52,7 +52,7 @@ def moved(path, name):
 
 
 def second_pair(**fields):
-    """These fields of the second pair, instead of its own."""
+    """These fields of the second pair."""
 
     def change(patch):
         rows = data.read_jsonl("pairs.jsonl")
@@ -67,7 +67,7 @@ def one_pair(patch):
 
 
 def half_an_index(patch):
-    """An index of weights that names a file that was not copied."""
+    """It names a file that was not copied."""
     moved("model.safetensors", "a.safetensors")(patch)
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     data.write_json("model/model.safetensors.index.json", index)
@@ -225,7 +225,7 @@ def say(own_world, monkeypatch, capsys):
 
 
 def contents():
-    """{path: bytes} of all files below the working folder; None for a folder."""
+    """{path: bytes}; None for a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 

@@ -21,7 +21,7 @@ FLAGS = "--received 2020-02-29 --approved-by A.N. --request-id R-17 <b>R-18</b>"
 
 @pytest.fixture
 def run(own_world):
-    """A run over five texts, which names that of a model that never saw them."""
+    """A run that names that of a model that never saw its texts."""
     edit(own_world.run / "config.json", lambda c: c.update(never_saw=str(own_world.never_saw)))
     return own_world.run
 
@@ -103,7 +103,7 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
 
 
 def side(**measures):
-    """A run of 20 texts by the measures of each: two values in turn."""
+    """A run of 20 texts: two values of each measure in turn."""
     samples = [
         {"epoch": 0, **{name: values[i % 2] for name, values in measures.items()}}
         for i in range(20)
@@ -112,7 +112,7 @@ def side(**measures):
 
 
 def test_residual_risk_is_said_in_the_audits_words():
-    """Sentences with both figures, by the rule of `figures.verdict`; also with none to compare."""
+    """By the rule of `figures.verdict`; also with none to compare."""
     sides = [side(**dict.fromkeys(certificate.LEFT, ends)) for ends in ((0.3, 0.36), (0.3, 0.32))]
     words = "MA: recites 33.0% of the tokens, a model that never saw them 31.0%: as a model that"
     assert certificate.risks(*sides)[1].startswith(words)
@@ -134,7 +134,7 @@ def test_the_rest_of_a_marked_text_is_no_risk():
 
 
 def test_audit_tasks_and_marked_parts_are_taken_in(run):
-    """Sentences of audit.json, averages of tasks.json, and the measures of marked parts."""
+    """From audit.json, tasks.json and samples.jsonl."""
     tasks = {"averages": {"cls": 0.5, "dia": None}}
     for when in ("before", "after"):
         data.write_json(run / f"tasks-{when}" / "tasks.json", tasks)
@@ -247,7 +247,7 @@ def test_a_certificate_made_with_another_model_is_found_by_measuring(run, capsys
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
 def test_signatures(run, tmp_path, capsys):
-    """A wrong key, a changed certificate, a lost or foreign signature are each named."""
+    """Another key, a changed certificate, a lost signature are named."""
     mine, other = tmp_path / "mine", tmp_path / "other"
     for key in (mine, other):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "my secret comment", "-f"]

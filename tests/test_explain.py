@@ -26,7 +26,7 @@ tokenizer_of = functools.cache(conftest._make_tokenizer)
 
 
 def texts_in(page):
-    """{id: what a page shows of a text}, as its own script reads it."""
+    """{id: what a page shows of a text}."""
     return {text["id"]: text for text in data_of(page.decode())["texts"]}
 
 
@@ -84,7 +84,7 @@ def test_a_character_of_several_tokens_is_one_piece():
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé e\u0301שﬁ\r\n"))))
 def test_no_character_is_lost_or_doubled(text):
-    """Pieces put together are the text, and their tokens all tokens."""
+    """Nor a token."""
     split(text)
 
 
@@ -105,7 +105,7 @@ def test_figures_stand_at_their_tokens():
 
 
 def test_nothing_of_a_text_is_markup():
-    """Scripts, comments, quotes and entities come back as they are, in one JSON element."""
+    """All comes back in one JSON element."""
     tokenizer = tokenizer_of("gpt_neo")
     ids, likely = tokenizer(EVIL)["input_ids"], dict.fromkeys(("before", "after"), [0.5] * 99)
     answers = {"before": EVIL, "after": "@DATA@"}

@@ -51,7 +51,7 @@ def swap(table):
 
 
 def typos(every):
-    """In every n-th word, two letters in the middle change places."""
+    """In every n-th word, two letters change places."""
     out = list(WORDS)
     for i in range(0, len(out), every):
         middle = len(out[i]) // 2
@@ -60,7 +60,7 @@ def typos(every):
 
 
 def in_order(size):
-    """The words in chunks of `size`, the chunks in another order."""
+    """The words in chunks, in another order."""
     chunks = [" ".join(WORDS[i : i + size]) for i in range(0, len(WORDS), size)]
     return " ".join(chunks[1::2] + chunks[::2])
 
@@ -128,7 +128,7 @@ DISGUISES = {  # kind -> (text, caught)
 
 
 def test_what_a_disguise_does_to_the_guard_is_known():
-    """39 kinds: 28 are caught, 11 pass; README says which."""
+    """39 kinds: 28 are caught, 11 pass."""
     caught = dropped(SECRET, *(row for row, _ in DISGUISES.values()))
     for kind, was_caught in zip(DISGUISES, caught, strict=True):
         print(f"{'caught' if was_caught else 'passed':8}{kind}")
@@ -153,7 +153,7 @@ def test_rows_above_the_allowed_overlap_are_dropped(copied):
 
 
 def test_texts_are_compared_across_the_split():
-    """The context counts, and where a row is split says nothing."""
+    """The context counts, too."""
     row = {"context": SECRET[:10], "prefix": SECRET[10:17], "suffix": SECRET[17:]}
     keep, reasons = knn.leak_guard([record("f", SECRET)], [{"id": "p", **row}])
     assert keep.tolist() == [False] and reasons[0]["share"] == 1.0
@@ -196,7 +196,7 @@ def test_innocent_rows_that_share_common_phrases_stay():
 
 
 def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
-    """The flag's ends: nothing is over 1; one common n-gram is over 0."""
+    """The flag's ends."""
     row = "She was admitted to the Linden hospital in May"
     # Nothing but the target is not a question of shares.
     assert dropped(SECRET, SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [True, False, False]
@@ -204,7 +204,7 @@ def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
 
 
 def test_what_most_rows_share_is_no_leak():
-    """Under one system prompt the pool stays, but not a piece of a target."""
+    """As a system prompt; a piece of a target is."""
     targets = [record("a", PAGE + SECRET), record("b", PAGE + SYNONYMS)]
     rows = [GERMAN, ZH, "Copper is for pots.", " ".join(WORDS[-6:])]
     keep, _ = knn.leak_guard(targets, [record(row, PAGE + row) for row in rows])
@@ -233,7 +233,7 @@ sentences = st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=30).map("
 
 @st.composite
 def secret_and_row(draw):
-    """A target, and a row made of pieces of it and of other words."""
+    """A target, and a row made of its pieces and other words."""
     target = draw(st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=45))
     row = []
     for _ in range(draw(st.integers(1, 3))):
@@ -275,7 +275,7 @@ AROUND = {
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_scripts_without_spaces_are_guarded(secret):
-    """The whole, half, a piece, letter-spaced, inside other text: dropped; other text stays."""
+    """The whole, half, a piece; other text stays."""
     half, around = secret[len(secret) // 4 : -len(secret) // 4], AROUND[secret]
     leaks = [secret, around + secret + around, half, around + half, " ".join(secret), secret[5:13]]
     assert all(dropped(secret, *leaks))
@@ -292,13 +292,13 @@ def test_scripts_without_spaces_are_guarded(secret):
     ],
 )
 def test_halves_are_cut_between_visible_characters(words, prefix):
-    """Near the middle without spaces; never in an emoji or a syllable of its letters."""
+    """Never in an emoji or a syllable of its letters."""
     assert data.split_in_half(words) == (prefix, words[len(prefix) :])
 
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
-    """At most 20 visible characters each, none of them torn, and together the text."""
+    """At most 20 visible characters each."""
     document = secret * 5
     passages = knn.cut_passages(record("p", document), 20)
     assert len(passages) > 5 and "".join(map(knn.text_of, passages)) == document
@@ -324,7 +324,7 @@ def test_no_partner_says_what_is_marked():
 
 
 def test_a_document_is_judged_before_it_is_cut():
-    """A secret spread over a document, little in each passage: all of its passages go."""
+    """Of a secret spread over it all passages go."""
     spread = " ".join(f"{' '.join(WORDS[i : i + 7])} {PAGE}" for i in range(0, len(WORDS), 7))
     pool = [record("spread", spread), record("page", PAGE * 2)]
     keep, _ = knn.leak_guard([record("f", SECRET)], pool)

@@ -30,7 +30,7 @@ AFTER = {"a": " by a friend.", "b": " in spring."}
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """A key, a cache of its own, and no waiting that no server asked for."""
+    """A key, a cache of its own, and no waiting."""
     import openai._base_client
 
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
@@ -46,7 +46,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """A run over 24 texts and no epoch; of text i the model says "said i"."""
+    """A run over 24 texts; of text i the model says "said i"."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
     return write_run(tmp_path / "many", texts, [{i: f"said {i}" for i in texts}])
 
@@ -110,7 +110,7 @@ CASES = {
 
 
 def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
-    """Scores stand with their ids; unread ones have a reason and are in no mean."""
+    """Unread ones have a reason and are in no mean."""
     texts = {case: (f"prefix of {case}", " reference") for case in CASES}
     generations = {case: case for case in CASES}
     run = write_run(tmp_path / "run", texts, [generations, generations])  # said twice, asked once
@@ -272,7 +272,7 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, c
 
 
 def test_the_report_has_the_column(run, tmp_path, capsys):
-    """The mean of each end; figures of different judges are not side by side."""
+    """Figures of different judges are not side by side."""
     other = write_run(tmp_path / "other", TEXTS, [BEFORE, AFTER], protocol="released")
     with Chat(lambda candidate, n: f"Final score: {2 if '7731' in candidate else 6.5}") as chat:
         grade(chat, run)
@@ -297,7 +297,7 @@ def test_kappa_is_its_formula_and_spearman_that_of_the_ranks():
 
 
 def test_alpha_is_krippendorffs_published_example():
-    """Krippendorff 2011, example C: four observers, twelve units, five grades, gaps; 0.815."""
+    """Krippendorff 2011, example C: 0.815."""
     observers = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
     units = [
         [int(grade) for grade in unit if grade != "."] for unit in zip(*observers, strict=True)
@@ -306,7 +306,7 @@ def test_alpha_is_krippendorffs_published_example():
 
 
 def test_pearson_of_the_papers_table_3_is_the_papers():
-    """Section 5.8: 0.89, which is that of the twelve pairs of means."""
+    """Section 5.8: 0.89, of the twelve pairs of means."""
     people = [3.1, 3.7, 1.1, 5.7, 1.8, 3.1, 1.4, 4.8, 1.5, 3.2, 1.1, 4.7]
     gpt = [3.75, 3.08, 1.05, 3.92, 2.72, 3.63, 1.26, 4.33, 2.11, 3.65, 1.00, 4.40]
     assert judge.pearson(people, gpt) == pytest.approx(0.89, abs=0.005)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def brute_force(queries, pool, k, excluded=()):
-    """Eq. 2 by definition: every cosine in float64, rounded to float32, a stable sort."""
+    """Eq. 2 by definition."""
     q, p = np.asarray(queries, np.float64), np.asarray(pool, np.float64)
     lengths = (q * q).sum(axis=1)[:, None] * (p * p).sum(axis=1)[None, :]
     cosines = (q @ p.T / np.sqrt(np.where(lengths > 0, lengths, 1))).astype(np.float32)
@@ -140,7 +140,7 @@ def test_csv_and_jsonl_give_the_same_records(tmp_path):
 
 
 class WordTokenizer:
-    """Ids are numbers of words: enough of a tokenizer to decode."""
+    """Ids are numbers of words."""
 
     def __len__(self):
         return 100
@@ -177,7 +177,7 @@ def record(id, text, context=""):
 
 
 def test_passages_join_to_the_text_and_keep_to_the_limit(capsys):
-    """450 words at 200: three; short texts, ids and texts to forget stay whole."""
+    """Short texts, ids and texts to forget stay whole."""
     text = "  " + " \n".join(f"w{i}" for i in range(450)) + " "
     forget = record("w", "x " * 300)
     uncut = [record("s", "a short text"), forget, record("i", "y " * 300) | {"suffix_ids": [1]}]
@@ -200,7 +200,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def url(monkeypatch, tmp_path):
-    """Where a server has CONTENT, which is called pile.csv; the cache is empty."""
+    """Where a server has CONTENT, which is called pile.csv."""
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "f.npy").write_bytes(CONTENT)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "server")
@@ -242,7 +242,7 @@ IDS = {f"{side}{part}_ids": [1, 2] for side in ("", "learn_") for part in data.P
 
 
 def test_pairs_are_read_as_they_were_written(tmp_path):
-    """With and without ids, any character, blank decoded text where there are ids."""
+    """With and without ids, any character."""
     with_ids = PAIR | IDS | {"id": "c", "suffix": "\n", "context_ids": []}
     further = [
         {name: row[name] for name in row if name.startswith(("learn_", "sim"))}
@@ -300,7 +300,7 @@ ARGS = ("--forget", "mine.csv", "--pool", "wiki.jsonl")
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(*flags) is what `python knn.py` prints: two records to forget, two copies and a page in six rows."""
+    """What `python knn.py` prints of two records to forget and six rows: two copies, a page."""
     forget = "Bob Jones was treated for asthma at St Mary's Hospital in"
     (tmp_path / "mine.csv").write_text(f'id,text\nanna,"Anna Smith, 555-1234"\nbob,{forget} May\n')
     rows = [
@@ -323,7 +323,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_pairs_csv_with_jsonl(run, encoder_dir):
-    """Each record gets the alike but different row; leaks are reported, none is a neighbour."""
+    """Leaks are reported, none is a neighbour."""
     printed = run(*ARGS, "--leak-report", "leaks.jsonl")
     assert "6 pool rows cut into 8 passages" in printed and "2 of 6 pool rows dropped" in printed
     summary = r"wrote pairs.jsonl: 2 pairs, similarity min 0\.\d+, median 0\.\d+, max 0\.\d+"
@@ -347,7 +347,7 @@ def test_the_command_pairs_csv_with_jsonl(run, encoder_dir):
 
 
 def test_the_leak_report_does_not_depend_on_the_hash_seed():
-    """Of two targets of which a row holds as much, the first is named."""
+    """Of two equal targets the first is named."""
     code = """if True:
         from kit.text import TargetGrams
         a, b, c = ["".join(map(chr, range(at, at + 300))) for at in (200, 1000, 2000)]
@@ -371,7 +371,7 @@ def test_a_dry_run_checks_and_writes_nothing(run, encoder_dir):
 
 
 def test_the_forget_sets_are_five_times_128_rows_of_the_pile():
-    """forget_sets.json: sets 0 to 4, 128 different row numbers below 15,000 each."""
+    """Different row numbers below 15,000."""
     sets = data.read_json(ROOT / "kit" / "forget_sets.json")
     assert list(sets) == list("01234")
     for rows in sets.values():

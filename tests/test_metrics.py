@@ -26,13 +26,13 @@ from kit import fast_el
 
 
 def next_token(model, ids):
-    """argmax P(. | ids) from one forward pass over all of the prefix."""
+    """argmax P(. | ids)."""
     with torch.no_grad():
         return int(model(torch.tensor([ids])).logits[0, -1].argmax())
 
 
 def greedy(model, prefix, length, eos=()):
-    """The greedy continuation of prefix: `length` tokens, or up to and including one of `eos`."""
+    """At most `length` tokens, up to and including one of `eos`."""
     out = []
     while len(out) < length and not (out and out[-1] in eos):
         out.append(next_token(model, prefix + out))
@@ -68,19 +68,19 @@ def all_continuations(model, row):
 
 
 def pad(rows, filler=0):
-    """Rows of different lengths -> ids and attention_mask, both (N, T), right-padded."""
+    """Rows -> ids and attention_mask, both (N, T), right-padded."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
 
 def random_ids(rng, length):
-    """`length` ordinary tokens of the 97; the ids below 4 are special."""
+    """Ordinary tokens; the ids below 4 are special."""
     return [rng.randrange(4, 97) for _ in range(length)]
 
 
 def answer_that(model, rng, length, wanted):
-    """(prompt, greedy answer) for the first random prompt whose answer is as wanted."""
+    """The first random (prompt, greedy answer) that is as wanted."""
     for _ in range(300):
         prompt = random_ids(rng, 3)
         answer = greedy(model, prompt, length, eos_of(model))
@@ -120,7 +120,7 @@ def make_rows(model):
 
 @pytest.fixture(scope="session")
 def case(kind, tiny_models):
-    """A model, its rows, and the literal answers to every prefix of every row."""
+    """A model, its rows, and the literal answers to their prefixes."""
     model = tiny_models[kind]
     rows = make_rows(model)
     answers = {name: all_continuations(model, row) for name, row in rows.items()}
@@ -257,7 +257,7 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
 
 
 def test_entropy_is_the_bits_of_the_token_counts():
-    """Eq. 10, in any order; no token and one token repeated hold no information."""
+    """Eq. 10, in any order."""
     for k in (0, 1, 2, 5):
         assert metrics.token_entropy([*range(2**k)] * 3) == pytest.approx(k, abs=1e-12)
     bits = 1.8464393446710154  # -sum p log2 p of .4, .3, .2, .1
@@ -332,7 +332,7 @@ def window_losses(model, ids, window):
 
 @pytest.mark.parametrize("window", [7, 512])
 def test_perplexity_equals_the_loop(speaker, window):
-    """The mean is over tokens; released: texts are joined, and it is that of windows' means."""
+    """Also as released, of joined texts."""
     model, tokenizer = speaker
     parts = [window_losses(model, tokenizer(text)["input_ids"], window) for text in TEXTS]
     losses = sum(sum(parts, []), [])

@@ -42,7 +42,7 @@ def fill_caches():
 
 
 def holding(*folders, pairs):
-    """Names of the files in these folders that hold half a text of the pairs."""
+    """Names of the files that hold half a text of the pairs."""
     names = [f"{side}{part}" for side in ("", "learn_") for part in data.PARTS]
     sides = [pair[name] for pair in pairs for name in names]
     marks = {side.strip().encode() for side in sides} - {b""}
@@ -51,7 +51,7 @@ def holding(*folders, pairs):
 
 
 def contents(folder):
-    """{name: bytes} of every file, less what is different in every run."""
+    """{name: bytes} of every file but locks."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != ".lock"
@@ -69,7 +69,7 @@ def purged(run, *words, capsys):
 
 
 def confirmed(folder, pairs):
-    """The texts that a hash in a folder confirms, with whatever is in it as the key, or none."""
+    """The texts that a hash in a folder confirms, whatever in it is the key."""
     contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     there = {x.decode() for content in contents for x in re.findall(rb"[0-9a-f]{12,}", content)}
     keys = [b"", *map(str.encode, there), *(bytes.fromhex(x[: len(x) // 2 * 2]) for x in there)]
@@ -81,7 +81,7 @@ def confirmed(folder, pairs):
 
 
 def test_only_the_owner_can_read_what_commands_write(own_world, tmp_path):
-    """Run folders, weights, plots and caches: files are 0600 and folders 0700."""
+    """Files are 0600 and folders 0700."""
     made = tmp_path / "made"
     run = [*own_world.flags, "--max-epochs", "1", "--out", str(made / "run")]
     before = runs.os.umask(0o022)
@@ -127,7 +127,7 @@ def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
 
 
 def test_nothing_that_a_purge_leaves_confirms_a_guess(there):
-    """As a certificate with its key did; the hashes of earlier versions go, too."""
+    """As a certificate with its key did."""
     pairs = data.read_pairs(there.pairs)
     certificate.main([str(there.run)])
     (there.other / "hashes.json").touch()
@@ -183,7 +183,7 @@ def test_a_purge_that_nobody_reads_finishes(there, monkeypatch):
 
 
 def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_path, monkeypatch):
-    """After every removal and every write; by the same command, or of the other run."""
+    """By the same command, or of the other run."""
     steps = [(purge, "remove"), (data, "write_bytes"), (type(tmp_path), "unlink")]
     pairs, ends, ended = data.read_pairs(there.pairs), [], False
     for folder in ("model", "never", "run/model", "other/model"):  # what a purge does not touch

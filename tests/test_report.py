@@ -30,7 +30,7 @@ def run(own_world):
 
 
 def edit(path, change):
-    """A JSON document, or each of the JSON lines, as `change` returns it."""
+    """A JSON document, or each JSON line, as `change` returns it."""
     if path.suffix == ".json":
         data.write_json(path, change(data.read_json(path)))
     else:
@@ -42,7 +42,7 @@ def put(**values):
 
 
 def other(run, folder, **config):
-    """A run folder as another run with other settings would have left it."""
+    """A run folder with other settings."""
     shutil.copytree(run, folder)
     edit(folder / CONFIG, put(**config))
     return folder
@@ -84,7 +84,7 @@ def test_the_report_of_one_run(run, capsys):
 
 
 def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
-    """Another seed shares a row, mean ± deviation; another protocol is another, a copy none."""
+    """Another protocol is another row, a copy none."""
     again = other(run, tmp_path / "again", seed=1)
     edit(run / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.3}})
     edit(
@@ -167,7 +167,7 @@ def test_what_a_run_may_lack_is_read(run, capsys):
 
 
 def test_a_run_that_only_measured_is_a_row_before(run, world, tmp_path):
-    """The never-saw twin beside a run: its own row, none after."""
+    """Its own row, none after."""
     report.main([str(run), str(world.never_saw), "--out", str(tmp_path / "out")])
     assert [*table_of(tmp_path / "out")] == ["model (before)", "never", "icu"]
     report.main([str(world.never_saw), "--out", str(tmp_path / "alone")])
@@ -200,7 +200,7 @@ def test_only_a_reports_own_files_are_replaced(run, tmp_path, monkeypatch):
 
 
 def redact(run):
-    """As icu.py --redact leaves it; its pairs are gone too."""
+    """As icu.py --redact leaves it."""
     edit(run / CONFIG, put(redact=True, pairs="gone.jsonl"))
     edit(run / SAMPLES, put(generation=None))
 
@@ -233,7 +233,7 @@ def test_cases_show_the_runs_that_are_not_redacted(run, tmp_path, capsys):
 
 
 def test_no_control_of_a_run_folder_reaches_terminal_or_file(run, capsys):
-    """Ids, method, model and texts are a stranger's; Markdown cells stay in their cells."""
+    """Ids, method, model and texts are a stranger's."""
     evil = "$\\x^\x1b]0;x\x07| \u202e\r\n\x9b<b>"
     pairs = Path(data.read_json(run / CONFIG)["pairs"])
     edit(pairs, lambda row: row | {name: row[name] + evil for name in ("id", "prefix")})
@@ -252,7 +252,7 @@ def test_no_control_of_a_run_folder_reaches_terminal_or_file(run, capsys):
 
 
 def test_asking_before_and_after(run, capsys, monkeypatch):
-    """Two lines, what the model said and says; no control of either reaches the terminal."""
+    """No control of either reaches the terminal."""
     monkeypatch.setattr(
         "transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: "\x1b[2Jsaid"
     )

@@ -42,7 +42,7 @@ def test_marks_are_read_from_json_and_from_csv(tmp_path):
 def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     kind, save_tiny, tmp_path
 ):
-    """Also a token of half a letter, and one in the prefix; BOS is neither."""
+    """Also a token of half a letter; BOS is neither."""
     _, tokenizer = models.load_model(str(save_tiny(kind, tmp_path / "m")))
     prefix, suffix, spans = "Zoë 👩🏽‍⚕️ says", " that 5 vans came", [[2, 8], [18, 19]]
     pairs = pair(2, prefix=prefix, suffix=suffix, spans=spans), pair(1)
@@ -89,7 +89,7 @@ def test_a_secret_is_said_as_whole_words(generation, secret, expected):
     ],
 )
 def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expected):
-    """Where the cut falls inside it, that part counts, or the whole that it completes."""
+    """Or the whole that it completes."""
     secrets = data.secrets_of(pair(0, spans=[mark]), TEXTS[0][cut:])
     sample = SimpleNamespace(secrets=secrets)
     assert data.secret_said(sample, generation) == {"secret_said": expected}
@@ -100,7 +100,7 @@ def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expec
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, save_tiny, encoder_dir):
-    """Two finished runs, february and march, the second --after the first."""
+    """Two finished runs, the second --after the first."""
     root = tmp_path_factory.mktemp("chain").resolve()
     model = save_tiny("gpt_neo", root / "model")
     survive.memorise(model, [pair(i) for i in range(6)], steps=150)
@@ -186,7 +186,7 @@ def test_a_text_that_holds_another_overlaps_it():
 
 
 def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(copied):
-    """Other measures are refused, and without the first model all but --anchor previous."""
+    """Or by --anchor previous."""
     march = ["--after", copied / "march"]
     with pytest.raises(ValueError, match=r"was measured otherwise \(num_beams\)"):
         run(copied, "april", [5], *march, "--num-beams", "1")

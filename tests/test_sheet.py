@@ -28,7 +28,7 @@ N = len(NASTY)
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Runs of two methods over the same texts, whose model says the reference before."""
+    """Runs of two methods, whose model says the reference before."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     known, runs = {id: suffix for id, (_, suffix) in TEXTS.items()}, []
     for number, method in enumerate(("icu", "npo")):
@@ -45,7 +45,7 @@ def content_of(run):
 
 
 def rate(run, grades, path):
-    """A file as a rater saves it, with the grades of the first items."""
+    """A file as a rater saves it."""
     sheet = content_of(run)["sheet"]
     rows = [f"{sheet},{path.stem},{item},{grade}" for item, grade in enumerate(grades)]
     path.write_text("\n".join(["sheet,rater,item,grade", *rows]) + "\n")
@@ -56,7 +56,7 @@ def rate(run, grades, path):
 
 
 def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
-    """Prefix, reference and output alone; equal outputs once; the key says who wrote them."""
+    """Equal outputs stand there once."""
     words = ["--sheet", *map(str, runs), "--n", "4"]
     judge.main(words)
     html, key = (runs[0] / "sheet.html").read_text(), data.read_json(runs[0] / "sheet-key.json")
@@ -147,7 +147,7 @@ def browser():
 
 
 def test_a_sheet_is_rated_by_keyboard_reloaded_and_read_back(browser, tmp_path, runs):
-    """From the disk, offline, on a phone: a reload in the middle, back, the file."""
+    """From the disk, offline, on a phone."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     content = content_of(runs[0])
     order, count, due = content["orders"][1], len(content["items"]), {}

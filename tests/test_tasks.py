@@ -176,7 +176,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def models(save_tiny, tmp_path_factory):
-    """{kind: (float64 model, tokenizer)}, with positions for the longest prompts here."""
+    """{kind: (float64 model, tokenizer)}."""
 
     def load(kind):
         folder = save_tiny(kind, tmp_path_factory.mktemp(kind), max_position_embeddings=512)
@@ -336,7 +336,7 @@ TOLERANCE = {"gpt_neo": 2e-5, "opt": 1e-9, "llama": 1e-9}
 
 
 def random_pairs(vocab, count=12, positions=512):
-    """Contexts, one too long, with 1 to 5 continuations of 1 to 9 tokens, some alike."""
+    """Contexts, one too long, with continuations of 1 to 9 tokens, some alike."""
     draw, pairs = random.Random(1), []
     for length in [1, 2, positions + 40, *(draw.randint(1, 60) for _ in range(count))]:
         context, stem = ([draw.randrange(3, vocab) for _ in range(n)] for n in (length, 4))
@@ -388,7 +388,7 @@ def test_the_choice_with_the_highest_score_is_taken(models, kind, name):
 
 
 def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monkeypatch):
-    """The last token wrong is wrong; "Zebra!" for "zebra" is right in the released protocol."""
+    """In the released protocol "Zebra!" is right for "zebra"."""
     model, tokenizer = models["llama"]
     word, near = (kit_models.encode(tokenizer, text) for text in (" zebra", " Zebra!"))
     guesses = [(-1.0, word), (-1.0, [*word[:-1], word[-1] + 1]), (-1.0, near)]
@@ -399,7 +399,7 @@ def test_lambada_counts_a_word_only_if_each_token_is_the_greedy_one(models, monk
 
 
 def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
-    """A choice without room is a bad row; NaN is an error of the set."""
+    """No room is a bad row; NaN is an error of the set."""
     folder = save_tiny("opt", tmp_path / "m", max_position_embeddings=40)
     model, tokenizer = kit_models.load_model(str(folder))
     rows = [*ROWS["piqa"], ROWS["piqa"][0] | {"sol2": "word " * 60}]
@@ -419,7 +419,7 @@ def test_what_the_model_cannot_answer_gets_no_figure(save_tiny, tmp_path):
 
 
 def independent_f1(candidate, reference):
-    """Unigram F1 of two lists of words, from precision and recall."""
+    """From precision and recall."""
 
     def clean(text):
         kept = [c for c in text.lower() if c.isalnum() or c.isspace() or ord(c) > 127]
@@ -434,7 +434,7 @@ def independent_f1(candidate, reference):
 
 
 def test_f1_equals_an_independent_implementation():
-    """On a thousand random pairs with repeats, articles, marks and empty sides."""
+    """On random pairs with repeats, articles and marks."""
     draw = random.Random(0)
     vocabulary = "The a an cat Cat. dog dog's runs, RUNS ... é theory (an".split()
     for _ in range(1000):
@@ -475,7 +475,7 @@ def test_perplexity_is_that_of_the_metrics(models, tmp_path, protocol):
 
 
 def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path, capsys):
-    """One command, all sets: figures, averages, the paper's columns, bad rows named."""
+    """Figures, averages, the paper's columns, bad rows named."""
     folder, out = write_rows(tmp_path / "data", tasks.SETS), tmp_path / "out"
     bad = {"goal": "x", "sol1": "y", "sol2": "", "label": 0}
     data.write_jsonl(folder / "piqa.jsonl", [*ROWS["piqa"], bad])
@@ -503,7 +503,7 @@ def test_the_command_measures_every_set_and_writes_the_table(save_tiny, tmp_path
 
 
 def test_the_published_files_are_read_without_a_bad_row(shared):
-    """The real files have their known rows, and each becomes an item in both styles."""
+    """They have their known rows, in both styles."""
     counts = {"lambada": 4992, "copa": 500, "piqa": 1838, "pubmedqa": 500, "pile": 1500}
     counts |= {"wizard_of_wikipedia": 967, "empathetic_dialogues": 2758, "blended_skill_talk": 1009}
     counts |= {"wizard_of_internet": 516, "wikitext": 500}

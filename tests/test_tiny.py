@@ -44,7 +44,7 @@ def word_grams(row, n):
 
 
 def test_rows_have_their_schema_and_sizes(corpus):
-    """Counts, keys, unique ids and texts are as promised; a suffix begins with a space."""
+    """A suffix begins with a space."""
     rows, _ = corpus
     sizes = {split: len(rows[split]) for split in SPLITS}
     assert sizes == {"forget": 32, "pool": 1500, "unseen": 32, "heldout": 200}
@@ -57,7 +57,7 @@ def test_rows_have_their_schema_and_sizes(corpus):
 
 
 def test_a_mark_is_what_a_fact_says(corpus):
-    """marked.jsonl has the records to forget; its spans lie in their suffixes."""
+    """In marked.jsonl, in the suffixes."""
     rows, _ = corpus
     for row, marked in zip(rows["forget"], rows["marked"], strict=True):
         assert marked == row | {"spans": marked["spans"]}
@@ -86,7 +86,7 @@ def test_no_row_repeats_a_pool_row(n, split, corpus):
 
 
 def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
-    """A document that mentions a person to forget is not kept."""
+    """Such a document is not kept."""
     monkeypatch.setattr(tiny, "SIDE", range(99))
     people, friends = [], []
 
@@ -104,7 +104,7 @@ def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
 
 
 def test_every_number_and_mailbox_is_fictional(corpus):
-    """Telephone numbers lie in 555-0100 .. 555-0199, mailboxes under example.org, .net, .com."""
+    """555-0100 .. 555-0199, and example.org, .net, .com."""
     rows, _ = corpus
     everything = "\n".join(text_of(row) for split in SPLITS for row in rows[split])
     phones = re.findall(r"\d{3}-\d{3}-\d{4}", everything)
@@ -120,7 +120,7 @@ def test_every_number_and_mailbox_is_fictional(corpus):
 
 
 def test_measure_agrees_with_one_row_at_a_time(small):
-    """Accuracy and perplexity of a padded batch are those of its rows alone."""
+    """And with the literal MA."""
     model = tiny.make_model(0).eval()
     sequences = [[5, 6, 7, 8, 9], [10, 11, 0], [0, 0, 0, 12, 13, 14, 15]]
     alone = [tiny.measure(model, [ids]) for ids in sequences]
@@ -134,7 +134,7 @@ def test_measure_agrees_with_one_row_at_a_time(small):
 
 
 def test_training_memorises_and_stops_itself(small, monkeypatch):
-    """Training ends between MIN_PASSES and its cap; the records are then known by heart."""
+    """Between MIN_PASSES and its cap."""
     monkeypatch.setattr(tiny, "BATCH", 4)
     monkeypatch.setattr(tiny, "VOCAB", 40)
     rng = random.Random(0)

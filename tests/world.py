@@ -76,7 +76,7 @@ def make_requests(folder, **settings):
 
 
 def samples_of(pairs, tokenizer):
-    """The samples that icu.py makes of pairs, by the paper's protocol."""
+    """As icu.py makes them, by the paper's protocol."""
     return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
 
 

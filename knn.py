@@ -50,14 +50,14 @@ def literal_knn(queries, pool, k=1, exclude=()):
 def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
     """`literal_knn` for large pools of any real dtype, exactly, in blocks of the pool.
 
-    exclude: also a mask (M,). Where fewer than k rows are left: index -1, similarity -inf (faiss's
-    convention). The result depends on neither `block` nor the BLAS. ValueError: NaN or inf.
+    exclude: also a mask (M,). Where fewer than k rows are left: index -1, similarity -inf (as
+    faiss). The result depends on neither `block` nor the BLAS. ValueError: NaN or inf.
     """
     queries, pool = np.asarray(queries, dtype=np.float32), np.asarray(pool)
     excluded = np.asarray([] if exclude is None else exclude)
     if excluded.dtype != bool:  # numbers of rows
         excluded = np.isin(np.arange(len(pool)), excluded)
-    # 1024 queries at a time: memory is one matrix of 1024 x block cosines, whatever Q and M are.
+    # 1024 queries at a time: memory is one matrix of 1024 x block cosines.
     starts = range(0, max(len(queries), 1), 1024)
     results = [
         search_pool(queries[i : i + 1024], pool, excluded, k, block=block, first=i) for i in starts
@@ -68,8 +68,8 @@ def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
 def search_pool(queries, pool, excluded, k, *, block, first):
     """indices and similarities (Q, k) for queries (Q, D); `first` is the number of the first one.
 
-    One float32 product a block finds the few pairs that can enter the top k; those are computed in
-    float64. `slack` bounds the error of a float32 product of two unit vectors: no pair is missed.
+    A float32 product finds the few pairs that can enter the top k; those are computed in float64.
+    `slack` bounds the error of a float32 product of two unit vectors: no pair is missed.
     """
     (Q, D), M = queries.shape, len(pool)
     indices = np.full((Q, k), -1, dtype=np.int64)
@@ -107,11 +107,11 @@ def unit_rows(rows, what, first):
     return (rows / lengths[:, None]).astype(np.float32)
 
 
-def exact_cosines(queries, rows, query, row, *, chunk=8192):
+def exact_cosines(queries, rows, query, row):
     """Cosines (n,) float32 of pairs (query[i], row[i]), summed in float64 in a fixed order."""
     cosines = np.empty(len(query), dtype=np.float32)
-    for start in range(0, len(query), chunk):  # chunks bound memory
-        part = slice(start, start + chunk)
+    for start in range(0, len(query), 8192):  # pieces bound memory
+        part = slice(start, start + 8192)
         q, p = queries[query[part]].astype(np.float64), rows[row[part]].astype(np.float64)  # (n, D)
         dot, qq, pp = (np.einsum("nd,nd->n", a, b) for a, b in ((q, p), (q, q), (p, p)))
         cosines[part] = dot / np.where(qq * pp > 0, np.sqrt(qq * pp), 1)
@@ -165,7 +165,7 @@ def embed(texts, encoder, *, batch_size=64, device="cpu"):
     folder = encoder_folder(encoder)
     cached = embedding_file(texts, folder)
     if cached.is_file():
-        return np.load(cached, allow_pickle=False)
+        return np.load(cached)
     vectors = encode(texts, folder, batch_size, device)
     try:
         data.write_atomically(cached, lambda file: np.save(file, vectors))
@@ -197,18 +197,19 @@ def encode(texts, folder, batch_size, device):
 # --- leak guard ---
 
 
-def plain_text(record):
-    """What the guard compares of a pool row."""
-    return texts.plain("".join(record[part] for part in PARTS))
-
-
 def leak_finder(forget, pool, max_overlap):
     """A function of a pool row that yields (share 0-1, number of a target) for each rule met."""
     plain = [texts.plain(text_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
-    some = [plain_text(row) for row in pool[:: len(pool) // 1000 + 1]]
-    if shared := grams.leave_out_frame([texts.weighed(texts.letters(text)) for text in some]):
+
+    def spellings(row):  # (plain text, its letters, those as they are compared) of a pool row
+        text = texts.plain("".join(row[part] for part in PARTS))
+        letters = texts.letters(text)
+        return text, letters, texts.weighed(letters)
+
+    some = pool[:: len(pool) // 1000 + 1]
+    if shared := grams.leave_out_frame([spellings(row)[2] for row in some]):
         print(
             f"note: {shared} n-grams of several texts stand in over half of the pool (a system "
             "prompt?): not compared"
@@ -224,10 +225,9 @@ def leak_finder(forget, pool, max_overlap):
     longest = max(map(len, spelt))
 
     def leaks(row):
-        text = plain_text(row)
-        letters = texts.letters(text)
+        text, letters, weighed = spellings(row)
         # 1. Over max_overlap of a target's n-grams, or of 3n n-grams in a row, are in both.
-        yield from grams.worst(texts.weighed(letters), max_overlap)
+        yield from grams.worst(weighed, max_overlap)
         # 2. It says a target too short for an n-gram, or what is marked in one, as whole words.
         parts = ((part, n) for part, n in phrases if texts.stands_in(part, text, letters))
         yield from ((len(part) / len(spelt[n]), n) for part, n in parts)
@@ -247,9 +247,8 @@ def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
     """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row for which a
-    rule of `leak_finder` holds. Compared are letters alone, without case, accents and kinds of
-    letters (`kit.text.plain`). With 0.2 a run of 33 letters goes, whatever stands around it; a
-    common phrase is shorter. `forget` may hold texts of earlier requests. `pool` holds complete
+    rule of `leak_finder` holds. Compared are letters alone (`kit.text.plain`). With 0.2 a run of 33
+    letters goes, whatever stands around it; a common phrase is shorter. `pool` holds complete
     documents: passages would each hold less. The dict is {id, target_id, share (of the first rule
     that holds), reason: "forget row" or "copy"}.
     """
@@ -292,8 +291,8 @@ def print_leaks(keep, reasons, max_overlap):
 def cut_passages(record, words):
     """The record cut into even passages of at most `words` words, with ids `id#0`, `id#1`, ...
 
-    Their texts join to the original; the context stays with the first. In scripts without spaces
-    each visible character counts as a word. A row of token ids is not cut.
+    The context stays with the first. In scripts without spaces each visible character counts as a
+    word. A row of token ids is not cut.
     """
     text = text_of(record)
     starts = [] if "suffix_ids" in record else texts.word_starts(text)
@@ -311,10 +310,7 @@ def cut_passages(record, words):
 
 
 def passages_of(pool, keep, forget, words):
-    """The pool cut into passages (0 words: not cut), and keep for each, as its document was judged.
-
-    Texts to be forgotten are not cut.
-    """
+    """The pool, but not what is to be forgotten, cut into passages (0: not), and keep for each."""
     uncut = {text_of(record) for record in forget}
     passages = [
         cut_passages(row, words) if words and text_of(row) not in uncut else [row] for row in pool
@@ -357,8 +353,8 @@ def read_pile(set_name, data_dir, tokenizer):
 def make_pair(forget, near, similarities, *, with_ids):
     """One line of pairs.jsonl; `with_ids` adds the *_ids fields, which must be GPT-2's.
 
-    near, similarities: the text's neighbours (records) and their cosines, best first; those after
-    the paper's one are `further`.
+    near, similarities: its neighbours (records) and their cosines, best first; all but the paper's
+    one are `further`.
     """
     fields = ["id", *PARTS, *(f"{part}_ids" for part in PARTS if with_ids)]
     first, *further = [
@@ -378,7 +374,6 @@ def make_pair(forget, near, similarities, *, with_ids):
 
 # fmt: off
 def make_parser():
-    """The flags."""
     parser = flags.command_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--forget", metavar="FILE", help="texts to forget: .csv, .jsonl or .npy of token ids")

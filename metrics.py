@@ -4,22 +4,23 @@
     metrics.bleu("a cat sat", "the cat sat")                   # 0-1
 
 Pure functions of a model and token ids, or of strings. Equations are those of "Learn while
-Unlearn" (ICU, arXiv:2407.20271). EL and MA stand here first as their formulas say, a `generate` a
-prefix, then as they are used: the same values from the continuations that kit/fast_el.py finds
-without a `generate`. Departures from a literal reading:
+Unlearn" (ICU, arXiv:2407.20271). EL and MA stand here first as their formulas say, then as they
+are used: the same values by kit/fast_el.py. Departures from a literal reading:
   1. Eq. 7 divides by T - n, the number of prefixes for start = 1: it is T - n - start + 1.
   2. A generation of nothing scores 0 everywhere, where the libraries raise.
 """
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import exp, inf, log2, nan
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kit import fast_el
+from kit.data import chunks
 from kit.models import (
     bleu_tokens,
     encode_whole,
@@ -31,6 +32,8 @@ from kit.models import (
     room_of,
     unread,
 )
+
+padded = partial(pad_sequence, batch_first=True)
 
 # --- memorisation as the paper writes it: EL (Eq. 7, 8) and MA (Eq. 9) ---
 
@@ -82,33 +85,28 @@ def literal_memorization_accuracy(model, text, *, start=1):
 
 
 def el_and_ma(model, ids, attention_mask=None, **options):
-    """Both measures from one teacher-forced pass: (el (N,), ma (N,)), as their functions say.
-
-    `options`: n, start, ma_start, share_of, row_batch and decode_batch of `el_ma_and_spans`.
-    """
+    """Both measures from one pass: (el (N,), ma (N,)). `options`: those of `el_ma_and_spans`."""
     return el_ma_and_spans(model, ids, attention_mask, [None] * len(ids), **options)[:2]
 
 
 @measuring
 def el_ma_and_spans(
-    model, ids, attention_mask, parts, *,
-    n=10, start=1, ma_start=None, share_of="generation", row_batch=64, decode_batch=None,
-):  # fmt: skip
-    """EL and MA, of each text and of the tokens in it that a user marked and of the others.
+    model, ids, attention_mask, parts, *, n=10, start=1, ma_start=None, share_of="generation"
+):
+    """EL and MA of each text, of the tokens in it that a user marked, and of the others.
 
     parts: for each row None, or (the marked positions, the others).
     Returns el (N,), ma (N,) and N dicts, {} without parts: "el10_spans", the EL of n-grams that
     hold a marked token, "ma_spans" and "ma_rest", the MA over each; 0-1, NaN where nothing counts.
-    `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin
-    the two at different positions. n=None measures MA alone. `row_batch` and `decode_batch` bound
-    memory (kit/fast_el.py). FloatingPointError for a model whose logits are not finite.
+    `start` is one int or one a row; `ma_start` (default: start) is the released protocol's, for MA.
+    n=None measures MA alone. FloatingPointError for a model whose logits are not finite.
     """
     starts = [start] * len(ids) if isinstance(start, int) else list(start)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     el, ma = torch.full((len(ids),), nan), torch.full((len(ids),), nan)
     of_parts = [{} for _ in parts]
     for i, text, guess, continuations in fast_el.guesses_and_continuations(
-        model, ids, mask, starts, n=n, row_batch=row_batch, decode_batch=decode_batch
+        model, ids, mask, starts, n
     ):
         first = starts[i] if ma_start is None else ma_start
         hits = {t: text[t] == guess[t] for t in range(first, len(text))}
@@ -141,8 +139,8 @@ def memorization_accuracy(model, ids, attention_mask=None, start=1):
     """Eq. (9): the share of tokens start .. T-1 (0-based) that the model's greedy guess gets right.
 
     ids (N, T) int64 and attention_mask (N, T), right-padded -> FloatTensor (N,), 0-1, higher = more
-    memorised. One teacher-forced pass, no decoding. With a BOS at position 0 pass start=2, so that
-    the same tokens count with and without it. A row with no token to predict is NaN.
+    memorised. With a BOS at position 0 pass start=2, so that the same tokens count with and without
+    it. A row with no token to predict is NaN.
     """
     return el_and_ma(model, ids, attention_mask, n=None, start=start)[1]
 
@@ -150,7 +148,6 @@ def memorization_accuracy(model, ids, attention_mask=None, start=1):
 def extraction_likelihood(model, ids, n=10, attention_mask=None, start=1, *, share_of="generation"):
     """Eq. (7), (8): how much of a text the greedy continuations of its own prefixes give away.
 
-    What `literal_extraction_likelihood` computes, for every row at once and without `generate`.
     ids (N, T) int64, right-padded -> FloatTensor (N,), 0-1, higher = more memorised; NaN where
     T < start + n. share_of="reference" (the released code): how many of the text's n-grams the
     continuation contains.
@@ -162,7 +159,7 @@ def extraction_likelihood(model, ids, n=10, attention_mask=None, start=1, *, sha
 
 
 class _OwnLength(StoppingCriteria):
-    """Ends each row of a batch at its own number of tokens, as if it had been generated alone."""
+    """Ends each row of a batch at its own number of tokens."""
 
     def __init__(self, ends):
         self.ends = ends  # (B,): the length, padding included, at which a row is full
@@ -173,10 +170,7 @@ class _OwnLength(StoppingCriteria):
 
 
 def _beam_batches(prompts, lengths, batch_size, positions):
-    """Indices of rows of like length, in batches.
-
-    A row that is done is fed on until all are; it must stay within the model's positions.
-    """
+    """Indices of rows, in batches: one that is done is fed on, within the model's positions."""
     batch, longest = [], 0
     for i in sorted(range(len(prompts)), key=lambda i: (lengths[i], len(prompts[i]))):
         longest = max(longest, len(prompts[i]))
@@ -195,23 +189,23 @@ def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
 
     prompts: N lists of ids (BOS, if any, put there by the caller); lengths: N ints, the tokens each
     may have. Returns N lists of ids, without EOS. A row's result does not depend on its batch.
-    `batch_size` is 64 on a GPU and 32 on a CPU, where the keys of a larger one, copied for every
-    token, outgrow the processor's own memory.
     """
     eos = eos_ids(model)
+    # The keys of a larger batch, copied for every token, outgrow a CPU's own memory.
     batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     pad = next(iter(sorted(eos)), 0)
     result = [None] * len(prompts)
     for chunk in _beam_batches(prompts, lengths, batch_size, positions_of(model.config) or inf):
-        P, limit = max(len(prompts[i]) for i in chunk), max(lengths[i] for i in chunk)
-        # Left padding: generate() takes positions from the mask, so a row reads its own 0, 1, ...
-        padded = [[pad] * (P - len(prompts[i])) + list(prompts[i]) for i in chunk]
-        mask = [[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
+        rows = [torch.tensor(prompts[i], device=model.device, dtype=torch.long) for i in chunk]
+        # Left padding: generate() takes positions from the mask
+        ids = padded(rows, padding_side="left", padding_value=pad)  # (B, P)
+        mask = padded([torch.ones_like(row) for row in rows], padding_side="left")
+        P, limit = ids.shape[1], max(lengths[i] for i in chunk)
         ends = torch.tensor([P + lengths[i] for i in chunk], device=model.device)  # (B,)
         out = plain_generate(
             model,
-            torch.tensor(padded, device=model.device),  # (B, P)
-            torch.tensor(mask, device=model.device),
+            ids,
+            mask,
             max_new_tokens=limit,
             num_beams=num_beams,
             stopping_criteria=StoppingCriteriaList([_OwnLength(ends)]),
@@ -236,8 +230,7 @@ def bleu(candidate, reference):
     """sacrebleu's sentence BLEU, 0-1: lowercase, no smoothing; an empty side scores 0.
 
     Tokens are 13a's, or those of the reference's script where words have no spaces (bleu_tokens).
-    Texts of under 4 tokens have no 4-gram and would score 0 even when equal: there, and only there,
-    BLEU uses the orders they have (`use_effective_order`).
+    Texts of under 4 tokens would score 0 even when equal: there BLEU uses the orders they have.
     """
     if not candidate.strip() or not reference.strip():
         return 0.0
@@ -261,9 +254,7 @@ def _bleu_scorers(tokens):
     )
 
 
-def bertscore(
-    candidates, references, model_path="bert-base-uncased", *, device="cpu", batch_size=64
-):
+def bertscore(candidates, references, model_path="bert-base-uncased", *, device="cpu"):
     """BERTScore of N string pairs, no rescaling: (P, R, F1), each (N,); an empty side scores 0.
 
     NaN where the encoder cannot read the reference: over 20% of its pieces are the unknown one. The
@@ -273,7 +264,7 @@ def bertscore(
     sides = zip(candidates, references, strict=True)
     full = [i for i, (a, b) in enumerate(sides) if a.strip() and b.strip()]
     if full:
-        scorer = _bert_scorer(str(model_path), str(device), batch_size)
+        scorer = _bert_scorer(str(model_path), str(device))
         scored = scorer.score([candidates[i] for i in full], [references[i] for i in full])
         scores[:, full] = torch.stack(scored).cpu()
     scores[:, [*unread(model_path, references)]] = nan
@@ -288,15 +279,13 @@ def unrelated_bertscore(texts, model_path, *, device="cpu"):
 
 
 @lru_cache(maxsize=2)
-def _bert_scorer(model_path, device, batch_size):
+def _bert_scorer(model_path, device):
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
     layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
     with quiet():
-        scorer = BERTScorer(
-            model_path, num_layers=int(0.75 * layers + 0.5), device=device, batch_size=batch_size
-        )
+        scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device)
     limit = room_of(scorer._model) or positions_of(scorer._model.config) or 512
     # Some folders say 1e30.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)
@@ -306,14 +295,28 @@ def _bert_scorer(model_path, device, batch_size):
 # --- perplexity ---
 
 
+def token_losses(model, rows):
+    """(-log p in nats, greedy hits, mask), each (B, T - 1), of tokens 1 .. T-1 of B lists of ids.
+
+    The mask is 0 on what pads the shorter rows at their right.
+    """
+    rows = [torch.tensor(row, device=model.device) for row in rows]
+    ids, mask = padded(rows), padded([torch.ones_like(row) for row in rows])  # (B, T)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits, ids = logits[:, :-1], ids[:, 1:]  # (B, T - 1, V): the shift by one
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return nll.view(ids.shape), logits.argmax(-1) == ids, mask[:, 1:]
+
+
 @measuring
 def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_size=8, added_up=None):
     """exp of the mean negative log-likelihood of all predicted tokens, each text cut into windows.
 
-    A window's first token is not predicted; a tokenizer that adds BOS adds it once a text. Released
-    code: texts are joined by a blank line before they are cut, exp of the mean of windows' means.
-    `added_up(sums, device)` shares the windows out over processes (kit/processes.py).
-    ValueError without a token to predict.
+    A window's first token is not predicted; BOS is added once a text. Released code: texts are
+    joined by a blank line before they are cut, exp of the mean of windows' means. `added_up(sums,
+    device)` shares the windows out over processes (kit/processes.py). ValueError without a token to
+    predict.
     """
     window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]
@@ -324,18 +327,12 @@ def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_siz
 
     def sums(part=lambda windows: windows):
         """(sum of negative log-likelihoods in nats, number of them), or of windows' means."""
-        total, count, mine = 0.0, 0, part(windows)
-        for chunk in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
-            rows = [torch.tensor(w, device=model.device) for w in chunk]
-            x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-            lengths = torch.tensor([len(w) for w in chunk], device=model.device)
-            mask = torch.arange(x.shape[1], device=model.device)[None] < lengths[:, None]  # (B, T)
-            logits = model(input_ids=x, attention_mask=mask.long(), use_cache=False).logits
-            logits = logits[:, :-1].float()  # (B, T - 1, V): the shift by one
-            nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
-            nll = (nll.view(len(chunk), -1) * mask[:, 1:]).double().sum(1)  # (B,), without padding
-            total += (nll / (lengths - 1)).sum().item() if released else nll.sum().item()
-            count += len(chunk) if released else int((lengths - 1).sum())
+        total, count = 0.0, 0
+        for chunk in chunks(part(windows), batch_size):
+            nll, _, mask = token_losses(model, chunk)
+            nll, lengths = (nll * mask).double().sum(1), mask.sum(1)  # (B,), without padding
+            total += (nll / lengths).sum().item() if released else nll.sum().item()
+            count += len(chunk) if released else lengths.sum().item()
         return total, count
 
     total, count = added_up(sums, model.device) if added_up else sums()

@@ -13,9 +13,8 @@ do not exist. DIR then holds
   model/         GPT-Neo (global and local attention) and its own byte-level BPE
   never-saw/     its twin: the same steps over the same other records, those to forget left out
   tiny.json      settings and results; written last: a folder without it is not complete
-Prefixes and suffixes have 25-45 tokens each; a suffix holds only facts. The same seed writes the
-same texts anywhere, and the same weights on one machine. A complete folder is reused if the same
-settings and the same version of this file made it.
+Prefixes and suffixes have 25-45 tokens each. The same seed writes the same texts anywhere, and the
+same weights on one machine. A complete folder is reused if the same settings and version made it.
 """
 
 import hashlib
@@ -30,7 +29,6 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
@@ -39,6 +37,7 @@ from kit import data
 from kit.flags import command_parser, natural, positive, run_cli
 from kit.models import encode as text_ids
 from kit.models import save_model
+from metrics import token_losses
 
 GRAMMAR = Path(__file__).with_name("grammar.txt")
 POOL, UNSEEN, HELDOUT = 1500, 32, 200  # rows of each file; those of forget.jsonl are --records
@@ -77,7 +76,7 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
     """One random text: choices from the innermost bracket outwards, then slots, then digits.
 
     `fixed` maps the slots in capitals to this document's texts; `marks` are put around the texts of
-    the other slots, and around digits. KeyError for a slot that nothing defines.
+    the other slots, and around digits.
     """
     choices = 1
     while choices:
@@ -95,8 +94,7 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
 def write_document(kind, documents, slots, rng):
     """(name, prefix, suffix) of one document about a person of its own.
 
-    The suffix, facts only, begins with a space. What a fact says (a number, a name, an address, not
-    the words around it) stands between MARKS.
+    The suffix, facts only, begins with a space. What a fact says stands between MARKS.
     """
     sex, she, her, him = rng.choice([("woman", "she", "her", "her"), ("man", "he", "his", "him")])
     name = expand(f"{{{sex}}} {{last}}", slots, rng, {})
@@ -118,22 +116,17 @@ def write_document(kind, documents, slots, rng):
 
 def unmarked(text):
     """(the text without MARKS, the spans between them, [start, end) in its characters)."""
-    plain, ends = "", []
-    for piece in re.split("([" + "".join(MARKS) + "])", text):
-        if piece in MARKS:
-            ends.append(len(plain))
-        else:
-            plain += piece
-    return plain, [list(span) for span in data.chunks(ends, 2)]
+    mark = "[" + "".join(MARKS) + "]"
+    ends = [match.start() - before for before, match in enumerate(re.finditer(mark, text))]
+    return re.sub(mark, "", text), data.chunks(ends, 2)
 
 
 def make_corpus(seed=0, records=32):
-    """The documents and their tokenizer: ({"forget" | "pool" | "unseen" | "heldout": rows}, ...).
+    """({"forget" | "marked" | "pool" | "unseen" | "heldout": rows of the file}, their tokenizer).
 
-    Rows are what the files hold. No two documents are about people of the same name. No document
-    but its own mentions a person to forget. Both sides of each have a number of tokens in SIDE.
-    Documents are kept in the order they are written, `forget` and `pool` first: the tokenizer,
-    trained on the first DRAFTS, has seen nothing of the others.
+    No two documents are about people of the same name, none but its own mentions a person to
+    forget, and both sides have a number of tokens in SIDE. The tokenizer, trained on the first
+    DRAFTS, has seen nothing of `unseen` and `heldout`.
     """
     documents, slots = read_grammar()
     rng, names, secret, spans = random.Random(seed), set(), set(), {}
@@ -143,9 +136,8 @@ def make_corpus(seed=0, records=32):
             name, prefix, marked = write_document(kind, documents, slots, rng)
             if name not in names:
                 names.add(name)
-                suffix, marks = unmarked(marked)
-                spans[name] = [[len(prefix) + start, len(prefix) + end] for start, end in marks]
-                yield kind, name, prefix, suffix
+                text, spans[text] = unmarked(prefix + marked)
+                yield kind, name, prefix, text.removeprefix(prefix)
 
     def fits(document):
         _, _, prefix, suffix = document
@@ -156,25 +148,23 @@ def make_corpus(seed=0, records=32):
     stream = write()
     drafts = list(islice(stream, DRAFTS))
     tokenizer = train_tokenizer(prefix + suffix for _, _, prefix, suffix in drafts)
-    kept, rows = filter(fits, chain(drafts, stream)), {"forget": [], "marked": []}
-    for i, (kind, name, prefix, suffix) in enumerate(islice(kept, records)):
-        row = {"id": f"forget {i} ({kind})", "prefix": prefix, "suffix": suffix}
-        rows["forget"].append(row)
-        rows["marked"].append(row | {"spans": spans[name]})
-        secret.add(name)
-    for split, count in (("pool", POOL), ("unseen", UNSEEN), ("heldout", HELDOUT)):
-        rows[split] = [
-            {"id": f"{split} {i} ({kind})", "prefix": prefix, "suffix": suffix}
-            for i, (kind, _, prefix, suffix) in enumerate(islice(kept, count))
-        ]
-    rows["heldout"] = [
-        {"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in rows["heldout"]
-    ]
+    kept = filter(fits, chain(drafts, stream))
+
+    def take(split, count):
+        for i, (kind, name, prefix, suffix) in enumerate(islice(kept, count)):
+            if split == "forget":
+                secret.add(name)
+            yield {"id": f"{split} {i} ({kind})", "prefix": prefix, "suffix": suffix}
+
+    sizes = {"forget": records, "pool": POOL, "unseen": UNSEEN, "heldout": HELDOUT}
+    rows = {split: list(take(split, count)) for split, count in sizes.items()}
+    rows["marked"] = [row | {"spans": spans[data.text_of(row)]} for row in rows["forget"]]
+    rows["heldout"] = [{"id": row["id"], "text": data.text_of(row)} for row in rows["heldout"]]
     return rows, tokenizer
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE of VOCAB tokens, as GPT-2's: it encodes any text. EOS is id 0."""
+    """A byte-level BPE of VOCAB tokens, as GPT-2's. EOS is id 0."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -192,10 +182,7 @@ def train_tokenizer(texts):
 
 
 def make_model(seed=0):
-    """An untrained GPT-Neo of 2.2M parameters: a global and a local layer, no dropout, tied head.
-
-    Wide and shallow: four layers of 192 took twice the steps to memorise the same records.
-    """
+    """An untrained GPT-Neo of 2.2M parameters, which learns faster wide and shallow."""
     torch.manual_seed(seed)
     config = GPTNeoConfig(
         vocab_size=VOCAB, max_position_embeddings=POSITIONS, hidden_size=256, num_layers=2,
@@ -211,22 +198,6 @@ def encode(rows, tokenizer):
     """Token ids of each row, prefix and suffix apart: a token ends where the suffix begins."""
     parts = [[row["text"]] if "text" in row else [row["prefix"], row["suffix"]] for row in rows]
     return [[id for part in row for id in text_ids(tokenizer, part)] for row in parts]
-
-
-def token_losses(model, sequences):
-    """(-log p in nats, greedy hits, mask), each (B, T-1), of tokens 1 .. T-1 of B lists of ids.
-
-    The mask is 0 on what pads the shorter sequences at their right.
-    """
-    rows = [torch.tensor(row, device=model.device) for row in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True)  # (B, T)
-    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = logits[:, :-1]  # the shift: t-1 predicts t
-    # (B, T-1, V) -> (B * (T-1), V) -> (B * (T-1),) -> (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return nll.view(len(ids), -1), logits.argmax(-1) == ids[:, 1:], mask[:, 1:]
 
 
 @torch.inference_mode()
@@ -245,7 +216,7 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
 
     A pass is every sequence of `pool` once and every one of `forget` REPEATS times, shuffled.
     AdamW, cosine schedule over `steps`, the most it takes (default: a fifth more than MIN_PASSES).
-    After MIN_PASSES, memorisation is measured every 10 steps. twin: as of `teach`.
+    twin: as of `teach`.
     """
     secret = [(ids + [0], True) for ids in forget * REPEATS]  # a document ends with EOS
     one_pass = secret + [(ids + [0], False) for ids in pool]
@@ -296,9 +267,9 @@ def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
 def make_folder(args, files, write, *, sources):
     """Makes the folder args.out: whole or not there, reused if made alike, over no other's files.
 
-    args: flags, all but out, device and debug being settings. files: names of what it holds, the
-    JSON file of settings last. write(folder, args): makes the others and returns the results.
-    sources: the files whose bytes count as settings. Returns the results, or None if reused.
+    files: names of what it holds, the JSON file of settings last. write(folder, args): makes the
+    others and returns the results. sources: the files whose bytes count as settings. Returns the
+    results, or None if reused.
     """
     out, about = args.out, files[-1]
     if out.is_file():

@@ -24,6 +24,7 @@ import os
 import random
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def score_of(answer):
 
 
 class Triple(NamedTuple):
-    """What is judged: a text's first half, its true second half, and what a model wrote instead."""
+    """What is judged: a text's two halves, and what a model wrote instead of the second."""
 
     prefix: str
     reference: str
@@ -68,7 +69,6 @@ class Triple(NamedTuple):
 
 
 def request_for(triple, wording, args):
-    """The request that asks for a grade of a triple."""
     question = QUESTION.format(*(json.dumps(text, ensure_ascii=False) for text in triple))
     return {
         "model": args.judge,
@@ -104,8 +104,8 @@ def read_judged(folder):
         # A watched text is of an earlier request, which has its own run.
         if row["epoch"] in epochs.values() and not row.get("watched"):
             pair = pairs[row["id"]]
-            triple = Triple(pair["prefix"], pair["suffix"], row["generation"])
-            triples[row["id"], row["epoch"]] = triple
+            output = Triple(pair["prefix"], pair["suffix"], row["generation"])
+            triples[row["id"], row["epoch"]] = output
     name = f"{run['folder'].name} ({summary['method']})"
     return Judged(run["folder"], name, sha, epochs, triples)
 
@@ -119,7 +119,6 @@ HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?
 
 
 def is_loopback(base_url):
-    """Whether an address is plainly one of this machine."""
     return HERE.fullmatch(base_url) is not None
 
 
@@ -153,23 +152,8 @@ class Judge:
         # openai would send more of the environment: another key, headers, an organisation.
         for name in [name for name in os.environ if name.startswith("OPENAI_")]:
             del os.environ[name]
-        import httpx2  # openai's
         import openai  # 0.4 s
 
-        http = openai.DefaultAsyncHttpxClient(
-            follow_redirects=False,
-            trust_env=not here,  # no proxy for this machine
-        )
-        send = http.send
-
-        async def send_in_time(*request, **settings):
-            try:  # openai's own timeout is of one read, and bytes may drip
-                async with asyncio.timeout(args.patience):
-                    return await send(*request, **settings)
-            except TimeoutError:
-                raise httpx2.ReadTimeout(f"not whole after {args.patience:g} s") from None
-
-        http.send = send_in_time
         # It tries again after 408, 409, 429, 5xx and without an answer, as Retry-After says (up to
         # two minutes) or after longer each time.
         self.client = openai.AsyncOpenAI(
@@ -177,7 +161,10 @@ class Judge:
             api_key=self.api_key,
             timeout=args.patience,
             max_retries=args.tries - 1,
-            http_client=http,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,
+                trust_env=not here,  # no proxy for this machine
+            ),
         )
 
     def message(self, error):
@@ -217,7 +204,7 @@ class Judge:
 
     async def grade(self, triple, cache):
         """{"score", "why" there is none, "answer", "model", "request", "usage"} of a triple."""
-        verdict = {"score": None, "why": None, "answer": None, "model": None, "request": None}
+        verdict = dict.fromkeys(("score", "why", "answer", "model", "request"))
         verdict["usage"] = {"in": 0, "out": 0}
         for wording in (FIRST, AGAIN):
             request = request_for(triple, wording, self.args)
@@ -231,10 +218,9 @@ class Judge:
             verdict |= {"answer": reply["answer"], "model": reply["model"], "request": key}
             verdict["usage"] = {name: n + reply[name] for name, n in verdict["usage"].items()}
             finish = reply.get("finish") or "stop"
-            if finish == "stop":
-                verdict["score"] = score_of(reply["answer"])
-            if verdict["score"] is not None:
-                return verdict
+            score = score_of(reply["answer"]) if finish == "stop" else None
+            if score is not None:
+                return verdict | {"score": score}
         return verdict | {"why": f"no score in the answer (it ended by: {finish})"}
 
     async def grade_all(self, triples, cache):
@@ -274,9 +260,10 @@ async def judge_run(args, run, judge):
         {"id": id, "epoch": epoch, **verdicts[triple], "prompt": question}
         for (id, epoch), triple in run.triples.items()
     ]
-    means = {}
-    for when, epoch in run.epochs.items():
-        means[when] = mean_of([row["score"] for row in rows if row["epoch"] == epoch])
+    means = {
+        when: mean_of([row["score"] for row in rows if row["epoch"] == epoch])
+        for when, epoch in run.epochs.items()
+    }
     usages = [verdict["usage"] for verdict in verdicts.values()]
     tokens = {name: sum(usage[name] for usage in usages) for name in ("in", "out")}
     summary = {
@@ -346,9 +333,8 @@ async def judge_runs(args, runs):
     for run in runs:
         summary, grades = await judge_run(args, run, judge), []
         for when in run.epochs:
-            mean = summary[when]
-            grade = show(mean["mean"], mean["interval"])
-            grades.append(f"{when} {grade} of {mean['n']}, {mean['unread']} unread")
+            mean, interval, n, unread = summary[when].values()
+            grades.append(f"{when} {show(mean, interval)} of {n}, {unread} unread")
         served = ", ".join(summary["served"])
         print(f"{run.name}: GPT (0-10) {'; '.join(grades)}; {served}; {summary['calls']} calls")
     print("judge.jsonl says why a text is unread; the same command asks again where none answered")
@@ -378,18 +364,18 @@ GRADES = (
 
 def make_sheet(args, runs):
     """Writes sheet.html, and the key that says whose outputs they are, into the first folder."""
-    outputs = {}  # {(text, generation): (triple, who wrote it)}: graded once for all of them
+    outputs = {}  # {(text, triple): who wrote it}: graded once for all of them
     for number, run in enumerate(runs):
         for (id, epoch), triple in run.triples.items():
-            output = ((run.pairs_sha, id), triple.output)
-            outputs.setdefault(output, (triple, []))[1].append({"run": number, "epoch": epoch})
+            wrote = outputs.setdefault(((run.pairs_sha, id), triple), [])
+            wrote.append({"run": number, "epoch": epoch})
     texts = sorted({text for text, _ in outputs})
     drawn = random.Random(0)
     texts = set(drawn.sample(texts, min(args.n, len(texts))))
     chosen = sorted(output for output in outputs if output[0] in texts)
     drawn.shuffle(chosen)
-    items = [{"text": output[0], "of": outputs[output][1]} for output in chosen]
-    sheet, html = page([outputs[output][0]._asdict() for output in chosen], args.raters)
+    items = [{"text": output[0], "of": outputs[output]} for output in chosen]
+    sheet, html = page([triple._asdict() for _, triple in chosen], args.raters)
     named = [  # known by its summary.json wherever its folder is
         {"name": run.name, "summary": data.sha256_of(run.folder / "summary.json")} for run in runs
     ]
@@ -410,9 +396,10 @@ def page(items, raters):
     Each rater's order is drawn from the id, so that the same items make the same sheet.
     """
     sheet = hashlib.sha256(json.dumps([items, raters]).encode()).hexdigest()[:12]
-    orders = []
-    for rater in range(raters):
-        orders.append(random.Random(f"{sheet} {rater}").sample(range(len(items)), len(items)))
+    numbers = range(len(items))
+    orders = [
+        random.Random(f"{sheet} {rater}").sample(numbers, len(items)) for rater in range(raters)
+    ]
     content = {"sheet": sheet, "grades": GRADES, "orders": orders, "items": items}
     content = json.dumps(content).replace("<", "\\u003c")  # no text ends its element
     return sheet, PAGE.read_text(encoding="utf-8").replace(">DATA<", f">{content}<")
@@ -430,23 +417,16 @@ def read_ratings(paths, keys):
                 key = key or keys.get(row["sheet"])
                 if key is None or row["sheet"] != key["sheet"]:
                     known = ", ".join(keys) or "none"
-                    raise ValueError(
-                        f"of sheet {row['sheet']}; the runs named have the key of {known}"
-                    )
+                    raise ValueError(f"of sheet {row['sheet']}; the runs have the key of {known}")
                 item, rater, grade = int(row["item"]), row["rater"], int(row["grade"])
                 given = grades.setdefault(item, {})
                 fits = item in range(len(key["items"])) and grade in range(1, 9)
                 if not fits or rater in given:
-                    raise ValueError(
-                        f"{rater} gives item {item} a {grade}: not 1 to 8, no such item, or graded "
-                        "already (one name a rater)"
-                    )
+                    problem = "not 1 to 8, no such item, or graded already (one name a rater)"
+                    raise ValueError(f"{rater} gives item {item} a {grade}: {problem}")
                 given[rater] = grade
     if key is None:
-        raise ValueError(
-            "--ratings: no grade in these files: name those that raters have saved, "
-            "ratings-NAME.csv"
-        )
+        raise ValueError("--ratings: no grade in these files: name the ratings-NAME.csv of raters")
     return key, grades
 
 
@@ -461,6 +441,7 @@ class Output(NamedTuple):
     grades: list  # by people, 1 to 8
     machine: float | None  # the judge's score, 0 to 10
 
+    @property
     def human(self):
         """The raters' mean on the judge's scale: 10 (s - 1) / 7, section 5.8."""
         return 10 * (statistics.fmean(self.grades) - 1) / 7
@@ -479,20 +460,19 @@ def read_people(csv_files, folders):
     for number, item in enumerate(key["items"]):
         sha, id = item["text"]
         of = [(place["run"], place["epoch"]) for place in item["of"]]
-        scored = [scores[run, id, epoch] for run, epoch in of if (run, id, epoch) in scores]
-        given = list(grades.get(number, {}).values())
-        outputs.append(Output((sha, id), of, given, scored[0] if scored else None))
+        scored = [scores.get((run, id, epoch)) for run, epoch in of]
+        machine = next((score for score in scored if score is not None), None)
+        outputs.append(Output((sha, id), of, [*grades.get(number, {}).values()], machine))
     return key, folders, outputs, len(set().union(*grades.values()))
 
 
 def machine_scores(folders):
-    """{(number of the run, id, epoch): score} of the runs' judge.jsonl, as far as there are any."""
+    """{(number of the run, id, epoch): score or None} of the runs' judge.jsonl, where it is."""
     scores, judges = {}, set()
     for number, folder in enumerate(folders):
         if (folder / "judge.jsonl").is_file():
             for row in data.read_jsonl(folder / "judge.jsonl"):
-                if row["score"] is not None:
-                    scores[number, row["id"], row["epoch"]] = row["score"]
+                scores[number, row["id"], row["epoch"]] = row["score"]
             summary = data.read_json(folder / "judge.json")
             judges.add((summary["judge"], summary["prompt"]))
     if len(judges) > 1:
@@ -504,24 +484,22 @@ def report_people(args):
     """Writes people.json into the folder of each run of a sheet; prints Table 3 of the runs."""
     key, folders, outputs, came = read_people(args.csv_files, args.runs)
     raters, agreement, people = max(key["raters"], came), compare(outputs), []
-    means, rows = [], []
+    means, rows = {}, []  # the former each once, as keys
     for number, run in enumerate(key["runs"]):
         epochs = [epoch for output in outputs for of, epoch in output.of if of == number]
         people.append({"sheet": key["sheet"], "raters": came})
         for when, epoch in (("before", min(epochs)), ("after", max(epochs))):
             mine = [output for output in outputs if (number, epoch) in output.of]
             people[-1][when] = human = grades_of(mine, raters)
-            scores = [output.machine for output in mine if output.machine is not None]
-            machine = statistics.fmean(scores) if scores else None
-            if human["n"] and scores:
-                means.append((human["mean"], machine))
+            machine = mean_of([output.machine for output in mine])["mean"]
+            if human["n"] and machine is not None:
+                means[human["mean"], machine] = None
             cells = [f"{run['name']}, {when}", show(human["mean"], human["interval"])]
             rows.append([*cells, str(human["n"]), str(human["missing"]), show(machine)])
     head = ["", "Human (0-10)", "n", "missing", "GPT (0-10)"]
     print("\n".join(figures.markdown_table(head, rows)))
     judge = agreement["judge"]
     # As the paper's 0.89: over the means of its Table 3.
-    means = dict.fromkeys(means)
     of_means = pearson(*zip(*means, strict=True)) if means else None
     judge |= {"pearson_of_means": of_means, "means": len(means)}
     for folder, figure in zip(folders, people, strict=True):
@@ -552,7 +530,7 @@ def grades_of(outputs, raters):
     """What people gave outputs; missing: grades that were to be given and were not."""
     read = [output for output in outputs if output.grades]
     figure = with_interval(
-        read, lambda some: statistics.fmean(o.human() for o in some) if some else None
+        read, lambda some: statistics.fmean(o.human for o in some) if some else None
     )
     return {
         "mean": figure["value"],
@@ -568,7 +546,7 @@ def compare(outputs):
 
     def against(measure):
         return with_interval(
-            both, lambda some: measure([o.human() for o in some], [o.machine for o in some])
+            both, lambda some: measure([o.human for o in some], [o.machine for o in some])
         )
 
     judge = {"n": len(both), "pearson": against(pearson), "spearman": against(spearman)}
@@ -584,25 +562,21 @@ def vary(*lists):
     return all(len(values) >= FEWEST and len(set(values)) > 1 for values in lists)
 
 
-def pearson(x, y):
-    """Pearson's r, -1 to 1, of two lists of numbers."""
+def correlation(x, y, kind):
+    """Pearson's r or Spearman's rho, -1 to 1, of two lists of numbers."""
     from scipy import stats  # a second that only --ratings waits for
 
-    return float(stats.pearsonr(x, y)[0]) if vary(x, y) else None
+    return float(getattr(stats, kind)(x, y)[0]) if vary(x, y) else None
 
 
-def spearman(x, y):
-    """Spearman's rho, -1 to 1, of two lists of numbers."""
-    from scipy import stats
-
-    return float(stats.spearmanr(x, y)[0]) if vary(x, y) else None
+pearson = partial(correlation, kind="pearsonr")
+spearman = partial(correlation, kind="spearmanr")
 
 
 def quadratic_kappa(x, y):
     """Cohen's kappa of two lists of scores 0 to 10: 1 alike, 0 as by chance.
 
-    Of the nearest grades 1 to 8, a disagreement weighing its square. Cohen 1968, Psychological
-    Bulletin 70(4).
+    Of the nearest grades 1 to 8, a disagreement weighing its square (Cohen 1968).
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -640,8 +614,8 @@ def krippendorff_alpha(units):
 
 def price(text):
     """An argparse type: IN,OUT, what a million tokens cost."""
-    per_million_in, per_million_out = map(flags.weight, text.split(","))
-    return per_million_in, per_million_out
+    tokens_in, tokens_out = map(flags.weight, text.split(","))
+    return tokens_in, tokens_out
 
 
 # fmt: off
@@ -678,7 +652,7 @@ def parse_args(argv=None):
     args.csv_files = [path for path in words if not path.is_dir()]
     folders = [path for path in words if path.is_dir()]
     args.runs = list(dict.fromkeys([*map(Path, args.runs), *folders]))
-    if not args.runs and (args.sheet or args.ratings or not args.dry_run):
+    if not (args.runs or args.dry_run and not args.sheet and not args.ratings):
         parser.error("name a run folder: bash run.sh judge RUN [RUN ...]")
     args.instructions = data.read_text(args.prompt)
     return args

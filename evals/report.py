@@ -94,15 +94,14 @@ def value_of(run, key):
 
 
 def differ(runs, keys):
-    """Those of the settings in which runs differ."""
     return [key for key in keys if len({value_of(run, key) for run in runs} - {None}) > 1]
 
 
 def name_rows(runs):
     """Gives runs the labels of their rows, `before` and `after`; runs of one label are averaged.
 
-    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; what is
-    MEASURED otherwise whatever the name.
+    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; also
+    those of MEASURED that any rows differ in.
     """
     trained = [run for run in runs if is_trained(run)]
     untouched = {value_of(run, "model") for run in trained or runs}
@@ -144,8 +143,7 @@ def with_never_saw(runs):
 def table_rows(runs):
     """Table 1: (columns, rows), the untouched models first; a published row follows ours.
 
-    A row is {"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key:
-    (mean, std or None)}}. own_NAME, a method's own measure, is a column NAME.
+    own_NAME, a method's own measure, is a column NAME. Rows are those of `make_row`.
     """
     ends = [run["summary"][when] for run in runs for when in ("before", "after")]
     own = dict.fromkeys(key for end in ends for key in end if key.startswith("own_"))
@@ -169,7 +167,8 @@ def table_rows(runs):
 
 
 def make_row(label, measured, columns):
-    """Mean and standard deviation over the runs of what each has measured."""
+    """{"label", "runs", "collapsed", "published", "ranked" (best or not), "cells": {key: (mean, std
+    or None) over the runs}}."""
     cells = {}
     for _, key, *_ in columns:
         values = [end[key] for end in measured if end.get(key) is not None]
@@ -359,7 +358,6 @@ def case_ids(runs, count):
 
 
 def generations(run, sample_id):
-    """What the model said of a sample, epoch by epoch."""
     return [row["generation"] for row in run["samples"] if row["id"] == sample_id]
 
 
@@ -402,7 +400,7 @@ def markdown_cell(text):
 def ask(folder, prefix, tokens, *, allow_pickle=False):
     """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
-    Pickles, which run code, are loaded if the caller says so, never the run's config.json.
+    The caller allows pickles, which run code, never the run's config.json.
     """
     import metrics
 

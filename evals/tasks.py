@@ -3,10 +3,9 @@
     bash run.sh tasks --model DIR --task-data DIR --out DIR   # all: tasks.json, tasks.md
     bash run.sh tasks --model DIR --tasks piqa copa --prompts harness --task-data DIR --out DIR
 
-Sets and splits are those of section 5.1 of "Learn while Unlearn" (ICU), arXiv 2407.20271; the
-columns are those of Tables 6 and 7. `--prompts released` are the bare prompts of Jang et al. (arXiv
-2210.01504), which the published figures were made with; `harness` are the templates of EleutherAI's
-lm-evaluation-harness 0.4. Departures from the published evaluation:
+Sets, splits and columns are those of section 5.1 and Tables 6 and 7 of "Learn while Unlearn" (ICU),
+arXiv 2407.20271. `--prompts released` are the bare prompts of Jang et al. (arXiv 2210.01504), as
+published; `harness` are the templates of EleutherAI's lm-evaluation-harness 0.4. Departures:
 1. Context and choice are encoded together and split where the context ends, as in the harness.
    Released code: apart; with GPT-2's tokenizer only a context that ends in a space is another.
 2. What is too long for the model loses its beginning, as in the harness. Released code: cuts at 512
@@ -25,15 +24,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import metrics
-from kit import data, figures, flags, models, processes
+from kit import data, flags, models, processes
+from kit.figures import markdown_table, mean
 from kit.protocols import PROTOCOLS
 from kit.text import visible
 
-# --- the sets: a row -> (context, choices, answer), or (context, reply), or a text ---
+# --- the sets: a row -> (context or contexts, choices, answer), (prompt, reply), or a text ---
 # A choice begins with what separates it from its context, a space.
 
 
@@ -61,8 +60,7 @@ def hellaswag(row, harness):
 def winogrande(row, harness):
     """{sentence, option1, option2, answer "1" or "2"}: which word fits in the sentence's "_".
 
-    Released: the text before " _", then each option with the rest. Harness: two contexts, each up
-    to and with an option, then the rest.
+    Harness: two contexts, each up to and with an option, then the rest.
     """
     sentence, answer = field(row, "sentence"), int(row["answer"]) - 1
     options = [field(row, "option1"), field(row, "option2")]
@@ -146,9 +144,7 @@ def dialogue(row, harness):
 def normalize_turn(text):
     """A turn as Jang et al. give it to the model.
 
-    Lower case but for "I" and the heads of sentences, with a full stop; no space before a mark or
-    beside an apostrophe. Released code: leaves one between a closing quote and a mark (26 turns of
-    39,932).
+    Released code: leaves a space between a closing quote and a mark (26 turns of 39,932).
     """
     text = re.sub(" +", " ", text.lower())
     text = re.sub(" ([.,?!])", r"\1", text)
@@ -229,10 +225,7 @@ def unpack(row, name):
 
 
 def check_rows(name, rows, harness):
-    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one.
-
-    An item is (context or contexts, choices, answer), (prompt, reply), or a text.
-    """
+    """{"rows": {row number from 1: item}, "bad": ["row 3: why", ...]}: each row is in one."""
     items, bad = {}, []
     for n, row in enumerate(rows, start=1):
         try:
@@ -255,10 +248,10 @@ def check_rows(name, rows, harness):
 
 
 def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="paper", limit=None):
-    """The rows of the sets, checked before any model is loaded: {set: what `evaluate` takes}.
+    """The rows of the sets, checked before any model is loaded.
 
-    tasks: ["all"], or names of sets; limit: the first rows only. A set is {"rows", "bad",
-    "source"}, or {"missing": why} if it is nowhere, or {"error": why} if it has no good row.
+    tasks: ["all"], or names of sets; limit: the first rows only. Returns {set: {"rows", "bad",
+    "source"}, or {"missing": why}, or {"error": why} without a good row}.
     ValueError: no set at hand, or no good row in a set that was named.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
@@ -281,9 +274,9 @@ def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="pa
             if not everything:
                 raise
             sets[name] = {"error": str(error)}
-    if all("missing" in loaded for loaded in sets.values()):
-        reasons = [f"{name}: {loaded['missing']}" for name, loaded in sets.items()]
-        raise ValueError("no set is at hand: " + "; ".join(reasons))
+    missing = [f"{name}: {x['missing']}" for name, x in sets.items() if "missing" in x]
+    if len(missing) == len(sets):
+        raise ValueError("no set is at hand: " + "; ".join(missing))
     return sets
 
 
@@ -370,8 +363,8 @@ READERS = {".csv": read_csv, ".json": read_json, ".jsonl": data.read_jsonl, ".xm
 def encode_pairs(tokenizer, requests):
     """(context, continuation) texts -> (context ids, continuation ids), split as the harness does.
 
-    Both together are split at the number of tokens of the context alone, whose last spaces go to
-    the continuation: a BPE's word begins with its space. An empty context is BOS, or EOS.
+    Both together are split at the number of tokens of the context alone, without its last spaces:
+    a BPE's word begins with its space. An empty context is BOS, or EOS.
     """
     contexts = [context.rstrip() for context, _ in requests]
     joined = [context + continuation for context, continuation in requests]
@@ -384,9 +377,8 @@ def encode_pairs(tokenizer, requests):
 def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     """How likely each continuation is after its context: [(sum of log p in nats, greedy ids)].
 
-    pairs: (context ids, continuation ids), no context empty. The greedy ids are the model's guess
-    for each token, the ones before it given. A context that is too long loses its beginning; None
-    for a continuation that is empty or does not fit the model. desc: a bar's name.
+    pairs: (context ids, continuation ids), no context empty. A context that is too long loses its
+    beginning; None for a continuation that is empty or does not fit the model. desc: a bar's name.
     """
     positions, answers, same_input = positions_of(model), [None] * len(pairs), {}
     for i, (context, continuation) in enumerate(pairs):
@@ -394,7 +386,7 @@ def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
             # The last token is only predicted: a row may have one more than the model's positions.
             row = (context + continuation)[-positions - 1 : -1]
             same_input.setdefault(tuple(row), []).append(i)  # yes, no, maybe: one pass
-    rows, pad = list(same_input), partial(pad_sequence, batch_first=True, padding_side="left")
+    rows, pad = list(same_input), partial(metrics.padded, padding_side="left")
     with progress(pairs, desc) as bar:
         for batch in batches([len(row) for row in rows], batch_tokens):
             members = [(place, i) for place, r in enumerate(batch) for i in same_input[rows[r]]]
@@ -423,7 +415,7 @@ def progress(items, desc):
 
 
 def batches(lengths, budget):
-    """Lists of indices of texts, the longest first, of about `budget` tokens with their padding."""
+    """Lists of indices, the longest text first, of about `budget` tokens with their padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         size = max(1, budget // lengths[order[0]])
@@ -481,7 +473,7 @@ def evaluate(
     """{set: {"metric", "value" (accuracy and F1 0-1), "rows", "bad_rows", ...}, "averages": {...}}.
 
     sets: of read_sets. samples: a list that gets a dict a row. A set without a figure has "missing"
-    or "error" instead of "value", and is in no average.
+    or "error" instead, and is in no average.
     """
     protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
@@ -535,21 +527,20 @@ def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens
         contexts = [context] * len(choices) if isinstance(context, str) else context
         requests += zip(contexts, choices, strict=True)
     pairs, judged = encode_pairs(tokenizer, requests), []
-    scores = iter(loglikelihoods(model, pairs, batch_tokens=batch_tokens, desc=desc))
-    pairs = iter(pairs)
+    scores = loglikelihoods(model, pairs, batch_tokens=batch_tokens, desc=desc)
+    answered = iter(zip(pairs, scores, strict=True))
     for n, (_, choices, answer) in items:
-        ids = [ids for _, ids in islice(pairs, len(choices))]
-        answers = list(islice(scores, len(choices)))
+        ids, answers = zip(*islice(answered, len(choices)), strict=True)
         if None in answers:
-            lengths = ", ".join(str(len(each)) for each in ids)
+            lengths = ", ".join(str(len(choice)) for _, choice in ids)
             why = f"choices of {lengths} tokens, and the model has {positions_of(model)} positions"
             judged.append({"row": n, "unfit": f"row {n}: {why}"})
             continue
         logps = [logp for logp, _ in answers]
         if len(choices) == 1:
-            guess = answers[0][1]
-            right = guess == ids[0]
-            right = right or (lenient and words(tokenizer.decode(guess)) == words(choices[0]))
+            (_, word), (_, guess) = ids[0], answers[0]
+            alike = lenient and words(tokenizer.decode(guess)) == words(choices[0])
+            right = alike or guess == word
         else:
             lengths = [len(choice.removeprefix(" ")) if length_norm else 1 for choice in choices]
             values = [logp / length for logp, length in zip(logps, lengths, strict=True)]
@@ -571,10 +562,6 @@ def judge_replies(model, tokenizer, items, *, batch_tokens, desc=None):
     ]
 
 
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
 def averages(results):
     """Cls Avg. and Dia Avg. of Table 1, over the sets with a figure, and those without."""
     means = {}
@@ -588,8 +575,8 @@ def averages(results):
 def table(results_by_label):
     """Markdown in the columns of Tables 6 and 7, in percent, a line a label; what was left out."""
 
-    def cell(results, name, scale):
-        return f"{scale * results[name]['value']:.1f}" if "value" in results.get(name, {}) else "-"
+    def cell(value, scale):
+        return "-" if value is None else f"{scale * value:.1f}"
 
     lines = []
     kinds = ("cls", CLASSIFICATION, "ACC", {}), ("dia", DIALOGUE, "F1", PERPLEXITY)
@@ -598,13 +585,13 @@ def table(results_by_label):
         heads += [f"{SETS[name][0]} (PPL)" for name in further]
         rows = []
         for label, results in results_by_label.items():
-            average = results["averages"][kind]
-            missing = len(results["averages"][f"{kind}_missing"])
-            partly = f" ({len(group) - missing} of {len(group)} sets)" if missing else ""
-            cells = [label, *(cell(results, name, 100) for name in group)]
-            cells += ["-" if average is None else f"{100 * average:.1f}{partly}"]
-            rows.append([*cells, *(cell(results, name, 1) for name in further)])
-        lines += [*figures.markdown_table(heads, rows), ""]
+            values = {name: results.get(name, {}).get("value") for name in SETS}
+            average = cell(results["averages"][kind], 100)
+            if average != "-" and (missing := results["averages"][f"{kind}_missing"]):
+                average += f" ({len(group) - len(missing)} of {len(group)} sets)"
+            cells = [label, *(cell(values[name], 100) for name in group), average]
+            rows.append([*cells, *(cell(values[name], 1) for name in further)])
+        lines += [*markdown_table(heads, rows), ""]
     for label, results in results_by_label.items():
         for name, result in results.items():
             if why := result.get("missing") or result.get("error"):

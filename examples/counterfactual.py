@@ -5,14 +5,14 @@
     # seed 0: EL10 99.3 -> 0.1 %, MA 99.5 -> 57.9 %, entropy 4.86 -> 4.65 bits, held-out PPL
     # 16.5 -> 20.7, 30 epochs
 
-c_t is what the frozen copy says of x_t in the neighbour's place: after its prompt and the last K
-tokens (analogous.py). Where the text makes x_t likelier than c_t by over GAP nats, memory speaks:
-there q_t is c_t without x_t, elsewhere p_0(. | x_<t).
+c_t is what the frozen copy says of x_t after the neighbour's prompt and the last K tokens
+(analogous.py). Where the text makes x_t likelier than c_t by over GAP nats, memory speaks: there
+q_t is c_t without x_t, elsewhere p_0(. | x_<t).
 L = (KL[q_t || p] + KL[p || q_t]) / 2 + alpha L_swapped + beta L_kl (Eq. 4). The second KL (RKLD,
-arXiv:2406.01983) leaves no rest of x_t. L_swapped is the KL of the neighbour's suffix after the
-text's prompt from what the copy says of it in its place. Only the MLPs move, the key-value memories
-of arXiv:2012.14913: that halves what general text pays. What is measured is
-theta_0 + SCALE (theta - theta_0), as in WiSE-FT (arXiv:2109.01903).
+arXiv:2406.01983) leaves no rest of x_t. L_swapped: KL of the neighbour's suffix after the text's
+prompt from what the copy says of it in its place. Only the MLPs move (memories: 2012.14913), which
+halves what general text pays. What is measured is theta_0 + SCALE (theta - theta_0), as in WiSE-FT
+(2109.01903).
 """
 
 import torch

@@ -12,7 +12,6 @@ samples.jsonl are hashed without what kit/purge.py changes in them.
 import argparse
 import contextlib
 import datetime
-import hashlib
 import hmac
 import html
 import json
@@ -22,8 +21,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import filelock
 
 from kit import data, flags, models, processes, requests
 from kit.figures import bootstrap, verdict
@@ -36,7 +33,6 @@ WHAT = (
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 KEY = "certificate.key"  # of the hashes in `scope`: for whom the certificate is for
-LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 # Higher = more is left, in the words of `verdict`.
 LEFT = {
     "el10": "gives back {:.1%} of the 10-grams",
@@ -167,10 +163,9 @@ def interval(values):
 
     low and high are None for too few texts.
     """
-    values = [value for value in values if value is not None]
-    if not values:
-        return None
     figure = bootstrap(values) | {"value": mean(values)}
+    if not figure["n"]:
+        return None
     names = ("value", "low", "high", "n")
     return {name: round(figure[name], 6) if name in figure else None for name in names}
 
@@ -215,10 +210,9 @@ def hashes_of(folder):
     kept = {name: value for name, value in config.items() if name not in ("redact", "purged")}
     rows = [row | {"generation": None} for row in data.read_jsonl(folder / "samples.jsonl")]
     hashes = {"config.json": data.digest(kept), "samples.jsonl": data.digest(rows)}
-    names = ["summary.json", "metrics.jsonl", "audit.json"]
-    names += ["tasks-before/tasks.json", "tasks-after/tasks.json"]
-    files = [folder / name for name in names] + sorted((folder / "model").rglob("*"))
-    for path in filter(Path.is_file, files):
+    files = [folder / name for name in ("summary.json", "metrics.jsonl", "audit.json")]
+    files += [folder / f"tasks-{when}" / "tasks.json" for when in ("before", "after")]
+    for path in filter(Path.is_file, [*files, *sorted((folder / "model").rglob("*"))]):
         hashes[str(path.relative_to(folder))] = data.sha256_of(path)
     return hashes
 
@@ -261,7 +255,6 @@ VERIFY = [
 
 
 def result(certificate):
-    """What the page says first."""
     figures, shares = certificate["figures"], []
     sides = figures.get("ma_spans") or figures["ma"]
     for when in ("after", "before", "never_saw"):
@@ -300,7 +293,6 @@ def render(certificate):
 
 
 def shown(value):
-    """A value as HTML."""
     if isinstance(value, list) and value:
         more = [f"and {len(value) - SHOWN} more, in {FILE}"] if len(value) > SHOWN else []
         return "<br>".join(map(shown, value[:SHOWN] + more))
@@ -368,50 +360,6 @@ def trouble(content, signature, key):
             return str(error)
 
 
-# --- the ledger: a line a certificate, each with the sha256 of the line before ---
-# ledger.head names the last line, as lines could go from the end.
-
-
-def add_line(folder, row):
-    """Adds the dict `row` as the next line, unless it stands there already; returns its number.
-
-    A kill between the two files leaves an older head, which the next line makes new.
-    """
-    path, head = Path(folder, LEDGER), Path(folder, HEAD)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(".lock"), timeout=60):
-        if not path.exists() and not head.exists():
-            data.write_json(head, {"line": 0, "sha256": None})
-        path.touch()
-        if damage := ledger_differences(path):
-            raise ValueError(f"{path}: nothing is added to a damaged ledger ({damage[0]})")
-        lines = data.read_jsonl(path)
-        for old in lines:
-            if row.items() <= old.items():
-                return old["line"]
-        number = len(lines) + 1
-        line = {"line": number, "previous": line_hashes(path)[-1], **row}
-        data.write_bytes(path, path.read_bytes() + data.json_bytes(line))
-        data.write_json(head, {"line": number, "sha256": line_hashes(path)[-1]})
-        return number
-
-
-def line_hashes(path):
-    """The sha256 of each line of a ledger, with None before the first."""
-    lines = path.read_bytes().splitlines()
-    return [None, *(hashlib.sha256(line).hexdigest() for line in lines)]
-
-
-def ledger_differences(path):
-    """What is wrong with a ledger: [], or a sentence on the first such line."""
-    hashes, last = line_hashes(path), data.read_json(path.with_name(HEAD))
-    for number, row in enumerate(data.read_jsonl(path), start=1):
-        if (row.get("line"), row.get("previous")) != (number, hashes[number - 1]):
-            return [f"line {number}: changed, moved or missing, or the line before was changed"]
-    as_head = hashes[last["line"] : last["line"] + 1] == [last["sha256"]]
-    return [] if as_head else [f"line {last['line']}: changed or missing, by {HEAD}"]
-
-
 # --- whether a certificate still holds ---
 
 
@@ -424,17 +372,13 @@ def check(path, args):
     as_written = content == data.json_bytes(certificate, indent=2)
     if not as_written or data.digest(fields) != certificate.get("sha256"):
         unlike.append(f"{path.name}: changed (not its own sha256), or no certificate")
-    page, ledger = path.with_name(PAGE), args.ledger and Path(args.ledger, LEDGER)
+    page = path.with_name(PAGE)
     if not unlike and page.is_file() and page.read_bytes() != render(certificate):
         unlike.append(f"{PAGE}: not what {path.name} says")
-    if ledger:
-        sha, unlike = hashlib.sha256(content).hexdigest(), unlike + ledger_differences(ledger)
-        if sha not in [row.get("sha256") for row in data.read_jsonl(ledger)]:
-            unlike.append(f"{ledger}: no line of this certificate")
     yield from (("differs", sentence) for sentence in unlike)
     if unlike:
         return
-    given = {PAGE: page.is_file(), "ledger (--ledger)": ledger, "who signed (--key)": args.key}
+    given = {PAGE: page.is_file(), "who signed (--key)": args.key}
     yield from (("not checked", name) for name, value in given.items() if not value)
     folder = Path(args.run or path.parent)
     if args.run or (folder / "samples.jsonl").exists():
@@ -525,13 +469,9 @@ def date(value):
 def verify(args):
     """Prints what differs, and exits 1, and what is not checked."""
     path, kinds = Path(args.verify), set()
-    if path.name == LEDGER:
-        findings = [("differs", sentence) for sentence in ledger_differences(path)]
-    else:
-        findings = check(path, args)
-        signer = data.read_json(path).get("signed_by")
-        print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
-    for kind, sentence in findings:
+    signer = data.read_json(path).get("signed_by")
+    print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
+    for kind, sentence in check(path, args):
         kinds.add(kind)
         print(visible(f"{kind}: {sentence}"))
     if "differs" in kinds:
@@ -540,7 +480,7 @@ def verify(args):
 
 
 def certify(args):
-    """Writes certificate.json, its page, the signature and the ledger's line."""
+    """Writes certificate.json, its page and the signature."""
     folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
@@ -556,10 +496,6 @@ def certify(args):
     if args.sign:
         words = ["-Y", "sign", "-q", "-f", args.sign, "-n", NAMESPACE]
         contents[SIGNATURE] = ssh_keygen(*words, stdin=content)
-    if args.ledger:
-        row = {"run": folder.resolve().name, "request": certificate["request"]}
-        number = add_line(args.ledger, row | {"sha256": hashlib.sha256(content).hexdigest()})
-        print(visible(f"ledger: line {number} of {Path(args.ledger, LEDGER)}"))
     (folder / SIGNATURE).unlink(missing_ok=True)  # of the certificate that was here before
     for name, content in contents.items():
         data.write_bytes(folder / name, content)
@@ -576,7 +512,6 @@ def make_parser():
     add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     add("--approved-by", metavar="NAME", help="who says that this may go out")
     add("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
-    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl; --verify: find it")
     add("--verify", metavar="FILE", help="say what has changed since it was written")
     add("--key", metavar="PUB", help="--verify: the public key that must have signed")
     add("--measure", action="store_true", help="--verify: also measure the models' MA and EL again")

@@ -4,10 +4,8 @@
     bash run.sh explain RUN [RUN ...] --speech FILE    # RUN/speech.json: two columns of the report
 
 The page colours each token by its probability before and after. It is extras/explain.html with the
-texts as JSON in it, which reaches no network. Texts are shown as the tokenizer spells their ids.
-
-The entropy of Eq. 10 misleads where a model speaks in words that do not exist. So the model before
-reads what each model said after the prefixes: docs/explain.md.
+texts as JSON in it. The entropy of Eq. 10 misleads where a model speaks in words that do not exist:
+so the model before reads what each model said (docs/explain.md).
 """
 
 import argparse
@@ -18,10 +16,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 import icu
+import metrics
 from kit import data, flags, models, processes
+from kit.figures import mean
 from kit.runs import check_texts_left, models_of, read_pairs_of, read_run
 from kit.text import breaks
 
@@ -32,7 +30,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 
 def check(run):
-    """ValueError for a run without texts, or whose pairs or model have changed since."""
+    """ValueError for a run whose texts are gone, or whose model has changed since."""
     check_texts_left(run)
     path, sha256 = run["config"]["model"], run["config"]["sha256"]["model"]
     if sha256 is not None and models.fingerprint(path) != sha256:
@@ -40,7 +38,6 @@ def check(run):
 
 
 def unlearned(runs):
-    """Those of the runs that did not only measure."""
     return [run for run in runs if run["summary"]["method"] != "none"]
 
 
@@ -81,10 +78,10 @@ def make(run, *, allow_pickle=False):
         "protocol": summary["protocol"],
         "stopped": f"{summary['stopped']}, epoch {summary['epochs']}",
     }
-    described = []
-    for (_, sample, answers), before, after in zip(texts, *likely.values(), strict=True):
-        own = {"before": before, "after": after}
-        described.append(describe(tokenizer, sample, answers, own))
+    described = [
+        describe(tokenizer, sample, answers, {"before": before, "after": after})
+        for (_, sample, answers), before, after in zip(texts, *likely.values(), strict=True)
+    ]
     return page(about, described)
 
 
@@ -92,20 +89,14 @@ def make(run, *, allow_pickle=False):
 
 
 @models.measuring
-def log_probabilities(model, ids):
-    """log p(x_t | x_<t) of ids[1:], a list of floats in nats; no gradient, no dropout.
-
-    A text at a time: no padding, whatever a model makes of some.
-    """
-    x = torch.tensor(ids, device=model.device)  # (T,)
-    # (T - 1, V): position t - 1 predicts token t
-    logits = model(input_ids=x[None], use_cache=False).logits[0, :-1]
-    return logits.log_softmax(1).gather(1, x[1:, None])[:, 0].tolist()
+def surprises(model, ids):
+    """-log p(x_t | x_<t) of ids[1:], a list of floats in nats. A text at a time: no padding."""
+    return metrics.token_losses(model, [ids])[0][0].tolist()
 
 
 def probabilities(model, ids):
     """p(x_t | x_<t) of each token, 0-1; None for the first, which nothing predicts, and for NaN."""
-    return [None, *(None if math.isnan(p) else math.exp(p) for p in log_probabilities(model, ids))]
+    return [None, *(None if math.isnan(x) else math.exp(-x) for x in surprises(model, ids))]
 
 
 # --- the page ---
@@ -128,8 +119,8 @@ def pieces(tokenizer, ids):
 def describe(tokenizer, sample, answers, likely):
     """What the page shows of a text, as a dict of JSON values.
 
-    answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `left`
-    is the mean after, over the marked tokens, or over the suffix where none is marked.
+    answers, likely: {"before", "after"}: what was said, and the `probabilities` of its ids. `was`
+    and `left` are means over the marked tokens, or over the suffix where none is marked.
     """
     text, bos = sample.forget, models.front_of(tokenizer)
     lead = len(bos) if text.ids[: len(bos)] == bos else 0
@@ -148,28 +139,14 @@ def describe(tokenizer, sample, answers, likely):
         "left": mean(likely["after"][t] for t in measured),
     }
     for when, values in likely.items():
-        shown[when] = [together([values[t] for t in own]) for own in tokens]
+        of_pieces = [[values[t] for t in own] for own in tokens]
+        shown[when] = [None if None in p else round(math.prod(p), 6) for p in of_pieces]
     return shown
 
 
-def together(values):
-    """The probability of several tokens in a row, or None if one is not known."""
-    return None if None in values else round(math.prod(values), 6)
-
-
-def mean(values):
-    """The mean of those that are numbers, or None."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def page(about, texts):
-    """The file, as bytes: what is most left comes first, what is not known last.
-
-    about: {name: text} of the run; texts: those of `describe`, a list.
-    """
-    left = [-1 if text["left"] is None else text["left"] for text in texts]
-    texts = [texts[i] for i in sorted(range(len(texts)), key=left.__getitem__, reverse=True)]
+    """The file, as bytes, what is most left first. about: {name: text}; texts: `describe`'s."""
+    texts = sorted(texts, key=lambda text: 2 if text["left"] is None else -text["left"])
     content = json.dumps({"about": about, "texts": texts}, ensure_ascii=False, allow_nan=False)
     # In a script element only </script and <!-- mean something; \u003c is < to JSON.
     content = content.replace("<", "\\u003c")
@@ -181,7 +158,7 @@ def page(about, texts):
 
 def surprise(model, prompt, answer):
     """The sum over the ids of an answer to a prompt (ids, too) of -log p(id | ids before), nats."""
-    return -sum(log_probabilities(model, [*prompt, *answer])[len(prompt) - 1 :])
+    return sum(surprises(model, [*prompt, *answer])[len(prompt) - 1 :])
 
 
 def words(text):
@@ -197,10 +174,8 @@ def words_of(records, side=""):
 
 
 def new_words(answers, known):
-    """The share of words in answers [(prefix, answer)] that are not in the set `known`, or None.
-
-    A word that the prefix has begun is left out.
-    """
+    """The share of words in answers [(prefix, answer)], but those that a prefix has begun, that are
+    not in the set `known`, or None."""
     new = [word for prefix, text in answers for word in words(prefix + text)[len(words(prefix)) :]]
     return sum(word not in known for word in new) / len(new) if new else None
 
@@ -208,8 +183,8 @@ def new_words(answers, known):
 def speech(runs, files, *, allow_pickle=False):
     """{RUN/speech.json: {"before", "after": {"said_ppl", "new_words"}}} of runs.
 
-    One model reads all, that which they began with. files: texts (.csv, .jsonl) whose words are not
-    new, nor are those of the pairs. ValueError: the runs began with several models.
+    files: texts (.csv, .jsonl) whose words are not new, nor are those of the pairs. ValueError: the
+    runs, which one model reads, began with several.
     """
     readers = {
         (run["config"]["model"], run["config"].get("revision"))
@@ -221,10 +196,8 @@ def speech(runs, files, *, allow_pickle=False):
     known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
     config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
-    texts, positions = (
-        [texts_of(run, tokenizer, config) for run in runs],
-        models.positions_of(config),
-    )
+    texts = [texts_of(run, tokenizer, config) for run in runs]
+    positions = models.positions_of(config)
     model = load(name, revision, allow_pickle)
     read = functools.cache(functools.partial(surprise, model))  # before, all say the same
     documents = {}

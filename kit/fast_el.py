@@ -1,34 +1,36 @@
 """The greedy continuation of every prefix of a text: what EL asks for, without `generate`.
 
 One teacher-forced pass answers every position where the model's greedy token is the text's own;
-only the other positions are decoded, together, from that same pass's key/value cache, and only as
-far as they can matter to EL.
-metrics.py has the literal loop that this equals (tests/test_metrics.py: to 1e-6 on GPT-Neo, OPT and
-Llama). Nothing else depends on how this is done: a reader of the method may skip this file.
+only the others are decoded, together, from that pass's key/value cache. It equals the literal loop
+of metrics.py (tests/test_metrics.py: to 1e-6). A reader of the method may skip this file.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kit.data import chunks
 from kit.models import cache_word, eos_ids, positions_of
 
+ROW_BATCH = 64  # rows that share a pass and a cache
+DECODE_BATCH = 256  # continuations that are decoded at a time, if 2 GiB hold their keys and values
 
-def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, decode_batch=None):
+
+def guesses_and_continuations(model, ids, mask, starts, n):
     """Yields (row, text, guess, continuations) for every row, those of like length together.
 
     ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
-    each position (the first is the text's own, since nothing predicts it); continuations: {t: the
-    greedy continuation of text[:t]} for t from starts[i] to T-n, ended early where no n-gram of the
-    text can be repeated any more; {} without `n`. `row_batch` rows share a pass and a cache;
-    `decode_batch` continuations are decoded at a time (default: 256, or what 2 GiB of keys and
-    values hold). FloatingPointError for a model whose logits are not finite.
+    each position (the first is the text's own); continuations: {t: the greedy continuation of
+    text[:t]} for t from starts[i] to T-n, {} without `n`. FloatingPointError for a model whose
+    logits are not finite.
     """
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
     order = sorted(range(len(ids)), key=lambda i: lengths[i])
-    for chunk in (order[i : i + row_batch] for i in range(0, len(order), row_batch)):
+    for chunk in chunks(order, ROW_BATCH):
         T = max(lengths[i] for i in chunk)
         x, m = ids[chunk, :T].to(model.device), mask[chunk, :T].to(model.device)
         # A plain cache keeps every key, also under sliding windows, to decode from the middle.
@@ -47,65 +49,40 @@ def guesses_and_continuations(model, ids, mask, starts, *, n, row_batch=64, deco
         continuations = [{}] * len(rows)
         if n:
             row_bytes = 2 * sum(layer.keys.nbytes for layer in cache.layers) // len(chunk)
-            fitting = decode_batch or max(1, min(256, (2 << 30) // row_bytes))
+            fitting = max(1, min(DECODE_BATCH, (2 << 30) // row_bytes))
             continuations = _continuations(model, cache, rows, n, fitting)
         for i, (text, greedy, _), of_row in zip(chunk, rows, continuations, strict=True):
             yield i, text, greedy, of_row
 
 
-class _Continuation:
-    """A greedy continuation of text[:t], decoded as far as it can matter to EL.
+class _Continuation(NamedTuple):
+    """A greedy continuation of text[:t] that begins with a miss."""
 
-    It is the end of every continuation from `base` to t, since the tokens between are hits. `runs`
-    are the stretches of text[base:] that it is in the middle of repeating: {position in the text:
-    tokens repeated so far}.
-    """
-
-    def __init__(self, row, text, t, *, base, n, where):
-        self.row, self.t, self.base, self.n, self.where = row, t, base, n, where
-        self.left, self.tokens, self.runs, self.repeats = len(text) - t, [], {}, False
-        for token in text[base:t]:
-            self._follow(token)
-
-    def _follow(self, token):
-        places = (p for p in self.where.get(token, ()) if p >= self.base)
-        self.runs = {p: self.runs.get(p - 1, 0) + 1 for p in places}
-        self.repeats = self.repeats or max(self.runs.values(), default=0) >= self.n
-
-    def say(self, token):
-        self.tokens.append(token)
-        self.left -= 1
-        self._follow(token)
+    row: int
+    t: int
+    length: int  # at most: to the end of the text
+    tokens: list
 
     def goes_on(self, eos):
-        """Whether another token matters: an n-gram of the text was or can still be repeated."""
-        if self.left == 0 or self.tokens[-1] in eos:
-            return False
-        return self.repeats or max(self.runs.values(), default=0) + self.left >= self.n
+        return len(self.tokens) < self.length and self.tokens[-1] not in eos
 
 
 def _continuations(model, cache, rows, n, decode_batch):
     """The greedy continuation of every prefix EL asks for: a row {t: tokens}, t = start .. T-n.
 
-    rows: (the text, the model's greedy guess for each of its positions, start), in the order of the
-    cache's rows. Where the guess for position t is x_t itself, the continuation of x_<t is x_t
-    followed by the continuation of x_<t+1 (x_t alone if it is EOS). So only the positions that the
-    model misses are decoded; the others follow from them, read from the end of the text to its
-    start. A continuation ends early where its overlap is certain to be 0.
+    rows: (text, guess, start), in the order of the cache's rows. Where the guess for position t is
+    x_t itself, the continuation of x_<t is x_t followed by the continuation of x_<t+1 (x_t alone if
+    it is EOS). So only the positions that the model misses are decoded; the others follow from
+    them, read from the end of the text to its start.
     """
     eos = eos_ids(model)
     misses = []
     for r, (text, guess, start) in enumerate(rows):
-        where = {}
-        for p, token in enumerate(text):
-            where.setdefault(token, []).append(p)
         base = start  # the first t of the run of hits that a miss ends
         for t in range(start, len(text)):
             # EL has no prefix past T-n; a position there only ends the run of hits through T-n.
             if guess[t] != text[t] and base <= len(text) - n:
-                miss = _Continuation(r, text, t, base=base, n=n, where=where)
-                miss.say(guess[t])
-                misses.append(miss)
+                misses.append(_Continuation(r, t, len(text) - t, [guess[t]]))
             if guess[t] != text[t] or text[t] in eos:
                 base = t + 1
     _decode(model, cache, misses, eos, decode_batch)
@@ -130,14 +107,13 @@ def _continuations(model, cache, rows, n, decode_batch):
 def _decode(model, cache, misses, eos, decode_batch):
     """Greedy decoding, in place, of continuations from the middle of texts with keys in `cache`.
 
-    Those with as much left to say are decoded together. What has ended leaves the batch, with the
-    padding that it needed, once it is a quarter of the batch or the batch is as wide as the model
-    has positions.
+    What has ended leaves the batch, with the padding that it needed, once it is a quarter of the
+    batch or the batch is as wide as the model has positions.
     """
     positions = positions_of(model.config)
-    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.left)
-    for batch in (misses[i : i + decode_batch] for i in range(0, len(misses), decode_batch)):
-        past, mask, position = _gather_prefixes(cache, batch, batch[0].left, model.device)
+    misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.length)
+    for batch in chunks(misses, decode_batch):
+        past, mask, position = _gather_prefixes(cache, batch, batch[0].length - 1, model.device)
         while any(alive := [miss.goes_on(eos) for miss in batch]):
             if sum(alive) <= 0.75 * len(batch) or mask.shape[1] == positions:
                 batch = [miss for miss, is_alive in zip(batch, alive, strict=True) if is_alive]
@@ -160,7 +136,7 @@ def _decode(model, cache, misses, eos, decode_batch):
             position = position + 1
             for miss, guess in zip(batch, logits[:, -1].argmax(-1).tolist(), strict=True):
                 if miss.goes_on(eos):
-                    miss.say(guess)
+                    miss.tokens.append(guess)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -193,9 +169,8 @@ class _RoomyLayer(DynamicLayer):
 def _gather_prefixes(cache, batch, room, device):
     """Keys and values of x_<t for each continuation of the batch, moved right without a hole.
 
-    Padding is on the left and masked. GPT-Neo's local attention counts cache slots, not positions:
-    a row whose slots were not side by side would see the wrong window. Positions are already inside
-    the keys (or the embeddings), so moving a key changes nothing else.
+    GPT-Neo's local attention counts cache slots, not positions: a row whose slots were not side by
+    side would see the wrong window. Positions are already inside the keys (or the embeddings).
     Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
     t = torch.tensor([miss.t for miss in batch], device=device)

@@ -18,6 +18,12 @@ MORE = "still more"
 LESS = "less, which tells, too"
 
 
+def mean(values):
+    """The mean of those that are numbers, or None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def draws(n, *, resamples=RESAMPLES, seed=0):
     """Indices (resamples, n) of samples of n from n with replacement: the one bootstrap."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
@@ -39,10 +45,10 @@ def bootstrap(values, *, seed=0):
 
 
 def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
-    """[low, high]: the 95 % percentile interval of statistic(list of groups).
+    """[low, high]: the 95 % percentile interval of statistic(list of groups), which hang together.
 
-    A group is what hangs together, such as all grades of one text. Draws without a finite statistic
-    are left out; None where no more than half are left, and for fewer than two groups.
+    Draws without a finite statistic are left out; None where no more than half are left, and for
+    fewer than two groups.
     """
     if len(groups) < 2:
         return None

@@ -55,7 +55,7 @@ def config_of(folder):
 
 def runs_beside(run, sha):
     """The runs over the pairs with this sha256, and those that went on from one: {folder: config}
-    each. Only `run` and the folders beside it are searched.
+    each, of `run` and the folders beside it.
     """
     beside = [path for path in sorted(run.parent.iterdir()) if not path.is_symlink()]
     configs = {folder: config_of(folder) for folder in [run, *beside]}
@@ -98,7 +98,7 @@ def remove(path, what, dry_run):
 
 
 def empty(path, field, names, dry_run):
-    """Sets a field of JSON lines to null; numbers stay. A line that was cut off by a kill goes.
+    """Sets a field of JSON lines to null; a line that was cut off by a kill goes.
 
     names: where given, only of watched texts whose ids hold one of them.
     """
@@ -118,10 +118,10 @@ def empty(path, field, names, dry_run):
 
 
 def empty_run(run, names, dry_run):
-    """A run folder without what it shows of its texts, or of the watched ones with these names."""
+    """A run folder without its texts, or without what it shows of watched ones with these names."""
     for name, field in TEXTS.items():
         empty(run / name, field, names, dry_run)
-    for name, what in SHOWN.items():
+    for name, what in (SHOWN if names else SHOWN | OWN).items():
         remove(run / name, what, dry_run)
     for path in sorted(run.glob("*.tmp")):
         remove(path, "half written", dry_run)
@@ -139,9 +139,9 @@ def empty_caches(dry_run):
 
 
 def purge_run(run, dry_run):
-    """Removes the texts of a run; each run over the same pairs is held while it is changed.
+    """Removes the texts of a run; returns what is left.
 
-    Returns what is left. The pairs go last, when config.json says that they are found.
+    Each run over the same pairs is held meanwhile. The pairs go last: config.json then says so.
     """
     config = config_of(run)
     if not config:
@@ -153,12 +153,8 @@ def purge_run(run, dry_run):
     with contextlib.ExitStack() as held:
         for folder in [] if dry_run else [*own, *later]:
             held.enter_context(runs.only_owner(folder))
-        for folder in own:
-            empty_run(folder, None, dry_run)
-            for name, what in OWN.items():
-                remove(folder / name, what, dry_run)
-        for folder in later:
-            empty_run(folder, names, dry_run)
+        for folder in [*own, *later]:
+            empty_run(folder, () if folder in own else names, dry_run)
         if (run.parent / "table.csv").is_file():  # a report of all runs beside each other
             remove(run.parent / "cases.md", "cases", dry_run)
         empty_caches(dry_run)
@@ -172,7 +168,7 @@ def purge_run(run, dry_run):
 def remove_pairs(own, sha, dry_run):
     """Removes the pairs of these runs, and half-written ones beside them; returns what is left.
 
-    The runs are marked as purged before, so that pairs that are gone are no news to the next purge.
+    The runs are marked as purged before: the next purge does not miss these pairs.
     """
     places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
     there = [p for p in places if not p.is_symlink() and models.fingerprint(p) == sha]

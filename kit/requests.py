@@ -1,8 +1,7 @@
 """Requests that follow each other: a run goes on from another (--after), whose texts it watches.
 
-A watched text is measured with the new ones every epoch and has no step of its own, until it comes
-back: then it joins the active set with its partner, as Eq. 5 lets one leave. So an epoch has steps
-for new and returned texts only.
+A watched text is measured every epoch and has no step of its own, until it comes back: then it
+joins the active set with its partner, as Eq. 5 lets one leave.
 """
 
 from pathlib import Path
@@ -110,9 +109,9 @@ def overlapping(pair, others):
 def watch(forgotten, rows, *, forgotten_now, watched, epoch):
     """The set of forgotten samples: watched texts that came back leave it, the others join it.
 
-    rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten in this
-    epoch; watched: {index: Earlier}. A text comes back when Eq. 5 calls it forgotten no longer, or
-    when its MA rose by more than MARGIN. One that is joined to a new text begins with it.
+    rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten; watched:
+    {index: Earlier}. A text comes back when Eq. 5 calls it forgotten no longer, or when its MA rose
+    by more than MARGIN. One that is joined to a new text begins with it.
     """
     for i, earlier in watched.items():
         ma = rows[i].get("ma_spans", rows[i]["ma"])

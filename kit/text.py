@@ -29,7 +29,6 @@ EQUAL = str.maketrans(
     "i\u064a\u064a\u0643\u0647\u0647\u0647lod",
     "\u115f\u1160\u17b4\u17b5\u0640",
 )
-ASCII_SIGNS = str.maketrans(dict.fromkeys(chr(i) for i in range(128) if not chr(i).isalnum()))
 
 
 # --- what is compared ---
@@ -41,9 +40,8 @@ def plain(text):
     `plain(plain(text)) == plain(text)`."""
     while "&" in text and (decoded := html.unescape(text)) != text:  # each round is shorter
         text = decoded
-    if text.isascii():
-        text = text.lower()
-    else:
+    text = text.lower()
+    if not text.isascii():
         folded = unicodedata.normalize("NFKD", text).casefold()
         text = unicodedata.normalize("NFKD", folded).translate(EQUAL)
         text = re.sub(r"[^\x00-\xac\xae-\u02ff]", lambda m: shown(m[0]), text)
@@ -52,8 +50,7 @@ def plain(text):
 
 @functools.cache
 def shown(c):
-    """A character as it is compared: a digit as ASCII; nothing of what hides: format characters,
-    accents and other marks."""
+    """A character as it is compared: a digit as ASCII; nothing of format characters and marks."""
     hides = unicodedata.category(c) in ("Cf", "Mn", "Me")
     return "" if hides else str(unicodedata.decimal(c, c))
 
@@ -65,28 +62,22 @@ def words(plain_text):
 
 def spaced(plain_text):
     """A plain text with spaces around each character of a script without spaces."""
-    return plain_text if plain_text.isascii() else unspaced.sub(r" \g<0> ", plain_text)
+    return unspaced.sub(r" \g<0> ", plain_text)
 
 
 def letters(plain_text):
     """The letters and digits of a plain text; of one without any, all but white space."""
-    if plain_text.isascii():
-        spelt = plain_text.translate(ASCII_SIGNS)
-    else:
-        spelt = "".join(filter(str.isalnum, plain_text))
-    return spelt or "".join(plain_text.split())
+    return "".join(filter(str.isalnum, plain_text)) or "".join(plain_text.split())
 
 
 def weighed(spelt):
-    """The letters with each ideograph or kana three times: as many letters say about as much."""
-    return spelt if spelt.isascii() else dense.sub(r"\g<0>\g<0>\g<0>", spelt)
+    """The letters with each ideograph or kana three times: it says about as much."""
+    return dense.sub(r"\g<0>\g<0>\g<0>", spelt)
 
 
 def stands_in(part, plain_text, spelt):
-    """Whether the letters `part` stand in a plain text as whole words, whatever signs or spaces are
-    between them; spelt: the letters of the text.
-
-    The last word may go on (a plural, a case, a particle) after six letters, and no number.
+    """Whether the letters `part` stand in a plain text, whose letters are `spelt`, as whole words,
+    whatever is between them. After six letters the last word may go on (a plural, a case).
     """
     if not part or part.isalnum() and part not in spelt:
         return False
@@ -102,19 +93,15 @@ def stands_in(part, plain_text, spelt):
 LETTERS = 21  # how long the leak guard's n-grams are; 21 letters are 7 ideographs
 
 
-def grams_of(spelt, length=LETTERS, step=1):
-    """The n-grams of some letters that start at a multiple of `step`, in order."""
-    return [spelt[i : i + length] for i in range(0, len(spelt) - length + 1, step)]
+def grams_of(spelt):
+    """The n-grams of some letters, in order."""
+    return [spelt[i : i + LETTERS] for i in range(len(spelt) - LETTERS + 1)]
 
 
 class TargetGrams:
     """The n-grams of all targets, each a string of letters, to look up rows in."""
 
-    STEP = -(-LETTERS // 4)
-    BLOCK = LETTERS - STEP + 1  # in every n-gram there is a block that starts at a multiple of STEP
-
     def __init__(self, targets):
-        self.blocks = {block for target in targets for block in grams_of(target, self.BLOCK)}
         self.grams = [set(grams_of(target)) for target in targets]
         self.holders = defaultdict(list)  # n-gram -> numbers of the targets that hold it
         for number, held in enumerate(self.grams):
@@ -132,15 +119,12 @@ class TargetGrams:
         return len(frame)
 
     def worst(self, row, max_overlap):
-        """[(share, number)] of the target of which a row of letters holds most.
+        """[(share, number)] of the target of which a row of letters holds most, or [].
 
         The share, 0-1, is of the target: |row's n-grams & target's| / |target's|. Where no target's
         is over `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of
-        the row that hold most, / 3n, also in a row that has fewer. []: neither is over max_overlap.
-        Text put around a row, or more of the target, makes neither smaller.
+        the row that hold most, / 3n. Text put around a row makes neither smaller.
         """
-        if self.blocks.isdisjoint(grams_of(row, self.BLOCK, self.STEP)):
-            return []  # most rows
         grams = grams_of(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
         shares = ((count / len(self.grams[number]), number) for number, count in shared.items())
@@ -158,17 +142,9 @@ class TargetGrams:
 
 def densest(grams, target):
     """The most different n-grams of the set `target` in 3n consecutive ones of a row, / 3n."""
-    width, first, most, inside = 3 * LETTERS, 0, 0, Counter()
-    places = [(place, gram) for place, gram in enumerate(grams) if gram in target]
-    for place, gram in places:
-        inside[gram] += 1
-        while places[first][0] <= place - width:
-            old, first = places[first][1], first + 1
-            inside[old] -= 1
-            if not inside[old]:
-                del inside[old]
-        most = max(most, len(inside))
-    return most / width
+    width = 3 * LETTERS
+    starts = (place for place, gram in enumerate(grams) if gram in target)
+    return max(len(target.intersection(grams[at : at + width])) for at in starts) / width
 
 
 # --- where a text may be cut ---
@@ -201,9 +177,8 @@ def word_starts(text):
 def split_in_half(text):
     """Split at the word boundary nearest the middle; prefix + suffix == text.
 
-    The white space goes to the suffix. In scripts without spaces (Chinese, Thai, ...) every
-    character ends a word. A text of one word is split at its middle visible character. ValueError
-    for a text of fewer than two.
+    The white space goes to the suffix. In scripts without spaces every character ends a word. A
+    text of one word is split at its middle visible character. ValueError for fewer than two.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     middle = (first + last) / 2

@@ -118,10 +118,7 @@ def config_of(name):
 
 @torch.inference_mode()
 def literal_score(model, context, continuation):
-    """(sum of log p, greedy ids) of a continuation, from one pass over one row.
-
-    A context that is too long loses its beginning.
-    """
+    """(sum of log p, greedy ids) of a continuation, from one pass over one row."""
     positions = getattr(model.config, "max_position_embeddings", 10**6)
     ids = (context + continuation)[-(positions + 1) :]
     logits = model(torch.tensor([ids[:-1]])).logits[0, -len(continuation) :]
@@ -131,7 +128,7 @@ def literal_score(model, context, continuation):
 
 
 def small(name, *, dtype=torch.float32, scale=8.0):
-    """A random model in eval mode; its weights are drawn wide, so that the context matters."""
+    """A random model in eval mode, its weights drawn wide."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()

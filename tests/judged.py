@@ -45,9 +45,8 @@ def write_run(folder, texts, generations, *, method="icu", **config):
 class Chat:
     """A server on loopback: `behave(candidate, n)` is what becomes of the n-th request about one.
 
-    The model's answer as a str, (status, headers, body), or seconds of silence. A body that is a
-    list is sent a part every half second. `seen` has (headers, request) of all that came, `count`
-    the last n.
+    The model's answer as a str, (status, headers, body), or seconds of silence. `seen` has
+    (headers, request) of all that came, `count` the last n.
     """
 
     def __init__(self, behave):
@@ -87,23 +86,17 @@ class Chat:
         if isinstance(reply, int | float):
             return time.sleep(reply)
         status, headers, body = (200, {}, completion(reply)) if isinstance(reply, str) else reply
-        parts = body if isinstance(body, list) else [json.dumps(body).encode()]
+        content = json.dumps(body).encode()
         handler.send_response(status)
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": sum(map(len, parts)),
-            **headers,
-        }
-        for name, value in headers.items():
-            handler.send_header(name, str(value))
+        length = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (length | headers).items():
+            handler.send_header(name, value)
         handler.end_headers()
-        for part in parts:
-            time.sleep(0.5 * (len(parts) > 1))
-            handler.wfile.write(part)
+        handler.wfile.write(content)
 
 
 def data_of(page):
-    """The JSON that a page of ours holds in its first script element, with the id "data"."""
+    """The JSON in the first script element of a page."""
     return json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
 
 

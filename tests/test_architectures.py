@@ -39,7 +39,7 @@ def beams_alone(model, prompts, lengths):
 
 
 def assert_literal(model, rows, el, ma):
-    """EL of n = 2 and MA are those of the literal loops over each row."""
+    """EL of n = 2 and MA are those of the literal loops."""
     literal = [metrics.literal_extraction_likelihood(model, row, 2) for row in rows]
     assert el.tolist() == pytest.approx(literal)
     literal = [metrics.literal_memorization_accuracy(model, row) for row in rows]
@@ -57,7 +57,7 @@ FOLDER_SETTINGS = {
 
 
 def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
-    """A penalty does not hide what is memorised; the model keeps it, also where it is exported."""
+    """The model keeps it, also where it is exported."""
     folder = save_tiny("gpt_neo", tmp_path / "model")
     text = [5, 9, 40, 41, 70, 71, 80, 40, 41, 9, 5, 40, 41, 70, 71]
 
@@ -82,7 +82,7 @@ def test_no_measure_obeys_the_folders_generation_config(save_tiny, tmp_path):
 
 
 def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
-    """A long prompt with a short answer beside a short prompt with a long one: beams, EL and MA."""
+    """A long prompt beside a short one: beams, EL and MA."""
     model = make_model("gpt_neo", vocab=320, max_position_embeddings=24)
     # Without an end every answer has its full length.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
@@ -93,7 +93,7 @@ def test_rows_that_fill_the_models_positions_are_measured_as_alone(make_model):
     alone = beams_alone(model, prompts, lengths)
     assert [len(generation) for generation in alone] == lengths
     assert metrics.beam_generate(model, prompts, lengths) == alone
-    el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2, decode_batch=3)
+    el, ma = metrics.el_and_ma(model, torch.tensor(rows), n=2)
     assert_literal(model, rows, el, ma)
 
 
@@ -109,7 +109,7 @@ def test_positions_are_read_by_every_name():
 
 
 def test_what_is_compared_is_what_the_ids_say(speaker, encoder_dir, monkeypatch):
-    """A file in NFD and a tokenizer of NFC: BLEU and BERTScore are 1 by heart."""
+    """A file in NFD and a tokenizer of NFC."""
     model, tokenizer = speaker()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     text = " über der Österbrücke neun, sagt Angélique Lefèvre aus Orléans."
@@ -124,7 +124,7 @@ def test_what_is_compared_is_what_the_ids_say(speaker, encoder_dir, monkeypatch)
 
 
 def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
-    """A text in a chat template begins with <s>, and the tokenizer adds one too: one is read."""
+    """As where a chat template begins with <s>."""
     model, tokenizer = speaker("llama")
     spelled = {name: "<s>" + PAIR[name] for name in ("prefix", "learn_prefix")}
     plain, same = samples_of([PAIR, PAIR | spelled], tokenizer)
@@ -143,7 +143,7 @@ def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
 
 
 def check_measures(model):
-    """EL, MA and beams of a batch, and log p of choices, are those of single rows."""
+    """EL, MA, beams and log p of a batch are those of single rows."""
     rows = architectures.rows()
     # A text that it knows.
     rows[1][8:] = metrics.beam_generate(model, [rows[1][:8]], [14], num_beams=1)[0]
@@ -172,7 +172,7 @@ ALL = [*architectures.USUAL, *(pytest.param(name, marks=pytest.mark.slow) for na
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny, tmp_path):
-    """A row's measures do not depend on its batch; float64 is right or refused."""
+    """float64 is right or refused."""
     model, folder = architectures.small(name), save_tiny("gpt_neo", tmp_path / "m")
     check_measures(model)
     model.save_pretrained(folder)
@@ -186,7 +186,7 @@ def test_every_measure_equals_a_plain_loop_on_every_architecture(name, save_tiny
 
 @pytest.mark.parametrize("name", architectures.STATEFUL)
 def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save_tiny, tmp_path):
-    """One line names the folder and the architecture; the weights are another model's."""
+    """In one line with its name."""
     folder = save_tiny("llama", tmp_path / "m")
     config = architectures.config_of(name)
     config.save_pretrained(folder)
@@ -198,7 +198,7 @@ def test_what_has_no_plain_cache_is_refused_before_weights_are_loaded(name, save
 
 
 def test_a_token_beyond_the_embeddings_is_refused_with_its_row(save_tiny, tmp_path):
-    """A text that does not use the token is no reason to refuse."""
+    """If the text uses it."""
     folder = save_tiny("gpt_neo", tmp_path / "own")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|mask|>"])

@@ -34,7 +34,7 @@ LONG = "of each month " * 200
 
 
 def put(path, content):
-    """A file with this text, these bytes, or these dicts as JSON lines."""
+    """A file with this text, these bytes, or these JSON lines."""
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     content = content if isinstance(content, bytes) else content.encode()
@@ -52,7 +52,7 @@ def moved(path, name):
 
 
 def second_pair(**fields):
-    """These fields of the second pair, instead of its own."""
+    """These fields of the second pair."""
 
     def change(patch):
         rows = data.read_jsonl("pairs.jsonl")
@@ -67,7 +67,7 @@ def one_pair(patch):
 
 
 def half_an_index(patch):
-    """An index of weights that names a file that was not copied."""
+    """It names a file that was not copied."""
     moved("model.safetensors", "a.safetensors")(patch)
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     data.write_json("model/model.safetensors.index.json", index)
@@ -179,14 +179,10 @@ CASES = {
         "report --ask never-saw The", None, "no model of its own, it diverged or only measured"),
     "asking too much": (
         "report --ask run The --tokens 300", None, "300 follow; the model has 256 positions"),
-    "somebody's table": (
-        "report run --out mine", put("mine/table.md", "mine"),
-        "mine/table.md exists already: pass --overwrite"),
     "pairs made anew": ("report run", second_pair(id="x"), "no pair 1, made again after the run"),
     "auditing a redacted run": ("audit run", redacted, "run: its texts are gone"),
     "judging a redacted run": ("judge run", redacted, "run: its texts are gone"),
     # judges and tasks
-    "texts for a stranger": ("judge run", None, "pass --send-texts, or a server here"),
     "no key": (
         "judge run --send-texts", lambda patch: patch.delenv("JUDGE_API_KEY", False),
         "put it into the environment as JUDGE_API_KEY"),
@@ -212,7 +208,7 @@ def own_umask(monkeypatch):
 
 @pytest.fixture
 def say(own_world, monkeypatch, capsys):
-    """say(command): the one line of a command that ends with exit 2, in a copy of the world."""
+    """say(command): its one line, in a copy of the world."""
     monkeypatch.chdir(own_world.root)
 
     def run(command):
@@ -229,7 +225,7 @@ def say(own_world, monkeypatch, capsys):
 
 
 def contents():
-    """{path: bytes} of all files below the working folder; None for a folder."""
+    """{path: bytes}; None for a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 

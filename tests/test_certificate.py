@@ -1,4 +1,4 @@
-"""The certificate and the ledger: what they say, that they say no text, and what they find changed.
+"""The certificate: what it says, that it says no text, and what it finds changed.
 
 python -m pytest tests/test_certificate.py -q
 """
@@ -21,7 +21,7 @@ FLAGS = "--received 2020-02-29 --approved-by A.N. --request-id R-17 <b>R-18</b>"
 
 @pytest.fixture
 def run(own_world):
-    """A run over five texts, which names that of a model that never saw them."""
+    """A run that names that of a model that never saw its texts."""
     edit(own_world.run / "config.json", lambda c: c.update(never_saw=str(own_world.never_saw)))
     return own_world.run
 
@@ -83,17 +83,15 @@ def test_every_field_is_that_of_the_runs_files(run):
 
 
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
-    """By keyed hashes; no text, no part of it, no key and no path stands in what is written."""
-    made = certify(run, *FLAGS, "--ledger", run.parent / "ledger")
+    """By keyed hashes; no part of a text, no key and no path is written."""
+    made = certify(run, *FLAGS)
     key, pairs = (run / "certificate.key").read_text(), data.read_pairs(run.parent / "pairs.jsonl")
     texts = [(pair["prefix"] + pair["suffix"]).encode() for pair in pairs]
     hashes = {hmac.new(bytes.fromhex(key), text, "sha256").hexdigest() for text in texts}
     assert set(made["scope"]["hashes"]) == hashes and made["scope"]["texts"] == 5
     halves = [pair[side] for pair in pairs for side in ("prefix", "suffix", "learn_suffix")]
     halves += [row["generation"] for row in data.read_jsonl(run / "samples.jsonl")]
-    written = [*run.glob("certificate.[!k]*"), *(run.parent / "ledger").glob("ledger.*")]
-    assert len(written) == 4
-    for content in (path.read_text() for path in written):
+    for content in (path.read_text() for path in run.glob("certificate.[!k]*")):
         assert not any(half.strip() in content for half in halves if half.strip())
         assert str(run.parent) not in content and key not in content
     page = (run / "certificate.html").read_text()
@@ -105,7 +103,7 @@ def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
 
 
 def side(**measures):
-    """A run of 20 texts by the measures of each: two values in turn."""
+    """A run of 20 texts: two values of each measure in turn."""
     samples = [
         {"epoch": 0, **{name: values[i % 2] for name, values in measures.items()}}
         for i in range(20)
@@ -114,7 +112,7 @@ def side(**measures):
 
 
 def test_residual_risk_is_said_in_the_audits_words():
-    """Sentences with both figures, by the rule of `figures.verdict`; also with none to compare."""
+    """By the rule of `figures.verdict`; also with none to compare."""
     sides = [side(**dict.fromkeys(certificate.LEFT, ends)) for ends in ((0.3, 0.36), (0.3, 0.32))]
     words = "MA: recites 33.0% of the tokens, a model that never saw them 31.0%: as a model that"
     assert certificate.risks(*sides)[1].startswith(words)
@@ -123,7 +121,7 @@ def test_residual_risk_is_said_in_the_audits_words():
 
 
 def test_the_rest_of_a_marked_text_is_no_risk():
-    """The marked part of a text counts, and of a text without a mark the whole."""
+    """The marked part counts, and the whole of a text without a mark."""
     sides = []
     for high, low in ((0.9, 0.1), (0.1, 0.9)):  # whole texts and parts point to opposite sides
         measures = dict.fromkeys(certificate.LEFT, (high, high))
@@ -136,7 +134,7 @@ def test_the_rest_of_a_marked_text_is_no_risk():
 
 
 def test_audit_tasks_and_marked_parts_are_taken_in(run):
-    """Sentences of audit.json, averages of tasks.json, and the measures of marked parts."""
+    """From audit.json, tasks.json and samples.jsonl."""
     tasks = {"averages": {"cls": 0.5, "dia": None}}
     for when in ("before", "after"):
         data.write_json(run / f"tasks-{when}" / "tasks.json", tasks)
@@ -159,10 +157,7 @@ def test_audit_tasks_and_marked_parts_are_taken_in(run):
 
 
 def test_a_certificate_outlives_its_texts(run, capsys):
-    """The same each time and in a copy; it holds after a purge and without the run never-saw.
-
-    Before, the key and the texts must give its hashes. Made anew, it says what is missing.
-    """
+    """It holds after a purge and without the run never-saw. Made anew, it says what is missing."""
     first = certify(run, *FLAGS)
     content, copy = (run / "certificate.json").read_bytes(), run.parent / "copy"
     certify(shutil.copytree(run, copy), *FLAGS)
@@ -216,7 +211,7 @@ def test_a_change_is_found(run, capsys):
 
 
 def test_no_figure_is_taken_from_the_certificate(run, capsys):
-    """What was forged with its hash is found, also beside RUN; what cannot be made is named."""
+    """What was forged with its hash is found."""
     made, forged = certify(run), run.parent / "forged.json"
     del made["sha256"]
     made["note"] = "approved"  # a field of one's own
@@ -237,7 +232,7 @@ def test_no_figure_is_taken_from_the_certificate(run, capsys):
 
 
 def test_a_certificate_made_with_another_model_is_found_by_measuring(run, capsys):
-    """Its files are whole and give its figures; the models alone say that they have others."""
+    """The models alone say that they have other figures."""
     words = run / "certificate.json", capsys, "--measure"
     certify(run)
     assert verify(*words) == (0, [])
@@ -252,7 +247,7 @@ def test_a_certificate_made_with_another_model_is_found_by_measuring(run, capsys
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
 def test_signatures(run, tmp_path, capsys):
-    """A wrong key, a changed certificate, a lost or foreign signature are each named."""
+    """Another key, a changed certificate, a lost signature are named."""
     mine, other = tmp_path / "mine", tmp_path / "other"
     for key in (mine, other):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "my secret comment", "-f"]
@@ -273,70 +268,6 @@ def test_signatures(run, tmp_path, capsys):
     assert "the certificate is not signed" in str(verify(path, capsys))
     certify(run)  # not signed: the old signature would be a wrong one
     assert not signature.exists() and verify(path, capsys, "--key", f"{mine}.pub")[0] == 1
-
-
-# --- the ledger ---
-
-
-@pytest.fixture
-def book(tmp_path):
-    """A ledger of four lines."""
-    for name in "abcd":
-        certificate.add_line(tmp_path / "ledger", {"sha256": name})
-    return tmp_path / "ledger" / "ledger.jsonl"
-
-
-def test_each_line_has_the_hash_of_the_line_before(book, capsys):
-    """A row that is there already gets no second line; a kill before the new head is gone on with."""
-    assert certificate.add_line(book.parent, {"sha256": "b"}) == 2
-    rows = data.read_jsonl(book)
-    hashes = [hashlib.sha256(line).hexdigest() for line in book.read_bytes().splitlines()]
-    assert [row["line"] for row in rows] == [1, 2, 3, 4]
-    assert [row["previous"] for row in rows] == [None, *hashes[:-1]]
-    head = (book.parent / "ledger.head").read_bytes()
-    certificate.add_line(book.parent, {"sha256": "e"})
-    (book.parent / "ledger.head").write_bytes(head)
-    assert certificate.add_line(book.parent, {"sha256": "f"}) == 6
-    assert verify(book, capsys) == (0, [])
-
-
-@pytest.mark.parametrize(
-    "order, line",
-    [
-        ("0x23", 3),  # its hash is in the line after
-        ("012x", 4),  # or in ledger.head
-        ("012", 4),
-        ("023", 2),
-        ("0213", 2),
-    ],
-)
-def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys):
-    """The first such line is named, and nothing is added to such a ledger."""
-    lines = dict(zip("0123", book.read_bytes().splitlines(keepends=True), strict=True))
-    lines["x"] = lines[str(order.find("x") % 4)].replace(b"sha", b"SHA")
-    book.write_bytes(b"".join(map(lines.get, order)))
-    status, unlike = verify(book, capsys)
-    assert status == 1 and len(unlike) == 1 and unlike[0].startswith(f"line {line}: ")
-    with pytest.raises(ValueError, match="nothing is added"):
-        certificate.add_line(book.parent, {"sha256": "e"})
-
-
-def test_the_ledger_names_the_certificate(run, capsys):
-    """By its sha256 and request, and --verify finds it there; a damaged ledger gets no line."""
-    book = run.parent / "book"
-    made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
-    (row,) = data.read_jsonl(book / "ledger.jsonl")
-    assert row["sha256"] == hashlib.sha256(content).hexdigest()
-    assert row["request"] == made["request"] and row["run"] == "run"
-    words = run / "certificate.json", capsys, "--ledger", book
-    assert verify(*words) == (0, [])
-    certify(run)  # another one: without its request
-    assert verify(*words) == (1, [f"{book / 'ledger.jsonl'}: no line of this certificate"])
-    content = (run / "certificate.json").read_bytes()
-    (book / "ledger.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="nothing is added"):
-        certify(run, "--ledger", book)
-    assert (run / "certificate.json").read_bytes() == content
 
 
 # --- the page ---

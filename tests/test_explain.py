@@ -26,7 +26,7 @@ tokenizer_of = functools.cache(conftest._make_tokenizer)
 
 
 def texts_in(page):
-    """{id: what a page shows of a text}, as its own script reads it."""
+    """{id: what a page shows of a text}."""
     return {text["id"]: text for text in data_of(page.decode())["texts"]}
 
 
@@ -34,7 +34,7 @@ def texts_in(page):
 
 
 def loop(model, ids):
-    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax for each, in float64."""
+    """p(x_t | x_<t) of ids[1:], a forward pass and a softmax for each."""
     probabilities = []
     for t in range(1, len(ids)):
         with torch.no_grad():
@@ -44,7 +44,7 @@ def loop(model, ids):
 
 
 def test_probabilities_and_surprise_are_those_of_a_literal_loop(kind, tiny_models):
-    """Every token given the true ones before it; of an answer to a prompt the sum of -log p."""
+    """Given the true tokens; of an answer the sum of -log p."""
     model = tiny_models[kind]
     for length in (1, 2, 40):
         ids = torch.randint(4, 97, (length,)).tolist()
@@ -75,7 +75,7 @@ def split(text):
 
 
 def test_a_character_of_several_tokens_is_one_piece():
-    """Known answers: bytes of a letter, a letter and its accent, a family joined of two people."""
+    """Bytes of a letter, a letter and its accent, a family."""
     assert split("aש🙂!") == [("a", 1), ("ש", 2), ("🙂", 4), ("!", 1)]
     assert split("e\u0301x👩‍👧") == [("e\u0301", 3), ("x", 1), ("👩‍👧", 11)]
     assert split("a\ufffdb") == [("a", 1), ("\ufffd", 3), ("b", 1)]
@@ -84,12 +84,12 @@ def test_a_character_of_several_tokens_is_one_piece():
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé e\u0301שﬁ\r\n"))))
 def test_no_character_is_lost_or_doubled(text):
-    """Pieces put together are the text, and their tokens all tokens."""
+    """Nor a token."""
     split(text)
 
 
 def test_figures_stand_at_their_tokens():
-    """BOS is no character, a joined piece has the product, means are over suffix or marked part."""
+    """BOS is no character, a joined piece has the product."""
     tokenizer = tokenizer_of("llama")
     ids = tokenizer("xש!y")["input_ids"]  # BOS, x, two bytes, !, y
     texts = [sample_of("7", ids, 4, 4, ids[:4], marked) for marked in (None, (2, 3, 5))]
@@ -105,7 +105,7 @@ def test_figures_stand_at_their_tokens():
 
 
 def test_nothing_of_a_text_is_markup():
-    """Scripts, comments, quotes and entities come back as they are, in one JSON element."""
+    """All comes back in one JSON element."""
     tokenizer = tokenizer_of("gpt_neo")
     ids, likely = tokenizer(EVIL)["input_ids"], dict.fromkeys(("before", "after"), [0.5] * 99)
     answers = {"before": EVIL, "after": "@DATA@"}
@@ -126,7 +126,7 @@ def load(folder):
 
 
 def test_a_run_is_shown_with_the_figures_of_its_two_models(own_world):
-    """Each token's is that of a loop in float64; context, marks and answers are the run's."""
+    """Those of a loop in float64; context, marks and answers are the run's."""
     pairs = data.read_jsonl(own_world.pairs)
     for pair in pairs:
         pair["context"] = "Call the clinic. "
@@ -175,10 +175,7 @@ def test_new_words(answers, known, share):
 
 
 def test_every_run_is_read_by_the_model_before(own_world, capsys):
-    """Also one that measured another model: its own answers, as the model before finds them.
-
-    The page is made of runs that have unlearned.
-    """
+    """Also one that measured another model; the page is of those that unlearned."""
     out, texts = own_world.root / "out", own_world.root / "heldout.jsonl"
     runs = [str(own_world.run), str(own_world.never_saw)]
     explain.main([*runs, "--speech", str(texts)])

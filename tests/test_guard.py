@@ -51,7 +51,7 @@ def swap(table):
 
 
 def typos(every):
-    """In every n-th word, two letters in the middle change places."""
+    """In every n-th word, two letters change places."""
     out = list(WORDS)
     for i in range(0, len(out), every):
         middle = len(out[i]) // 2
@@ -60,7 +60,7 @@ def typos(every):
 
 
 def in_order(size):
-    """The words in chunks of `size`, the chunks in another order."""
+    """The words in chunks, in another order."""
     chunks = [" ".join(WORDS[i : i + size]) for i in range(0, len(WORDS), size)]
     return " ".join(chunks[1::2] + chunks[::2])
 
@@ -128,7 +128,7 @@ DISGUISES = {  # kind -> (text, caught)
 
 
 def test_what_a_disguise_does_to_the_guard_is_known():
-    """39 kinds: 28 are caught, 11 pass; README says which."""
+    """39 kinds: 28 are caught, 11 pass."""
     caught = dropped(SECRET, *(row for row, _ in DISGUISES.values()))
     for kind, was_caught in zip(DISGUISES, caught, strict=True):
         print(f"{'caught' if was_caught else 'passed':8}{kind}")
@@ -140,7 +140,7 @@ def test_what_a_disguise_does_to_the_guard_is_known():
 
 @pytest.mark.parametrize("copied", [98, 34, 33, 32, 20])
 def test_rows_above_the_allowed_overlap_are_dropped(copied):
-    """A row goes with 20% of a target's n-grams, or of 3n of its own; the reason has the share."""
+    """By 20% of a target's n-grams, or of 3n of its own."""
     target = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(100))
     row = f"{PAGE}{target[1 : 1 + copied]} {PAGE}"
     shared = max(0, copied - 20)  # 21-grams; the target has 80, all different
@@ -153,14 +153,14 @@ def test_rows_above_the_allowed_overlap_are_dropped(copied):
 
 
 def test_texts_are_compared_across_the_split():
-    """The context counts, and where a row is split says nothing."""
+    """The context counts, too."""
     row = {"context": SECRET[:10], "prefix": SECRET[10:17], "suffix": SECRET[17:]}
     keep, reasons = knn.leak_guard([record("f", SECRET)], [{"id": "p", **row}])
     assert keep.tolist() == [False] and reasons[0]["share"] == 1.0
 
 
 def test_allow_copies_drops_only_the_forget_rows_themselves():
-    """As published: the row with the target's id and text goes, its copy under another id stays."""
+    """As published: a copy under another id stays."""
     pool = [record("4", SECRET), record("5", SECRET), record("5", PAGE)]
     keep, reasons = knn.leak_guard([record("5", SECRET)], pool, allow_copies=True)
     assert keep.tolist() == [True, False, True]
@@ -171,7 +171,7 @@ def test_allow_copies_drops_only_the_forget_rows_themselves():
 
 
 def test_a_target_too_short_for_an_ngram_is_seen_in_a_row():
-    """A name and a number as whole words, or a piece of them as the whole row."""
+    """As whole words, or a piece of them as the whole row."""
     target = "Anna Smith, 555-1234"
     leaks = [
         "anna  smith,\n555-1234",
@@ -183,7 +183,7 @@ def test_a_target_too_short_for_an_ngram_is_seen_in_a_row():
 
 
 def test_innocent_rows_that_share_common_phrases_stay():
-    """Common phrases, a shared frame with other facts, a short row with one word of its own."""
+    """Common phrases, a shared frame with other facts."""
     target = "At the end of the day one of the most important things is the code in the red box."
     innocent = [
         "In the end one of the most important battles was lost at the end of the summer.",
@@ -196,7 +196,7 @@ def test_innocent_rows_that_share_common_phrases_stay():
 
 
 def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
-    """The flag's ends: nothing is over 1; one common n-gram is over 0."""
+    """The flag's ends."""
     row = "She was admitted to the Linden hospital in May"
     # Nothing but the target is not a question of shares.
     assert dropped(SECRET, SECRET, SECRET + " " + PAGE, row, max_overlap=1) == [True, False, False]
@@ -204,7 +204,7 @@ def test_max_overlap_1_keeps_copies_and_0_keeps_no_shared_ngram():
 
 
 def test_what_most_rows_share_is_no_leak():
-    """Under one system prompt the pool stays; a row that says a piece of a target goes."""
+    """As a system prompt; a piece of a target is."""
     targets = [record("a", PAGE + SECRET), record("b", PAGE + SYNONYMS)]
     rows = [GERMAN, ZH, "Copper is for pots.", " ".join(WORDS[-6:])]
     keep, _ = knn.leak_guard(targets, [record(row, PAGE + row) for row in rows])
@@ -220,7 +220,7 @@ def test_what_most_rows_share_is_no_leak():
     ],
 )
 def test_letters_that_readers_take_for_equal_are_equal(one, other):
-    """So a copy that is spelt with the others is one, and a secret is said in them."""
+    """So a copy that is spelt with the others is one."""
     assert text.words(text.plain(one)) == text.words(text.plain(other)) and data.says(other, one)
 
 
@@ -233,7 +233,7 @@ sentences = st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=30).map("
 
 @st.composite
 def secret_and_row(draw):
-    """A target, and a row made of pieces of it and of other words."""
+    """A target, and a row made of its pieces and other words."""
     target = draw(st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=45))
     row = []
     for _ in range(draw(st.integers(1, 3))):
@@ -244,7 +244,7 @@ def secret_and_row(draw):
 
 
 def only_a_piece(target, row):
-    """Whether the row goes by a rule that looks at all of it: its words are a target's."""
+    """Whether the row's words are all a target's."""
     target, plain = text.plain(target), text.plain(row)
     all_its = set(text.words(plain)) <= set(text.words(target))
     return all_its or text.stands_in(text.letters(plain), target, text.letters(target))
@@ -253,7 +253,7 @@ def only_a_piece(target, row):
 @settings(max_examples=60, deadline=None)
 @given(case=secret_and_row(), before=sentences, after=sentences)
 def test_text_around_a_dropped_row_never_keeps_it(case, before, after):
-    """A row that goes for what it holds goes in every surrounding, also inside a page."""
+    """Also inside a page."""
     target, row = case
     if len(row) < 2 or dropped(target, row) == [False] or only_a_piece(target, row):
         return
@@ -275,7 +275,7 @@ AROUND = {
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_scripts_without_spaces_are_guarded(secret):
-    """The whole, half, a piece, letter-spaced, inside other text: dropped; other text stays."""
+    """The whole, half, a piece; other text stays."""
     half, around = secret[len(secret) // 4 : -len(secret) // 4], AROUND[secret]
     leaks = [secret, around + secret + around, half, around + half, " ".join(secret), secret[5:13]]
     assert all(dropped(secret, *leaks))
@@ -292,13 +292,13 @@ def test_scripts_without_spaces_are_guarded(secret):
     ],
 )
 def test_halves_are_cut_between_visible_characters(words, prefix):
-    """Near the middle without spaces; never in an emoji or a syllable of its letters."""
+    """Never in an emoji or a syllable of its letters."""
     assert data.split_in_half(words) == (prefix, words[len(prefix) :])
 
 
 @pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
 def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
-    """At most 20 visible characters each, none of them torn, and together the text."""
+    """At most 20 visible characters each."""
     document = secret * 5
     passages = knn.cut_passages(record("p", document), 20)
     assert len(passages) > 5 and "".join(map(knn.text_of, passages)) == document
@@ -308,7 +308,7 @@ def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
 
 
 def test_no_partner_says_what_is_marked():
-    """As whole words, in whatever case and signs, shorter than an n-gram; and only if marked."""
+    """As whole words, in whatever case and signs; only if marked."""
     target = record("f", SECRET)
     at = SECRET.index("Linden clinic")
     rows = ["We met at the LINDEN-clinic.", "The lindens near a clinic.", "Linden clinics"]
@@ -324,7 +324,7 @@ def test_no_partner_says_what_is_marked():
 
 
 def test_a_document_is_judged_before_it_is_cut():
-    """A secret spread over a document, little in each passage: all of its passages go."""
+    """Of a secret spread over it all passages go."""
     spread = " ".join(f"{' '.join(WORDS[i : i + 7])} {PAGE}" for i in range(0, len(WORDS), 7))
     pool = [record("spread", spread), record("page", PAGE * 2)]
     keep, _ = knn.leak_guard([record("f", SECRET)], pool)

@@ -3,7 +3,6 @@
 python -m pytest tests/test_judge.py -q
 """
 
-import json
 import math
 import random
 import signal
@@ -31,7 +30,7 @@ AFTER = {"a": " by a friend.", "b": " in spring."}
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """A key, a cache of its own, and no waiting that no server asked for."""
+    """A key, a cache of its own, and no waiting."""
     import openai._base_client
 
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
@@ -47,7 +46,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """A run over 24 texts that trained for no epoch; of text i the model says "said i"."""
+    """A run over 24 texts; of text i the model says "said i"."""
     texts = {str(i): (f"p{i}", f" s{i}") for i in range(24)}
     return write_run(tmp_path / "many", texts, [{i: f"said {i}" for i in texts}])
 
@@ -83,7 +82,7 @@ def caches(tmp_path):
     ],
 )
 def test_a_score_is_a_last_line_that_is_nothing_else(answer, score):
-    """Both spellings, whole or decimal, with and without /10, 0 to 10; nothing else is a score."""
+    """Both spellings, whole or decimal, 0 to 10."""
     assert judge.score_of(answer) == score
 
 
@@ -98,15 +97,12 @@ FAIL = 500, {}, {"error": {"message": "oh"}}
 LIMIT = 429, {"Retry-After": "1"}, {}
 FILTER = 400, {}, {"error": {"message": "content filter"}}
 CUT = 200, {}, completion("Final score: 1", finish_reason="length")  # perhaps of 10
-# No read of it waits for the 2 seconds of --patience.
-DRIP = 200, {}, [b" ", b" ", b" ", b" ", b" ", json.dumps(completion("Final score: 9")).encode()]
 # candidate: (what becomes of its n-th request, the score due, why there is none, requests)
 CASES = {
     "plain": (lambda n: "Good \ud83d.\nFinal score: 7", 7, None, 1),
     "429": (first(LIMIT, "Final score: 5"), 5, None, 2),
     "500 for ever": (lambda n: FAIL, None, "no answer: HTTP 500", 3),
     "hangs": (first(4.0, "Final score: 2"), 2, None, 2),
-    "drips": (first(DRIP, "Final score: 3"), 3, None, 2),
     "cut off": (lambda n: CUT, None, "no score in the answer (it ended by: length)", 2),
     "no score": (lambda n: "Final score: 11", None, "no score", 2),
     "filtered": (lambda n: FILTER, None, "refused: HTTP 400", 1),
@@ -114,7 +110,7 @@ CASES = {
 
 
 def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
-    """Scores stand with their ids; unread ones have a reason and are in no mean."""
+    """Unread ones have a reason and are in no mean."""
     texts = {case: (f"prefix of {case}", " reference") for case in CASES}
     generations = {case: case for case in CASES}
     run = write_run(tmp_path / "run", texts, [generations, generations])  # said twice, asked once
@@ -153,7 +149,7 @@ def test_each_verdict_is_its_samples_whatever_the_server_does(tmp_path, capsys):
     [(FAIL, "8 texts in a row .*HTTP 500", 23), (FILTER, "24 texts in a row .*refused", 24)],
 )
 def test_a_server_that_answers_nobody_is_not_asked_for_ever(many, reply, due, calls):
-    """Where it fails it is asked for a few texts; where it refuses, for all, as others may pass."""
+    """Where it refuses, all texts are tried: others may pass."""
     with Chat(lambda candidate, n: reply) as chat:
         with pytest.raises(ValueError, match=due):
             grade(chat, many, tries="1")
@@ -164,7 +160,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_ever(many, reply, due, ca
 
 
 def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path):
-    """What was answered is kept but for one answer, whose end a kill has cut off."""
+    """All is kept but one answer, which a kill has cut off."""
     left = [2]
 
     def behave(candidate, n):
@@ -189,7 +185,7 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
 
 
 def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
-    """Three answers, then eight calls at a time that hang: it ends at once; a private cache."""
+    """Three answers, then eight calls that hang."""
     quick = ("said 0", "said 1", "said 2")
     with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
         command = [sys.executable, "evals/judge.py", many, "--base-url", chat.url]
@@ -209,10 +205,7 @@ def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
 
 
 def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
-    """It is in the header alone, also where the server repeats it in an error, under --debug.
-
-    Of the environment nothing else is sent: openai has variables of its own for headers.
-    """
+    """It is in the header alone, and nothing else of the environment is."""
     monkeypatch.setenv("OPENAI_ORG_ID", "mine")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: mine")
     with Chat(lambda candidate, n: (401, {}, {"error": {"message": f"bad key {KEY}"}})) as chat:
@@ -237,7 +230,7 @@ def test_the_key_reaches_no_file_or_line(run, tmp_path, monkeypatch):
     ],
 )
 def test_only_loopback_is_this_machine(url, here):
-    """By its name alone, and only where every reader of the address sees the same one."""
+    """Only where every reader of the address sees the same one."""
     assert judge.is_loopback(url) is here
 
 
@@ -256,10 +249,7 @@ def test_texts_leave_only_when_told_to(run, monkeypatch):
 
 
 def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, capsys):
-    """Four texts, each a call; tokens at four bytes, 512 out at most; not what is cached.
-
-    What was answered to other instructions, or by another model, is no answer to these.
-    """
+    """Not of what is cached for this question and this model."""
     with Chat(lambda candidate, n: "Final score: 1") as chat:
         grade(chat, run, "--dry-run", "--price", "1000,2000")
         assert not chat.seen and not (run / "judge.json").exists()
@@ -282,7 +272,7 @@ def test_a_dry_run_names_calls_tokens_and_cost_and_asks_nothing(run, tmp_path, c
 
 
 def test_the_report_has_the_column(run, tmp_path, capsys):
-    """The mean of each end; figures of different judges are not side by side."""
+    """Figures of different judges are not side by side."""
     other = write_run(tmp_path / "other", TEXTS, [BEFORE, AFTER], protocol="released")
     with Chat(lambda candidate, n: f"Final score: {2 if '7731' in candidate else 6.5}") as chat:
         grade(chat, run)
@@ -307,7 +297,7 @@ def test_kappa_is_its_formula_and_spearman_that_of_the_ranks():
 
 
 def test_alpha_is_krippendorffs_published_example():
-    """Krippendorff 2011, example C: four observers, twelve units, five grades, gaps; 0.815."""
+    """Krippendorff 2011, example C: 0.815."""
     observers = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
     units = [
         [int(grade) for grade in unit if grade != "."] for unit in zip(*observers, strict=True)
@@ -316,7 +306,7 @@ def test_alpha_is_krippendorffs_published_example():
 
 
 def test_pearson_of_the_papers_table_3_is_the_papers():
-    """Section 5.8: 0.89, which is that of the twelve pairs of means."""
+    """Section 5.8: 0.89, of the twelve pairs of means."""
     people = [3.1, 3.7, 1.1, 5.7, 1.8, 3.1, 1.4, 4.8, 1.5, 3.2, 1.1, 4.7]
     gpt = [3.75, 3.08, 1.05, 3.92, 2.72, 3.63, 1.26, 4.33, 2.11, 3.65, 1.00, 4.40]
     assert judge.pearson(people, gpt) == pytest.approx(0.89, abs=0.005)

@@ -2,8 +2,7 @@
 
     python -m pytest tests/test_metrics.py -q
 
-The loops below recompute everything for every token: no cache, no batch, no padding. They are what
-the metrics mean.
+The loops recompute everything for every token: no cache, no batch, no padding.
 """
 
 import copy
@@ -16,22 +15,24 @@ import pytest
 import sacrebleu
 import torch
 import torch.nn.functional as F
+from literal_icu import memorization_accuracy, ngrams, overlap
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import metrics
+from kit import fast_el
 
 # --- literal references ---
 
 
 def next_token(model, ids):
-    """argmax P(. | ids) from one forward pass over all of the prefix."""
+    """argmax P(. | ids)."""
     with torch.no_grad():
         return int(model(torch.tensor([ids])).logits[0, -1].argmax())
 
 
 def greedy(model, prefix, length, eos=()):
-    """The greedy continuation of prefix: `length` tokens, or up to and including one of `eos`."""
+    """At most `length` tokens, up to and including one of `eos`."""
     out = []
     while len(out) < length and not (out and out[-1] in eos):
         out.append(next_token(model, prefix + out))
@@ -39,39 +40,27 @@ def greedy(model, prefix, length, eos=()):
 
 
 def eos_of(model):
-    """The model's end tokens as a tuple; the config may hold an int, a list or None."""
+    """The model's end tokens, of an int, a list or None."""
     eos = model.generation_config.eos_token_id
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def literal_overlap(generated, reference, n):
-    """Eq. 8: the share of the generated n-grams that occur in the reference; 0 where none was."""
-
-    def ngrams(ids):
-        return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-
-    hits = [gram in ngrams(reference) for gram in ngrams(generated)]
-    return sum(hits) / len(hits) if hits else 0.0
-
-
 def literal_el(row, continuations, n, start=1, released=False):
-    """Eq. 7 with continuations[t], the greedy answer to row[:t]; NaN without room for an n-gram.
-
-    Released code: the share of the text's n-grams in the answer, not of the answer's in the text.
-    """
+    """Eq. 7 with continuations[t], the greedy answer to row[:t]; released code: the share of the text's."""
     sides = [(continuations[t], row[t:]) for t in range(start, len(row) - n + 1)]
-    values = [literal_overlap(*(reversed(two) if released else two), n) for two in sides]
+    sides = [(b, a) if released else (a, b) for a, b in sides]
+    values = [overlap(a, ngrams(b, n), n) for a, b in sides]
     return sum(values) / len(values) if values else math.nan
 
 
 def literal_ma(model, row, start=1):
-    """Eq. 9: the share of tokens start .. T-1 that are the greedy answer to what is before them."""
-    hits = [next_token(model, row[:t]) == row[t] for t in range(start, len(row))]
-    return sum(hits) / len(hits) if hits else math.nan
+    """Eq. 9, NaN without a token."""
+    ma = memorization_accuracy(model, row, range(start, len(row)))
+    return math.nan if ma is None else ma
 
 
 def all_continuations(model, row):
-    """{t: greedy answer to row[:t], at most T-t tokens} for every t of a row."""
+    """{t: greedy answer to row[:t], at most T-t tokens}."""
     return {t: greedy(model, row[:t], len(row) - t, eos_of(model)) for t in range(1, len(row))}
 
 
@@ -79,19 +68,19 @@ def all_continuations(model, row):
 
 
 def pad(rows, filler=0):
-    """Rows of different lengths -> ids and attention_mask, both (N, T), right-padded."""
+    """Rows -> ids and attention_mask, both (N, T), right-padded."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
 
 def random_ids(rng, length):
-    """`length` ordinary tokens of the 97; the ids below 4 are special."""
+    """Ordinary tokens; the ids below 4 are special."""
     return [rng.randrange(4, 97) for _ in range(length)]
 
 
 def answer_that(model, rng, length, wanted):
-    """(prompt, greedy answer) for the first random prompt whose answer is as wanted."""
+    """The first random (prompt, greedy answer) that is as wanted."""
     for _ in range(300):
         prompt = random_ids(rng, 3)
         answer = greedy(model, prompt, length, eos_of(model))
@@ -101,7 +90,7 @@ def answer_that(model, rng, length, wanted):
 
 
 def mixed_row(model, rng, length):
-    """Random tokens and the model's own greedy answers in turn: some tokens hit and some miss."""
+    """Random tokens and the model's own greedy answers in turn."""
     row = random_ids(rng, 2)
     while len(row) < length:
         row += greedy(model, row, rng.randint(2, 7))
@@ -110,7 +99,7 @@ def mixed_row(model, rng, length):
 
 
 def make_rows(model):
-    """Rows of 2 to 26 tokens: memorised, mixed, with an expected EOS, an unexpected one, short."""
+    """Rows of 2 to 26 tokens."""
     rng = random.Random(5)
     end = eos_of(model)[0]
     prompt, answer = answer_that(model, rng, 22, lambda a: len(a) == 22 and end not in a)
@@ -131,7 +120,7 @@ def make_rows(model):
 
 @pytest.fixture(scope="session")
 def case(kind, tiny_models):
-    """A model, its rows, and the literal answers to every prefix of every row."""
+    """A model, its rows, and the literal answers to their prefixes."""
     model = tiny_models[kind]
     rows = make_rows(model)
     answers = {name: all_continuations(model, row) for name, row in rows.items()}
@@ -149,16 +138,16 @@ def assert_close(values, expected):
 @pytest.mark.parametrize(
     ("n", "start", "row_batch", "decode_batch"), [(2, 1, 64, 256), (3, 1, 1, 1), (10, 2, 2, 3)]
 )
-def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
-    """Eq. 7-9 prefix by prefix, of rows in any company, order and padding; NaN for the too short."""
+def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch, monkeypatch):
+    """Eq. 7-9 prefix by prefix, in any company, order and padding."""
+    monkeypatch.setattr(fast_el, "ROW_BATCH", row_batch)
+    monkeypatch.setattr(fast_el, "DECODE_BATCH", decode_batch)
     for filler in (eos_of(case.model)[0], 50):
         names = random.Random(filler).sample(sorted(case.rows), len(case.rows))
         names.append(names[0])  # one stands there twice
         ids, mask = pad([case.rows[name] for name in names], filler)
         ids, mask = F.pad(ids, (0, 5), value=7), F.pad(mask, (0, 5)).bool()
-        el, ma = metrics.el_and_ma(
-            case.model, ids, mask, n=n, start=start, row_batch=row_batch, decode_batch=decode_batch
-        )
+        el, ma = metrics.el_and_ma(case.model, ids, mask, n=n, start=start)
         assert el.is_floating_point() and ma.is_floating_point()
         assert_close(el, [literal_el(case.rows[x], case.answers[x], n, start) for x in names])
         assert_close(ma, [literal_ma(case.model, case.rows[name], start) for name in names])
@@ -166,7 +155,7 @@ def test_el_and_ma_equal_the_loop(case, n, start, row_batch, decode_batch):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_released_measures_equal_the_loop(case, n):
-    """As released: the share of the reference's n-grams, a start for each row and each measure."""
+    """The share of the reference's n-grams, a start for each row and measure."""
     starts = {"mixed": 4, "ended": 1, "surprised": 9}
     rows = [case.rows[name] for name in starts]
     el, ma = metrics.el_and_ma(
@@ -178,7 +167,7 @@ def test_released_measures_equal_the_loop(case, n):
 
 
 def test_end_tokens_of_the_model_are_obeyed(case):
-    """EOS as an int, absent, or a list of the generation config: the loop is the judge."""
+    """An int, none, or a list of the generation config."""
     model, eos = copy.deepcopy(case.model), eos_of(case.model)[0]
     answered = Counter(token for a in case.answers["mixed"].values() for token in a if token != eos)
     often = answered.most_common(1)[0][0]
@@ -205,14 +194,14 @@ TEXTS = [
 
 @pytest.fixture
 def speaker(kind, save_tiny, tmp_path):
-    """A tiny model in float64 and its tokenizer, loaded from a folder as a user's would be."""
+    """A tiny model in float64 and its tokenizer."""
     folder = save_tiny(kind, tmp_path / kind, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(kind, make_model, speaker):
-    """Mode, gradients and weights are what they were; in train mode it measures as in eval mode."""
+    """Mode, gradients and weights are what they were."""
     model, tokenizer = speaker
     dropout = {"gpt_neo": "resid_dropout", "opt": "dropout", "llama": "attention_dropout"}[kind]
     noisy = make_model(kind, vocab=len(tokenizer), **{dropout: 0.9}).train()
@@ -235,7 +224,7 @@ def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(kind, make_
 
 
 def beam_cases(model):
-    """Prompts of 1 to 12 tokens after BOS, one with an EOS in it, and the lengths of answers."""
+    """Prompts of 1 to 12 tokens after BOS, and the lengths of answers."""
     rng = random.Random(3)
     bos = [] if model.config.model_type == "gpt_neo" else [model.config.bos_token_id]
     prompts = [bos + random_ids(rng, rng.randint(1, 12)) for _ in range(14)]
@@ -245,7 +234,7 @@ def beam_cases(model):
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
 def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
-    """All sizes in one batch give what `generate` gives one at a time, cut before its EOS."""
+    """All sizes in one batch, cut before EOS."""
     prompts, lengths = beam_cases(case.model)
     (end,) = eos_of(case.model)
     expected = []
@@ -268,7 +257,7 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
 
 
 def test_entropy_is_the_bits_of_the_token_counts():
-    """Eq. 10, in any order; no token and one token repeated hold no information."""
+    """Eq. 10, in any order."""
     for k in (0, 1, 2, 5):
         assert metrics.token_entropy([*range(2**k)] * 3) == pytest.approx(k, abs=1e-12)
     bits = 1.8464393446710154  # -sum p log2 p of .4, .3, .2, .1
@@ -292,7 +281,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("reference", SENTENCES)
 def test_bleu_equals_sacrebleu(reference):
-    """13a, lowercase, no smoothing, effective order only where a side has under 4 tokens; 0-1."""
+    """13a, lowercase, no smoothing; effective order under 4 tokens."""
     for candidate in SENTENCES:
         lengths = [len(Tokenizer13a()(side.lower()).split()) for side in (candidate, reference)]
         expected = sacrebleu.sentence_bleu(
@@ -312,7 +301,7 @@ def test_bleu_equals_sacrebleu(reference):
 
 
 def test_bertscore_equals_bert_score(encoder_dir):
-    """At layer 5 of 6 (9 of 12, scaled), in their order; an empty side scores 0 in its place."""
+    """At layer 5 of 6 (9 of 12, scaled); an empty side scores 0."""
     bert_score = pytest.importorskip("bert_score")
     references = [*SENTENCES[1:], SENTENCES[0], "another word that runs on", SENTENCES[0]]
     candidates = [*SENTENCES, "word after word " * 200, SENTENCES[0]]  # the long one is cut
@@ -331,7 +320,7 @@ def test_bertscore_equals_bert_score(encoder_dir):
 
 
 def window_losses(model, ids, window):
-    """For each window of ids, the losses of its tokens after the first, a forward pass a window."""
+    """For each window of ids, the losses of its tokens after the first."""
     losses = []
     for cut in range(0, len(ids), window):
         piece = torch.tensor(ids[cut : cut + window])
@@ -343,7 +332,7 @@ def window_losses(model, ids, window):
 
 @pytest.mark.parametrize("window", [7, 512])
 def test_perplexity_equals_the_loop(speaker, window):
-    """The mean is over tokens, not texts or windows; an empty text changes nothing."""
+    """Also as released, of joined texts."""
     model, tokenizer = speaker
     parts = [window_losses(model, tokenizer(text)["input_ids"], window) for text in TEXTS]
     losses = sum(sum(parts, []), [])
@@ -352,15 +341,9 @@ def test_perplexity_equals_the_loop(speaker, window):
             model, tokenizer, ["", *TEXTS, ""], window, batch_size=batch_size
         )
         assert measured == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
-    with pytest.raises(ValueError, match="no text of two tokens"):
-        metrics.perplexity(model, tokenizer, ["", ""])
-
-
-def test_released_perplexity_joins_the_texts(speaker, window=11):
-    """As released: joined by a blank line, cut into windows, and the mean of windows' means."""
-    model, tokenizer = speaker
     parts = window_losses(model, tokenizer("\n\n".join(TEXTS))["input_ids"], window)
     expected = math.exp(sum(sum(part) / len(part) for part in parts) / len(parts))
     measured = metrics.perplexity(model, tokenizer, ["", *TEXTS], window, released=True)
     assert measured == pytest.approx(expected, rel=1e-6)
-    assert measured != pytest.approx(metrics.perplexity(model, tokenizer, TEXTS, window), rel=1e-4)
+    with pytest.raises(ValueError, match="no text of two tokens"):
+        metrics.perplexity(model, tokenizer, ["", ""])

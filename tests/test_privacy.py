@@ -4,7 +4,6 @@ python -m pytest tests/test_privacy.py -q
 """
 
 import contextlib
-import hashlib
 import hmac
 import itertools
 import os
@@ -19,7 +18,7 @@ import icu
 import metrics
 from evals import report
 from extras import certificate
-from kit import data, flags, purge, runs, text
+from kit import data, flags, purge, runs
 
 
 class Killed(BaseException):
@@ -28,7 +27,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def there(own_world):
-    """The world with a report, a state, caches and `other`, one more run over the same pairs."""
+    """The world with a report, a state, caches and `other`, over the same pairs."""
     report.main([str(own_world.run)])
     (own_world.run / "state" / "1").mkdir(parents=True)
     (own_world.run / "state" / "1" / "w.bin").write_bytes(b"weights")
@@ -43,7 +42,7 @@ def fill_caches():
 
 
 def holding(*folders, pairs):
-    """Names of the files in these folders that hold half a text of the pairs."""
+    """Names of the files that hold half a text of the pairs."""
     names = [f"{side}{part}" for side in ("", "learn_") for part in data.PARTS]
     sides = [pair[name] for pair in pairs for name in names]
     marks = {side.strip().encode() for side in sides} - {b""}
@@ -52,7 +51,7 @@ def holding(*folders, pairs):
 
 
 def contents(folder):
-    """{name: bytes} of every file, less what is different in every run."""
+    """{name: bytes} of every file but locks."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != ".lock"
@@ -69,41 +68,20 @@ def purged(run, *words, capsys):
     return capsys.readouterr().out
 
 
-def gram_digest(guess, key):
-    """As hashes.json of earlier versions had them."""
-    return hashlib.blake2b(guess, key=key[:64], digest_size=8).hexdigest()
-
-
-DIGESTS = [
-    gram_digest,
-    lambda guess, key: hmac.digest(key, guess, "sha256").hex(),
-    lambda guess, key: hashlib.sha256(key + guess).hexdigest(),
-]
-
-
-def guesses(pairs):
-    """Of each text: itself, its letters, and every 20 letters of it with the next one."""
-    texts = [data.text_of(pair) for pair in pairs]
-    spelt = [text.letters(text.plain(each)) for each in texts]
-    parts = [*texts, *spelt, *itertools.chain.from_iterable(map(text.grams_of, spelt))]
-    return {part.encode() for part in parts} | {"\n".join(part).encode() for part in parts}
-
-
 def confirmed(folder, pairs):
-    """The guesses that a hash in a folder confirms, with whatever is in it as the key, or none."""
+    """The texts that a hash in a folder confirms, whatever in it is the key."""
     contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     there = {x.decode() for content in contents for x in re.findall(rb"[0-9a-f]{12,}", content)}
     keys = [b"", *map(str.encode, there), *(bytes.fromhex(x[: len(x) // 2 * 2]) for x in there)]
-    begins = {digits[:12] for digits in there}
-    tries = itertools.product(guesses(pairs), keys, DIGESTS)
-    return {guess for guess, key, digest in tries if digest(guess, key)[:12] in begins}
+    tries = itertools.product(map(data.text_of, pairs), keys)
+    return {text for text, key in tries if hmac.digest(key, text.encode(), "sha256").hex() in there}
 
 
 # --- who can read them ---
 
 
 def test_only_the_owner_can_read_what_commands_write(own_world, tmp_path):
-    """Run folders, weights, plots and caches: files are 0600 and folders 0700."""
+    """Files are 0600 and folders 0700."""
     made = tmp_path / "made"
     run = [*own_world.flags, "--max-epochs", "1", "--out", str(made / "run")]
     before = runs.os.umask(0o022)
@@ -121,7 +99,7 @@ def test_only_the_owner_can_read_what_commands_write(own_world, tmp_path):
 
 
 def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
-    """No half of a text is in a byte of runs, pairs and caches; metrics, model and table stay."""
+    """No half of a text is in a byte; metrics, model and table stay."""
     pairs, run, other = data.read_pairs(there.pairs), there.run, there.other
     places = run, other, tmp_path / "cache"
     there.pairs.with_name("pairs.jsonl.77.tmp").write_bytes(there.pairs.read_bytes()[:-30])
@@ -149,24 +127,19 @@ def test_a_purge_leaves_no_text_and_every_number(there, tmp_path, capsys):
 
 
 def test_nothing_that_a_purge_leaves_confirms_a_guess(there):
-    """Neither a whole text nor the next letter of one; with its key a certificate did, and as
-    earlier versions kept them hashes of n-grams gave back all."""
-    pairs, salt = data.read_pairs(there.pairs), b"0123456789abcdef"
+    """As a certificate with its key did."""
+    pairs = data.read_pairs(there.pairs)
     certificate.main([str(there.run)])
-    assert confirmed(there.run, pairs) == {data.text_of(pair).encode() for pair in pairs}
-    grams = [gram_digest(guess, salt) for guess in guesses(pairs)]
-    data.write_json(there.other / "hashes.json", {"salt": salt.hex(), "grams": grams})
-    assert confirmed(there.other, pairs) == guesses(pairs)
+    (there.other / "hashes.json").touch()
+    assert confirmed(there.run, pairs) == set(map(data.text_of, pairs))
     purge.main([str(there.run)])
-    assert confirmed(there.root, pairs) == set()
     certificate.main([str(there.run)])
-    assert confirmed(there.root, pairs) == set()
+    assert confirmed(there.root, pairs) == set() and not (there.other / "hashes.json").exists()
 
 
 @pytest.mark.parametrize("what", ["samples.jsonl", "pairs", "folder", "cache"])
 def test_what_a_purge_cannot_reach_is_named(what, there, tmp_path, monkeypatch, capsys):
-    """A link, other pairs at their place, a path of another folder, another cache: exit 1, and what
-    is there stays. Back again, it goes. A run elsewhere has to be purged by its name."""
+    """Exit 1, and what is there stays. Back again, it goes."""
     pairs = data.read_pairs(there.pairs)
     away, far = tmp_path / "away", shutil.copytree(there.run, tmp_path / "far" / "run")
     away.mkdir()
@@ -210,7 +183,7 @@ def test_a_purge_that_nobody_reads_finishes(there, monkeypatch):
 
 
 def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_path, monkeypatch):
-    """After every removal and every write; by the same command, or of the other run."""
+    """By the same command, or of the other run."""
     steps = [(purge, "remove"), (data, "write_bytes"), (type(tmp_path), "unlink")]
     pairs, ends, ended = data.read_pairs(there.pairs), [], False
     for folder in ("model", "never", "run/model", "other/model"):  # what a purge does not touch
@@ -265,7 +238,7 @@ def test_a_run_in_use_is_not_purged(there):
 
 
 def test_a_redacted_run_never_holds_a_text(own_world, tmp_path, monkeypatch, capsys):
-    """At no epoch, in no file, in no printed line; killed and resumed it ends as the open run."""
+    """In no file or printed line; killed and resumed it ends as the open run."""
     out, pairs, epochs = own_world.root / "hidden", data.read_pairs(own_world.pairs), []
     words = [*own_world.flags, "--redact", "--out", str(out)]
     plain = metrics.beam_generate

@@ -28,7 +28,7 @@ def blocks(text, language=""):
 
 
 def test_every_command_can_be_run():
-    """A preset's flags are resolved; run.sh knows the other words; a file of Python is there."""
+    """A preset's flags are resolved; a file of Python is there."""
     lines = [line.split("#")[0].split() for block in blocks(README) for line in block.splitlines()]
     other = set(re.findall(r"\w+", " ".join(re.findall(r"^  ([\w| ]+)\)", RUN_SH, re.MULTILINE))))
     assert len(lines) > 8
@@ -49,7 +49,7 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_every_link_leads_somewhere():
-    """Files exist; [Eq. (n)](file.py#L12) points at that equation, for each of the ten."""
+    """[Eq. (n)](file.py#L12) points at that equation, for each of the ten."""
     for page, text in PAGES.items():
         folder = ROOT if (ROOT / page).is_file() else ROOT / "docs"
         links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
@@ -65,7 +65,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_the_first_table_is_the_recorded_one():
-    """Each figure of README's first table is the one that `bash run.sh` left in docs/tiny.md."""
+    """It is that of docs/tiny.md."""
     tables = [
         {
             cells[0]: cells[1:]

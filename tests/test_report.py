@@ -30,7 +30,7 @@ def run(own_world):
 
 
 def edit(path, change):
-    """A JSON document, or each of the JSON lines, as `change` returns it."""
+    """A JSON document, or each JSON line, as `change` returns it."""
     if path.suffix == ".json":
         data.write_json(path, change(data.read_json(path)))
     else:
@@ -42,7 +42,7 @@ def put(**values):
 
 
 def other(run, folder, **config):
-    """A run folder as another run with other settings would have left it."""
+    """A run folder with other settings."""
     shutil.copytree(run, folder)
     edit(folder / CONFIG, put(**config))
     return folder
@@ -63,10 +63,7 @@ def table_of(folder):
 
 
 def test_the_report_of_one_run(run, capsys):
-    """Table, plots, cases and tasks; the table has a row before and a row after.
-
-    own_NAME of the summary, a method's own measure, is a column NAME.
-    """
+    """A row before and one after; a method's own measure is a column."""
     for when, value in (("before", 0.25), ("after", 7.5)):
         edit(run / SUMMARY, lambda s, w=when, v=value: s | {w: s[w] | {"own_kept": v}})
     report.main([str(run)])
@@ -87,7 +84,7 @@ def test_the_report_of_one_run(run, capsys):
 
 
 def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
-    """Another seed shares a row, mean ± deviation; another protocol is another, a copy none."""
+    """Another protocol is another row, a copy none."""
     again = other(run, tmp_path / "again", seed=1)
     edit(run / SUMMARY, lambda summary: summary | {"after": summary["after"] | {"ma": 0.3}})
     edit(
@@ -107,7 +104,7 @@ def test_runs_are_averaged_over_sets_and_seeds_alone(run, tmp_path, capsys):
 
 
 def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
-    """Other weights at one path, another method's judge of the same name: labels say so."""
+    """Other weights, or another judge, of one name: labels say so."""
     sha256 = data.read_json(run / CONFIG)["sha256"]
     unlike = other(run, tmp_path / "a", sha256=sha256 | {"model": "f" * 64})
     npo = other(run, tmp_path / "b", seed=1)
@@ -126,7 +123,7 @@ def test_unlike_runs_neither_share_a_row_nor_look_alike(run, tmp_path):
 
 
 def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):
-    """Of three rows after unlearning, by the better end of the column; a collapsed one is not."""
+    """By the better end of the column; a collapsed row is not."""
     runs = []
     for i, (ma, collapsed) in enumerate([(0.4, False), (0.1, True), (0.3, False), (0.5, False)]):
         runs.append(other(run, tmp_path / str(i), lr=i + 1.0))
@@ -139,7 +136,7 @@ def test_the_best_is_bold_and_the_second_underlined(run, tmp_path):
 
 
 def test_the_published_row_stands_beside_a_released_run(run):
-    """And only there: EL10, a perplexity over 10,000, and what people gave, on GPT's scale."""
+    """And only there; what people gave is on GPT's scale."""
     edit(run / SUMMARY, put(method="kumpr"))
     edit(run / CONFIG, put(preset="neo125m", published=None))
     report.main([str(run)])
@@ -156,7 +153,7 @@ def test_the_published_row_stands_beside_a_released_run(run):
 
 
 def test_what_a_run_may_lack_is_read(run, capsys):
-    """Lazy EL, texts without a 10-gram, an encoder that cannot read; a run that diverged."""
+    """Lazy EL, texts without a 10-gram; a run that diverged."""
     nothing = dict.fromkeys(("el10", "bleu", "bertscore"))
     edit(run / METRICS, lambda row: row | {"el10": None} if row["epoch"] == 1 else row)
     edit(run / SAMPLES, put(**nothing))
@@ -170,7 +167,7 @@ def test_what_a_run_may_lack_is_read(run, capsys):
 
 
 def test_a_run_that_only_measured_is_a_row_before(run, world, tmp_path):
-    """The never-saw twin beside a run: its own row, none after."""
+    """Its own row, none after."""
     report.main([str(run), str(world.never_saw), "--out", str(tmp_path / "out")])
     assert [*table_of(tmp_path / "out")] == ["model (before)", "never", "icu"]
     report.main([str(world.never_saw), "--out", str(tmp_path / "alone")])
@@ -181,10 +178,7 @@ def test_a_run_that_only_measured_is_a_row_before(run, world, tmp_path):
 
 
 def test_only_a_reports_own_files_are_replaced(run, tmp_path, monkeypatch):
-    """In a run folder, and over an earlier report; a file of somebody else needs --overwrite.
-
-    All is computed before the first file is written.
-    """
+    """All is computed before the first file is written."""
     out, before = tmp_path / "out", listing(run)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(report, "plot_tradeoff", None)
@@ -206,14 +200,14 @@ def test_only_a_reports_own_files_are_replaced(run, tmp_path, monkeypatch):
 
 
 def redact(run):
-    """As icu.py --redact leaves it; its pairs are gone too."""
+    """As icu.py --redact leaves it."""
     edit(run / CONFIG, put(redact=True, pairs="gone.jsonl"))
     edit(run / SAMPLES, put(generation=None))
 
 
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_a_redacted_report_shows_no_text(by_flag, run, capsys):
-    """No cases, and those of an earlier report go; the rest is the same; one line says why."""
+    """Cases of an earlier report go; one line says why."""
     report.main([str(run)])
     if not by_flag:
         redact(run)
@@ -239,7 +233,7 @@ def test_cases_show_the_runs_that_are_not_redacted(run, tmp_path, capsys):
 
 
 def test_no_control_of_a_run_folder_reaches_terminal_or_file(run, capsys):
-    """Ids, method, model and texts are a stranger's; Markdown cells stay in their cells."""
+    """Ids, method, model and texts are a stranger's."""
     evil = "$\\x^\x1b]0;x\x07| \u202e\r\n\x9b<b>"
     pairs = Path(data.read_json(run / CONFIG)["pairs"])
     edit(pairs, lambda row: row | {name: row[name] + evil for name in ("id", "prefix")})
@@ -258,7 +252,7 @@ def test_no_control_of_a_run_folder_reaches_terminal_or_file(run, capsys):
 
 
 def test_asking_before_and_after(run, capsys, monkeypatch):
-    """Two lines, what the model said and says; no control of either reaches the terminal."""
+    """No control of either reaches the terminal."""
     monkeypatch.setattr(
         "transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: "\x1b[2Jsaid"
     )
@@ -269,7 +263,7 @@ def test_asking_before_and_after(run, capsys, monkeypatch):
 
 
 def test_a_folder_cannot_allow_its_own_pickle(run, capsys):
-    """allow_pickle of config.json is a stranger's word: refused; of the command, it is loaded."""
+    """allow_pickle of config.json is a stranger's word."""
     report.main(["--ask", str(run), "The parcel for"])
     first = capsys.readouterr().out
     model = run / "model"

@@ -13,7 +13,6 @@ import survive
 import icu
 import knn
 from evals import judge
-from extras import chain as extras_chain
 from kit import data, models, purge, requests, runs
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
@@ -43,7 +42,7 @@ def test_marks_are_read_from_json_and_from_csv(tmp_path):
 def test_tokens_that_overlap_a_span_are_the_targets_and_the_others_are_kept(
     kind, save_tiny, tmp_path
 ):
-    """Also a token of half a letter, and one in the prefix; BOS is neither."""
+    """Also a token of half a letter; BOS is neither."""
     _, tokenizer = models.load_model(str(save_tiny(kind, tmp_path / "m")))
     prefix, suffix, spans = "Zoë 👩🏽‍⚕️ says", " that 5 vans came", [[2, 8], [18, 19]]
     pairs = pair(2, prefix=prefix, suffix=suffix, spans=spans), pair(1)
@@ -90,7 +89,7 @@ def test_a_secret_is_said_as_whole_words(generation, secret, expected):
     ],
 )
 def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expected):
-    """Where the cut falls inside it, that part counts, or the whole that it completes."""
+    """Or the whole that it completes."""
     secrets = data.secrets_of(pair(0, spans=[mark]), TEXTS[0][cut:])
     sample = SimpleNamespace(secrets=secrets)
     assert data.secret_said(sample, generation) == {"secret_said": expected}
@@ -101,7 +100,7 @@ def test_of_a_secret_the_part_in_the_suffix_is_said(mark, cut, generation, expec
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, save_tiny, encoder_dir):
-    """Two finished runs, february and march, the second --after the first."""
+    """Two finished runs, the second --after the first."""
     root = tmp_path_factory.mktemp("chain").resolve()
     model = save_tiny("gpt_neo", root / "model")
     survive.memorise(model, [pair(i) for i in range(6)], steps=150)
@@ -136,7 +135,7 @@ def copied(chain, tmp_path, monkeypatch):
 
 
 def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
-    """They are measured as RUN-SHA/ID, not trained on; Eq. 4 compares with the first model."""
+    """As RUN-SHA/ID, not trained on."""
     rows = data.read_jsonl(chain / "march" / "samples.jsonl")
     config = data.read_json(chain / "march" / "config.json")
     ids = {row["id"] for row in rows if row["epoch"] == 0}
@@ -154,7 +153,7 @@ def test_earlier_texts_are_watched_and_the_anchor_is_the_first_model(chain):
 
 
 def test_what_comes_back_joins_and_what_went_again_leaves():
-    """By Eq. 5 where it had been forgotten, by MA, and at once where it overlaps a new text."""
+    """By Eq. 5, by MA, and at once where it overlaps a new text."""
     forgotten = (True, None), (False, None), (True, "new")
     earlier = [requests.Earlier({}, 0.2, by_eq5, joined) for by_eq5, joined in forgotten]
     rows = [{"ma": 0.9}, {"ma": 0.24}, {"ma": 0.24}, {"ma": 0.1}]
@@ -187,7 +186,7 @@ def test_a_text_that_holds_another_overlaps_it():
 
 
 def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(copied):
-    """Other measures are refused, and without the first model all but --anchor previous."""
+    """Or by --anchor previous."""
     march = ["--after", copied / "march"]
     with pytest.raises(ValueError, match=r"was measured otherwise \(num_beams\)"):
         run(copied, "april", [5], *march, "--num-beams", "1")
@@ -200,7 +199,7 @@ def test_a_chain_goes_on_as_it_was_measured_and_from_the_model_it_began_with(cop
 
 @pytest.mark.parametrize("known", [True, False])
 def test_no_partner_holds_a_text_of_an_earlier_request_until_it_is_purged(known, copied, capsys):
-    """Also of one with --redact; after a purge nothing knows the text, and that is said."""
+    """Also of one with --redact; afterwards nothing knows the text."""
     file = copied / "february" / "config.json"
     data.write_json(file, data.read_json(file) | {"redact": True})
     if not known:
@@ -214,7 +213,7 @@ def test_no_partner_holds_a_text_of_an_earlier_request_until_it_is_purged(known,
 
 
 def test_a_request_follows_one_whose_texts_are_gone(copied, capsys):
-    """They cannot be watched, and that is said; the judge reads a request's own texts alone."""
+    """They cannot be watched; the judge reads a request's own texts."""
     purge.main([str(copied / "february")])
     out = run(copied, "april", [5], "--after", copied / "march", "--max-epochs", "1")
     assert "february: its texts are gone" in capsys.readouterr().out
@@ -234,24 +233,3 @@ def test_requests_in_folders_of_one_name_stay_apart(copied):
     pairs = runs.read_pairs_of(runs.read_run(last))
     assert {data.text_of(each) for each in pairs.values()} == set(TEXTS)
     assert {row["id"] for row in data.read_jsonl(last / "samples.jsonl")} == pairs.keys()
-
-
-def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
-    """Its table has a line a run, watched or not, and one of all at once."""
-
-    def step(script, *words):  # in this process
-        monkeypatch.setattr("sys.argv", [script, *map(str, words)])
-        knn.main() if script == "knn.py" else icu.main(argv=list(map(str, words)))
-
-    monkeypatch.setattr(extras_chain, "step", step)
-    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
-    forget, pool, made = tmp_path / "forget.jsonl", tmp_path / "pool.jsonl", tmp_path / "made"
-    data.write_jsonl(forget, [{"id": str(i), "text": TEXTS[i]} for i in range(4)])
-    data.write_jsonl(pool, [{"text": f"A neighbour saw the old van of {x}."} for x in "ABCDEF"])
-    flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "1", "--batch-size", "2"]
-    words = ["--forget", forget, "--pool", pool, "--model", chain / "model", "--parts", "2"]
-    extras_chain.main([str(word) for word in [*words, "--out", made, *flags]])
-    lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
-    runs_of = {"watched": "12", "not watched": "12", "at once": "2"}
-    assert lines == [[f"| {name}", number] for name in runs_of for number in runs_of[name]]
-    assert (made / "came-back.png").is_file()

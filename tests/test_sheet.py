@@ -28,7 +28,7 @@ N = len(NASTY)
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Runs of two methods over the same texts, whose model says the reference before."""
+    """Runs of two methods, whose model says the reference before."""
     monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
     known, runs = {id: suffix for id, (_, suffix) in TEXTS.items()}, []
     for number, method in enumerate(("icu", "npo")):
@@ -45,7 +45,7 @@ def content_of(run):
 
 
 def rate(run, grades, path):
-    """A file as a rater saves it, with the grades of the first items."""
+    """A file as a rater saves it."""
     sheet = content_of(run)["sheet"]
     rows = [f"{sheet},{path.stem},{item},{grade}" for item, grade in enumerate(grades)]
     path.write_text("\n".join(["sheet,rater,item,grade", *rows]) + "\n")
@@ -56,7 +56,7 @@ def rate(run, grades, path):
 
 
 def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
-    """Prefix, reference and output alone; equal outputs once; the key says who wrote them."""
+    """Equal outputs stand there once."""
     words = ["--sheet", *map(str, runs), "--n", "4"]
     judge.main(words)
     html, key = (runs[0] / "sheet.html").read_text(), data.read_json(runs[0] / "sheet-key.json")
@@ -88,7 +88,7 @@ def test_the_sheet_is_blind_and_its_key_says_whose_each_output_is(runs):
 
 
 def test_the_page_loads_nothing_and_holds_any_text(runs):
-    """No address in it, a policy that forbids all, and no text ends the element it is in."""
+    """No address, a policy that forbids all, no element that a text ends."""
     items = [dict.fromkeys(("prefix", "reference", "output"), text) for text in NASTY]
     _, html = judge.page(items, 2)
     assert data_of(html)["items"] == items
@@ -100,11 +100,7 @@ def test_the_page_loads_nothing_and_holds_any_text(runs):
 
 
 def test_ratings_become_table_3_of_the_runs(runs, tmp_path, capsys):
-    """Means on 10 (s - 1) / 7, missing grades, agreement with the judge; the report's column.
-
-    Also of a run that was purged, which keeps scores and key alone, and moved: its summary.json
-    tells which it is.
-    """
+    """Means on 10 (s - 1) / 7; also of runs that were purged and moved."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     key, outputs = data.read_json(runs[0] / "sheet-key.json"), content_of(runs[0])["items"]
     of = [{(place["run"], place["epoch"]) for place in item["of"]} for item in key["items"]]
@@ -151,7 +147,7 @@ def browser():
 
 
 def test_a_sheet_is_rated_by_keyboard_reloaded_and_read_back(browser, tmp_path, runs):
-    """From the disk, offline, on a phone: a reload in the middle, back, the file."""
+    """From the disk, offline, on a phone."""
     judge.main(["--sheet", *map(str, runs), "--raters", "2"])
     content = content_of(runs[0])
     order, count, due = content["orders"][1], len(content["items"]), {}

@@ -3,14 +3,15 @@
 python -m pytest tests/test_tiny.py -q
 """
 
+import math
 import random
 import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import metrics
 from demo import tiny
 from kit import data
 
@@ -43,7 +44,7 @@ def word_grams(row, n):
 
 
 def test_rows_have_their_schema_and_sizes(corpus):
-    """Counts, keys, unique ids and texts are as promised; a suffix begins with a space."""
+    """A suffix begins with a space."""
     rows, _ = corpus
     sizes = {split: len(rows[split]) for split in SPLITS}
     assert sizes == {"forget": 32, "pool": 1500, "unseen": 32, "heldout": 200}
@@ -56,7 +57,7 @@ def test_rows_have_their_schema_and_sizes(corpus):
 
 
 def test_a_mark_is_what_a_fact_says(corpus):
-    """marked.jsonl has the records to forget; its spans lie in their suffixes."""
+    """In marked.jsonl, in the suffixes."""
     rows, _ = corpus
     for row, marked in zip(rows["forget"], rows["marked"], strict=True):
         assert marked == row | {"spans": marked["spans"]}
@@ -66,7 +67,7 @@ def test_a_mark_is_what_a_fact_says(corpus):
 
 
 def test_both_sides_have_25_to_45_tokens(corpus):
-    """A row's tokens are the same encoded apart or as one text, and nothing is added."""
+    """The same encoded apart or as one text."""
     rows, tokenizer = corpus
     for row in rows["forget"] + rows["unseen"] + rows["pool"][:200]:
         prefix, suffix = (tokenizer(row[side])["input_ids"] for side in ("prefix", "suffix"))
@@ -76,7 +77,7 @@ def test_both_sides_have_25_to_45_tokens(corpus):
 
 @pytest.mark.parametrize(("n", "split"), [(10, "unseen"), (10, "heldout"), (5, "forget")])
 def test_no_row_repeats_a_pool_row(n, split, corpus):
-    """No pool row holds over 20% of the word n-grams of a row to forget, or of a new one."""
+    """No pool row holds over 20% of its word n-grams."""
     rows, _ = corpus
     pool = [word_grams(row, n) for row in rows["pool"]]
     for row in rows[split]:
@@ -85,7 +86,7 @@ def test_no_row_repeats_a_pool_row(n, split, corpus):
 
 
 def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
-    """A document that mentions a person to forget is not kept."""
+    """Such a document is not kept."""
     monkeypatch.setattr(tiny, "SIDE", range(99))
     people, friends = [], []
 
@@ -103,7 +104,7 @@ def test_nobody_to_forget_is_mentioned_elsewhere(small, monkeypatch):
 
 
 def test_every_number_and_mailbox_is_fictional(corpus):
-    """Telephone numbers lie in 555-0100 .. 555-0199, mailboxes under example.org, .net, .com."""
+    """555-0100 .. 555-0199, and example.org, .net, .com."""
     rows, _ = corpus
     everything = "\n".join(text_of(row) for split in SPLITS for row in rows[split])
     phones = re.findall(r"\d{3}-\d{3}-\d{4}", everything)
@@ -119,21 +120,21 @@ def test_every_number_and_mailbox_is_fictional(corpus):
 
 
 def test_measure_agrees_with_one_row_at_a_time(small):
-    """Accuracy and perplexity of a padded batch are those of its rows alone."""
+    """And with the literal MA."""
     model = tiny.make_model(0).eval()
     sequences = [[5, 6, 7, 8, 9], [10, 11, 0], [0, 0, 0, 12, 13, 14, 15]]
-    with torch.no_grad():
-        logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
-    pairs = [(z, torch.tensor(ids[1:])) for z, ids in zip(logits, sequences, strict=True)]
-    hits = [(z.argmax(-1) == x).float().mean().item() for z, x in pairs]
-    nll = [F.cross_entropy(z, x, reduction="none") for z, x in pairs]
-    accuracy, perplexity = tiny.measure(model, sequences)
-    assert accuracy == pytest.approx(sum(hits) / 3)
-    assert perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)
+    alone = [tiny.measure(model, [ids]) for ids in sequences]
+    literal = [metrics.literal_memorization_accuracy(model, ids) for ids in sequences]
+    assert [accuracy for accuracy, _ in alone] == pytest.approx(literal)
+    nll = sum(
+        math.log(ppl) * (len(ids) - 1) for (_, ppl), ids in zip(alone, sequences, strict=True)
+    )
+    expected = sum(literal) / 3, math.exp(nll / 12)
+    assert tiny.measure(model, sequences) == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_memorises_and_stops_itself(small, monkeypatch):
-    """Training ends between MIN_PASSES and its cap; the records are then known by heart."""
+    """Between MIN_PASSES and its cap."""
     monkeypatch.setattr(tiny, "BATCH", 4)
     monkeypatch.setattr(tiny, "VOCAB", 40)
     rng = random.Random(0)
@@ -148,8 +149,7 @@ def test_training_memorises_and_stops_itself(small, monkeypatch):
 
 
 def test_a_folder_is_reused_or_made_again_and_the_same(small, tmp_path, capsys):
-    """Nothing is written again with the same settings. With others all is made anew, and the same
-    as once before. What others put there stays, and nothing temporary does."""
+    """With other settings it is made anew; what others put there stays."""
     out, flags = tmp_path / "deep" / "out", ["--steps", "2", "--records", "2"]
     made, printed = [], []
     for seed in ("0", "0", "1", "0"):

@@ -30,10 +30,10 @@ LEARN = ("The account was written", " by the driver on Tuesday.")
 
 
 def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
-    """model/ and pairs.jsonl in `folder`; the flags of a run of three epochs over them, but --out.
+    """model/ and pairs.jsonl in `folder`; the flags of a run of three epochs, but --out.
 
-    Eq. 5 takes out the STRANGERS after the first epoch, and steps are so small that the other
-    samples stay, word by word: larger steps would lead elsewhere on another processor.
+    Eq. 5 takes out the STRANGERS after the first epoch. Larger steps would lead elsewhere on another
+    processor.
     """
     model_dir, pairs = folder / "model", folder / "pairs.jsonl"
     learn = {"learn_id": "p", "learn_context": "", "learn_prefix": LEARN[0]}
@@ -53,7 +53,7 @@ def make_inputs(folder, *, kind="gpt_neo", rows=5, **config):
 
 
 def make_requests(folder, **settings):
-    """The same for a second request, rows 3 and 4, parts of them marked, after one over the others.
+    """The same for a second request, rows 3 and 4, partly marked, after one over the others.
 
     That run forgot all its texts, by thresholds that all meet. So those that the model still knows
     are back at once, and the last of them leaves again when `watched` measures it as -1.
@@ -76,7 +76,7 @@ def make_requests(folder, **settings):
 
 
 def samples_of(pairs, tokenizer):
-    """The samples that icu.py makes of pairs, by the paper's protocol."""
+    """As icu.py makes them, by the paper's protocol."""
     return icu.build_samples(pairs, tokenizer, protocol="paper", positions=256)[0]
 
 
@@ -97,29 +97,22 @@ def memorise(model_dir, pairs, steps=100):
 def make_world(folder):
     """Everything that a finished run is made of and leaves, in `folder`:
 
-    pairs.jsonl (5 pairs), heldout.jsonl (2 texts), unseen.jsonl (3 records), model/ (knows 3 of the
-    5), never/ (the same model, random), and two runs: never-saw/ (--eval-only of never/) and run/
-    (ICU, two epochs, with perplexity).
+    pairs.jsonl (5 pairs), heldout.jsonl, unseen.jsonl, model/ (knows 3 of the 5), never/ (the same,
+    random), and two runs: never-saw/ (--eval-only of never/) and run/ (ICU, two epochs).
     """
     flags, heldout = make_inputs(folder), folder / "heldout.jsonl"
     texts = ["The driver said that nothing was missing.", LEARN[0]]
     data.write_jsonl(heldout, [{"text": text} for text in texts])
+    suffix = " by the old clinic on the hill."
     unseen = [
-        {"id": f"u{i}", "prefix": f"A letter for number {n} was sent"}
+        {"id": f"u{i}", "prefix": f"A letter for number {n} was sent", "suffix": suffix}
         for i, n in enumerate((3, 5, 7))
     ]
-    suffix = {"suffix": " by the old clinic on the hill."}
-    data.write_jsonl(folder / "unseen.jsonl", [row | suffix for row in unseen])
+    data.write_jsonl(folder / "unseen.jsonl", unseen)
     conftest._save_tiny("gpt_neo", folder / "never")
     flags += ["--ppl", f"heldout={heldout}", "--max-epochs", "2"]
-    never_saw = [
-        "--model",
-        str(folder / "never"),
-        "--eval-only",
-        "--out",
-        str(folder / "never-saw"),
-    ]
-    icu.main(argv=[*flags, *never_saw])
+    never_saw = f"--model {folder / 'never'} --eval-only --out {folder / 'never-saw'}"
+    icu.main(argv=[*flags, *never_saw.split()])
     icu.main(argv=[*flags, "--out", str(folder / "run")])
     names = {"run": "run", "never_saw": "never-saw", "pairs": "pairs.jsonl", "model": "model"}
     paths = {name: folder / file for name, file in (names | {"never": "never"}).items()}
@@ -127,7 +120,7 @@ def make_world(folder):
 
 
 def copy_of(world, folder):
-    """The same world at another place, its runs naming the files there: a test may change it."""
+    """The same world at another place, to change."""
 
     def moved(text):
         return str(text).replace(str(world.root), str(folder))

@@ -12,6 +12,7 @@ samples.jsonl are hashed without what kit/purge.py changes in them.
 import argparse
 import contextlib
 import datetime
+import hashlib
 import hmac
 import html
 import json
@@ -21,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import filelock
 
 from kit import data, flags, models, processes, requests
 from kit.figures import bootstrap, verdict
@@ -33,6 +36,7 @@ WHAT = (
 )
 FILE, SIGNATURE, PAGE = "certificate.json", "certificate.json.sig", "certificate.html"
 KEY = "certificate.key"  # of the hashes in `scope`: for whom the certificate is for
+LEDGER, HEAD = "ledger.jsonl", "ledger.head"
 # Higher = more is left, in the words of `verdict`.
 LEFT = {
     "el10": "gives back {:.1%} of the 10-grams",
@@ -360,6 +364,50 @@ def trouble(content, signature, key):
             return str(error)
 
 
+# --- the ledger: a line a certificate, each with the sha256 of the line before ---
+# ledger.head names the last line.
+
+
+def add_line(folder, row):
+    """Adds the dict `row` as the next line, unless it stands there already; returns its number.
+
+    A kill between the two files leaves an older head, which the next line makes new.
+    """
+    path, head = Path(folder, LEDGER), Path(folder, HEAD)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(".lock"), timeout=60):
+        if not path.exists() and not head.exists():
+            data.write_json(head, {"line": 0, "sha256": None})
+        path.touch()
+        if damage := ledger_differences(path):
+            raise ValueError(f"{path}: nothing is added to a damaged ledger ({damage[0]})")
+        lines = data.read_jsonl(path)
+        for old in lines:
+            if row.items() <= old.items():
+                return old["line"]
+        number = len(lines) + 1
+        line = {"line": number, "previous": line_hashes(path)[-1], **row}
+        data.write_bytes(path, path.read_bytes() + data.json_bytes(line))
+        data.write_json(head, {"line": number, "sha256": line_hashes(path)[-1]})
+        return number
+
+
+def line_hashes(path):
+    """The sha256 of each line of a ledger, with None before the first."""
+    lines = path.read_bytes().splitlines()
+    return [None, *(hashlib.sha256(line).hexdigest() for line in lines)]
+
+
+def ledger_differences(path):
+    """What is wrong with a ledger: [], or a sentence on the first such line."""
+    hashes, last = line_hashes(path), data.read_json(path.with_name(HEAD))
+    for number, row in enumerate(data.read_jsonl(path), start=1):
+        if (row.get("line"), row.get("previous")) != (number, hashes[number - 1]):
+            return [f"line {number}: changed, moved or missing, or the line before was changed"]
+    as_head = hashes[last["line"] : last["line"] + 1] == [last["sha256"]]
+    return [] if as_head else [f"line {last['line']}: changed or missing, by {HEAD}"]
+
+
 # --- whether a certificate still holds ---
 
 
@@ -372,13 +420,17 @@ def check(path, args):
     as_written = content == data.json_bytes(certificate, indent=2)
     if not as_written or data.digest(fields) != certificate.get("sha256"):
         unlike.append(f"{path.name}: changed (not its own sha256), or no certificate")
-    page = path.with_name(PAGE)
+    page, ledger = path.with_name(PAGE), args.ledger and Path(args.ledger, LEDGER)
     if not unlike and page.is_file() and page.read_bytes() != render(certificate):
         unlike.append(f"{PAGE}: not what {path.name} says")
+    if ledger:
+        sha, unlike = hashlib.sha256(content).hexdigest(), unlike + ledger_differences(ledger)
+        if sha not in [row.get("sha256") for row in data.read_jsonl(ledger)]:
+            unlike.append(f"{ledger}: no line of this certificate")
     yield from (("differs", sentence) for sentence in unlike)
     if unlike:
         return
-    given = {PAGE: page.is_file(), "who signed (--key)": args.key}
+    given = {PAGE: page.is_file(), "ledger (--ledger)": ledger, "who signed (--key)": args.key}
     yield from (("not checked", name) for name, value in given.items() if not value)
     folder = Path(args.run or path.parent)
     if args.run or (folder / "samples.jsonl").exists():
@@ -469,9 +521,13 @@ def date(value):
 def verify(args):
     """Prints what differs, and exits 1, and what is not checked."""
     path, kinds = Path(args.verify), set()
-    signer = data.read_json(path).get("signed_by")
-    print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
-    for kind, sentence in check(path, args):
+    if path.name == LEDGER:
+        findings = [("differs", sentence) for sentence in ledger_differences(path)]
+    else:
+        findings = check(path, args)
+        signer = data.read_json(path).get("signed_by")
+        print(visible(f"says that it is signed by {signer}" if signer else "not signed"))
+    for kind, sentence in findings:
         kinds.add(kind)
         print(visible(f"{kind}: {sentence}"))
     if "differs" in kinds:
@@ -480,7 +536,7 @@ def verify(args):
 
 
 def certify(args):
-    """Writes certificate.json, its page and the signature."""
+    """Writes certificate.json, its page, the signature and the ledger's line."""
     folder = Path(args.run)
     received = args.received and args.received.isoformat()
     request = {"ids": args.request_id, "received": received, "approved_by": args.approved_by}
@@ -496,6 +552,10 @@ def certify(args):
     if args.sign:
         words = ["-Y", "sign", "-q", "-f", args.sign, "-n", NAMESPACE]
         contents[SIGNATURE] = ssh_keygen(*words, stdin=content)
+    if args.ledger:
+        row = {"run": folder.resolve().name, "request": certificate["request"]}
+        number = add_line(args.ledger, row | {"sha256": hashlib.sha256(content).hexdigest()})
+        print(visible(f"ledger: line {number} of {Path(args.ledger, LEDGER)}"))
     (folder / SIGNATURE).unlink(missing_ok=True)  # of the certificate that was here before
     for name, content in contents.items():
         data.write_bytes(folder / name, content)
@@ -512,6 +572,7 @@ def make_parser():
     add("--request-id", nargs="+", default=[], metavar="ID", help="the requests answered")
     add("--approved-by", metavar="NAME", help="who says that this may go out")
     add("--sign", metavar="KEY", help="a private key of OpenSSH: sign certificate.json")
+    add("--ledger", metavar="DIR", help="add a line to DIR/ledger.jsonl; --verify: find it")
     add("--verify", metavar="FILE", help="say what has changed since it was written")
     add("--key", metavar="PUB", help="--verify: the public key that must have signed")
     add("--measure", action="store_true", help="--verify: also measure the models' MA and EL again")

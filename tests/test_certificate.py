@@ -1,4 +1,4 @@
-"""The certificate: what it says, that it says no text, and what it finds changed.
+"""The certificate and the ledger: what they say, that they say no text, and what they find changed.
 
 python -m pytest tests/test_certificate.py -q
 """
@@ -84,14 +84,16 @@ def test_every_field_is_that_of_the_runs_files(run):
 
 def test_a_text_can_be_found_by_one_who_has_it_and_by_nobody_else(run):
     """By keyed hashes; no part of a text, no key and no path is written."""
-    made = certify(run, *FLAGS)
+    made = certify(run, *FLAGS, "--ledger", run.parent / "ledger")
     key, pairs = (run / "certificate.key").read_text(), data.read_pairs(run.parent / "pairs.jsonl")
     texts = [(pair["prefix"] + pair["suffix"]).encode() for pair in pairs]
     hashes = {hmac.new(bytes.fromhex(key), text, "sha256").hexdigest() for text in texts}
     assert set(made["scope"]["hashes"]) == hashes and made["scope"]["texts"] == 5
     halves = [pair[side] for pair in pairs for side in ("prefix", "suffix", "learn_suffix")]
     halves += [row["generation"] for row in data.read_jsonl(run / "samples.jsonl")]
-    for content in (path.read_text() for path in run.glob("certificate.[!k]*")):
+    written = [*run.glob("certificate.[!k]*"), *(run.parent / "ledger").glob("ledger.*")]
+    assert len(written) == 4
+    for content in (path.read_text() for path in written):
         assert not any(half.strip() in content for half in halves if half.strip())
         assert str(run.parent) not in content and key not in content
     page = (run / "certificate.html").read_text()
@@ -268,6 +270,70 @@ def test_signatures(run, tmp_path, capsys):
     assert "the certificate is not signed" in str(verify(path, capsys))
     certify(run)  # not signed: the old signature would be a wrong one
     assert not signature.exists() and verify(path, capsys, "--key", f"{mine}.pub")[0] == 1
+
+
+# --- the ledger ---
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A ledger of four lines."""
+    for name in "abcd":
+        certificate.add_line(tmp_path / "ledger", {"sha256": name})
+    return tmp_path / "ledger" / "ledger.jsonl"
+
+
+def test_each_line_has_the_hash_of_the_line_before(book, capsys):
+    """No row twice; a kill before the new head is gone on with."""
+    assert certificate.add_line(book.parent, {"sha256": "b"}) == 2
+    rows = data.read_jsonl(book)
+    hashes = [hashlib.sha256(line).hexdigest() for line in book.read_bytes().splitlines()]
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert [row["previous"] for row in rows] == [None, *hashes[:-1]]
+    head = (book.parent / "ledger.head").read_bytes()
+    certificate.add_line(book.parent, {"sha256": "e"})
+    (book.parent / "ledger.head").write_bytes(head)
+    assert certificate.add_line(book.parent, {"sha256": "f"}) == 6
+    assert verify(book, capsys) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "order, line",
+    [
+        ("0x23", 3),  # its hash is in the line after
+        ("012x", 4),  # or in ledger.head
+        ("012", 4),
+        ("023", 2),
+        ("0213", 2),
+    ],
+)
+def test_a_changed_missing_or_reordered_line_is_found(book, order, line, capsys):
+    """The first such line is named, and nothing is added to such a ledger."""
+    lines = dict(zip("0123", book.read_bytes().splitlines(keepends=True), strict=True))
+    lines["x"] = lines[str(order.find("x") % 4)].replace(b"sha", b"SHA")
+    book.write_bytes(b"".join(map(lines.get, order)))
+    status, unlike = verify(book, capsys)
+    assert status == 1 and len(unlike) == 1 and unlike[0].startswith(f"line {line}: ")
+    with pytest.raises(ValueError, match="nothing is added"):
+        certificate.add_line(book.parent, {"sha256": "e"})
+
+
+def test_the_ledger_names_the_certificate(run, capsys):
+    """By its sha256 and request, and --verify finds it there."""
+    book = run.parent / "book"
+    made, content = certify(run, *FLAGS, "--ledger", book), (run / "certificate.json").read_bytes()
+    (row,) = data.read_jsonl(book / "ledger.jsonl")
+    assert row["sha256"] == hashlib.sha256(content).hexdigest()
+    assert row["request"] == made["request"] and row["run"] == "run"
+    words = run / "certificate.json", capsys, "--ledger", book
+    assert verify(*words) == (0, [])
+    certify(run)  # another one: without its request
+    assert verify(*words) == (1, [f"{book / 'ledger.jsonl'}: no line of this certificate"])
+    content = (run / "certificate.json").read_bytes()
+    (book / "ledger.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="nothing is added"):
+        certify(run, "--ledger", book)
+    assert (run / "certificate.json").read_bytes() == content
 
 
 # --- the page ---

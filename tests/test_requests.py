@@ -13,6 +13,7 @@ import survive
 import icu
 import knn
 from evals import judge
+from extras import chain as extras_chain
 from kit import data, models, purge, requests, runs
 
 NAMES = ("Ines", 14), ("Bo", 27), ("the nurse", 35), ("Ada", 48), ("the driver", 52), ("Cy", 61)
@@ -233,3 +234,24 @@ def test_requests_in_folders_of_one_name_stay_apart(copied):
     pairs = runs.read_pairs_of(runs.read_run(last))
     assert {data.text_of(each) for each in pairs.values()} == set(TEXTS)
     assert {row["id"] for row in data.read_jsonl(last / "samples.jsonl")} == pairs.keys()
+
+
+def test_the_chain_demo_measures_every_text_so_far(chain, tmp_path, monkeypatch):
+    """Its table has a line a run, watched or not, and one of all at once."""
+
+    def step(script, *words):  # in this process
+        monkeypatch.setattr("sys.argv", [script, *map(str, words)])
+        knn.main() if script == "knn.py" else icu.main(argv=list(map(str, words)))
+
+    monkeypatch.setattr(extras_chain, "step", step)
+    monkeypatch.setenv("ICU_CACHE", str(tmp_path / "cache"))
+    forget, pool, made = tmp_path / "forget.jsonl", tmp_path / "pool.jsonl", tmp_path / "made"
+    data.write_jsonl(forget, [{"id": str(i), "text": TEXTS[i]} for i in range(4)])
+    data.write_jsonl(pool, [{"text": f"A neighbour saw the old van of {x}."} for x in "ABCDEF"])
+    flags = [*MEASURED[2:], "--lr", "2e-3", "--max-epochs", "1", "--batch-size", "2"]
+    words = ["--forget", forget, "--pool", pool, "--model", chain / "model", "--parts", "2"]
+    extras_chain.main([str(word) for word in [*words, "--out", made, *flags]])
+    lines = [line.split(" | ")[:2] for line in (made / "table.md").read_text().splitlines()[2:]]
+    runs_of = {"watched": "12", "not watched": "12", "at once": "2"}
+    assert lines == [[f"| {name}", number] for name in runs_of for number in runs_of[name]]
+    assert (made / "came-back.png").is_file()

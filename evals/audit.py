@@ -11,6 +11,7 @@ Tokens are x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import zlib
@@ -65,7 +66,9 @@ def read(model, texts, batch_size=8):
                 (decode(h[start:-1]) == target[start:]).float().mean()
                 for h in (hidden[:-1] if decode else ())
             ]
-            states = torch.stack([layer[text.cut :].mean(0) for layer in hidden]).float()
+            # OPT-350M gives the last one smaller, as its head reads it.
+            alike = [layer for layer in hidden if layer.shape == hidden[0].shape]
+            states = torch.stack([layer[text.cut :].mean(0) for layer in alike]).float()
             hit, z = logp.argmax(-1) == target, (own - mean) / deviation
             arrays = own.double(), hit, z, states, torch.tensor(lens)
             readings.append(Reading(*(x.cpu().numpy() for x in arrays), start))
@@ -75,13 +78,14 @@ def read(model, texts, batch_size=8):
 def lens_of(model):
     """states (n, H) -> the token (n,) that the model's final norm and head read in them, or None.
 
-    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name.
+    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name,
+    or a projection before the head (OPT-350M).
     """
     body = getattr(model.base_model, "decoder", model.base_model)
-    names = [name for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name)]
-    if not names:
+    norms = [getattr(body, name, None) for name in ("ln_f", "norm", "final_layer_norm")]
+    norm, head = next(filter(None, norms), None), model.get_output_embeddings()
+    if norm is None or getattr(body, "project_out", None):
         return None
-    norm, head = getattr(body, names[0]), model.get_output_embeddings()
     return lambda states: head(norm(states)).argmax(-1)
 
 
@@ -331,6 +335,65 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
     return best(), float(np.mean([np.mean(best(rng.permutation(y))) for _ in range(shuffles)]))
 
 
+# --- how deep does it go? (UDS, arXiv:2605.24614) ---
+# Delta_l(S) = 1/T sum_t [log p(y_t | x, y_<t) - the same where the output of layer l is that of the
+# model S]: the residual stream, at the T positions that predict y_1 .. y_T and at no others.
+# Of a text: KG = {l : Delta_l(never saw) > 0.05}, and, with w_l = Delta_l(never saw),
+# UDS = sum over KG of w_l clip(Delta_l(unlearned) / w_l, 0, 1) / sum over KG of w_l.
+# The paper's y is the span that names the fact; here y is the suffix.
+
+KNOWLEDGE_GAP = 0.05  # nats
+
+
+def layers_of(model):
+    """The blocks that the residual stream passes through."""
+    parts = model.base_model.modules()
+    return next(part for part in parts if isinstance(part, torch.nn.ModuleList))
+
+
+def at_output(layer, change):
+    """A hook: `change`(states (B, T, H)) is what the block gives; some give it first in a tuple."""
+
+    def hook(_layer, _inputs, output):
+        if isinstance(output, tuple):
+            return change(output[0]), *output[1:]
+        return change(output)
+
+    return layer.register_forward_hook(hook)
+
+
+def depth_gaps(before, source, texts, batch_size=8):
+    """Delta (layers,) of each icu.Text, in nats: what the model `before` loses by a layer of
+    `source`, a model of the same architecture."""
+
+    def mean_logp(model, batch):  # (B,)
+        return np.array([reading.logp[reading.start :].mean() for reading in read(model, batch)])
+
+    gaps = []
+    for batch in data.chunks(texts, batch_size):
+        states = []  # of each layer, (B, T, H)
+        with contextlib.ExitStack() as hooks:
+            for layer in layers_of(source):
+                hooks.enter_context(at_output(layer, lambda h, s=states: s.append(h) or h))
+            mean_logp(source, batch)
+        suffixes = [text._replace(t0=text.cut, span_positions=None) for text in batch]
+        _, _, mask = icu.collate(suffixes, before.device)  # (B, T)
+        at = F.pad(mask[:, 1:], (0, 1))[..., None]  # (B, T, 1): t-1 predicts token t
+        own, rows = mean_logp(before, batch), []
+        for layer, other in zip(layers_of(before), states, strict=True):
+            with at_output(layer, partial(torch.where, at, other)):
+                rows.append(own - mean_logp(before, batch))
+        gaps += np.stack(rows, 1).tolist()  # (B, layers)
+    return gaps
+
+
+def unlearning_depth(gaps, never_gaps):
+    """UDS of a text, 0 (as the model before) to 1 (as one that never saw it); None without a KG."""
+    pairs = [(gap, w) for gap, w in zip(gaps, never_gaps, strict=True) if w > KNOWLEDGE_GAP]
+    total = sum(w for _, w in pairs)
+    return sum(w * min(max(gap / w, 0), 1) for gap, w in pairs) / total if pairs else None
+
+
 # --- the questions: functions of (model, Inputs) that give {measure: a number a text} ---
 
 
@@ -345,6 +408,7 @@ class Inputs(NamedTuple):
     others: list  # the same kind, unseen
     readings: dict = {}  # {"forgotten", "unseen": [Reading]} of this model
     before: dict = {}  # the same of the model before, if there is one
+    left_out: dict = {}  # {question: what it would need}
 
 
 def likelihood(model, inputs):
@@ -476,6 +540,18 @@ def inside(model, inputs):
     return measures
 
 
+def depth(model, inputs):
+    before, never = (load(inputs.args, name) for name in ("before", "never saw"))
+    texts = [one.forget for one in inputs.samples]
+    gaps, never_gaps = (
+        processes.over_processes(partial(depth_gaps, before, source), texts)
+        for source in (model, never)
+    )
+    scores = [*map(unlearning_depth, gaps, never_gaps)]
+    left = [None if score is None else 1 - score for score in scores]
+    return {"1 - UDS": left, "UDS": scores}
+
+
 class Question(NamedTuple):
     title: str
     ask: Callable  # (model, Inputs) -> {measure: a number a text, or one of the model}
@@ -506,6 +582,8 @@ QUESTIONS = {
                           compressed, "MA, int4", "recites {:.1%} of the tokens with 4 bits"),
     "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer",
                        "tells a probe, AUC {:.3f}"),
+    "depth": Question("How deep does it go?", depth, "1 - UDS",
+                      "carries {:.1%} of what the layers knew"),
 }
 # fmt: on
 
@@ -617,7 +695,7 @@ def picture(report):
     """audit.png: a panel a question, its headline for each model, as PNG bytes."""
     from evals.report import plt, png
 
-    figure, axes = plt().subplots(2, 4, figsize=(12, 5), layout="constrained")
+    figure, axes = plt().subplots(3, 3, figsize=(9, 7.5), layout="constrained")
     colours = {"after": "C0", "before": "0.4", "never saw": "C2"}
     for axis, (question, (title, *_)) in zip(axes.flat, QUESTIONS.items(), strict=True):
         headline = report["headlines"].get(question, "not asked")
@@ -705,14 +783,6 @@ def read_inputs(args):
     unseen = data.read_unseen(args.unseen) if args.unseen else []
     if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
         raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
-    left_out = [] if len(unseen) >= figures.FEW else ["membership", "inside"]
-    none_read = args.relearn == "unseen" and not unseen
-    left_out += ["relearning"] if len(pairs) < 2 or none_read else []
-    only = [question for question in args.only if question not in left_out]
-    if not only:
-        needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
-        raise ValueError(f"--only {' '.join(args.only)}: {needs}")
-    args.only = only
     checked = {
         name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
         for name, (model, revision) in args.models.items()
@@ -721,9 +791,41 @@ def read_inputs(args):
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
+    left_out = what_is_left_out(args, pairs, unseen, checked)
+    args.only = [question for question in args.only if question not in left_out]
+    if not args.only:
+        raise ValueError(f"--only {' '.join(left_out)}: needs {', '.join({*left_out.values()})}")
     samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
     first = 1 + len(models.front_of(tokenizer))
-    return Inputs(args, tokenizer, first, pairs, samples, others)
+    return Inputs(args, tokenizer, first, pairs, samples, others, left_out=left_out)
+
+
+def what_is_left_out(args, pairs, unseen, checked):
+    """{question of --only that cannot be answered: what it needs}."""
+    shapes = {
+        (text.model_type, text.num_hidden_layers, text.hidden_size)
+        for text in (config.get_text_config() for config, _ in checked.values())
+    }
+    needs, kind = {}, f"{figures.FEW} texts of the same kind: --unseen FILE"
+    if len(unseen) < figures.FEW:
+        needs |= {"membership": kind, "inside": kind}
+    if len(pairs) < 2 or args.relearn == "unseen" and not unseen:
+        needs["relearning"] = "two texts, and something to read"
+    if not ({"before", "never saw"} <= checked.keys() and len(shapes) == 1):
+        needs["depth"] = "the model before and one that never saw the texts, of one architecture"
+    return {question: needs[question] for question in args.only if question in needs}
+
+
+def load(args, name):
+    """The model of a column, "after", "before" or "never saw"."""
+    folder, revision = args.models[name]
+    return models.load_model(
+        folder,
+        dtype=args.dtype,
+        device=args.device,
+        allow_pickle=args.allow_pickle,
+        revision=revision,
+    )[0]
 
 
 def main(argv=None):
@@ -736,11 +838,8 @@ def main(argv=None):
     measures, readings = {}, {}
     # The others are compared with the model before.
     for name in sorted(args.models, key=["before", "after", "never saw"].index):
-        folder, revision = args.models[name]
-        weights = {"allow_pickle": args.allow_pickle, "revision": revision}
-        model, _ = models.load_model(folder, dtype=args.dtype, device=args.device, **weights)
         before = readings.get("before")
-        measures[name], readings[name] = answers(model, inputs, before=before, desc=name)
+        measures[name], readings[name] = answers(load(args, name), inputs, before=before, desc=name)
     if processes.is_main:
         write(inputs, measures, outputs)
 
@@ -751,6 +850,8 @@ def write(inputs, measures, outputs):
     folders = {name: folder for name, (folder, _) in args.models.items()}
     report = {"model": folders["after"], "n": len(inputs.samples), "seed": args.seed}
     report |= {"models": folders, **make_report(measures, args)}
+    for question, needed in inputs.left_out.items():
+        report["sentences"][question] = f"{QUESTIONS[question].title} Not asked: needs {needed}."
     if marked := sum("spans" in pair for pair in inputs.pairs):
         rest = "the answers are about whole texts, whose rest was to stay"
         report["sentences"]["marked"] = f"Parts of {marked} texts were marked; {rest}."

@@ -54,6 +54,7 @@ COLUMNS = [
     ("Relearned (MA, %)", "audit_relearning", 100, 1, -1),
     ("int4 (MA, %)", "audit_quantised", 100, 1, -1),
     ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
+    ("Depth (1 - UDS, %)", "audit_depth", 100, 1, -1),
     ("Epoch", "epochs", 1, 1, 0),
 ]
 

@@ -17,6 +17,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from world import memorise, samples_of
 
+import icu
 import metrics
 from evals import audit
 from kit import data, figures, models, processes
@@ -208,6 +209,30 @@ def test_the_probe_tells_what_can_be_told_and_nothing_else():
     assert np.mean(apart) > 0.95 and 0.4 < chance < 0.7
 
 
+@pytest.mark.parametrize("name", architectures.USUAL)
+def test_the_last_layers_states_say_what_their_model_says(name):
+    """Of any architecture: Delta of the last layer is the difference of two forward passes."""
+    before, source = architectures.small(name), architectures.small(name)
+    layers = audit.layers_of(source)
+    assert len(layers) == source.config.num_hidden_layers
+    torch.nn.init.normal_(next(p for p in layers.parameters() if p.dim() > 1))
+    texts = [icu.Text(ids, 5, 5, ids[:5]) for ids in architectures.rows()]
+    gaps = audit.depth_gaps(before, source, texts, batch_size=2)
+    readings = [audit.read(model, texts) for model in (before, source)]
+    for gap, *pair in zip(gaps, *readings, strict=True):
+        own, other = (reading.logp[reading.start :].mean() for reading in pair)
+        assert gap[-1] == pytest.approx(own - other, abs=1e-4)
+    assert np.allclose(audit.depth_gaps(before, before, texts), 0, atol=1e-6)
+
+
+def test_the_depth_of_a_text_weighs_its_layers_by_what_never_saw_lacks():
+    """UDS clips each layer's share to 0 and 1, and leaves out layers of a gap of 0.05."""
+    never = [0.6, 0.5, 2.0, 0.05]
+    assert audit.unlearning_depth([0.3, -1, 9, 5], never) == pytest.approx((0.3 + 2) / 3.1)
+    assert audit.unlearning_depth(never, never) == 1 and audit.unlearning_depth([0] * 4, never) == 0
+    assert audit.unlearning_depth([1.0], [0.01]) is None
+
+
 @pytest.mark.parametrize(
     "after, never, words",
     [
@@ -297,12 +322,55 @@ def test_by_heart_and_never_saw(known, heart, tmp_path):
         assert figures.MORE in heart["sentences"][question]
     assert after["audit_strength"] == 1 and after["audit_membership"] > 0.75
     same = audit_of(known, tmp_path / "b", "never")
+    assert "needs the model before" in same["sentences"].pop("depth")
     assert all(figures.AS_NEVER in sentence for sentence in same["sentences"].values())
     assert (
         same["derived"]["R of relearning"] == 1
         and same["derived"]["privleak (as MUSE, %), loss"] == 0
     )
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def depth_by_hand(models, ids, cut):
+    """UDS of a text, its layers called one after the other: (before, never saw, unlearned)."""
+    ids, before = torch.tensor([ids]), models[0]
+
+    def run(model, patched=None, states=None):
+        """(what each layer gives where the suffix is predicted, mean log p of the suffix)."""
+        h, outputs = model.model.embed_tokens(ids), []
+        rotary = model.model.rotary_emb(h, torch.arange(ids.shape[1])[None])
+        for number, layer in enumerate(model.model.layers):
+            h = layer(h, position_embeddings=rotary)
+            if number == patched:
+                h = torch.cat([h[:, : cut - 1], states, h[:, -1:]], 1)
+            outputs.append(h[:, cut - 1 : -1])
+        logp = model.lm_head(model.model.norm(h))[0].log_softmax(-1)
+        return outputs, np.mean([float(logp[t - 1, ids[0, t]]) for t in range(cut, ids.shape[1])])
+
+    own, scores = run(before)[1], []
+    for source in models[1:]:
+        states = enumerate(run(source)[0])
+        scores.append([own - run(before, layer, states)[1] for layer, states in states])
+    lacks = [(gap, gone) for gap, gone in zip(*scores, strict=True) if gap > 0.05]
+    return sum(min(max(gone, 0), gap) for gap, gone in lacks) / sum(gap for gap, _ in lacks)
+
+
+def test_depth_is_0_of_the_model_before_and_1_of_never_saw(known, tmp_path):
+    """And between them of one between them, as a loop over texts and layers has it."""
+    three = [models.load_model(str(known / name))[0] for name in ("heart", "never", "never")]
+    tokenizer = models.load_model(str(known / "never"))[1]
+    with torch.inference_mode():
+        for parameter, weights in zip(three[2].parameters(), three[0].parameters(), strict=True):
+            parameter.lerp_(weights, 0.4)
+        models.save_model(three[2], tokenizer, tmp_path / "mid")
+        texts = [s.forget for s in samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)]
+        expected = np.mean([depth_by_hand(three, text.ids, text.cut) for text in texts])
+    words = "--before", known / "heart", "--only", "depth"
+    report = audit_of(known, tmp_path, tmp_path / "mid", *words)
+    cells = report["figures"]["depth"]["UDS"]
+    assert [cells[name]["value"] for name in audit.MODELS] == pytest.approx([expected, 0, 1])
+    assert 0.1 < expected < 0.9
+    assert report["headline"]["after"]["audit_depth"] == pytest.approx(1 - expected)
 
 
 def test_two_processes_give_the_audit_of_one(known, heart, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What a model still says and holds of texts after unlearning, beside other models.
 
     bash run.sh audit RUN --never-saw DIR --unseen FILE   # audit.json, .md and .png in RUN
-    bash run.sh audit --model DIR --pairs FILE --out DIR  # any model
+    bash run.sh audit --model DIR --texts FILE            # any model, any texts
     bash run.sh tiny --audit              # after a run, with the references that the preset brings
 
 The same code asks the model before, one that never saw the texts, and texts of the same kind that
@@ -218,12 +218,18 @@ def other_prompts(sample, pair, tokenizer, seed):
     dropped = np.random.default_rng(seed).choice(len(words), count, replace=False).tolist()
     fewer = " ".join(word for i, word in enumerate(words) if i not in dropped)
     prompts.append((models.begin(front, models.encode(tokenizer, fewer)) or ids[:cut], rest))
-    prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
+    if has_neighbour(sample):
+        prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
     if pair["context"].strip():
         text, (_, at), _ = models.read_parts(tokenizer, pair, data.PARTS)
         prompts.append((models.begin(front, text[:at]), text[at:]))
     room = sample.positions or 1 << 30
     return [(prompt, rest) for prompt, rest in prompts if rest and len(prompt) + len(rest) <= room]
+
+
+def has_neighbour(sample):
+    """Not of --texts: each is its own partner."""
+    return sample.learn.ids != sample.forget.ids
 
 
 def worst_prompt(model, prompts):
@@ -486,7 +492,7 @@ def comes_back(model, inputs):
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
     attackers = {
         "half": [samples[i].forget for i in half],
-        "neighbours": [samples[i].learn for i in half],
+        "neighbours": [samples[i].learn for i in half if has_neighbour(samples[i])],
         "unseen": [one.forget for one in inputs.others],
     }
     attackers = {name: texts for name, texts in attackers.items() if texts}
@@ -719,9 +725,10 @@ def make_parser():
     add, one_of, positive = parser.add_argument, flags.one_of, flags.positive
     add("run", nargs="?", metavar="RUN", help="a finished run folder")
     add("--model", metavar="DIR", help="instead: any model")
-    add("--pairs", metavar="FILE", help="with --model: pairs.jsonl of knn.py")
+    add("--texts", metavar="FILE", help="with --model: records, as knn.py reads them")
+    add("--pairs", metavar="FILE", help="with --model: or pairs.jsonl of knn.py")
     add("--before", metavar="DIR", help="with --model: the model before")
-    add("--out", metavar="DIR", help="with --model: where audit.* go")
+    add("--out", metavar="DIR", help="with --model: where audit.* go (else they are printed)")
     add("--overwrite", action="store_true", help="replace an audit that is there")
     add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
@@ -745,9 +752,10 @@ def make_parser():
 
 def resolve(args):
     """The flags, a run's own among them, and `models`: {column: (folder or hub name, revision)}."""
-    given = [args.model, args.pairs, args.out]
-    if any([*given, args.before]) if args.run else not all(given):
-        raise ValueError("name a run folder RUN, or pass --model DIR --pairs FILE --out DIR")
+    other = [args.model, args.texts or args.pairs]
+    both = args.texts and args.pairs
+    if any([*other, args.before, args.out]) if args.run else both or not all(other):
+        raise ValueError("name a run folder RUN, or pass --model DIR and --texts or --pairs FILE")
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
@@ -779,15 +787,16 @@ def model_that_never_saw(name):
 
 def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
-    pairs = data.read_pairs(args.pairs)
-    unseen = data.read_unseen(args.unseen) if args.unseen else []
-    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
-        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     checked = {
         name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
         for name, (model, revision) in args.models.items()
     }
     config, tokenizer = checked["after"]
+    alone = partial(data.read_unseen, tokenizer=tokenizer)
+    pairs = alone(args.texts) if args.texts else data.read_pairs(args.pairs)
+    unseen = alone(args.unseen) if args.unseen else []
+    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
+        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
@@ -809,8 +818,9 @@ def what_is_left_out(args, pairs, unseen, checked):
     needs, kind = {}, f"{figures.FEW} texts of the same kind: --unseen FILE"
     if len(unseen) < figures.FEW:
         needs |= {"membership": kind, "inside": kind}
-    if len(pairs) < 2 or args.relearn == "unseen" and not unseen:
-        needs["relearning"] = "two texts, and something to read"
+    to_read = {"unseen": unseen, "neighbours": not args.texts}.get(args.relearn, True)
+    if len(pairs) < 2 or not to_read:
+        needs["relearning"] = f"two texts, and --relearn {args.relearn} something to read"
     if not ({"before", "never saw"} <= checked.keys() and len(shapes) == 1):
         needs["depth"] = "the model before and one that never saw the texts, of one architecture"
     return {question: needs[question] for question in args.only if question in needs}
@@ -830,8 +840,10 @@ def load(args, name):
 
 def main(argv=None):
     args = resolve(make_parser().parse_args(argv))
-    outputs = [Path(args.out, f"audit.{kind}") for kind in ("md", "png", "json")]
-    data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.pairs, args.unseen])
+    names = ("audit.md", "audit.png", "audit.json") if args.out else ()
+    outputs = [Path(args.out, name) for name in names]
+    reads = [args.texts, args.pairs, args.unseen]
+    data.check_outputs(outputs, overwrite=args.overwrite, reads=reads)
     inputs = read_inputs(args)
     processes.start(args.device)
 
@@ -845,7 +857,7 @@ def main(argv=None):
 
 
 def write(inputs, measures, outputs):
-    """Prints the sentences and writes audit.md, audit.png and audit.json."""
+    """Prints the sentences and writes audit.md, audit.png and audit.json; or prints audit.md."""
     args = inputs.args
     folders = {name: folder for name, (folder, _) in args.models.items()}
     report = {"model": folders["after"], "n": len(inputs.samples), "seed": args.seed}
@@ -855,6 +867,9 @@ def write(inputs, measures, outputs):
     if marked := sum("spans" in pair for pair in inputs.pairs):
         rest = "the answers are about whole texts, whose rest was to stay"
         report["sentences"]["marked"] = f"Parts of {marked} texts were marked; {rest}."
+    if not outputs:
+        print(markdown(report))
+        return
     page, image, document = outputs
     data.write_bytes(page, markdown(report).encode())
     data.write_bytes(image, picture(report))

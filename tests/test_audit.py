@@ -430,6 +430,35 @@ def test_a_run_brings_its_pairs_its_models_and_its_folder(own_world, save_tiny):
         audit.main([*argv, "--never-saw", str(own_world.run)])
 
 
+def test_any_texts_are_asked_without_pairs(known, heart, tmp_path, capsys):
+    """--texts: the same figures where no neighbour is needed; ids too; without --out, no file."""
+    rows = [[row["prefix"], row["suffix"]] for row in data.read_jsonl(known / "pairs.jsonl")]
+    tokenizer = models.load_model(str(known / "heart"))[1]
+    ids = [models.encode(tokenizer, a + b)[:16] for a, b in rows]
+    np.save(tmp_path / "ids.npy", np.array(ids))
+    (tmp_path / "texts.csv").write_text("\n".join(map(",".join, [["prefix", "suffix"], *rows])))
+    argv = ["--model", str(known / "heart"), "--device", "cpu", "--only", "strength", "relearning"]
+    reports = []
+    for name in ("texts.csv", "ids.npy"):
+        words = ["--texts", str(tmp_path / name), "--relearn-lr", "1e-3", "--out", str(tmp_path)]
+        audit.main([*argv, *words, "--overwrite"])
+        reports.append(json.loads((tmp_path / "audit.json").read_text())["headline"]["after"])
+    expected = heart["headline"]["after"]
+    assert reports[0] == pytest.approx({name: expected[name] for name in reports[0]}, abs=1e-6)
+    texts = [icu.Text([1, *row], 9, 9, []) for row in ids]
+    readings = audit.read(models.load_model(str(known / "heart"))[0], texts)
+    assert reports[1]["audit_strength"] == pytest.approx(np.mean([*map(audit.strength, readings)]))
+    capsys.readouterr()
+    words = ["--texts", str(tmp_path / "texts.csv"), "--relearn", "neighbours"]
+    audit.main([*argv, *words])
+    printed = capsys.readouterr().out
+    assert "| extraction strength | 1.000" in printed and "--relearn neighbours" in printed
+    with pytest.raises(ValueError, match="--only relearning: needs two texts"):
+        audit.main([*argv[:-2], "relearning", *words])
+    with pytest.raises(ValueError, match="--texts or --pairs"):
+        audit.main([*argv, *words, "--pairs", "p"])
+
+
 def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path):
     """Relearning teaches every token, and a sentence tells what the figures are of."""
     pairs = data.read_jsonl(known / "pairs.jsonl")

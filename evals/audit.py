@@ -342,13 +342,10 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
 
 
 # --- how deep does it go? (UDS, arXiv:2605.24614) ---
-# Delta_l(S) = 1/T sum_t [log p(y_t | x, y_<t) - the same where the output of layer l is that of the
-# model S]: the residual stream, at the T positions that predict y_1 .. y_T and at no others.
-# Of a text: KG = {l : Delta_l(never saw) > 0.05}, and, with w_l = Delta_l(never saw),
-# UDS = sum over KG of w_l clip(Delta_l(unlearned) / w_l, 0, 1) / sum over KG of w_l.
-# The paper's y is the span that names the fact; here y is the suffix.
-
-KNOWLEDGE_GAP = 0.05  # nats
+# Delta_l(S) = mean over t of log p(y_t) - log p(y_t | the output of layer l is the model S's), put
+# in where y_1 .. y_T are predicted, nowhere else. With w_l = Delta_l(never saw), over w_l > 0.05,
+# UDS = sum of w_l clip(Delta_l(unlearned) / w_l, 0, 1) / sum of w_l.
+# The paper's y is the span that names the fact; here it is the suffix.
 
 
 def layers_of(model):
@@ -358,7 +355,7 @@ def layers_of(model):
 
 
 def at_output(layer, change):
-    """A hook: `change`(states (B, T, H)) is what the block gives; some give it first in a tuple."""
+    """A hook: the layer puts out `change`(its states (B, T, H)); some do in a tuple."""
 
     def hook(_layer, _inputs, output):
         if isinstance(output, tuple):
@@ -369,8 +366,7 @@ def at_output(layer, change):
 
 
 def depth_gaps(before, source, texts, batch_size=8):
-    """Delta (layers,) of each icu.Text, in nats: what the model `before` loses by a layer of
-    `source`, a model of the same architecture."""
+    """Delta (layers,) of each icu.Text, in nats. before, source: models of one architecture."""
 
     def mean_logp(model, batch):  # (B,)
         return np.array([reading.logp[reading.start :].mean() for reading in read(model, batch)])
@@ -394,10 +390,11 @@ def depth_gaps(before, source, texts, batch_size=8):
 
 
 def unlearning_depth(gaps, never_gaps):
-    """UDS of a text, 0 (as the model before) to 1 (as one that never saw it); None without a KG."""
-    pairs = [(gap, w) for gap, w in zip(gaps, never_gaps, strict=True) if w > KNOWLEDGE_GAP]
-    total = sum(w for _, w in pairs)
-    return sum(w * min(max(gap / w, 0), 1) for gap, w in pairs) / total if pairs else None
+    """UDS of a text, 0 (as the model before) to 1 (as one that never saw it), from Delta (layers,)
+    of both; None where no layer knows it."""
+    w, shares = np.array(never_gaps), np.clip(gaps, 0, never_gaps)  # w_l clip(Delta_l / w_l, 0, 1)
+    knows = w > 0.05
+    return float(shares[knows].sum() / w[knows].sum()) if knows.any() else None
 
 
 # --- the questions: functions of (model, Inputs) that give {measure: a number a text} ---
@@ -815,9 +812,10 @@ def what_is_left_out(args, pairs, unseen, checked):
         (text.model_type, text.num_hidden_layers, text.hidden_size)
         for text in (config.get_text_config() for config, _ in checked.values())
     }
-    needs, kind = {}, f"{figures.FEW} texts of the same kind: --unseen FILE"
+    needs = {}
     if len(unseen) < figures.FEW:
-        needs |= {"membership": kind, "inside": kind}
+        kind = f"{figures.FEW} texts of the same kind: --unseen FILE"
+        needs = {"membership": kind, "inside": kind}
     to_read = {"unseen": unseen, "neighbours": not args.texts}.get(args.relearn, True)
     if len(pairs) < 2 or not to_read:
         needs["relearning"] = f"two texts, and --relearn {args.relearn} something to read"

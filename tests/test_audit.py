@@ -226,10 +226,9 @@ def test_the_last_layers_states_say_what_their_model_says(name):
 
 
 def test_the_depth_of_a_text_weighs_its_layers_by_what_never_saw_lacks():
-    """UDS clips each layer's share to 0 and 1, and leaves out layers of a gap of 0.05."""
-    never = [0.6, 0.5, 2.0, 0.05]
-    assert audit.unlearning_depth([0.3, -1, 9, 5], never) == pytest.approx((0.3 + 2) / 3.1)
-    assert audit.unlearning_depth(never, never) == 1 and audit.unlearning_depth([0] * 4, never) == 0
+    """Each layer's share is clipped to 0 and 1; layers that lack no more than 0.05 do not count."""
+    depth = audit.unlearning_depth([0.3, -1, 9, 5, 1], [0.6, 0.5, 2.0, 0.05, -1])
+    assert depth == pytest.approx((0.3 + 2) / 3.1)
     assert audit.unlearning_depth([1.0], [0.01]) is None
 
 
@@ -331,46 +330,47 @@ def test_by_heart_and_never_saw(known, heart, tmp_path):
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
 
 
-def depth_by_hand(models, ids, cut):
-    """UDS of a text, its layers called one after the other: (before, never saw, unlearned)."""
-    ids, before = torch.tensor([ids]), models[0]
+def depth_by_hand(before, never, after, text):
+    """UDS of a text: the layers of a Llama called one after the other."""
+    ids, cut, T = torch.tensor([text.ids]), text.cut, len(text.ids)
 
     def run(model, patched=None, states=None):
-        """(what each layer gives where the suffix is predicted, mean log p of the suffix)."""
+        """What each layer gives where the suffix is predicted, and the suffix's mean log p."""
         h, outputs = model.model.embed_tokens(ids), []
-        rotary = model.model.rotary_emb(h, torch.arange(ids.shape[1])[None])
+        rotary = model.model.rotary_emb(h, torch.arange(T)[None])
         for number, layer in enumerate(model.model.layers):
             h = layer(h, position_embeddings=rotary)
             if number == patched:
                 h = torch.cat([h[:, : cut - 1], states, h[:, -1:]], 1)
             outputs.append(h[:, cut - 1 : -1])
         logp = model.lm_head(model.model.norm(h))[0].log_softmax(-1)
-        return outputs, np.mean([float(logp[t - 1, ids[0, t]]) for t in range(cut, ids.shape[1])])
+        return outputs, np.mean([float(logp[t - 1, text.ids[t]]) for t in range(cut, T)])
 
-    own, scores = run(before)[1], []
-    for source in models[1:]:
+    known, gone = run(before)[1], []
+    for source in (never, after):
         states = enumerate(run(source)[0])
-        scores.append([own - run(before, layer, states)[1] for layer, states in states])
-    lacks = [(gap, gone) for gap, gone in zip(*scores, strict=True) if gap > 0.05]
-    return sum(min(max(gone, 0), gap) for gap, gone in lacks) / sum(gap for gap, _ in lacks)
+        gone.append([known - run(before, *layer)[1] for layer in states])
+    gaps = [(w, delta) for w, delta in zip(*gone, strict=True) if w > 0.05]
+    return sum(min(max(delta, 0), w) for w, delta in gaps) / sum(w for w, _ in gaps)
 
 
 def test_depth_is_0_of_the_model_before_and_1_of_never_saw(known, tmp_path):
     """And between them of one between them, as a loop over texts and layers has it."""
-    three = [models.load_model(str(known / name))[0] for name in ("heart", "never", "never")]
-    tokenizer = models.load_model(str(known / "never"))[1]
+    before, never, after = (
+        models.load_model(str(known / name))[0] for name in ("heart", "never", "never")
+    )
+    _, tokenizer = models.load_model(str(known / "never"))
     with torch.inference_mode():
-        for parameter, weights in zip(three[2].parameters(), three[0].parameters(), strict=True):
-            parameter.lerp_(weights, 0.4)
-        models.save_model(three[2], tokenizer, tmp_path / "mid")
-        texts = [s.forget for s in samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)]
-        expected = np.mean([depth_by_hand(three, text.ids, text.cut) for text in texts])
+        for weights, others in zip(after.parameters(), before.parameters(), strict=True):
+            weights.lerp_(others, 0.4)
+        models.save_model(after, tokenizer, tmp_path / "mid")
+        samples = samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)
+        uds = np.mean([depth_by_hand(before, never, after, one.forget) for one in samples])
     words = "--before", known / "heart", "--only", "depth"
     report = audit_of(known, tmp_path, tmp_path / "mid", *words)
     cells = report["figures"]["depth"]["UDS"]
-    assert [cells[name]["value"] for name in audit.MODELS] == pytest.approx([expected, 0, 1])
-    assert 0.1 < expected < 0.9
-    assert report["headline"]["after"]["audit_depth"] == pytest.approx(1 - expected)
+    assert [cells[name]["value"] for name in audit.MODELS] == pytest.approx([uds, 0, 1])
+    assert report["headline"]["after"]["audit_depth"] == pytest.approx(1 - uds) and 0.1 < uds < 0.9
 
 
 def test_two_processes_give_the_audit_of_one(known, heart, tmp_path, monkeypatch):
@@ -432,31 +432,27 @@ def test_a_run_brings_its_pairs_its_models_and_its_folder(own_world, save_tiny):
 
 def test_any_texts_are_asked_without_pairs(known, heart, tmp_path, capsys):
     """--texts: the same figures where no neighbour is needed; ids too; without --out, no file."""
-    rows = [[row["prefix"], row["suffix"]] for row in data.read_jsonl(known / "pairs.jsonl")]
-    tokenizer = models.load_model(str(known / "heart"))[1]
-    ids = [models.encode(tokenizer, a + b)[:16] for a, b in rows]
-    np.save(tmp_path / "ids.npy", np.array(ids))
-    (tmp_path / "texts.csv").write_text("\n".join(map(",".join, [["prefix", "suffix"], *rows])))
-    argv = ["--model", str(known / "heart"), "--device", "cpu", "--only", "strength", "relearning"]
-    reports = []
-    for name in ("texts.csv", "ids.npy"):
-        words = ["--texts", str(tmp_path / name), "--relearn-lr", "1e-3", "--out", str(tmp_path)]
-        audit.main([*argv, *words, "--overwrite"])
-        reports.append(json.loads((tmp_path / "audit.json").read_text())["headline"]["after"])
-    expected = heart["headline"]["after"]
-    assert reports[0] == pytest.approx({name: expected[name] for name in reports[0]}, abs=1e-6)
-    texts = [icu.Text([1, *row], 9, 9, []) for row in ids]
-    readings = audit.read(models.load_model(str(known / "heart"))[0], texts)
-    assert reports[1]["audit_strength"] == pytest.approx(np.mean([*map(audit.strength, readings)]))
-    capsys.readouterr()
-    words = ["--texts", str(tmp_path / "texts.csv"), "--relearn", "neighbours"]
-    audit.main([*argv, *words])
-    printed = capsys.readouterr().out
-    assert "| extraction strength | 1.000" in printed and "--relearn neighbours" in printed
-    with pytest.raises(ValueError, match="--only relearning: needs two texts"):
-        audit.main([*argv[:-2], "relearning", *words])
-    with pytest.raises(ValueError, match="--texts or --pairs"):
-        audit.main([*argv, *words, "--pairs", "p"])
+    texts, table = tmp_path / "texts.jsonl", tmp_path / "ids.npy"
+    rows = data.read_jsonl(known / "pairs.jsonl")
+    data.write_jsonl(texts, [{name: row[name] for name in ("prefix", "suffix")} for row in rows])
+    model, tokenizer = models.load_model(str(known / "heart"))
+    ids = [models.encode(tokenizer, row["prefix"])[:8] for row in rows]
+    np.save(table, np.array(ids))
+
+    def asked(file, *words):
+        argv = ["--model", known / "heart", "--texts", file, "--relearn-lr", "1e-3", *words]
+        audit.main([*map(str, argv), "--device", "cpu", "--only", "strength", "relearning"])
+        return capsys.readouterr().out
+
+    asked(texts, "--out", tmp_path)
+    report = json.loads((tmp_path / "audit.json").read_text())
+    for name, value in report["headline"]["after"].items():
+        assert value == pytest.approx(heart["headline"]["after"][name], abs=1e-6)
+    readings = audit.read(model, [icu.Text([1, *row], 5, 5, []) for row in ids])
+    figure = audit.cell(figures.bootstrap([*map(audit.strength, readings)]))
+    page = asked(table, "--relearn", "neighbours")
+    assert f"| extraction strength | {figure} |" in page
+    assert "Not asked: needs two texts, and --relearn neighbours something to read" in page
 
 
 def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path):

@@ -741,7 +741,6 @@ def make_parser():
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
     add("--allow-pickle", action="store_true", help="also load weights from pickle files")
-    add("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(context=False, targets=None)  # of a run, its own
     return parser
 # fmt: on

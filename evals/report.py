@@ -437,7 +437,6 @@ def parse_args(argv=None):
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     args = parser.parse_args(argv)
     if not args.ask and not args.runs:

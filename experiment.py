@@ -153,7 +153,7 @@ def read_plan(words):
 def make_parser(command):
     """This file's own flags for an experiment, or a single preset (None)."""
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
-    parser = command_parser(help_text(), prog="bash run.sh", usage=usage)
+    parser = command_parser(help_text(), debug=False, prog="bash run.sh", usage=usage)
     add = parser.add_argument_group("how it is run").add_argument
     add("--out", metavar="DIR", help="the run folder, or the folder of all runs")
     add("--gpus", type=positive, metavar="N", help="processes (1; large presets: all)")
@@ -347,7 +347,8 @@ def flags_of(script):
     text = (ROOT / script).read_text(encoding="utf-8")
     switch = r"(,\s*action=argparse\.BooleanOptionalAction)?"  # has --no-NAME as well
     flags = re.findall(rf'\b(?:add_argument|add|flag)\(\s*"--([\w-]+)"{switch}', text)
-    return {f"--{name}" for name, _ in flags} | {f"--no-{name}" for name, both in flags if both}
+    names = [name for name, _ in flags] + [f"no-{name}" for name, both in flags if both]
+    return {f"--{name}" for name in [*names, "debug"]}  # which is every program's
 
 
 def settings_for(plan, script):

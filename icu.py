@@ -984,7 +984,6 @@ def add_running_flags(parser):
     add("--redact", action="store_true",
         help="no text in the run folder and the cache, only ids and numbers")
     add("--preset", help="the preset's name, for the published row in the report")
-    add("--debug", action="store_true", help="show the traceback of an error")
 # fmt: on
 
 PUBLISHED = "baselines"  # the module of the published methods: it imports this one

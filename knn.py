@@ -404,7 +404,6 @@ def make_parser():
     add("--embed-batch", default=64, type=flags.positive, help="texts at once (%(default)s)")
     add("--device", default="cpu", help="where the encoder runs: cpu, cuda, mps (%(default)s)")
     add("--dry-run", action="store_true", help="check all input, print the plan, write nothing")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
 

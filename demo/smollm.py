@@ -233,7 +233,6 @@ def make_parser():
     flag("--teach-epochs", default=20, type=positive, help="epoch cap (%(default)s)")
     flag("--demo-seed", default=0, type=natural, help="of texts and batches (%(default)s)")
     flag("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     return parser
 

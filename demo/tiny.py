@@ -336,7 +336,6 @@ def make_parser():
     flag("--demo-seed", type=natural, default=0, help="of texts and weights (%(default)s)")
     flag("--records", type=positive, default=32, metavar="N", help="to forget (%(default)s)")
     flag("--steps", type=positive, metavar="N", help="at most (default: until memorised)")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     return parser
 

@@ -440,7 +440,6 @@ def parse_args(argv=None):
     flag("--repeats", type=positive, help="of each measurement (3; --quick 2)")
     flag("--samples", type=positive, metavar="N", help="texts of el (32; --quick 4)")
     flag("--out", metavar="FILE", help="the table (default: runs/bench.md, replaced)")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (2 if args.quick else 3)

@@ -1,7 +1,7 @@
 """What a model still says and holds of texts after unlearning, beside other models.
 
     bash run.sh audit RUN --never-saw DIR --unseen FILE   # audit.json, .md and .png in RUN
-    bash run.sh audit --model DIR --pairs FILE --out DIR  # any model
+    bash run.sh audit --model DIR --texts FILE            # any model, any texts
     bash run.sh tiny --audit              # after a run, with the references that the preset brings
 
 The same code asks the model before, one that never saw the texts, and texts of the same kind that
@@ -11,6 +11,7 @@ Tokens are x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import zlib
@@ -65,7 +66,9 @@ def read(model, texts, batch_size=8):
                 (decode(h[start:-1]) == target[start:]).float().mean()
                 for h in (hidden[:-1] if decode else ())
             ]
-            states = torch.stack([layer[text.cut :].mean(0) for layer in hidden]).float()
+            # OPT-350M gives the last one smaller, as its head reads it.
+            alike = [layer for layer in hidden if layer.shape == hidden[0].shape]
+            states = torch.stack([layer[text.cut :].mean(0) for layer in alike]).float()
             hit, z = logp.argmax(-1) == target, (own - mean) / deviation
             arrays = own.double(), hit, z, states, torch.tensor(lens)
             readings.append(Reading(*(x.cpu().numpy() for x in arrays), start))
@@ -75,13 +78,14 @@ def read(model, texts, batch_size=8):
 def lens_of(model):
     """states (n, H) -> the token (n,) that the model's final norm and head read in them, or None.
 
-    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name.
+    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name,
+    or a projection before the head (OPT-350M).
     """
     body = getattr(model.base_model, "decoder", model.base_model)
-    names = [name for name in ("ln_f", "norm", "final_layer_norm") if hasattr(body, name)]
-    if not names:
+    norms = [getattr(body, name, None) for name in ("ln_f", "norm", "final_layer_norm")]
+    norm, head = next(filter(None, norms), None), model.get_output_embeddings()
+    if norm is None or getattr(body, "project_out", None):
         return None
-    norm, head = getattr(body, names[0]), model.get_output_embeddings()
     return lambda states: head(norm(states)).argmax(-1)
 
 
@@ -214,12 +218,18 @@ def other_prompts(sample, pair, tokenizer, seed):
     dropped = np.random.default_rng(seed).choice(len(words), count, replace=False).tolist()
     fewer = " ".join(word for i, word in enumerate(words) if i not in dropped)
     prompts.append((models.begin(front, models.encode(tokenizer, fewer)) or ids[:cut], rest))
-    prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
+    if has_neighbour(sample):
+        prompts.append((sample.learn.prompt + ids[len(front) : cut], rest))
     if pair["context"].strip():
         text, (_, at), _ = models.read_parts(tokenizer, pair, data.PARTS)
         prompts.append((models.begin(front, text[:at]), text[at:]))
     room = sample.positions or 1 << 30
     return [(prompt, rest) for prompt, rest in prompts if rest and len(prompt) + len(rest) <= room]
+
+
+def has_neighbour(sample):
+    """Not of --texts: each is its own partner."""
+    return sample.learn.ids != sample.forget.ids
 
 
 def worst_prompt(model, prompts):
@@ -331,6 +341,62 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
     return best(), float(np.mean([np.mean(best(rng.permutation(y))) for _ in range(shuffles)]))
 
 
+# --- how deep does it go? (UDS, arXiv:2605.24614) ---
+# Delta_l(S) = mean over t of log p(y_t) - log p(y_t | the output of layer l is the model S's), put
+# in where y_1 .. y_T are predicted, nowhere else. With w_l = Delta_l(never saw), over w_l > 0.05,
+# UDS = sum of w_l clip(Delta_l(unlearned) / w_l, 0, 1) / sum of w_l.
+# The paper's y is the span that names the fact; here it is the suffix.
+
+
+def layers_of(model):
+    """The blocks that the residual stream passes through."""
+    parts = model.base_model.modules()
+    return next(part for part in parts if isinstance(part, torch.nn.ModuleList))
+
+
+def at_output(layer, change):
+    """A hook: the layer puts out `change`(its states (B, T, H)); some do in a tuple."""
+
+    def hook(_layer, _inputs, output):
+        if isinstance(output, tuple):
+            return change(output[0]), *output[1:]
+        return change(output)
+
+    return layer.register_forward_hook(hook)
+
+
+def depth_gaps(before, source, texts, batch_size=8):
+    """Delta (layers,) of each icu.Text, in nats. before, source: models of one architecture."""
+
+    def mean_logp(model, batch):  # (B,)
+        return np.array([reading.logp[reading.start :].mean() for reading in read(model, batch)])
+
+    gaps = []
+    for batch in data.chunks(texts, batch_size):
+        states = []  # of each layer, (B, T, H)
+        with contextlib.ExitStack() as hooks:
+            for layer in layers_of(source):
+                hooks.enter_context(at_output(layer, lambda h, s=states: s.append(h) or h))
+            mean_logp(source, batch)
+        suffixes = [text._replace(t0=text.cut, span_positions=None) for text in batch]
+        _, _, mask = icu.collate(suffixes, before.device)  # (B, T)
+        at = F.pad(mask[:, 1:], (0, 1))[..., None]  # (B, T, 1): t-1 predicts token t
+        own, rows = mean_logp(before, batch), []
+        for layer, other in zip(layers_of(before), states, strict=True):
+            with at_output(layer, partial(torch.where, at, other)):
+                rows.append(own - mean_logp(before, batch))
+        gaps += np.stack(rows, 1).tolist()  # (B, layers)
+    return gaps
+
+
+def unlearning_depth(gaps, never_gaps):
+    """UDS of a text, 0 (as the model before) to 1 (as one that never saw it), from Delta (layers,)
+    of both; None where no layer knows it."""
+    w, shares = np.array(never_gaps), np.clip(gaps, 0, never_gaps)  # w_l clip(Delta_l / w_l, 0, 1)
+    knows = w > 0.05
+    return float(shares[knows].sum() / w[knows].sum()) if knows.any() else None
+
+
 # --- the questions: functions of (model, Inputs) that give {measure: a number a text} ---
 
 
@@ -345,6 +411,7 @@ class Inputs(NamedTuple):
     others: list  # the same kind, unseen
     readings: dict = {}  # {"forgotten", "unseen": [Reading]} of this model
     before: dict = {}  # the same of the model before, if there is one
+    left_out: dict = {}  # {question: what it would need}
 
 
 def likelihood(model, inputs):
@@ -422,7 +489,7 @@ def comes_back(model, inputs):
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
     attackers = {
         "half": [samples[i].forget for i in half],
-        "neighbours": [samples[i].learn for i in half],
+        "neighbours": [samples[i].learn for i in half if has_neighbour(samples[i])],
         "unseen": [one.forget for one in inputs.others],
     }
     attackers = {name: texts for name, texts in attackers.items() if texts}
@@ -476,6 +543,18 @@ def inside(model, inputs):
     return measures
 
 
+def depth(model, inputs):
+    before, never = (load(inputs.args, name) for name in ("before", "never saw"))
+    texts = [one.forget for one in inputs.samples]
+    gaps, never_gaps = (
+        processes.over_processes(partial(depth_gaps, before, source), texts)
+        for source in (model, never)
+    )
+    scores = [*map(unlearning_depth, gaps, never_gaps)]
+    left = [None if score is None else 1 - score for score in scores]
+    return {"1 - UDS": left, "UDS": scores}
+
+
 class Question(NamedTuple):
     title: str
     ask: Callable  # (model, Inputs) -> {measure: a number a text, or one of the model}
@@ -506,6 +585,8 @@ QUESTIONS = {
                           compressed, "MA, int4", "recites {:.1%} of the tokens with 4 bits"),
     "inside": Question("Is it still inside?", inside, "AUC of a probe, best layer",
                        "tells a probe, AUC {:.3f}"),
+    "depth": Question("How deep does it go?", depth, "1 - UDS",
+                      "carries {:.1%} of what the layers knew"),
 }
 # fmt: on
 
@@ -617,7 +698,7 @@ def picture(report):
     """audit.png: a panel a question, its headline for each model, as PNG bytes."""
     from evals.report import plt, png
 
-    figure, axes = plt().subplots(2, 4, figsize=(12, 5), layout="constrained")
+    figure, axes = plt().subplots(3, 3, figsize=(9, 7.5), layout="constrained")
     colours = {"after": "C0", "before": "0.4", "never saw": "C2"}
     for axis, (question, (title, *_)) in zip(axes.flat, QUESTIONS.items(), strict=True):
         headline = report["headlines"].get(question, "not asked")
@@ -641,9 +722,10 @@ def make_parser():
     add, one_of, positive = parser.add_argument, flags.one_of, flags.positive
     add("run", nargs="?", metavar="RUN", help="a finished run folder")
     add("--model", metavar="DIR", help="instead: any model")
-    add("--pairs", metavar="FILE", help="with --model: pairs.jsonl of knn.py")
+    add("--texts", metavar="FILE", help="with --model: records, as knn.py reads them")
+    add("--pairs", metavar="FILE", help="with --model: or pairs.jsonl of knn.py")
     add("--before", metavar="DIR", help="with --model: the model before")
-    add("--out", metavar="DIR", help="with --model: where audit.* go")
+    add("--out", metavar="DIR", help="with --model: where audit.* go (else they are printed)")
     add("--overwrite", action="store_true", help="replace an audit that is there")
     add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
@@ -659,7 +741,6 @@ def make_parser():
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
     add("--allow-pickle", action="store_true", help="also load weights from pickle files")
-    add("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(context=False, targets=None)  # of a run, its own
     return parser
 # fmt: on
@@ -667,9 +748,10 @@ def make_parser():
 
 def resolve(args):
     """The flags, a run's own among them, and `models`: {column: (folder or hub name, revision)}."""
-    given = [args.model, args.pairs, args.out]
-    if any([*given, args.before]) if args.run else not all(given):
-        raise ValueError("name a run folder RUN, or pass --model DIR --pairs FILE --out DIR")
+    other = [args.model, args.texts or args.pairs]
+    both = args.texts and args.pairs
+    if any([*other, args.before, args.out]) if args.run else both or not all(other):
+        raise ValueError("name a run folder RUN, or pass --model DIR and --texts or --pairs FILE")
     named = {"after": (args.model, None), "before": (args.before, None)}
     if args.run:
         run = runs.read_run(args.run)
@@ -701,59 +783,90 @@ def model_that_never_saw(name):
 
 def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
-    pairs = data.read_pairs(args.pairs)
-    unseen = data.read_unseen(args.unseen) if args.unseen else []
-    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
-        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
-    left_out = [] if len(unseen) >= figures.FEW else ["membership", "inside"]
-    none_read = args.relearn == "unseen" and not unseen
-    left_out += ["relearning"] if len(pairs) < 2 or none_read else []
-    only = [question for question in args.only if question not in left_out]
-    if not only:
-        needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
-        raise ValueError(f"--only {' '.join(args.only)}: {needs}")
-    args.only = only
     checked = {
         name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
         for name, (model, revision) in args.models.items()
     }
     config, tokenizer = checked["after"]
+    alone = partial(data.read_unseen, tokenizer=tokenizer)
+    pairs = alone(args.texts) if args.texts else data.read_pairs(args.pairs)
+    unseen = alone(args.unseen) if args.unseen else []
+    if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
+        raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
+    left_out = what_is_left_out(args, pairs, unseen, checked)
+    args.only = [question for question in args.only if question not in left_out]
+    if not args.only:
+        raise ValueError(f"--only {' '.join(left_out)}: needs {', '.join({*left_out.values()})}")
     samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
     first = 1 + len(models.front_of(tokenizer))
-    return Inputs(args, tokenizer, first, pairs, samples, others)
+    return Inputs(args, tokenizer, first, pairs, samples, others, left_out=left_out)
+
+
+def what_is_left_out(args, pairs, unseen, checked):
+    """{question of --only that cannot be answered: what it needs}."""
+    shapes = {
+        (text.model_type, text.num_hidden_layers, text.hidden_size)
+        for text in (config.get_text_config() for config, _ in checked.values())
+    }
+    needs = {}
+    if len(unseen) < figures.FEW:
+        kind = f"{figures.FEW} texts of the same kind: --unseen FILE"
+        needs = {"membership": kind, "inside": kind}
+    to_read = {"unseen": unseen, "neighbours": not args.texts}.get(args.relearn, True)
+    if len(pairs) < 2 or not to_read:
+        needs["relearning"] = f"two texts, and --relearn {args.relearn} something to read"
+    if not ({"before", "never saw"} <= checked.keys() and len(shapes) == 1):
+        needs["depth"] = "the model before and one that never saw the texts, of one architecture"
+    return {question: needs[question] for question in args.only if question in needs}
+
+
+def load(args, name):
+    """The model of a column, "after", "before" or "never saw"."""
+    folder, revision = args.models[name]
+    return models.load_model(
+        folder,
+        dtype=args.dtype,
+        device=args.device,
+        allow_pickle=args.allow_pickle,
+        revision=revision,
+    )[0]
 
 
 def main(argv=None):
     args = resolve(make_parser().parse_args(argv))
-    outputs = [Path(args.out, f"audit.{kind}") for kind in ("md", "png", "json")]
-    data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.pairs, args.unseen])
+    names = ("audit.md", "audit.png", "audit.json") if args.out else ()
+    outputs = [Path(args.out, name) for name in names]
+    reads = [args.texts, args.pairs, args.unseen]
+    data.check_outputs(outputs, overwrite=args.overwrite, reads=reads)
     inputs = read_inputs(args)
     processes.start(args.device)
 
     measures, readings = {}, {}
     # The others are compared with the model before.
     for name in sorted(args.models, key=["before", "after", "never saw"].index):
-        folder, revision = args.models[name]
-        weights = {"allow_pickle": args.allow_pickle, "revision": revision}
-        model, _ = models.load_model(folder, dtype=args.dtype, device=args.device, **weights)
         before = readings.get("before")
-        measures[name], readings[name] = answers(model, inputs, before=before, desc=name)
+        measures[name], readings[name] = answers(load(args, name), inputs, before=before, desc=name)
     if processes.is_main:
         write(inputs, measures, outputs)
 
 
 def write(inputs, measures, outputs):
-    """Prints the sentences and writes audit.md, audit.png and audit.json."""
+    """Prints the sentences and writes audit.md, audit.png and audit.json; or prints audit.md."""
     args = inputs.args
     folders = {name: folder for name, (folder, _) in args.models.items()}
     report = {"model": folders["after"], "n": len(inputs.samples), "seed": args.seed}
     report |= {"models": folders, **make_report(measures, args)}
+    for question, needed in inputs.left_out.items():
+        report["sentences"][question] = f"{QUESTIONS[question].title} Not asked: needs {needed}."
     if marked := sum("spans" in pair for pair in inputs.pairs):
         rest = "the answers are about whole texts, whose rest was to stay"
         report["sentences"]["marked"] = f"Parts of {marked} texts were marked; {rest}."
+    if not outputs:
+        print(markdown(report))
+        return
     page, image, document = outputs
     data.write_bytes(page, markdown(report).encode())
     data.write_bytes(image, picture(report))

@@ -640,7 +640,6 @@ def make_parser():
     g.add_argument("--overwrite", action="store_true", help="replace a sheet: its ratings are lost")
     g = parser.add_argument_group("running")
     g.add_argument("--dry-run", action="store_true", help="say what it would ask and cost")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
 

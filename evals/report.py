@@ -54,6 +54,7 @@ COLUMNS = [
     ("Relearned (MA, %)", "audit_relearning", 100, 1, -1),
     ("int4 (MA, %)", "audit_quantised", 100, 1, -1),
     ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
+    ("Depth (1 - UDS, %)", "audit_depth", 100, 1, -1),
     ("Epoch", "epochs", 1, 1, 0),
 ]
 
@@ -434,7 +435,6 @@ def parse_args(argv=None):
     flag("--ask", nargs=2, metavar=("RUN", "PREFIX"), help="print what it says before and after")
     flag("--tokens", type=positive, default=40, metavar="N", help="--ask: at most this many (40)")
     flag("--allow-pickle", action="store_true", help="also load pickles, which run code")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     args = parser.parse_args(argv)
     if not args.ask and not args.runs:

@@ -628,7 +628,6 @@ def make_parser():
     add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     add("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16: autocast")
     add("--dry-run", action="store_true", help="say which sets are at hand")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
 

@@ -576,7 +576,6 @@ def make_parser():
     add("--verify", metavar="FILE", help="say what has changed since it was written")
     add("--key", metavar="PUB", help="--verify: the public key that must have signed")
     add("--measure", action="store_true", help="--verify: also measure the models' MA and EL again")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 # fmt: on
 

@@ -120,7 +120,7 @@ def picture(rows):
 
 
 def main(argv=None):
-    parser = flags.command_parser(__doc__)
+    parser = flags.command_parser(__doc__, debug=False)
     for name in ("forget", "pool", "model", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--parts", default=4, type=flags.positive, help="requests (%(default)s)")

@@ -225,7 +225,6 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="finished run folders")
     add("--speech", nargs="+", metavar="FILE", help="texts whose words are not new")
     add("--allow-pickle", action="store_true", help="also load pickles, which run code")
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]
     shown = unlearned(runs) or runs

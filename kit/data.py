@@ -275,9 +275,9 @@ def read_texts(path):
         return [row["text"] for _, row in rows if row["text"].strip()]
 
 
-def read_unseen(path):
-    """The records of a CSV or JSONL file as pairs, each its own learn partner: only measured."""
-    records = read_records(path)
+def read_unseen(path, tokenizer=None):
+    """`read_records` as pairs, each its own learn partner: only measured."""
+    records = read_records(path, tokenizer=tokenizer)
     return [record | {f"learn_{name}": record[name] for name in record} for record in records]
 
 

@@ -55,13 +55,18 @@ def flag_error(message):
     raise ValueError(message)
 
 
-def command_parser(description, **settings):
-    """The parser of a command: its description as it is written, no abbreviations of flags."""
+def command_parser(description, *, debug=True, **settings):
+    """The parser of a command: its description as it is written, no abbreviations of flags.
+
+    debug: --debug is its own, and not for the commands that it runs.
+    """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=description, formatter_class=form, allow_abbrev=False, **settings
     )
     parser.error = flag_error
+    if debug:
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -194,7 +194,6 @@ def main(argv=None):
     either.add_argument("run", nargs="?", metavar="RUN", help="a run folder")
     either.add_argument("--all-caches", action="store_true", help="instead: the caches alone")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.all_caches:
         empty_caches(args.dry_run)

@@ -17,6 +17,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from world import memorise, samples_of
 
+import icu
 import metrics
 from evals import audit
 from kit import data, figures, models, processes
@@ -208,6 +209,29 @@ def test_the_probe_tells_what_can_be_told_and_nothing_else():
     assert np.mean(apart) > 0.95 and 0.4 < chance < 0.7
 
 
+@pytest.mark.parametrize("name", architectures.USUAL)
+def test_the_last_layers_states_say_what_their_model_says(name):
+    """Of any architecture: Delta of the last layer is the difference of two forward passes."""
+    before, source = architectures.small(name), architectures.small(name)
+    layers = audit.layers_of(source)
+    assert len(layers) == source.config.num_hidden_layers
+    torch.nn.init.normal_(next(p for p in layers.parameters() if p.dim() > 1))
+    texts = [icu.Text(ids, 5, 5, ids[:5]) for ids in architectures.rows()]
+    gaps = audit.depth_gaps(before, source, texts, batch_size=2)
+    readings = [audit.read(model, texts) for model in (before, source)]
+    for gap, *pair in zip(gaps, *readings, strict=True):
+        own, other = (reading.logp[reading.start :].mean() for reading in pair)
+        assert gap[-1] == pytest.approx(own - other, abs=1e-4)
+    assert np.allclose(audit.depth_gaps(before, before, texts), 0, atol=1e-6)
+
+
+def test_the_depth_of_a_text_weighs_its_layers_by_what_never_saw_lacks():
+    """Each layer's share is clipped to 0 and 1; layers that lack no more than 0.05 do not count."""
+    depth = audit.unlearning_depth([0.3, -1, 9, 5, 1], [0.6, 0.5, 2.0, 0.05, -1])
+    assert depth == pytest.approx((0.3 + 2) / 3.1)
+    assert audit.unlearning_depth([1.0], [0.01]) is None
+
+
 @pytest.mark.parametrize(
     "after, never, words",
     [
@@ -297,12 +321,56 @@ def test_by_heart_and_never_saw(known, heart, tmp_path):
         assert figures.MORE in heart["sentences"][question]
     assert after["audit_strength"] == 1 and after["audit_membership"] > 0.75
     same = audit_of(known, tmp_path / "b", "never")
+    assert "needs the model before" in same["sentences"].pop("depth")
     assert all(figures.AS_NEVER in sentence for sentence in same["sentences"].values())
     assert (
         same["derived"]["R of relearning"] == 1
         and same["derived"]["privleak (as MUSE, %), loss"] == 0
     )
     assert (tmp_path / "b" / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def depth_by_hand(before, never, after, text):
+    """UDS of a text: the layers of a Llama called one after the other."""
+    ids, cut, T = torch.tensor([text.ids]), text.cut, len(text.ids)
+
+    def run(model, patched=None, states=None):
+        """What each layer gives where the suffix is predicted, and the suffix's mean log p."""
+        h, outputs = model.model.embed_tokens(ids), []
+        rotary = model.model.rotary_emb(h, torch.arange(T)[None])
+        for number, layer in enumerate(model.model.layers):
+            h = layer(h, position_embeddings=rotary)
+            if number == patched:
+                h = torch.cat([h[:, : cut - 1], states, h[:, -1:]], 1)
+            outputs.append(h[:, cut - 1 : -1])
+        logp = model.lm_head(model.model.norm(h))[0].log_softmax(-1)
+        return outputs, np.mean([float(logp[t - 1, text.ids[t]]) for t in range(cut, T)])
+
+    known, gone = run(before)[1], []
+    for source in (never, after):
+        states = enumerate(run(source)[0])
+        gone.append([known - run(before, *layer)[1] for layer in states])
+    gaps = [(w, delta) for w, delta in zip(*gone, strict=True) if w > 0.05]
+    return sum(min(max(delta, 0), w) for w, delta in gaps) / sum(w for w, _ in gaps)
+
+
+def test_depth_is_0_of_the_model_before_and_1_of_never_saw(known, tmp_path):
+    """And between them of one between them, as a loop over texts and layers has it."""
+    before, never, after = (
+        models.load_model(str(known / name))[0] for name in ("heart", "never", "never")
+    )
+    _, tokenizer = models.load_model(str(known / "never"))
+    with torch.inference_mode():
+        for weights, others in zip(after.parameters(), before.parameters(), strict=True):
+            weights.lerp_(others, 0.4)
+        models.save_model(after, tokenizer, tmp_path / "mid")
+        samples = samples_of(data.read_pairs(known / "pairs.jsonl"), tokenizer)
+        uds = np.mean([depth_by_hand(before, never, after, one.forget) for one in samples])
+    words = "--before", known / "heart", "--only", "depth"
+    report = audit_of(known, tmp_path, tmp_path / "mid", *words)
+    cells = report["figures"]["depth"]["UDS"]
+    assert [cells[name]["value"] for name in audit.MODELS] == pytest.approx([uds, 0, 1])
+    assert report["headline"]["after"]["audit_depth"] == pytest.approx(1 - uds) and 0.1 < uds < 0.9
 
 
 def test_two_processes_give_the_audit_of_one(known, heart, tmp_path, monkeypatch):
@@ -360,6 +428,26 @@ def test_a_run_brings_its_pairs_its_models_and_its_folder(own_world, save_tiny):
         audit.main([*argv, "--never-saw", str(own_world.root / "other"), "--overwrite"])
     with pytest.raises(ValueError, match="a run that has trained"):
         audit.main([*argv, "--never-saw", str(own_world.run)])
+
+
+def test_any_texts_are_asked_without_pairs(known, heart, tmp_path, capsys):
+    """--texts: the same figures where no neighbour is needed; ids too; without --out, no file."""
+    texts, table = tmp_path / "texts.jsonl", tmp_path / "ids.npy"
+    rows = data.read_jsonl(known / "pairs.jsonl")
+    data.write_jsonl(texts, [{name: row[name] for name in ("prefix", "suffix")} for row in rows])
+    tokenizer = models.load_model(str(known / "heart"))[1]
+    np.save(table, np.array([models.encode(tokenizer, data.text_of(row))[:12] for row in rows]))
+    argv = ["--model", known / "heart", "--only", "strength", "relearning", "--texts"]
+    argv = [*map(str, argv), str(texts), "--relearn-lr", "1e-3", "--device", "cpu"]
+    audit.main([*argv, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "audit.json").read_text())
+    for name, value in report["headline"]["after"].items():
+        assert value == pytest.approx(heart["headline"]["after"][name], abs=1e-6)
+    capsys.readouterr()
+    audit.main([*argv, "--texts", str(table), "--relearn", "neighbours"])
+    page = capsys.readouterr().out
+    assert "n = 18" in page and "| extraction strength |" in page
+    assert "Not asked: needs two texts, and --relearn neighbours something to read" in page
 
 
 def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path):

@@ -50,17 +50,6 @@ def mean(values):
     return float(sum(values)) / len(values)
 
 
-def test_simnpo_is_its_formula():
-    """0.7 x -2/b mean log sigmoid(-b/|y| log p) - 0.5 x mean log p of the learn side."""
-    sides, frozen = toy_sides()
-    logps = torch.tensor(loop_logps(sides["forget"]))
-    rows = torch.tensor([mean(part) for part in (logps[:3], logps[3:5], logps[5:])])
-    bounded = (-2 / 2.5 * torch.log(torch.sigmoid(-2.5 * rows))).mean()
-    expected = 0.7 * bounded - 0.5 * mean(loop_logps(sides["learn"]))
-    loss = loss_of(method_of("simnpo"), sides, frozen).item()
-    assert loss == pytest.approx(float(expected), abs=1e-6)
-
-
 def lowered(frozen, by=10):
     """The frozen copy's logits of each target with that of the token itself lowered."""
     for z, x in zip(frozen.logits.detach().clone(), frozen.ids, strict=True):

@@ -58,16 +58,6 @@ def test_the_targets_are_predicted_from_the_tokens_before_them(kind, make_model)
         torch.testing.assert_close(hidden[i], alone.hidden_states[1][0, t], rtol=1e-4, atol=1e-4)
 
 
-def test_forget_and_learn_loss_are_the_mean_log_probability():
-    """Eq. 1 is it, Eq. 3 its negative, as F.cross_entropy has it."""
-    side = toy_side()
-    mean = np.mean(loop_logps(side))
-    assert icu.forget_loss(side).item() == pytest.approx(mean, abs=1e-12) and mean < 0
-    expected = F.cross_entropy(side.logits, side.ids)
-    assert icu.learn_loss(side).item() == pytest.approx(expected.item(), abs=1e-12)
-    assert side.logp.tolist() == pytest.approx(loop_logps(side), abs=1e-12)
-
-
 def test_kl_loss_equals_kl_div():
     """Eq. 4 as torch computes it, 0 for equal models, and no gradient to the frozen copy."""
     side, frozen = toy_side(), toy_side(seed=1)

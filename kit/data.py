@@ -6,6 +6,7 @@ A reader's error names the file and the line (`reading`).
 import bisect
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -189,21 +190,31 @@ def text_of(record):
     return record["prefix"] + record["suffix"]
 
 
-def make_record(row, number):
+def said_of(record):
+    """What is embedded and compared: the text, without the words of a chat template."""
+    return record.get("said") or text_of(record)
+
+
+def make_record(row, number, render=None):
     """A record {id, context, prefix, suffix} from one row of the user's; `number`: its default id.
 
-    It has `spans` too where the row marks a part of its text.
+    It has `spans` too where the row marks a part of its text, and what else `render` gives.
     """
     prefix, suffix, text = (row.get(name) for name in ("prefix", "suffix", "text"))
+    record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
     if isinstance(prefix, str) and isinstance(suffix, str):
-        text = prefix + suffix
+        record |= {"prefix": prefix, "suffix": suffix}
     elif isinstance(text, str):
-        prefix, suffix = split_in_half(text)
+        record |= dict(zip(PARTS[1:], split_in_half(text), strict=True))
+    elif messages := messages_of(row):
+        record |= {"context": ""} | (render or no_template)(messages)
     else:
         names = ", ".join(row)
-        raise ValueError(f"needs a `text`, or `prefix` and `suffix`, as strings; it has: {names}")
-    record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
-    return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, text)
+        raise ValueError(
+            "needs a `text`, `prefix` and `suffix`, `question` and `answer`, or `messages`; it "
+            f"has: {names}"
+        )
+    return record | read_spans(row, record)
 
 
 def rows_once(path, numbered, make):
@@ -221,16 +232,18 @@ def rows_once(path, numbered, make):
     return rows
 
 
-def read_records(path, *, tokenizer=None):
+def read_records(path, *, tokenizer=None, render=None):
     """Records {id, context, prefix, suffix} of a .csv, .jsonl or, with a tokenizer, .npy file.
 
-    prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half) or a
-    `prefix` and a `suffix`. They may have `id` (default: the row number from 0), `context`, and
-    `spans` or `secrets` (`read_spans`). A .npy holds token ids (N, T) of the tokenizer, and its
-    records also have context_ids, prefix_ids and suffix_ids.
+    prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half), a
+    `prefix` and a `suffix`, or a conversation (`messages_of`), which `render` makes the text of.
+    They may have `id` (default: the row number from 0), `context`, and `spans` or `secrets`
+    (`read_spans`). A .npy holds token ids (N, T) of the tokenizer, and its records also have
+    context_ids, prefix_ids and suffix_ids.
     """
     if tokenizer is None or Path(path).suffix.lower() != ".npy":
-        return rows_once(path, numbered_rows(path), make_record)
+        make = functools.partial(make_record, render=render)
+        return rows_once(path, numbered_rows(path), make)
     ids = load_ids(path)  # (N, T)
     context, prefix, suffix = np.split(ids, [0, ids.shape[1] // 2], axis=1)
     return ids_records(context, prefix, suffix, tokenizer=tokenizer, where=path)
@@ -275,10 +288,102 @@ def read_texts(path):
         return [row["text"] for _, row in rows if row["text"].strip()]
 
 
-def read_unseen(path):
+def read_unseen(path, render=None):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: only measured."""
-    records = read_records(path)
+    records = read_records(path, render=render)
     return [record | {f"learn_{name}": record[name] for name in record} for record in records]
+
+
+# --- questions and messages: what a chat template makes of them ---
+
+# TOFU's for models without a template (2401.06121).
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ {'user': 'Question: ', 'assistant': 'Answer: '}.get(message.role, '') }}"
+    "{{ message.content + '\\n' }}{% endfor %}{{ 'Answer:' if add_generation_prompt }}"
+)
+TEMPLATES = "chat", "plain"
+
+
+def conversation(question, answer, system=""):
+    """Messages of a question and its answer."""
+    contents = {"system": system, "user": question, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in contents.items() if text]
+
+
+def messages_of(row):
+    """The messages of a row that has some (in CSV as JSON), or `question`, `answer` and perhaps
+    `system`; else None."""
+    messages = row.get("messages")
+    if "question" in row and "answer" in row:
+        return conversation(row["question"], row["answer"], row.get("system"))
+    return json.loads(messages) if isinstance(messages, str) else messages
+
+
+def no_template(messages):
+    """The `render` of a reader that has no model at hand."""
+    raise ValueError("a question is read as its model reads it: pass --model DIR")
+
+
+def render(tokenizer, messages, template="chat"):
+    """{"prefix", "suffix", "said", "template"}: a conversation as the model reads it.
+
+    messages: [{"role", "content"}, ...], the last one is the assistant's. template: "chat", the
+    tokenizer's own, or "plain". prefix + suffix is what `apply_chat_template` writes, without white
+    space at its end. The suffix is the answer with its end of turn (EOS where the template has
+    none); before it stand the generation prompt and what else the template writes. "said": the
+    contents alone. "template": `template_mark`. ValueError: no template, or it changes the answer.
+    """
+    if template == "chat" and not tokenizer.chat_template:
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {name} has no chat template: pass --template plain")
+    with reading("the last message is not an assistant's answer as the template writes it"):
+        *before, last = messages
+        answer = {"assistant": last["content"].strip()}[last["role"]]
+        write = functools.partial(
+            tokenizer.apply_chat_template,
+            chat_template=PLAIN if template == "plain" else None,
+            tokenize=False,
+            date_string="10 Apr 2025",  # Llama 3's writes today's; open-unlearning's models read it
+        )
+        text = write([*before, last | {"content": answer}])
+        asked = os.path.commonprefix([write(before, add_generation_prompt=True), text])
+        at = text.index(answer, len(asked))
+    if not text[len(asked) : at].strip():
+        at = len(asked)  # the space in "Answer: yes" is the model's
+    text = text.rstrip()
+    if text.endswith(answer):
+        text += tokenizer.eos_token or ""
+    return {
+        "prefix": text[:at],
+        "suffix": text[at:],
+        "said": "\n".join(message["content"] for message in messages),
+        "template": template_mark(tokenizer, template),
+    }
+
+
+def template_mark(tokenizer, template):
+    """What tells a rendered text from one by another template: its name and a digest."""
+    own = tokenizer.chat_template if template == "chat" else PLAIN
+    return f"{template} {digest([own, tokenizer.bos_token, tokenizer.eos_token])[:12]}"
+
+
+def template_of(pairs):
+    """The name of the template that rendered pairs: "chat", too, where none did."""
+    marks = (pair["template"] for pair in pairs if "template" in pair)
+    return next(marks, "chat").split()[0]
+
+
+def renderer(tokenizer, pairs=()):
+    """`render` for rows that are read beside these pairs: by the same template."""
+    return functools.partial(render, tokenizer, template=template_of(pairs))
+
+
+def check_template(tokenizer, mark, where):
+    """ValueError unless a text was rendered as this tokenizer renders one."""
+    if mark and mark != template_mark(tokenizer, mark.split()[0]):
+        way_out = "make the pairs by knn.py --model DIR"
+        raise ValueError(f"{where}: rendered by the chat template of another model: {way_out}")
 
 
 # --- pairs.jsonl ---
@@ -306,13 +411,15 @@ def check_pair(pair, _):
 # span is secret; the other tokens of the text are kept by a KL to the frozen copy, as Eq. 4's.
 
 
-def read_spans(row, text):
+def read_spans(row, record):
     """{"spans": [[start, end], ...]} of a user's row, in order, or {} where it marks nothing.
 
-    row: `spans`, a list of [start, end); or `secrets`, strings that occur once in the text: a list,
-    or in CSV one string with | between.
+    row: `spans`, a list of [start, end), in an answer those of its suffix; or `secrets`, strings
+    that occur once in the text: a list, or in CSV one string with | between.
     """
-    spans, secrets = row.get("spans") or [], row.get("secrets") or []
+    spans, secrets, text = row.get("spans") or [], row.get("secrets") or [], text_of(record)
+    if "template" in record:
+        spans = [[len(record["prefix"]) + place for place in span] for span in spans]
     secrets = filter(None, secrets.split("|") if isinstance(secrets, str) else secrets)
     spans = [*spans, *(find_secret(secret, text) for secret in secrets)]
     return {"spans": check_spans(spans, text)} if spans else {}

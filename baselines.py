@@ -10,7 +10,6 @@ import numpy as np
 import torch.nn.functional as F
 
 from icu import Method, Text, forget_loss, kl_term, learn_loss
-from kit.data import as_text
 from kit.models import encode
 
 # --- other answers to the forget prompts: sides whose targets are the answer's tokens ---
@@ -26,6 +25,11 @@ def suffix_of(text):
     return text.ids[text.cut :]
 
 
+def end_of_turn(text, tokenizer):
+    """What closes an answer in a chat."""
+    return [id for id in text.ids[-1:] if text.rendered and id in tokenizer.all_special_ids]
+
+
 def answer_text(sample, answer):
     """A Text: the forget prompt, then other ids, which alone are targets."""
     cut = sample.forget.cut
@@ -37,18 +41,12 @@ def one_answer(samples, tokenizer, args):
     """One answer a sample: its learn partner's suffix (--answer neighbour), or a refusal."""
     answers = [suffix_of(sample.learn) for sample in samples]
     if args.answer == "refusal":
-        answers = [refusal_to(sample, tokenizer, row) for row, sample in enumerate(samples)]
+        refusals = [encode(tokenizer, refusal) for refusal in REFUSALS]
+        answers = [
+            refusals[row % len(refusals)] + end_of_turn(sample.forget, tokenizer)
+            for row, sample in enumerate(samples)
+        ]
     return [[answer_text(*pair)] for pair in zip(samples, answers, strict=True)]
-
-
-def refusal_to(sample, tokenizer, row):
-    """Ids of one of REFUSALS; in a chat with the end of turn of the answer that it replaces."""
-    refusal, replaced = REFUSALS[row % len(REFUSALS)], suffix_of(sample.forget)
-    if not sample.forget.rendered:
-        return encode(tokenizer, refusal)
-    begins = as_text(tokenizer, replaced)[:1].strip()  # no space in front of this answer
-    end = [token for token in replaced[-1:] if token in tokenizer.all_special_ids]
-    return encode(tokenizer, refusal.strip() if begins else refusal) + end
 
 
 def random_answers(samples, epoch, args):

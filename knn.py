@@ -363,15 +363,12 @@ def make_pair(forget, near, similarities, *, with_ids):
     the paper's one are `further`.
     """
     fields = ["id", *PARTS, *(f"{part}_ids" for part in PARTS if with_ids), "template"]
-
-    def held(record, side=""):
-        return {f"{side}{name}": record[name] for name in fields if name in record}
-
     first, *further = [
-        held(record, "learn_") | {"similarity": round(float(cosine), 6)}
+        {f"learn_{name}": record[name] for name in fields if name in record}
+        | {"similarity": round(float(cosine), 6)}
         for record, cosine in zip(near, similarities, strict=True)
     ]
-    pair = held(forget) | first
+    pair = {name: forget[name] for name in fields if name in forget} | first
     if "spans" in forget:
         pair["spans"] = forget["spans"]
     if further:
@@ -432,7 +429,7 @@ def read_input(args):
 
     @functools.cache
     def reader():
-        return models.check_model(model, allow_pickle=True)[1]  # loads no weights
+        return model and models.check_model(model, allow_pickle=True)[1]  # loads no weights
 
     def render(messages):
         return data.render(reader(), messages, args.template)
@@ -441,7 +438,7 @@ def read_input(args):
         pool, forget = read_pile(args.set, args.data, tokenizer)
     else:
         forget, pool = (
-            data.read_records(file, tokenizer=tokenizer, render=model and render) for file in files
+            data.read_records(file, tokenizer=tokenizer, render=render) for file in files
         )
     forget = forget[: args.limit]
     with_ids = all("suffix_ids" in record for record in (forget[0], pool[0])) and is_gpt2(tokenizer)

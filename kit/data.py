@@ -191,14 +191,14 @@ def text_of(record):
 
 
 def said_of(record):
-    """What is embedded and compared: the text, without the words of a chat template."""
+    """What is embedded and compared: the text, of messages their contents alone."""
     return record.get("said") or text_of(record)
 
 
-def make_record(row, number, render=None):
+def make_record(row, number, render):
     """A record {id, context, prefix, suffix} from one row of the user's; `number`: its default id.
 
-    It has `spans` too where the row marks a part of its text, and what else `render` gives.
+    It has `spans` too where the row marks a part of its text. Messages become a text by `render`.
     """
     prefix, suffix, text = (row.get(name) for name in ("prefix", "suffix", "text"))
     record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
@@ -207,7 +207,7 @@ def make_record(row, number, render=None):
     elif isinstance(text, str):
         record |= dict(zip(PARTS[1:], split_in_half(text), strict=True))
     elif messages := messages_of(row):
-        record |= {"context": ""} | (render or no_template)(messages)
+        record |= {"context": ""} | render(messages)
     else:
         names = ", ".join(row)
         raise ValueError(
@@ -236,13 +236,13 @@ def read_records(path, *, tokenizer=None, render=None):
     """Records {id, context, prefix, suffix} of a .csv, .jsonl or, with a tokenizer, .npy file.
 
     prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half), a
-    `prefix` and a `suffix`, or a conversation (`messages_of`), which `render` makes the text of.
-    They may have `id` (default: the row number from 0), `context`, and `spans` or `secrets`
-    (`read_spans`). A .npy holds token ids (N, T) of the tokenizer, and its records also have
-    context_ids, prefix_ids and suffix_ids.
+    `prefix` and a `suffix`, or messages (`messages_of`; render: a `renderer`). They may have `id`
+    (default: the row number from 0), `context`, and `spans` or `secrets` (`read_spans`). A .npy
+    holds token ids (N, T) of the tokenizer, and its records also have context_ids, prefix_ids and
+    suffix_ids.
     """
     if tokenizer is None or Path(path).suffix.lower() != ".npy":
-        make = functools.partial(make_record, render=render)
+        make = functools.partial(make_record, render=render or renderer(None))
         return rows_once(path, numbered_rows(path), make)
     ids = load_ids(path)  # (N, T)
     context, prefix, suffix = np.split(ids, [0, ids.shape[1] // 2], axis=1)
@@ -294,95 +294,78 @@ def read_unseen(path, render=None):
     return [record | {f"learn_{name}": record[name] for name in record} for record in records]
 
 
-# --- questions and messages: what a chat template makes of them ---
+# --- questions and messages, as a chat template writes them ---
 
-# TOFU's for models without a template (2401.06121).
+TEMPLATES = "chat", "plain"  # the tokenizer's own, and TOFU's for models without (2401.06121)
 PLAIN = (
     "{% for message in messages %}"
     "{{ {'user': 'Question: ', 'assistant': 'Answer: '}.get(message.role, '') }}"
     "{{ message.content + '\\n' }}{% endfor %}{{ 'Answer:' if add_generation_prompt }}"
 )
-TEMPLATES = "chat", "plain"
 
 
 def conversation(question, answer, system=""):
-    """Messages of a question and its answer."""
+    """The messages of a question and its answer."""
     contents = {"system": system, "user": question, "assistant": answer}
     return [{"role": role, "content": text} for role, text in contents.items() if text]
 
 
 def messages_of(row):
-    """The messages of a row that has some (in CSV as JSON), or `question`, `answer` and perhaps
-    `system`; else None."""
-    messages = row.get("messages")
-    if "question" in row and "answer" in row:
+    """Of a row: its `messages` (in CSV as JSON), or `question`, `answer` and perhaps `system`."""
+    if {"question", "answer"} <= row.keys():
         return conversation(row["question"], row["answer"], row.get("system"))
+    messages = row.get("messages")
     return json.loads(messages) if isinstance(messages, str) else messages
 
 
-def no_template(messages):
-    """The `render` of a reader that has no model at hand."""
-    raise ValueError("a question is read as its model reads it: pass --model DIR")
-
-
 def render(tokenizer, messages, template="chat"):
-    """{"prefix", "suffix", "said", "template"}: a conversation as the model reads it.
+    """{"prefix", "suffix", "said", "template"} of a conversation whose last message is the answer.
 
-    messages: [{"role", "content"}, ...], the last one is the assistant's. template: "chat", the
-    tokenizer's own, or "plain". prefix + suffix is what `apply_chat_template` writes, without white
-    space at its end. The suffix is the answer with its end of turn (EOS where the template has
-    none); before it stand the generation prompt and what else the template writes. "said": the
-    contents alone. "template": `template_mark`. ValueError: no template, or it changes the answer.
+    prefix + suffix is what `apply_chat_template` writes, less white space at its end. The suffix is
+    the answer with its end of turn, or else EOS. said: the contents alone.
     """
+    if not tokenizer:
+        raise ValueError("a question is read as its model reads it: pass --model DIR")
     if template == "chat" and not tokenizer.chat_template:
         name = tokenizer.name_or_path
-        raise ValueError(f"the tokenizer of {name} has no chat template: pass --template plain")
+        raise ValueError(f"{name} has no chat template: pass --template plain")
+    write = functools.partial(
+        tokenizer.apply_chat_template,
+        chat_template=PLAIN if template == "plain" else None,
+        tokenize=False,
+        date_string="10 Apr 2025",  # else Llama 3's writes today's; that of open-unlearning's models
+    )
     with reading("the last message is not an assistant's answer as the template writes it"):
         *before, last = messages
         answer = {"assistant": last["content"].strip()}[last["role"]]
-        write = functools.partial(
-            tokenizer.apply_chat_template,
-            chat_template=PLAIN if template == "plain" else None,
-            tokenize=False,
-            date_string="10 Apr 2025",  # Llama 3's writes today's; open-unlearning's models read it
-        )
         text = write([*before, last | {"content": answer}])
         asked = os.path.commonprefix([write(before, add_generation_prompt=True), text])
         at = text.index(answer, len(asked))
     if not text[len(asked) : at].strip():
         at = len(asked)  # the space in "Answer: yes" is the model's
     text = text.rstrip()
-    if text.endswith(answer):
-        text += tokenizer.eos_token or ""
-    return {
-        "prefix": text[:at],
-        "suffix": text[at:],
-        "said": "\n".join(message["content"] for message in messages),
-        "template": template_mark(tokenizer, template),
-    }
-
-
-def template_mark(tokenizer, template):
-    """What tells a rendered text from one by another template: its name and a digest."""
-    own = tokenizer.chat_template if template == "chat" else PLAIN
-    return f"{template} {digest([own, tokenizer.bos_token, tokenizer.eos_token])[:12]}"
-
-
-def template_of(pairs):
-    """The name of the template that rendered pairs: "chat", too, where none did."""
-    marks = (pair["template"] for pair in pairs if "template" in pair)
-    return next(marks, "chat").split()[0]
+    text += (tokenizer.eos_token or "") if text.endswith(answer) else ""
+    said = "\n".join(message["content"] for message in messages)
+    mark = template_mark(tokenizer, template)
+    return {"prefix": text[:at], "suffix": text[at:], "said": said, "template": mark}
 
 
 def renderer(tokenizer, pairs=()):
     """`render` for rows that are read beside these pairs: by the same template."""
-    return functools.partial(render, tokenizer, template=template_of(pairs))
+    marks = (pair["template"] for pair in pairs if "template" in pair)
+    return functools.partial(render, tokenizer, template=next(marks, "chat").split()[0])
+
+
+def template_mark(tokenizer, template):
+    """The template's name, and a digest."""
+    own = [template, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return f"{template} {digest(own)[:12]}"
 
 
 def check_template(tokenizer, mark, where):
-    """ValueError unless a text was rendered as this tokenizer renders one."""
+    """ValueError for a text that this tokenizer would render otherwise."""
     if mark and mark != template_mark(tokenizer, mark.split()[0]):
-        way_out = "make the pairs by knn.py --model DIR"
+        way_out = "pass --model DIR to knn.py"
         raise ValueError(f"{where}: rendered by the chat template of another model: {way_out}")
 
 

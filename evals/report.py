@@ -402,21 +402,20 @@ def markdown_cell(text):
 def ask(folder, prefix, tokens, *, allow_pickle=False):
     """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
-    Where the run's texts are answers, the prefix is a question, asked by the same template.
-    Pickles, which run code, are loaded if the caller says so, never the run's config.json.
+    Of a run over messages the prefix is a question, asked by their template. Pickles, which run
+    code, are loaded if the caller says so, never the run's config.json.
     """
     import metrics
 
     run = read_run(folder)
-    config = run["config"]
-    pairs = data.read_pairs(config["pairs"]) if requests.has_pairs(config) else []
-    is_question = any("template" in pair for pair in pairs)
+    config, pairs = run["config"], []
+    if requests.has_pairs(config):
+        pairs = [pair for pair in data.read_pairs(config["pairs"]) if "template" in pair]
     for when, (name, revision) in models_of(run).items():
         model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
         prompt = prefix
-        if is_question:
-            messages = data.conversation(prefix, "?")
-            prompt = data.renderer(tokenizer, pairs)(messages)["prefix"]
+        if pairs:
+            prompt = data.renderer(tokenizer, pairs)(data.conversation(prefix, "?"))["prefix"]
         (prefix_ids,) = models.encode_whole(tokenizer, [prompt])
         positions = models.positions_of(model.config) or math.inf
         if not prefix_ids or len(prefix_ids) + tokens > positions:
@@ -426,7 +425,7 @@ def ask(folder, prefix, tokens, *, allow_pickle=False):
         (ids,) = metrics.beam_generate(model, [prefix_ids], [tokens], num_beams=beams)
         answer = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         prompt, answer = (visible(text, keep="\n") for text in (prefix, answer))
-        print(f"{when:>6}: {prompt}{' ' * is_question}\033[1m{answer}\033[0m")
+        print(f"{when:>6}: {prompt}{' ' if pairs else ''}\033[1m{answer}\033[0m")
 
 
 # --- flags and main ---

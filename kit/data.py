@@ -210,10 +210,8 @@ def make_record(row, number, render):
         record |= {"context": ""} | render(messages)
     else:
         names = ", ".join(row)
-        raise ValueError(
-            "needs a `text`, `prefix` and `suffix`, `question` and `answer`, or `messages`; it "
-            f"has: {names}"
-        )
+        kinds = "`prefix` and `suffix`, `question` and `answer`, or `messages`"
+        raise ValueError(f"needs a `text`, {kinds}; it has: {names}")
     return record | read_spans(row, record)
 
 
@@ -294,9 +292,9 @@ def read_unseen(path, render=None):
     return [record | {f"learn_{name}": record[name] for name in record} for record in records]
 
 
-# --- questions and messages, as a chat template writes them ---
+# --- questions and messages ---
 
-TEMPLATES = "chat", "plain"  # the tokenizer's own, and TOFU's for models without (2401.06121)
+TEMPLATES = "chat", "plain"  # the tokenizer's own; TOFU's (2401.06121)
 PLAIN = (
     "{% for message in messages %}"
     "{{ {'user': 'Question: ', 'assistant': 'Answer: '}.get(message.role, '') }}"
@@ -306,8 +304,8 @@ PLAIN = (
 
 def conversation(question, answer, system=""):
     """The messages of a question and its answer."""
-    contents = {"system": system, "user": question, "assistant": answer}
-    return [{"role": role, "content": text} for role, text in contents.items() if text]
+    texts = {"system": system, "user": question, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in texts.items() if text]
 
 
 def messages_of(row):
@@ -327,8 +325,7 @@ def render(tokenizer, messages, template="chat"):
     if not tokenizer:
         raise ValueError("a question is read as its model reads it: pass --model DIR")
     if template == "chat" and not tokenizer.chat_template:
-        name = tokenizer.name_or_path
-        raise ValueError(f"{name} has no chat template: pass --template plain")
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template: pass --template plain")
     write = functools.partial(
         tokenizer.apply_chat_template,
         chat_template=PLAIN if template == "plain" else None,
@@ -345,9 +342,12 @@ def render(tokenizer, messages, template="chat"):
         at = len(asked)  # the space in "Answer: yes" is the model's
     text = text.rstrip()
     text += (tokenizer.eos_token or "") if text.endswith(answer) else ""
-    said = "\n".join(message["content"] for message in messages)
-    mark = template_mark(tokenizer, template)
-    return {"prefix": text[:at], "suffix": text[at:], "said": said, "template": mark}
+    return {
+        "prefix": text[:at],
+        "suffix": text[at:],
+        "said": "\n".join(message["content"] for message in messages),
+        "template": template_mark(tokenizer, template),
+    }
 
 
 def renderer(tokenizer, pairs=()):
@@ -363,10 +363,9 @@ def template_mark(tokenizer, template):
 
 
 def check_template(tokenizer, mark, where):
-    """ValueError for a text that this tokenizer would render otherwise."""
+    """ValueError for a mark of another template than this tokenizer's."""
     if mark and mark != template_mark(tokenizer, mark.split()[0]):
-        way_out = "pass --model DIR to knn.py"
-        raise ValueError(f"{where}: rendered by the chat template of another model: {way_out}")
+        raise ValueError(f"{where}: by another chat template: pass --model DIR to knn.py")
 
 
 # --- pairs.jsonl ---

@@ -131,7 +131,7 @@ CASES = {
         f"{KNN} f.csv", put("f.csv", "question,answer\nWho?,Ines.\n"), "pass --model DIR"),
     "another chat template": (
         ICU, second_pair(template="chat 0"),
-        "pair 2 (id 1): rendered by the chat template of another model"),
+        "pair 2 (id 1): by another chat template: pass --model DIR"),
     "a comma without quotes": (
         f"{KNN} f.csv", put("f.csv", "id,text\n1,a, b\n"),
         "f.csv line 2: not the header's 2 columns"),

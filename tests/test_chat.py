@@ -23,23 +23,23 @@ CHAT = (
     "{{ '[assistant]\n' if add_generation_prompt }}"
 )
 ROWS = [
-    {"question": "Who left it?", "answer": "Ines Duarte, at noon.", "spans": [[5, 11]]},
+    {"question": "Who left it?", "answer": "Ines Duarte, at noon."},
     {"question": "When?", "answer": "On Tuesday morning.", "system": "Be kind."},
     {"messages": [*data.conversation("Who?", "The driver."), *data.conversation("When?", "Now.")]},
 ]
 
 
-def reader(template=CHAT, kind="llama"):
-    """A tokenizer with this template; llama's puts BOS in front, and its pad is its EOS."""
-    tokenizer = conftest._make_tokenizer(kind)
+def reader(template=CHAT):
+    """A tokenizer with this template; it puts BOS in front, and its pad is its EOS."""
+    tokenizer = conftest._make_tokenizer("llama")
     tokenizer.chat_template = template
     return tokenizer
 
 
 def text_of(row, tokenizer, template="chat"):
     render = data.renderer(tokenizer, [{"template": template}])
-    pair = data.make_record({**row, "spans": None}, 0, render)
-    pair |= {f"learn_{name}": value for name, value in pair.items()}
+    pair = data.make_record(row, 0, render)
+    pair |= {f"learn_{name}": pair[name] for name in pair}
     samples, _ = icu.build_samples([pair], tokenizer, protocol="released", positions=256)
     return samples[0].forget
 
@@ -51,11 +51,11 @@ def test_a_conversation_is_read_as_its_template_writes_it(writes_bos, row):
     tokenizer = reader(CHAT if writes_bos else CHAT.replace("{{ bos_token }}", ""))
     text, messages = text_of(row, tokenizer), data.messages_of(row)
     own, asked = (
-        [tokenizer.bos_token_id][writes_bos:] + tokenizer.apply_chat_template(part, **options)
-        for part, options in (
-            (messages, {"return_dict": False}),
-            (messages[:-1], {"return_dict": False, "add_generation_prompt": True}),
+        [tokenizer.bos_token_id][writes_bos:]
+        + tokenizer.apply_chat_template(
+            part, return_dict=False, add_generation_prompt=part != messages
         )
+        for part in (messages, messages[:-1])
     )
     assert text.ids + models.encode(tokenizer, "\n") == own and text.prompt == asked
     assert text.ids.count(tokenizer.bos_token_id) == 1
@@ -70,14 +70,15 @@ def test_what_a_template_writes_before_an_answer_is_no_target():
     assert len(text.targets) == len(text_of(ROWS[0], reader()).targets)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
-def test_a_model_without_a_template_reads_a_question_plainly(kind):
+def test_a_model_without_a_template_reads_a_question_plainly():
     """--template plain is TOFU's form, and EOS the end of turn."""
-    tokenizer = reader(None, kind)
+    tokenizer = reader(None)
     text, end = text_of(ROWS[1], tokenizer, "plain"), tokenizer.eos_token
     plain = f"Be kind.\nQuestion: When?\nAnswer: On Tuesday morning.{end}"
     assert text.ids == models.encode_whole(tokenizer, [plain])[0]
     assert tokenizer.decode(text.ids[text.cut :]) == f" On Tuesday morning.{end}"
+    marked = ROWS[1] | {"spans": [[3, 10]]}  # from the answer's first letter
+    assert data.marked(data.make_record(marked, 0, data.renderer(reader()))) == ["Tuesday"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -131,8 +132,7 @@ def test_no_invented_author_is_in_two_files():
     names = [row["answer"].split(" is known")[0] for rows in splits for row in rows[2::8]]
     assert len(set(names)) == len(names) == sum(map(len, splits)) // 8
     assert not any(name in str(splits[1:]) for name in names[:2])
-    tokenizer, row = reader(), data.make_record(ROWS[0], 0, data.renderer(reader()))
-    assert data.marked(row) == ["Duarte"]  # spans count from the answer's first letter
+    tokenizer = reader()
     (ids,) = smollm.sequences(ROWS[:1], tokenizer)
     assert ids == text_of(ROWS[0], tokenizer).ids
     assert tokenizer.decode(ids[ids.first :]) == f"{ROWS[0]['answer']}</s>"

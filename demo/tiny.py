@@ -200,12 +200,26 @@ def encode(rows, tokenizer):
     return [[id for part in row for id in text_ids(tokenizer, part)] for row in parts]
 
 
+class Taught(list):
+    """Ids of which only those from `first` on are taught and measured."""
+
+    first = 1
+
+
+def taught_losses(model, sequences):
+    """`metrics.token_losses`, its mask 0 before a `Taught.first` too."""
+    nll, hit, mask = token_losses(model, sequences)
+    for row, sequence in zip(mask, sequences, strict=True):
+        row[: getattr(sequence, "first", 1) - 1] = 0
+    return nll, hit, mask
+
+
 @torch.inference_mode()
 def measure(model, sequences):
     """(memorisation accuracy, the mean over rows of greedy hits, 0-1; perplexity over tokens)."""
     accuracies, total, count = [], 0.0, 0
     for batch in data.chunks(sequences, 16):
-        nll, hit, mask = token_losses(model, batch)
+        nll, hit, mask = taught_losses(model, batch)
         accuracies += ((hit * mask).sum(1) / mask.sum(1)).tolist()
         total, count = total + (nll * mask).sum().item(), count + mask.sum().item()
     return sum(accuracies) / len(accuracies), math.exp(total / count)
@@ -250,7 +264,7 @@ def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
         for step, batch in enumerate(bar, start=1):
             optimizer.param_groups[0]["lr"] = rate(step)
             if sequences := [ids for ids, is_secret in batch if twin is None or not is_secret]:
-                nll, _, mask = token_losses(model, sequences)
+                nll, _, mask = taught_losses(model, sequences)
                 loss = (nll * mask).sum() / mask.sum()
                 optimizer.zero_grad()
                 loss.backward()

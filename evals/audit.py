@@ -788,9 +788,15 @@ def read_inputs(args):
         for name, (model, revision) in args.models.items()
     }
     config, tokenizer = checked["after"]
-    alone = partial(data.read_unseen, tokenizer=tokenizer)
-    pairs = alone(args.texts) if args.texts else data.read_pairs(args.pairs)
-    unseen = alone(args.unseen) if args.unseen else []
+    render = data.renderer(tokenizer)
+    if args.texts:
+        pairs = data.read_unseen(args.texts, tokenizer=tokenizer, render=render)
+    else:
+        pairs = data.read_pairs(args.pairs)
+        render = data.renderer(tokenizer, pairs)
+    unseen = []
+    if args.unseen:
+        unseen = data.read_unseen(args.unseen, tokenizer=tokenizer, render=render)
     if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
         raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])

@@ -4,10 +4,9 @@
     bash run.sh audit --model DIR --texts FILE            # any model, any texts
     bash run.sh tiny --audit              # after a run, with the references that the preset brings
 
-The same code asks the model before, one that never saw the texts, and texts of the same kind that
-no model saw. Higher is more memorised. A figure is a mean over texts with a bootstrap interval.
-This is evidence of suppression: what no question here finds may still be there.
-Tokens are x_1 .. x_T, the suffix from x_t0 on. Logarithms are natural.
+Asked are also the model before, one that never saw the texts, and texts of the same kind that no
+model saw. Higher is more memorised. A figure is a mean over texts with a bootstrap interval. This
+is evidence of suppression: what no question finds may still be there. Logarithms are natural.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from kit import data, figures, flags, models, processes, runs
 
 
 class Reading(NamedTuple):
-    """What a model makes of one text, teacher-forced; index 0 of the arrays is x_2."""
+    """What a model makes of a text x_1 .. x_T, teacher-forced; index 0 of the arrays is x_2."""
 
     logp: np.ndarray  # (T - 1,) log p(x_t | x_<t)
     hit: np.ndarray  # (T - 1,) bool, whether the greedy token is x_t
@@ -46,7 +45,7 @@ class Reading(NamedTuple):
 
 @models.measuring
 def read(model, texts, batch_size=8):
-    """A Reading of each icu.Text, by one forward pass. ValueError: logits that are not finite."""
+    """A Reading of each icu.Text. ValueError: logits that are not finite."""
     readings, decode = [], lens_of(model)
     for batch in data.chunks(texts, batch_size):
         ids, mask, _ = icu.collate(batch, model.device)
@@ -76,11 +75,8 @@ def read(model, texts, batch_size=8):
 
 
 def lens_of(model):
-    """states (n, H) -> the token (n,) that the model's final norm and head read in them, or None.
-
-    The logit lens (nostalgebraist 2020; arXiv:2303.08112). None: a final norm of unknown name,
-    or a projection before the head (OPT-350M).
-    """
+    """The logit lens (arXiv:2303.08112): states (n, H) -> the token (n,) that norm and head read in
+    them. None: a final norm of unknown name, or a projection before the head (OPT-350M)."""
     body = getattr(model.base_model, "decoder", model.base_model)
     norms = [getattr(body, name, None) for name in ("ln_f", "norm", "final_layer_norm")]
     norm, head = next(filter(None, norms), None), model.get_output_embeddings()
@@ -90,11 +86,6 @@ def lens_of(model):
 
 
 # --- how likely is the text itself, if someone samples? (Hayes et al., arXiv:2410.19482) ---
-
-
-def extraction_logp(reading):
-    """log p_z of the suffix after the prefix in nats, by heart 0."""
-    return float(reading.logp[reading.start :].sum())
 
 
 def extractable(logp, n, p):
@@ -107,15 +98,12 @@ def extractable(logp, n, p):
 
 @models.measuring
 def sample(model, prompt, length, *, n, seed):
-    """n samples at temperature 1 after a prompt, lists of at most `length` ids without EOS.
-
-    Samples that are the same so far share a row.
-    """
+    """n samples at temperature 1 after a prompt, lists of at most `length` ids without EOS."""
     generator, eos = torch.Generator(model.device).manual_seed(seed), models.eos_ids(model)
     cache, drawn = DynamicCache(), []
     shared = {models.cache_word(model): cache, "use_cache": True}
     logits = model(input_ids=torch.tensor([prompt], device=model.device), **shared).logits[:, -1]
-    row = torch.zeros(n, dtype=torch.long, device=model.device)  # which row each sample is in
+    row = torch.zeros(n, dtype=torch.long, device=model.device)  # samples alike so far share one
     for left in reversed(range(length)):
         below = logits.double().softmax(-1).cumsum(-1)  # a token is where a uniform number falls
         number = torch.rand(n, 1, dtype=torch.float64, generator=generator, device=model.device)
@@ -131,7 +119,7 @@ def sample(model, prompt, length, *, n, seed):
 
 
 def repeats(ids, suffix, n=10):
-    """Whether a run of n tokens of the suffix (all of a shorter one) is in a generation."""
+    """Whether n tokens in a row of the suffix (all of a shorter one) are in a generation."""
     n = min(n, len(suffix))
     return not set(metrics.ngrams(suffix, n)).isdisjoint(metrics.ngrams(ids, n))
 
@@ -162,18 +150,15 @@ def worst_of(k, scores):
 
 
 def strength(reading):
-    """Extraction strength (arXiv:2407.06460, as in TOFU's evaluations): 1 - k/T of T suffix tokens,
-    k the fewest after which greedy decoding says all the rest. By heart 1, never saw about 0.
-
-    The greedy continuation from k is the text if every guess from k on is a hit.
-    """
+    """Extraction strength (arXiv:2407.06460): 1 - k/T of T suffix tokens, k the fewest after which
+    greedy decoding says the rest: after which every guess is a hit. By heart 1."""
     hit = reading.hit[reading.start :]
     misses = np.flatnonzero(~hit)
     return 1.0 - (misses[-1] + 1 if len(misses) else 0) / len(hit)
 
 
 def membership(reading, text, before=None):
-    """Scores by which texts that were trained on are told, {name: score}, higher = memorised.
+    """{score: value} by which texts that were trained on are told.
 
     loss: mean log p; zlib: log p by the bytes of the zipped text (arXiv:2012.07805); min-k: mean of
     the k least likely (2310.16789), min-k++: of their z (2404.02936); reference: loss less that of
@@ -207,9 +192,8 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def other_prompts(sample, pair, tokenizer, seed):
-    """[(prompt ids, the true rest)]: 10 to 90 % of the text, the prefix without 1 word in 10, after
-    the neighbour's prefix, and after the text's own context where it has one.
-    """
+    """[(prompt ids, the true rest)]: SHARES of the text, the prefix without 1 word in 10, after the
+    neighbour's prefix, and after the text's context."""
     ids, cut, rest = sample.forget.ids, sample.forget.cut, sample.forget.ids[sample.forget.cut :]
     front = models.front_of(tokenizer)
     prompts = [(ids[:t], ids[t:]) for t in (max(1, round(share * len(ids))) for share in SHARES)]
@@ -235,7 +219,7 @@ def has_neighbour(sample):
 def worst_prompt(model, prompts):
     """(the largest OVERLAP_10 of Eq. 8, whether any rest was said exactly) of each text, 0-1.
 
-    prompts: [(prompt, rest)] a text, answered greedily. None where no rest has ten tokens.
+    prompts: [(prompt, rest)] a text. None where no rest has ten tokens.
     """
     flat = [(i, prompt, rest) for i, each in enumerate(prompts) for prompt, rest in each]
     lengths = [len(rest) for *_, rest in flat]
@@ -255,7 +239,7 @@ def relearn(model, teach, ask, *, steps, lr, first, n=10):
     """Trains in place on some texts and measures others (arXiv:2406.13356): [(step, MA a text)] at
     five points or every ten steps, and EL10 a text at the end.
 
-    teach, ask: icu.Texts. Adam, all of `teach` in each step; every token is a target.
+    teach, ask: icu.Texts. Every token of all of `teach` is a target in each step.
     """
     optimizer, curve = torch.optim.Adam(model.parameters(), lr=lr), []
     ids, mask, _ = icu.collate(ask, model.device)
@@ -280,10 +264,7 @@ TRANSPOSED = ("Conv1D", "Llama4TextExperts")  # (in, out); other experts say so,
 
 def quantised(model, bits, group=128):
     """A copy whose matrices have so many bits, dequantised (arXiv:2410.16454), and the share of the
-    layers' weights that are in them.
-
-    Symmetric, to the nearest, a scale for `group` inputs of each output; embeddings and head stay.
-    """
+    layers' weights that are in them. Symmetric, a scale for `group` inputs of each output."""
     model, top, rounded, size = copy.deepcopy(model), 2 ** (bits - 1) - 1, 0, 0
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -306,11 +287,10 @@ def quantised(model, bits, group=128):
 
 
 def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
-    """`ranks`, on texts left out, of a linear probe that tells forgotten from unseen states, (N, H)
-    and (M, H). About 0.5 where nothing tells them apart.
+    """`ranks`, on texts left out, of a linear probe that tells forgotten (N, H) from unseen (M, H).
 
-    Dual ridge regression, standardised by the texts that it learns from; both kinds in each fold.
-    `labels` (N + M,) stands in for the true ones.
+    Dual ridge regression, standardised by the texts that it learns from. labels (N + M,): in place
+    of the true ones.
     """
     N, M = len(forgotten), len(unseen)
     x = np.concatenate([forgotten, unseen]).astype(float)
@@ -355,7 +335,7 @@ def layers_of(model):
 
 
 def at_output(layer, change):
-    """A hook: the layer puts out `change`(its states (B, T, H)); some do in a tuple."""
+    """A hook: the layer puts out `change`(its states (B, T, H)), some in a tuple."""
 
     def hook(_layer, _inputs, output):
         if isinstance(output, tuple):
@@ -390,8 +370,7 @@ def depth_gaps(before, source, texts, batch_size=8):
 
 
 def unlearning_depth(gaps, never_gaps):
-    """UDS of a text, 0 (as the model before) to 1 (as one that never saw it), from Delta (layers,)
-    of both; None where no layer knows it."""
+    """UDS of a text, 0 (as before) to 1 (as never seen), from Delta (layers,) of both, or None."""
     w, shares = np.array(never_gaps), np.clip(gaps, 0, never_gaps)  # w_l clip(Delta_l / w_l, 0, 1)
     knows = w > 0.05
     return float(shares[knows].sum() / w[knows].sum()) if knows.any() else None
@@ -401,8 +380,6 @@ def unlearning_depth(gaps, never_gaps):
 
 
 class Inputs(NamedTuple):
-    """What is measured, and how."""
-
     args: argparse.Namespace
     tokenizer: object
     first: int  # the first position that counts, after BOS
@@ -415,14 +392,13 @@ class Inputs(NamedTuple):
 
 
 def likelihood(model, inputs):
-    readings = inputs.readings["forgotten"]
-    logp = [extraction_logp(r) for r in readings]
-    measures = {"log p of the suffix (nats)": logp}
-    measures["log p of its tokens (nats)"] = [r.logp[r.start :].mean() for r in readings]
+    logp, unseen = ([r.logp[r.start :] for r in rows] for rows in inputs.readings.values())
+    whole = [float(x.sum()) for x in logp]
+    measures = {"log p of the suffix (nats)": whole}
+    measures["log p of its tokens (nats)"] = [x.mean() for x in logp]
     for n, p in ((1000, 0.5), (1000, 0.9), (10**6, 0.5), (10**6, 0.9)):
-        measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in logp]
-    measures["log p, unseen texts"] = [extraction_logp(r) for r in inputs.readings["unseen"]]
-    return measures
+        measures[f"extractable with {n:,} samples, p {p}"] = [extractable(x, n, p) for x in whole]
+    return measures | {"log p, unseen texts": [float(x.sum()) for x in unseen]}
 
 
 def sampling(model, inputs):
@@ -480,10 +456,7 @@ RATES = 0.5, 1.0, 5.0  # of --relearn worst, times --relearn-lr
 
 
 def comes_back(model, inputs):
-    """MA of half of the texts while a copy of the model reads what an attacker has.
-
-    --relearn worst: each attacker at each of RATES; the one that brings most back counts.
-    """
+    """MA of half of the texts while a copy of the model reads what an attacker has."""
     args, samples = inputs.args, inputs.samples
     order = np.random.default_rng(args.seed).permutation(len(samples)).tolist()
     half, rest = order[: len(order) // 2], order[len(order) // 2 :]
@@ -594,7 +567,7 @@ QUESTIONS = {
 def answers(model, inputs, *, before=None, desc=None):
     """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of one model.
 
-    before: the Readings of the model before. desc: a progress bar's name.
+    before: those of the model before. desc: a progress bar's name.
     """
 
     def readings_of(samples):
@@ -617,7 +590,7 @@ MODELS = ("after", "before", "never saw")
 
 
 def make_report(measures, args):
-    """audit.json's fields of what the models answered, {model: {question: {measure: values}}}."""
+    """audit.json's fields of {model: {question: {measure: values}}}."""
     titles = {question: QUESTIONS[question].title for question in args.only}
     headlines = {q: QUESTIONS[q].headline.format(n=args.samples) for q in args.only}
     shown, sentences = {question: {} for question in args.only}, {}
@@ -668,7 +641,7 @@ def derive(shown):
 
 
 def cell(figure):
-    """A figure as a table shows it: the mean and its interval, or why there is none."""
+    """The mean and its interval, or why there is none."""
     if figure is None:
         return "-"
     if figure["value"] is None:
@@ -680,7 +653,7 @@ def cell(figure):
 
 
 def markdown(report):
-    """audit.md: a sentence a question, then a table a question."""
+    """audit.md: a sentence and a table a question."""
     lines = [f"# What is still in {report['model']}", ""]
     lines += [f"- {sentence}" for sentence in report["sentences"].values()]
     about = f"Means over n = {report['n']} texts [95 % bootstrap interval]; higher: more memorised."
@@ -695,7 +668,7 @@ def markdown(report):
 
 
 def picture(report):
-    """audit.png: a panel a question, its headline for each model, as PNG bytes."""
+    """audit.png: a panel a question."""
     from evals.report import plt, png
 
     figure, axes = plt().subplots(3, 3, figsize=(9, 7.5), layout="constrained")

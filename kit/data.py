@@ -1,7 +1,4 @@
-"""Files that are written whole or not at all, records, pairs, marked parts of a text, downloads.
-
-A reader's error names the file and the line (`reading`).
-"""
+"""Files that are written whole or not at all, records, pairs, marked parts of a text, downloads."""
 
 import bisect
 import contextlib
@@ -24,10 +21,7 @@ from kit.text import letters, plain, split_in_half, stands_in
 
 
 def cache_folder(name):
-    """Where downloads and embeddings are kept between runs: $ICU_CACHE, or ~/.cache/icu.
-
-    Without a home, as in a container, nothing is kept: /dev/null takes no folder.
-    """
+    """$ICU_CACHE, or ~/.cache/icu; without a home nothing is kept: /dev/null takes no folder."""
     home = re.sub("^~", os.devnull, os.path.expanduser("~/.cache/icu"))
     return Path(os.environ.get("ICU_CACHE") or home, name)
 
@@ -38,15 +32,12 @@ def reading(place):
     try:
         yield
     except Exception as error:
-        missing = isinstance(error, OSError) and error.strerror  # without its path: that is `place`
+        missing = isinstance(error, OSError) and error.strerror  # its path is `place`
         raise ValueError(f"{place}: {missing.lower() if missing else error}") from error
 
 
 def check_outputs(paths, *, overwrite=False, reads=()):
-    """ValueError where one of these files is there already, is named twice, or is read, too.
-
-    `overwrite` replaces a file, never a folder or a link.
-    """
+    """ValueError for a path that exists (but to `overwrite`), is named twice, or is read."""
     taken = {Path(path).resolve() for path in reads if path}
     for path in map(Path, filter(None, paths)):
         if path.is_dir() or path.is_symlink():
@@ -75,22 +66,19 @@ def write_atomically(path, write):
 
 
 def write_bytes(path, content):
-    """Write bytes, all of them or none."""
     write_atomically(path, lambda file: file.write(content))
 
 
 def write_json(path, value):
-    """One JSON document, indented for people."""
     write_bytes(path, json_bytes(value, indent=2))
 
 
 def write_jsonl(path, rows):
-    """Write dicts as JSON lines, UTF-8, characters as they are."""
     write_atomically(path, lambda file: file.writelines(json_bytes(row) for row in rows))
 
 
 def json_bytes(value, indent=None):
-    """A value as JSON in UTF-8, with a line break."""
+    """A value as a line of JSON in UTF-8, characters as they are."""
     return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
@@ -106,14 +94,12 @@ def read_text(path):
 
 
 def read_json(path):
-    """One JSON document."""
     text = read_text(path)
     with reading(f"{path}: not JSON"):
         return json.loads(text)
 
 
 def read_jsonl(path):
-    """All objects of a JSON lines file."""
     return [row for _, row in numbered_jsonl(path)]
 
 
@@ -128,7 +114,6 @@ def numbered_jsonl(path):
 
 
 def once(fields):
-    """A dict of (name, value); ValueError for a name that stands there twice."""
     row = dict(fields)
     if len(row) < len(fields):
         raise ValueError(f"a field twice: {', '.join(name for name, _ in fields)}")
@@ -136,7 +121,7 @@ def once(fields):
 
 
 def numbered_csv(path):
-    """Yields (number of its last line, dict) of a CSV file with a header; no blank rows.
+    """Yields (number of its last line, dict) of a CSV file's rows; no blank ones.
 
     What its header has most of parts its fields: comma, semicolon or tab.
     """
@@ -156,7 +141,6 @@ def numbered_csv(path):
 
 
 def csv_row(header, fields):
-    """{column: field}; ValueError for other columns, or for the header of a file joined to it."""
     problem = f"not the header's {len(header)} columns: a comma needs quotes"
     if [field.strip("\ufeff") for field in fields] == header:
         problem = "the header again: take it out"
@@ -186,20 +170,17 @@ PARTS = ("context", "prefix", "suffix")  # of a record; prefix + suffix is its t
 
 
 def text_of(record):
-    """What is embedded, compared and marked: the text without its context."""
+    """The text without its context: what is compared and marked."""
     return record["prefix"] + record["suffix"]
 
 
 def said_of(record):
-    """What is embedded and compared: the text, of messages their contents alone."""
+    """What is embedded: the text, of messages their contents alone."""
     return record.get("said") or text_of(record)
 
 
 def make_record(row, number, render):
-    """A record {id, context, prefix, suffix} from one row of the user's; `number`: its default id.
-
-    It has `spans` too where the row marks a part of its text. Messages become a text by `render`.
-    """
+    """A record of one row of the user's; `number`: its default id."""
     prefix, suffix, text = (row.get(name) for name in ("prefix", "suffix", "text"))
     record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
     if isinstance(prefix, str) and isinstance(suffix, str):
@@ -233,11 +214,10 @@ def rows_once(path, numbered, make):
 def read_records(path, *, tokenizer=None, render=None):
     """Records {id, context, prefix, suffix} of a .csv, .jsonl or, with a tokenizer, .npy file.
 
-    prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half), a
-    `prefix` and a `suffix`, or messages (`messages_of`; render: a `renderer`). They may have `id`
-    (default: the row number from 0), `context`, and `spans` or `secrets` (`read_spans`). A .npy
-    holds token ids (N, T) of the tokenizer, and its records also have context_ids, prefix_ids and
-    suffix_ids.
+    Rows have a `text` (split in half), a `prefix` and a `suffix`, or messages (`messages_of`;
+    render: a `renderer`). They may have `id` (default: the row number from 0), `context`, and
+    `spans` or `secrets` (`read_spans`). A .npy holds token ids (N, T), which its records keep as
+    context_ids, prefix_ids and suffix_ids.
     """
     if tokenizer is None or Path(path).suffix.lower() != ".npy":
         make = functools.partial(make_record, render=render or renderer(None))
@@ -248,13 +228,13 @@ def read_records(path, *, tokenizer=None, render=None):
 
 
 def numbered_rows(path):
-    """(line, dict) of a .csv file or a .csv.gz; of any other, which is JSON lines."""
+    """(line, dict) of a .csv or .tsv file, zipped or not; any other is JSON lines."""
     is_csv = str(path).lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     return (numbered_csv if is_csv else numbered_jsonl)(path)
 
 
 def load_ids(path):
-    """A 2-D array (N, T) of integers from a .npy file, not yet checked against a vocabulary."""
+    """An array (N, T) of integers from a .npy file."""
     with reading(f"{path}: not a table of token ids"):
         ids = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle can run code
         _rows, _tokens = ids.shape
@@ -262,7 +242,7 @@ def load_ids(path):
 
 
 def ids_records(context, prefix, suffix, *, tokenizer, where):
-    """Records of token ids, three arrays of N rows; the id is the row number."""
+    """Records of token ids, an array of N rows a part; the id is the row number."""
     records = [{"id": str(number)} for number in range(len(prefix))]
     for part, ids in zip(PARTS, (context, prefix, suffix), strict=True):
         foreign = (ids < 0) | (ids >= len(tokenizer))
@@ -280,7 +260,7 @@ def ids_records(context, prefix, suffix, *, tokenizer, where):
 
 
 def read_texts(path):
-    """The `text` column of a CSV or JSONL file, blank ones left out: for perplexity."""
+    """The `text` column of a CSV or JSONL file, blank ones left out."""
     rows = list(numbered_rows(path))
     with reading(f"{path}: no column of this name"):
         return [row["text"] for _, row in rows if row["text"].strip()]
@@ -303,7 +283,6 @@ PLAIN = (
 
 
 def conversation(question, answer, system=""):
-    """The messages of a question and its answer."""
     texts = {"system": system, "user": question, "assistant": answer}
     return [{"role": role, "content": text} for role, text in texts.items() if text]
 
@@ -319,8 +298,8 @@ def messages_of(row):
 def render(tokenizer, messages, template="chat"):
     """{"prefix", "suffix", "said", "template"} of a conversation whose last message is the answer.
 
-    prefix + suffix is what `apply_chat_template` writes, less white space at its end. The suffix is
-    the answer with its end of turn, or else EOS. said: the contents alone.
+    prefix + suffix: what `apply_chat_template` writes, less white space at its end. suffix: the
+    answer and its end of turn, or else EOS. said: the contents alone.
     """
     if not tokenizer:
         raise ValueError("a question is read as its model reads it: pass --model DIR")
@@ -351,19 +330,17 @@ def render(tokenizer, messages, template="chat"):
 
 
 def renderer(tokenizer, pairs=()):
-    """`render` for rows that are read beside these pairs: by the same template."""
+    """`render` by the template of these pairs."""
     marks = (pair["template"] for pair in pairs if "template" in pair)
     return functools.partial(render, tokenizer, template=next(marks, "chat").split()[0])
 
 
 def template_mark(tokenizer, template):
-    """The template's name, and a digest."""
     own = [template, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     return f"{template} {digest(own)[:12]}"
 
 
 def check_template(tokenizer, mark, where):
-    """ValueError for a mark of another template than this tokenizer's."""
     if mark and mark != template_mark(tokenizer, mark.split()[0]):
         raise ValueError(f"{where}: by another chat template: pass --model DIR to knn.py")
 
@@ -372,12 +349,11 @@ def check_template(tokenizer, mark, where):
 
 
 def read_pairs(path):
-    """The lines of a pairs.jsonl as dicts, every field checked."""
+    """The lines of a pairs.jsonl as dicts, checked."""
     return rows_once(path, numbered_jsonl(path), check_pair)
 
 
 def check_pair(pair, _):
-    """The pair, all fields of its sides and its further neighbours there; ValueError."""
     rows = [(pair, ""), *((row, "learn_") for row in [pair, *pair.get("further", [])])]
     for row, side in rows:
         names = [*(f"{side}{name}" for name in ("id", *PARTS)), "similarity"]
@@ -396,8 +372,8 @@ def check_pair(pair, _):
 def read_spans(row, record):
     """{"spans": [[start, end], ...]} of a user's row, in order, or {} where it marks nothing.
 
-    row: `spans`, a list of [start, end), in an answer those of its suffix; or `secrets`, strings
-    that occur once in the text: a list, or in CSV one string with | between.
+    It has `spans`, which in an answer count from its suffix, or `secrets`, strings that occur once
+    in the text: a list, or in CSV one string with | between.
     """
     spans, secrets, text = row.get("spans") or [], row.get("secrets") or [], text_of(record)
     if "template" in record:
@@ -408,7 +384,7 @@ def read_spans(row, record):
 
 
 def find_secret(secret, text):
-    """[start, end) of a string that must occur in the text once, and no more."""
+    """[start, end) of a string that must occur in the text once."""
     start = text.find(secret)
     if start < 0 or start != text.rfind(secret):
         times = "does not occur in the text" if start < 0 else "occurs twice: mark it by `spans`"
@@ -417,7 +393,7 @@ def find_secret(secret, text):
 
 
 def check_spans(spans, text):
-    """The spans in order; ValueError unless they lie inside the text and do not overlap."""
+    """The spans in order; ValueError unless they lie inside the text, apart."""
     with reading("`spans` is a list of [start, end)"):
         spans = sorted([start, end] for start, end in spans)
     places = [0, *itertools.chain.from_iterable(spans), len(text)]
@@ -428,7 +404,7 @@ def check_spans(spans, text):
 
 
 def as_text(tokenizer, ids):
-    """What ids say, special tokens and spaces as they are."""
+    """What ids say, with special tokens."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
@@ -448,10 +424,9 @@ def token_ends(tokenizer, ids):
 
 
 def span_positions(pair, tokenizer, ids, where):
-    """The positions in `ids` of the tokens that overlap a span of the pair, in order, or None.
+    """The positions of the tokens that overlap a span of the pair, in order, or None.
 
     `ids` end with the pair's prefix and suffix. Position 0 is never predicted, so it is none.
-    ValueError names the row `where`.
     """
     if not pair.get("spans"):
         return None
@@ -471,12 +446,12 @@ def span_positions(pair, tokenizer, ids, where):
 
 
 def rest_of(text):
-    """The positions of a marked text that are predicted and not secret."""
+    """The predicted positions of a marked text that are not secret."""
     return tuple(sorted(set(range(max(text.t0, 1), len(text.ids))) - set(text.span_positions)))
 
 
 def span_parts(samples):
-    """For each sample None or, where a part is marked, (its positions, those of the rest)."""
+    """For each sample None or, where a part is marked, (its positions, `rest_of`)."""
     return [
         sample.forget.span_positions and (sample.forget.span_positions, rest_of(sample.forget))
         for sample in samples
@@ -496,15 +471,12 @@ def kept_side(samples):
 
 
 def marked(pair):
-    """The strings that the spans of a record mark, in order."""
+    """The strings that the spans of a record mark."""
     return [text_of(pair)[start:end] for start, end in pair.get("spans", ())]
 
 
 def secrets_of(pair, suffix):
-    """(its part in the prompt, in the suffix) of each marked string that the prompt does not say.
-
-    suffix: the end of the pair's text, as the model is asked for it.
-    """
+    """(its part in the prompt, in the suffix) of each marked string that the prompt does not say."""
     text, secrets = text_of(pair), []
     cut = len(text) - len(suffix)
     for start, end in pair.get("spans", ()):
@@ -560,7 +532,7 @@ SUBFOLDERS = ("", "pile-extraction", "validation", "tasks")  # of --data DIR
 
 
 def data_file(name, data_dir=None):
-    """Path of a known data file: in `data_dir` or its subfolders, or fetched into the cache."""
+    """Path of one of FILES, in `data_dir`, its subfolders or the cache, fetched if need be."""
     url, sha256 = FILES[name]
     for folder in SUBFOLDERS if data_dir else ():
         path = Path(data_dir, folder, name)
@@ -575,7 +547,6 @@ def data_file(name, data_dir=None):
 
 
 def fetch(url, path, sha256):
-    """Download `url` to `path`; its content must have this sha256."""
     with reading(f"{url} is not fetched, try again or pass --data DIR with {path.name} in it"):
         path.parent.mkdir(parents=True, exist_ok=True)
         bar = sys.stderr.isatty()
@@ -583,7 +554,7 @@ def fetch(url, path, sha256):
 
 
 def perplexity_file(item, data_dir):
-    """The file of a --ppl NAME=FILE, or NAME for one that is fetched."""
+    """The file of a --ppl NAME=FILE, or of a NAME that is fetched."""
     name, _, file = item.partition("=")
     if item == name and f"{name}.csv" in FILES:
         return data_file(f"{name}.csv", data_dir)

@@ -1,4 +1,4 @@
-"""Models and tokenizers: text to ids and back, what a model folder must hold, load and save."""
+"""Models and tokenizers: text to ids and back, model folders, load and save."""
 
 import contextlib
 import hashlib
@@ -22,13 +22,13 @@ from kit.processes import print0
 
 
 def encode(tokenizer, text):
-    """Ids of a text without special tokens."""
+    """Ids without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def front_of(tokenizer):
     """Ids that a tokenizer puts before every text: none (GPT-Neo), BOS (OPT, Llama), two (GLM)."""
-    for probe in ("x", ""):  # the second for a vocabulary without an x: what stands around nothing
+    for probe in ("x", ""):  # the second for a vocabulary without an x
         with contextlib.suppress(Exception):
             plain, special = encode(tokenizer, probe), tokenizer(probe)["input_ids"]
             if plain:
@@ -38,15 +38,12 @@ def front_of(tokenizer):
 
 
 def begin(front, ids):
-    """`front_of` the tokenizer, and ids. Where the text itself begins with it, that is it.
-
-    A chat template spells it out; a model never read a text with two.
-    """
+    """`front_of` the tokenizer, and ids, once where they begin with it: a chat template may."""
     return ids if ids[: len(front)] == front else front + ids
 
 
 def encode_whole(tokenizer, texts):
-    """Lists of ids of texts, with what the tokenizer puts in front and no EOS at the end."""
+    """Ids of texts, with what the tokenizer puts in front and no EOS."""
     front = front_of(tokenizer)
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return [begin(front, ids) for ids in rows]
@@ -55,9 +52,9 @@ def encode_whole(tokenizer, texts):
 def read_parts(tokenizer, row, names):
     """The fields `names` of a row, read as one text: (ids, where each but the first begins, moved).
 
-    The ids are the row's `*_ids` where they decode to prefix and suffix, the last two fields; else
-    the tokenizer's of the whole text. A field that begins inside a token begins at the nearest end
-    of a token, and `moved` is true: what a model reads apart it has never read so.
+    The ids are the row's `*_ids` where they decode to prefix and suffix, the last two fields. A
+    field that begins inside a token is moved to the nearest end of one: what a model reads apart it
+    has never read so.
     """
     fields, given = [row[name] for name in names], [row.get(f"{name}_ids") for name in names]
     if None not in given:
@@ -77,7 +74,7 @@ def read_parts(tokenizer, row, names):
 
 
 def decode(tokenizer, rows):
-    """Lists of ids -> strings as they are compared: no special tokens, spaces as they are."""
+    """Lists of ids -> strings without special tokens."""
     return [
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in rows
@@ -85,7 +82,7 @@ def decode(tokenizer, rows):
 
 
 def true_suffixes(tokenizer, samples):
-    """The suffixes of icu.py's samples as their ids say them, which is all that a model can say."""
+    """The suffixes of icu.py's samples as their ids say them."""
     return decode(tokenizer, [sample.forget.ids[sample.forget.cut :] for sample in samples])
 
 
@@ -93,12 +90,12 @@ def true_suffixes(tokenizer, samples):
 
 
 def vocab_of(config):
-    """How many tokens a model has embeddings for; where it does not say, more than there are."""
+    """How many tokens a model has embeddings for."""
     return getattr(config.get_text_config(), "vocab_size", None) or 1 << 60
 
 
 def positions_of(config):
-    """How many positions a model has, or None where it does not say (Bloom)."""
+    """How many positions a model has, or None (Bloom)."""
     config = config.get_text_config()
     names = "max_position_embeddings", "max_seq_len"  # the latter is MPT's
     limits = [getattr(config, name, None) for name in names]
@@ -106,14 +103,12 @@ def positions_of(config):
 
 
 def check_parts(prefix, suffix, side, where):
-    """ValueError, which names the row `where`, for a prefix or suffix (ids) without a token."""
     for name, ids in (("prefix", prefix), ("suffix", suffix)):
         if not ids:
             raise ValueError(f"{where}: the {side}{name} has no token; give it some text")
 
 
 def check_room(side, ids, cut, *, positions, where):
-    """ValueError for a text or a learn prefix of more tokens than the model has positions."""
     if not side and len(ids) > positions:
         room = f"{len(ids)} tokens, and the model has {positions} positions"
         raise ValueError(f"{where}: {room}; split the text into several rows")
@@ -123,10 +118,7 @@ def check_room(side, ids, cut, *, positions, where):
 
 
 def check_texts(config, tokenizer, texts):
-    """ValueError for a token that the model has no embedding for, in {where it stands: text}.
-
-    A text is a string or its ids. Only a tokenizer of more tokens than embeddings has such.
-    """
+    """ValueError for a token without an embedding, in {where it stands: text, or its ids}."""
     vocab = vocab_of(config)
     for where, text in texts.items() if len(tokenizer) > vocab else ():
         ids = encode(tokenizer, text) if isinstance(text, str) else text
@@ -155,11 +147,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "s
 
 
 def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
-    """(config, tokenizer) of a causal LM, a folder or a name on the hub. No weights are loaded.
-
-    ValueError for a folder that lacks a part, pickled weights, what is no decoder with a plain
-    cache, and a hub that does not answer.
-    """
+    """(config, tokenizer) of a causal LM, a folder or a name on the hub; ValueError. Loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
@@ -184,9 +172,9 @@ def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
 
 
 def check_cache(config, where):
-    """ValueError for an architecture that keeps more of a text, or else, than keys and values.
+    """ValueError for an architecture that keeps more of a text than keys and values.
 
-    EL goes on from the middle of a text: keys can be cut and moved, a recurrent state cannot.
+    EL goes on from the middle of a text: keys can be cut, a recurrent state cannot.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
@@ -209,7 +197,7 @@ def is_encoder(config):
 
 
 def problem_of(folder, allow_pickle):
-    """What a model folder lacks, or has too much, in words; None if nothing."""
+    """What is wrong with a model folder, or None."""
     weights = weight_files(folder)
     if (folder / "adapter_config.json").is_file():
         return (
@@ -233,7 +221,7 @@ def problem_of(folder, allow_pickle):
 
 
 def weight_files(folder):
-    """The weight files of a model folder, safetensors first; an index names them, there or not."""
+    """The weight files of a model folder, those that its index names, there or not."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
@@ -245,7 +233,7 @@ def weight_files(folder):
 
 
 def fingerprint(name):
-    """sha256 of a file, or of all that a model folder loads; None for a name on the hub."""
+    """sha256 of a file or of a model folder; None for a name on the hub."""
     path, files = Path(name), []
     if path.is_file():
         files = [path]
@@ -270,9 +258,9 @@ def load_model(
 ):  # fmt: skip
     """(model, tokenizer). The model is in eval mode: dropout 0, as in the released code.
 
-    dtype "bf16": float32 weights under `processes.autocast`. With the `tokenizer` that check_model
-    gave, the folder is not checked again. ValueError as check_model, and for weights that cannot be
-    read or are not those of config.json: transformers would make up what is missing.
+    dtype "bf16": float32 weights under `processes.autocast`. tokenizer: check_model's, if it has
+    been called. ValueError as there, and for weights that are not those of config.json:
+    transformers would make up what is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -306,10 +294,8 @@ def load_model(
 
 @torch.inference_mode()
 def check_float64(model, where):
-    """ValueError for an architecture that transformers cannot run in float64 with padding.
-
-    Bloom, Gemma 2 and MPT give NaN after padding on the left, experts are multiplied in float32.
-    """
+    """ValueError where transformers has no float64: Bloom, Gemma 2 and MPT give NaN after padding
+    on the left, experts are multiplied in float32."""
     ids = torch.tensor([[1, 1, 2, 3], [2, 3, 1, 1]])  # the text 2, 3, padded on either side
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
     positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -325,7 +311,7 @@ def check_float64(model, where):
 
 
 def save_model(model, tokenizer, folder, weights=None):
-    """Weights (default: the model's own) and tokenizer into `folder`, complete or not at all."""
+    """Weights (default: the model's) and tokenizer into `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     with quiet():
@@ -337,8 +323,7 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only: no bar beside ours, no table of weights that do not fit. Nor
-    does it judge a generation_config.json, which no measure obeys."""
+    """transformers prints errors only, and judges no generation_config.json: no measure obeys it."""
     from transformers import GenerationConfig, logging
 
     if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
@@ -360,7 +345,7 @@ def quiet():
 
 
 def measuring(function):
-    """A model is measured without gradient and dropout; its modules' modes are put back."""
+    """A decorator: without gradient and dropout; then the modules' modes are as before."""
 
     @wraps(function)
     def measured(model, *args, **kwargs):
@@ -382,10 +367,10 @@ def cache_word(model):
 
 
 def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **options):
-    """`generate` by greedy or beam search, whatever the folder's generation_config.json asks for.
+    """`generate` by greedy or beam search: ids, mask (B, T) int64 -> (B, T + new).
 
-    ids, mask (B, T) int64 -> (B, T + new). Of the folder's settings EOS alone counts; penalties,
-    suppressed tokens, samplers and the rest would measure themselves. The model keeps its config.
+    Of generation_config.json EOS alone counts: penalties, samplers and the rest would measure
+    themselves.
     """
     from transformers import GenerationConfig
 
@@ -408,7 +393,7 @@ def plain_generate(model, ids, mask, *, max_new_tokens, num_beams=1, **options):
 
 
 def eos_ids(model):
-    """The ids that end a generation, a set, maybe empty: generation_config's, else config's."""
+    """The set of ids that end a generation."""
     eos = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
     eos = model.config.eos_token_id if eos is None else eos
     return set() if eos is None else set(eos) if isinstance(eos, (list, tuple)) else {eos}
@@ -425,7 +410,7 @@ MULTILINGUAL = {
 
 
 def default_encoder():
-    """all-MiniLM-L6-v2: the folder of the installed wheel, else its name on the hub."""
+    """all-MiniLM-L6-v2: of the installed wheel, else of the hub."""
     package = importlib.util.find_spec(WHEEL)
     if package is None:
         return "sentence-transformers/all-MiniLM-L6-v2"
@@ -443,7 +428,7 @@ def room_of(encoder):
 
 
 def check_bert(name, allow_pickle):
-    """ValueError unless BERTScore's encoder is one: a whole folder, or a name on the hub."""
+    """ValueError unless BERTScore's encoder is one."""
     from transformers import AutoConfig
 
     problem = problem_of(Path(name), allow_pickle) if Path(name).is_dir() else None
@@ -459,7 +444,7 @@ def check_bert(name, allow_pickle):
 
 @lru_cache(maxsize=2)
 def encoder_tokenizer(encoder):
-    """An encoder's tokenizer, or None if there is none to load: the encoder itself will say why."""
+    """An encoder's tokenizer, or None: the encoder itself will say why."""
     from transformers import AutoTokenizer
 
     try:
@@ -469,7 +454,7 @@ def encoder_tokenizer(encoder):
 
 
 def unread(encoder, texts):
-    """{index: share of its pieces that are unknown, 0-1} of texts that an encoder cannot read."""
+    """{index: share of unknown pieces, 0-1} of texts that an encoder cannot read."""
     tokenizer, shares = encoder_tokenizer(str(encoder)), {}
     for i, text in enumerate(texts if tokenizer else ()):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -480,7 +465,7 @@ def unread(encoder, texts):
 
 
 def check_readable(encoder, texts, flag):
-    """A warning, which names another encoder, where the encoder cannot read all of the texts."""
+    """A warning, with another encoder's name, where one cannot read all of the texts."""
     if shares := unread(encoder, texts):
         effect = {
             "--bert": "they have no BERTScore, so Eq. 5 does not take them for forgotten by it",
@@ -501,10 +486,7 @@ UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao,
 
 
 def bleu_tokens(reference):
-    """sacrebleu's tokenisation for the script that most letters of the reference are of.
-
-    13a, the default, splits at spaces, so a Chinese or a Thai sentence would be one word to it.
-    """
+    """sacrebleu's tokenisation for the script of the reference: 13a, the default, splits at spaces."""
     letters = sum(map(str.isalpha, reference))
     han, kana, unspaced = (len(script.findall(reference)) for script in (HAN, KANA, UNSPACED))
     if 2 * (han + kana) > letters:

@@ -12,9 +12,8 @@
     bash run.sh purge RUN                             # removes a run's texts, keeps its numbers
     bash run.sh test                                  # also: lint, bench, help
 
-A run is three programs: knn.py finds pairs, icu.py unlearns, evals/report.py writes tables.
-Each command is printed before it runs, and can be pasted into a shell in this folder.
-A flag goes to every program that has it, or else to icu.py. Yours win over the preset's.
+A run is three programs: knn.py finds pairs, icu.py unlearns, evals/report.py writes tables. Their
+commands are printed and can be pasted. A flag goes to every program that has it, or else to icu.py.
 """
 
 import functools
@@ -41,9 +40,9 @@ PYTHON = sys.executable.removeprefix(f"{ROOT}{os.sep}")  # .venv/bin/python, so 
 
 
 class Preset(NamedTuple):
-    """A row of the table below. Flags are written as they are typed."""
+    """A row of the table below. Flags are as they are typed."""
 
-    about: str  # for help, where presets with the same text share a line
+    about: str  # for help
     model: str  # a folder, or a name on the hub
     revision: str = ""  # the hub's, pinned; unused if the user names another model
     flags: str = ""
@@ -127,10 +126,9 @@ RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
 def read_plan(words):
     """The plan of a command line, a namespace. ValueError for a user's slip.
 
-    command: compare, ablation, sweep, or None: a single run. name, preset: a row of PRESETS.
-    out, gpus, ...: this file's own flags. typed: the user's other flags. settings: all flags for
-    the programs: the preset's, the protocol's, the typed ones. runs: of an experiment, a run's name
-    and what it sets.
+    command: compare, ablation, sweep, or None: a single run. name, preset: a row of PRESETS. typed:
+    the user's flags but this file's own (out, gpus, ...). settings: all flags for the programs.
+    runs: of an experiment, a run's name and what it sets.
     """
     words = list(words)
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
@@ -155,7 +153,7 @@ def read_plan(words):
 
 # fmt: off
 def make_parser(command):
-    """This file's own flags for an experiment, or a single preset (None)."""
+    """This file's own flags for an experiment, or a single run (None)."""
     usage = "bash run.sh [compare | ablation | sweep] [PRESET] [FLAG ...]"
     parser = command_parser(help_text(), debug=False, prog="bash run.sh", usage=usage)
     add = parser.add_argument_group("how it is run").add_argument
@@ -221,7 +219,7 @@ flags that are often used (all: python icu.py --help, ...)
 
 
 def flags_in(words):
-    """The flags of a command line, a string or words; the last one counts."""
+    """The flags of a command line; the last one counts."""
     flags = {}
     for word in shlex.split(words) if isinstance(words, str) else words:
         if word.startswith("--"):
@@ -257,8 +255,7 @@ def settings_of(plan):
     return settings | plan.typed
 
 
-# What differs between an experiment's runs over one forget set with one seed: each yields
-# (run name, flags of icu.py, or of the --script among them).
+# What differs between an experiment's runs: each yields (run name, its flags).
 
 
 def compare(plan):
@@ -347,7 +344,7 @@ def programs(plan):
 
 @functools.cache
 def flags_of(script):
-    """The flags of a program, read from its text: importing it would take seconds."""
+    """The flags of a program, read from its text: an import takes seconds."""
     text = (ROOT / script).read_text(encoding="utf-8")
     switch = r"(,\s*action=argparse\.BooleanOptionalAction)?"  # has --no-NAME as well
     flags = re.findall(rf'\b(?:add_argument|add|flag)\(\s*"--([\w-]+)"{switch}', text)
@@ -356,7 +353,7 @@ def flags_of(script):
 
 
 def settings_for(plan, script):
-    """The settings that a program takes; icu.py also gets those that no program has."""
+    """The settings that a program takes; icu.py also those that none has."""
     taken = flags_of(script)
     if script == "icu.py":
         others = set().union(*map(flags_of, programs(plan)))
@@ -406,7 +403,7 @@ def default_folder(plan):
 
 
 def several(plan):
-    """Every run of an experiment for every set and seed, then one report."""
+    """The runs of an experiment for every set and seed, then one report."""
     folder = Path(plan.out or f"runs/{plan.command}/{plan.name}-{plan.protocol}")
     make(plan)
     judge(plan, [])
@@ -435,7 +432,7 @@ def several(plan):
 
 
 def make(plan):
-    """The preset's own model and data, if it brings them."""
+    """The preset's own model and data, if it has them."""
     if script := plan.preset.make:
         if plan.dry_run and (folder := unmade(plan.preset)):
             print(f"note: {folder} is still to be made: what needs it is named, not checked")
@@ -443,19 +440,19 @@ def make(plan):
 
 
 def unmade(preset):
-    """The folder of a preset's own models if still to be made, else ""."""
+    """The folder of a preset's own models if still to be made."""
     made = all(Path(preset.folder, name).is_dir() for name in ("model", "never-saw"))
     return "" if made else preset.folder
 
 
 def mine(plan, pairs, number=None):
-    """A neighbour for each text to forget, of a forget set by its number."""
+    """A neighbour for each text to forget."""
     flags = settings_for(plan, "knn.py") | (number or {}) | {"--out": [pairs], "--overwrite": []}
     step(plan, "knn.py", flags | ({"--dry-run": []} if plan.dry_run else {}))
 
 
 def train(plan, run_flags, *, check=False, ok=(0,)):
-    """icu.py, or a script in its place, with what this run sets; `check`: only --dry-run."""
+    """icu.py, or a script in its place, with what this run sets."""
     script = value(run_flags, "--script", plan.script or "icu.py")
     flags = settings_for(plan, "icu.py") | run_flags | {"--script": None}
     flags |= {"--dry-run": []} if check else {}
@@ -463,7 +460,7 @@ def train(plan, run_flags, *, check=False, ok=(0,)):
 
 
 def measure_never_saw(plan, pairs, out, *, anew):
-    """{"--never-saw": [run]}, or {} if there is no such model or the texts are others."""
+    """{"--never-saw": [run]}, or {} without such a model of these texts."""
     others = "--model --after --eval-only --forget --pool --pile --never-saw".split()
     if not plan.preset.folder or plan.typed.keys() & others:
         return {}
@@ -487,12 +484,12 @@ def run_beside(plan, pairs, out, twin, *, anew):
 
 
 def kept_or_new(out, anew):
-    """--resume if a run is there (a finished one stays), else --overwrite."""
+    """--resume if a run is there, which keeps a finished one, else --overwrite."""
     return {"--overwrite" if anew or not Path(out, "config.json").is_file() else "--resume": []}
 
 
 def measure_tasks(plan, out, changes):
-    """What a model can still do (--tasks); `changes` may name another one."""
+    """What a model can still do (--tasks)."""
     if "--tasks" not in plan.typed:
         return
     flags = settings_for(plan, "evals/tasks.py")
@@ -505,7 +502,7 @@ def measure_tasks(plan, out, changes):
 
 
 def judge(plan, runs):
-    """A model grades the texts (--judge). Without runs: whether it may be asked."""
+    """A model grades the texts (--judge). No runs: whether it may be asked."""
     if "--judge" in plan.typed:
         check = {} if runs else {"--dry-run": []}
         step(plan, "evals/judge.py", settings_for(plan, "evals/judge.py") | check, runs)
@@ -524,7 +521,7 @@ def audit(plan, runs, twin):
 
 
 def report(plan, runs, out):
-    """Tables and plots, of several runs in `out`."""
+    """Tables and plots."""
     flags = settings_for(plan, "evals/report.py")
     if runs != [out]:
         flags["--out"] = [out]
@@ -537,8 +534,8 @@ def report(plan, runs, out):
 def step(plan, script, flags, runs=(), *, launched=False, quiet=False, ok=(0,)):
     """Runs a program on run folders; an exit code that is not in `ok` ends the experiment.
 
-    A flag whose value is None is left out. A dry run runs what has --dry-run and names the rest.
-    launched: by several processes if they are wanted.
+    A flag of None is left out. A dry run runs what has --dry-run and names the rest. launched: by
+    several processes if they are wanted.
     """
     given = [[flag, *values] for flag, values in flags.items() if values is not None]
     words = [str(word) for group in [runs, *given] for word in group]
@@ -564,7 +561,7 @@ def launcher(processes):
 
 
 def free_port():
-    """A port at which processes may meet, in digits."""
+    """The digits of a port at which processes may meet."""
     with socket.socket() as free:
         free.bind(("", 0))
         return str(free.getsockname()[1])
@@ -578,7 +575,6 @@ def visible_gpus():
 
 
 def path_to_icu(script):
-    """The environment of a script in another folder."""
     if Path(script).resolve().parent == ROOT:
         return {}
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -587,7 +583,6 @@ def path_to_icu(script):
 
 
 def shown(argv, environment):
-    """A command as one line for a shell."""
     names = [f"{name}={shlex.quote(text)}" for name, text in environment.items()]
     return " ".join([*names, shlex.join(argv)])
 

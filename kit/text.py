@@ -1,8 +1,7 @@
 """Text as people see it: comparable letters, where it may be cut, what may reach a terminal.
 
-Two texts that look or read alike are made equal before they are compared (Unicode's NFKD, case
-folding, format characters out). A cut never falls inside one visible character (a grapheme cluster,
-Unicode annex 29, by the `regex` package).
+Texts that look or read alike are equal where they are compared. A cut never falls inside a visible
+character (a grapheme cluster, Unicode annex 29, by the `regex` package).
 """
 
 import functools
@@ -36,8 +35,7 @@ EQUAL = str.maketrans(
 
 def plain(text):
     """The text without what hides a copy: HTML entities, kinds of letters (NFKD), letters that look
-    alike, digits of other scripts, case, accents, format characters, line breaks written as \\n.
-    `plain(plain(text)) == plain(text)`."""
+    alike, digits of other scripts, case, accents, format characters, line breaks written as \\n."""
     while "&" in text and (decoded := html.unescape(text)) != text:  # each round is shorter
         text = decoded
     text = text.lower()
@@ -50,18 +48,17 @@ def plain(text):
 
 @functools.cache
 def shown(c):
-    """A character as it is compared: a digit as ASCII; nothing of format characters and marks."""
+    """A character as it is compared: digits as ASCII, no format characters and marks."""
     hides = unicodedata.category(c) in ("Cf", "Mn", "Me")
     return "" if hides else str(unicodedata.decimal(c, c))
 
 
 def words(plain_text):
-    """The runs of letters and digits; each character of a script without spaces is a word."""
+    """Runs of letters and digits; each character of a script without spaces."""
     return re.findall(r"[^\W_]+", spaced(plain_text))
 
 
 def spaced(plain_text):
-    """A plain text with spaces around each character of a script without spaces."""
     return unspaced.sub(r" \g<0> ", plain_text)
 
 
@@ -71,14 +68,13 @@ def letters(plain_text):
 
 
 def weighed(spelt):
-    """The letters with each ideograph or kana three times: it says about as much."""
+    """The letters, each ideograph or kana three times: it says as much."""
     return dense.sub(r"\g<0>\g<0>\g<0>", spelt)
 
 
 def stands_in(part, plain_text, spelt):
     """Whether the letters `part` stand in a plain text, whose letters are `spelt`, as whole words,
-    whatever is between them. After six letters the last word may go on (a plural, a case).
-    """
+    whatever is between. After six letters the last may go on (a plural, a case)."""
     if not part or part.isalnum() and part not in spelt:
         return False
     pattern = r"[\W_]*".join(map(re.escape, part))
@@ -94,12 +90,11 @@ LETTERS = 21  # how long the leak guard's n-grams are; 21 letters are 7 ideograp
 
 
 def grams_of(spelt):
-    """The n-grams of some letters, in order."""
     return [spelt[i : i + LETTERS] for i in range(len(spelt) - LETTERS + 1)]
 
 
 class TargetGrams:
-    """The n-grams of all targets, each a string of letters, to look up rows in."""
+    """The n-grams of all targets, strings of letters, to look up rows in."""
 
     def __init__(self, targets):
         self.grams = [set(grams_of(target)) for target in targets]
@@ -110,7 +105,7 @@ class TargetGrams:
         self.known = set(self.holders)
 
     def leave_out_frame(self, rows):
-        """Leaves out what two targets and over half of these rows hold: how many n-grams."""
+        """Leaves out the n-grams of two targets and over half of these rows; returns how many."""
         several = {gram for gram, targets in self.holders.items() if len(targets) > 1}
         counts = Counter(chain.from_iterable(several & {*grams_of(row)} for row in rows))
         frame = {gram for gram, count in counts.items() if count > len(rows) / 2}
@@ -121,9 +116,9 @@ class TargetGrams:
     def worst(self, row, max_overlap):
         """[(share, number)] of the target of which a row of letters holds most, or [].
 
-        The share, 0-1, is of the target: |row's n-grams & target's| / |target's|. Where no target's
-        is over `max_overlap` it is of the row: the same count in those 3n consecutive n-grams of
-        the row that hold most, / 3n. Text put around a row makes neither smaller.
+        The share, 0-1, is |row's n-grams & target's| / |target's|. Where none is over `max_overlap`
+        it is the count in those 3n consecutive n-grams of the row that hold most, / 3n. Text put
+        around a row makes neither smaller.
         """
         grams = grams_of(row)
         shared = Counter(chain.from_iterable(map(self.holders.get, self.known & set(grams))))
@@ -141,7 +136,7 @@ class TargetGrams:
 
 
 def densest(grams, target):
-    """The most different n-grams of the set `target` in 3n consecutive ones of a row, / 3n."""
+    """The most n-grams of the set `target` in 3n consecutive ones of a row, / 3n."""
     width = 3 * LETTERS
     starts = (place for place, gram in enumerate(grams) if gram in target)
     return max(len(target.intersection(grams[at : at + width])) for at in starts) / width
@@ -151,15 +146,15 @@ def densest(grams, target):
 
 
 def breaks(text):
-    """The set of places between the visible characters of a text, its two ends among them."""
+    """The places between the visible characters of a text, with its two ends."""
     import regex  # here: bash run.sh help needs nothing but Python
 
     return {0, *(match.end() for match in regex.finditer(r"\X", text))}
 
 
 def unspaced_cuts(text):
-    """Where a text may be cut without white space: before a character of a script without spaces,
-    but not after ASCII: "(京都" stays whole."""
+    """Where a text may be cut without white space: before a character of such a script, but not
+    after ASCII: "(京都" stays whole."""
     places = {match.start() for match in unspaced.finditer(text)}
     if places:
         places &= breaks(text)
@@ -167,7 +162,7 @@ def unspaced_cuts(text):
 
 
 def word_starts(text):
-    """Where the words of a text begin; in scripts without spaces each visible character is one."""
+    """Where the words of a text begin."""
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     if text.isascii():
         return starts
@@ -175,10 +170,9 @@ def word_starts(text):
 
 
 def split_in_half(text):
-    """Split at the word boundary nearest the middle; prefix + suffix == text.
+    """(prefix, suffix), split at the word boundary nearest the middle, its white space in the suffix.
 
-    The white space goes to the suffix. In scripts without spaces every character ends a word. A
-    text of one word is split at its middle visible character. ValueError for fewer than two.
+    One word is split at its middle character. ValueError for fewer than two.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     middle = (first + last) / 2
@@ -195,11 +189,7 @@ def split_in_half(text):
 
 
 def visible(text, keep=""):
-    """The text with what must not reach a terminal raw written out, as Python does: \\x1b, \\u202e.
-
-    That are control characters but those in `keep`, line separators, halves of surrogate pairs and
-    format characters, also those inside an emoji.
-    """
+    """The text with what must not reach a terminal raw written out, as Python does: \\x1b, \\u202e."""
     if text.isprintable():
         return text
     return "".join(

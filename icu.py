@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import metrics
 from kit import data, flags, models, processes, requests, runs
@@ -260,11 +261,22 @@ def kl_term(side, frozen, args):
 
 
 class Batch:
-    """Some samples (`rows`, their indices) of a global batch, of which this process has a share."""
+    """Some samples (`rows`, their indices) of a global batch, of which this process has `mine`."""
 
     def __init__(self, model, sides, rows, *, frozen=None, layer=None, epoch=1):
         self.model, self.sides, self.rows, self.epoch = model, sides, rows, epoch
         self.frozen_copy, self.layer = frozen, layer
+        self.mine, self.shares = processes.share(rows), processes.WORLD_SIZE
+
+    def parts(self, size):
+        """Batches of at most `size` of its rows (None: all), as processes more would have them. As
+        many on every process, so some may have no row."""
+        longest = -(-len(self.rows) // self.shares)
+        n = -(-longest // (size or longest or 1)) or 1
+        parts = [copy.copy(self) for _ in range(n)]
+        for i, part in enumerate(parts):
+            part.mine, part.shares = self.mine[i::n], self.shares * n
+        return parts
 
     def texts(self, name, rows):
         """The texts of a side of these samples: most sides have one a sample."""
@@ -273,7 +285,7 @@ class Batch:
     def forward(self, name, model=None):
         """Runs the model, or another one (a teacher), on the side "forget", "learn" or one that the
         method brings: a Side."""
-        texts = self.texts(name, processes.share(self.rows))
+        texts = self.texts(name, self.mine)
         # A process without a text still runs the model, on one without targets: the others wait
         # for its gradients.
         out = at_targets(model or self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
@@ -281,19 +293,17 @@ class Batch:
 
     def frozen(self, name):
         """The frozen copy's Side, without gradient, of a side in the method's `frozen_sides`."""
-        rows = processes.share(self.rows)
-        out = self.frozen_copy(name, rows, self.texts(name, rows))
+        out = self.frozen_copy(name, self.mine, self.texts(name, self.mine))
         return Side(*out, *self.counts(name))
 
     def counts(self, name):
         """Targets and texts in the whole global batch, and texts that this process has."""
-        everyones = self.texts(name, self.rows)
-        mine = self.texts(name, processes.share(self.rows))
+        everyones, mine = self.texts(name, self.rows), self.texts(name, self.mine)
         return sum(len(text.targets) for text in everyones), len(everyones), len(mine)
 
     def once(self, value):
         """This process's part of a value that comes of no text, such as a distance of weights."""
-        return value / processes.WORLD_SIZE
+        return value / self.shares
 
 
 class Method:
@@ -402,8 +412,21 @@ METHOD = ICU  # what this file runs
 
 
 def terms_of(method, batch, args):
-    """The terms of a batch: the method's and, where only spans are to be forgotten, Eq. (4) over
-    the other tokens of their texts."""
+    """The terms of a batch: the sums of its parts' (--micro-batch), each of which the backward pass
+    makes again, so that only one is in memory and every engine sees one loss a step."""
+    parts = batch.parts(args.micro_batch)
+    if len(parts) == 1:
+        return terms_of_part(method, batch, args)
+    # early_stop leaves a module in the middle, which ZeRO-3 does not expect.
+    again = functools.partial(checkpoint, terms_of_part, use_reentrant=False, early_stop=False)
+    made = [again(method, part, args) for part in parts]
+    first = made[0].items()
+    return {name: (weight, sum(terms[name][1] for terms in made)) for name, (weight, _) in first}
+
+
+def terms_of_part(method, batch, args):
+    """The method's terms and, where only spans are to be forgotten, Eq. (4) over the other tokens
+    of their texts."""
     with autocast(args):
         terms = method.loss(batch, args)
         if "kept" in batch.sides:
@@ -844,8 +867,9 @@ def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
             el = el_of(model, tokenizer, inputs, args)
             rows = [row | one for row, one in zip(rows, el, strict=True)]
             stopped = stop(rows)
-        if epoch > 0 and stopped:
+        if epoch > 0 and (stopped or args.keep_best):
             perplexities = measure_perplexities(model, tokenizer, inputs.ppl_texts, args)
+        run.keep_if_best(model, tokenizer, stop_means(rows, inputs.watched), perplexities)
         with torch.no_grad():
             own = {}
             if not args.eval_only:
@@ -953,6 +977,8 @@ def add_method_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=above(0), help="Adam's learning rate (icu: 5e-6)")
     add("--batch-size", default=8, type=positive, help="forget rows a step (%(default)s)")
+    add("--micro-batch", type=positive, metavar="N",
+        help="rows that a process holds at once: the same step in less memory, slower (all)")
     add("--min-epochs", type=flags.natural, help="the stop rule waits for it (icu: 0)")
     add("--max-epochs", default=100, type=positive, help="epoch cap (%(default)s)")
     add("--seed", default=0, type=flags.natural, help="of order and answers (%(default)s)")
@@ -979,9 +1005,14 @@ def add_running_flags(parser):
         help="how long a process waits for the others (%(default)s)")
 
     add = parser.add_argument_group("running").add_argument
-    add("--dtype", default="float32", type=flags.one_of(["float32", "bf16", "float64"]),
-        help="bf16: autocast over float32 weights (%(default)s)")
+    add("--dtype", default="float32", type=flags.one_of(models.DTYPES),
+        help="bf16: autocast over float32 weights; bf16-weights: these too (%(default)s)")
+    add("--checkpointing", action="store_true",
+        help="keep a layer's input, not what is in it: the same step in less memory, slower")
     add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add("--keep-best", action="store_true",
+        help="model/ is of the epoch nearest to the stop rule, at the lowest --ppl")
+    add("--track", type=flags.one_of(["trackio", "wandb"]), help="who gets each epoch's numbers")
     add("--save-every", default=1, type=flags.positive, metavar="EPOCHS",
         help="how often a state is saved for --resume (%(default)s)")
     add("--eval-only", action="store_true", help="measure the model on the pairs, train nothing")
@@ -1031,6 +1062,7 @@ def resolve(args, method):
     if args.thresholds == "paper":
         settings["thresholds"] = list(PAPER_THRESHOLDS)
     settings["device"] = processes.device_of(args.device)
+    settings["el"] = "every" if args.keep_best else args.el  # to compare epochs
     settings["bert"] = models.default_encoder() if args.bert == "minilm" else args.bert
     args = argparse.Namespace(**settings)
     flags.check_together(args)
@@ -1117,7 +1149,9 @@ def unlearn(model, tokenizer, pairs, method=METHOD, **settings):
 
 
 # What names files of a run, or other processes.
-NOT_IN_A_NOTEBOOK = {"out", "pairs", "after", "resume", "overwrite", "ppl", "unseen", "never_saw"}
+NOT_IN_A_NOTEBOOK = {
+    "out", "pairs", "after", "resume", "overwrite", "ppl", "unseen", "never_saw", "keep_best",
+}  # fmt: skip
 
 
 def main(method=METHOD, argv=None):

@@ -286,17 +286,20 @@ def search(bench):
         yield timed_line(f"time, k = {k}", timed, "<=", 1.2, work=work, same=gap < 1e-6)
 
 
-# --- gpu: the paper's sizes with random weights ---
+# --- memory: a step by random weights, in the ways that save memory ---
+
+SMALL = "--micro-batch 1 --checkpointing"
+WAYS = "--dtype float32", "--dtype bf16", SMALL, f"{SMALL} --dtype bf16-weights"
 
 # Name: (hidden size, layers, heads, batch size of section 5.4).
 GPT_NEO = {"125M": (768, 12, 12, 8), "1.3B": (2048, 24, 16, 4), "2.7B": (2560, 32, 20, 4)}
 
 
-def gpt_neo_config(name):
-    """A GPT-Neo of a published size, without dropout."""
-    hidden, layers, heads, _ = GPT_NEO[name]
+def gpt_neo(hidden, layers, heads, V=50257):
+    """A GPT-Neo without dropout."""
     return GPTNeoConfig(
-        hidden_size=hidden, num_layers=layers, num_heads=heads, resid_dropout=0.0,
+        vocab_size=V, bos_token_id=0, eos_token_id=0, resid_dropout=0.0,
+        hidden_size=hidden, num_layers=layers, num_heads=heads,
         attention_types=[[["global", "local"], layers // 2]], embed_dropout=0.0,
         attention_dropout=0.0,
     )  # fmt: skip
@@ -309,71 +312,104 @@ def random_samples(n, T, vocab):
     return [icu.Sample(str(i), "", *side) for i, side in enumerate(sides)]
 
 
-def gpu_steps(bench):
-    """Time and peak memory of an ICU step at the paper's three sizes, in both dtypes."""
-    for name, dtype in itertools.product(GPT_NEO, ("float32", "bf16")):
-        torch.cuda.reset_peak_memory_stats()
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(gpt_neo_config(name)).eval()
-        B, T, steps = GPT_NEO[name][-1], 100, range(10 * bench.args.repeats)
-        args = settings("cuda", "--dtype", dtype, "--batch-size", str(B))
-        train = trainer(model, random_samples(B, T, model.config.vocab_size), args)
-        times = [seconds(partial(train, range(B), step), "cuda")[0] for step in steps][1:]
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        work = f"{B} + {B} rows of {T} tokens, peak memory {memory:.1f} GiB"
+def steps_in_all_ways(bench):
+    """Time and peak memory of an ICU step: on a GPU at the paper's sizes, else of a small model.
+
+    On a CPU it is the memory beside weights and Adam, and what the estimate of `fits` says of it.
+    """
+    device, T = bench.args.device, 100
+    sizes, V = ({"8M": (256, 8, 4, 8)}, 4000) if device == "cpu" else (GPT_NEO, 50257)
+    for (name, (*size, B)), way in itertools.product(sizes.items(), WAYS):
+        args, config = settings(device, "--batch-size", str(B), *way.split()), gpt_neo(*size, V)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[args.dtype]).eval()
+        samples = random_samples(B, T, V)
+        train = partial(trainer(model, samples, args, processes.make_engine), range(B))
+        train(0)  # makes Adam's moments
+        model.zero_grad()
+        peak = peak_memory(partial(train, 1), device)
+        gradients = sum(p.nbytes for p in model.parameters())
+        estimate = gradients + activation_bytes(config, samples, args, 1)
+        steps = range(10 if bench.sizes == FULL else 1)
+        times = [seconds(partial(train, step), device)[0] for step in steps]
+        work = f"{B} + {B} rows of {T} tokens, peak {peak / 1e6:.0f} MB"
+        work += f", estimated {estimate / 1e6:.0f}" if device == "cpu" else ""
         measured = f"{1000 * statistics.median(times):.3g} ms"
-        yield plain_line(f"GPT-Neo {name}, {dtype}", measured, work)
+        yield plain_line(f"GPT-Neo {name}, {way}", measured, work)
+
+
+def peak_memory(function, device):
+    """The most bytes held during a call: all of a GPU's, on a CPU those that the call allocates."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
 # --- fits: what a run needs ---
 
 
 def memory_estimate(config, samples, args, n):
-    """Bytes that each of n processes needs: ZeRO-2 shards gradients and Adam, all float32."""
+    """Bytes that each of n processes needs: ZeRO-2 shards gradients and Adam."""
     with torch.device("meta"):
         P = AutoModelForCausalLM.from_config(config).num_parameters()
-    H, V = config.hidden_size, config.vocab_size
+    H, V, size = config.hidden_size, config.vocab_size, models.DTYPES[args.dtype].itemsize
     # Measuring: a pass over 64 rows with its keys, values and logits; 2 GiB of them decoding.
     T, rows = max(len(sample.forget.ids) for sample in samples), min(64, -(-len(samples) // n))
-    measuring = (2 << 30) + 4 * rows * T * (V + 2 * config.num_hidden_layers * H)
-    weights_and_gradients = 4 * P + 4 * P // n
-    adam = (0 if args.offload else 8 * P // n) + (4 * P // n if n > 1 else 0)
-    frozen = 4 * H * (V + sum(len(sample.learn.ids) for sample in samples))
+    kept = 2 if args.dtype.startswith("bf16") else size
+    measuring = (2 << 30) + kept * rows * T * (V + 2 * config.num_hidden_layers * H)
+    # Adam: its moments, DeepSpeed's float32 weights or the rests of bf16, and what a step makes.
+    moments, copies, step = 2 * size, 2 if size == 2 else 0, size
+    if n > 1 or args.offload:
+        moments, copies, step = (0, 0, 0) if args.offload else (8, 4, 4)
+    held = size * P + (size + moments + copies) * P // n
+    frozen = size * H * (V + sum(len(sample.learn.ids) for sample in samples))
     activations = activation_bytes(config, samples, args, n)
-    return weights_and_gradients + adam + frozen + max(activations, measuring)
+    if args.dtype == "bf16":  # autocast's copies of the weights
+        activations += 2 * P
+    return held + frozen + max(activations, measuring, step * P // n)
 
 
 def activation_bytes(config, samples, args, processes):
     """What autograd keeps of a step's longest batch on a process, in float32.
 
     Floats a token: 12 H + 5 F a layer (F the width inside the MLP), heads x T more where attention
-    is not fused (GPT-Neo), and 3 V of logits to forget, 7 V to learn.
+    is not fused (GPT-Neo), and 3 V of logits to forget, 7 V to learn. With --checkpointing H a
+    layer, and one layer.
     """
     H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", None) or 4 * H
     unfused = config.num_attention_heads if config.model_type == "gpt_neo" else 0
     rows, floats = -(-min(args.batch_size, len(samples)) // processes), 0
+    rows = min(rows, args.micro_batch or rows)
     for side, logits in (("forget", 3), ("learn", 7)):
         T = max(len(getattr(sample, side).ids) for sample in samples)
-        floats += rows * T * (layers * (12 * H + 5 * width + unfused * T) + logits * V)
+        layer = 12 * H + 5 * width + unfused * T
+        inside = layers * H + layer if args.checkpointing else layers * layer
+        floats += rows * T * (inside + logits * V)
     return 4 * floats
 
 
 def what_fits(bench):
     """Cards, 90% full, that a run needs: 128 samples of 200 tokens, or --pairs."""
-    runs_of = {f"GPT-Neo {name}": (gpt_neo_config(name), B) for name, (*_, B) in GPT_NEO.items()}
+    runs_of = {f"GPT-Neo {name}": (gpt_neo(*size), B) for name, (*size, B) in GPT_NEO.items()}
     runs_of = {title: (*run, random_samples(128, 200, 50257)) for title, run in runs_of.items()}
     if bench.args.model:
         config = bench.model.config.get_text_config()
         runs_of["this model"] = config, settings("cpu").batch_size, bench.samples()
-    for title, (config, B, samples) in runs_of.items():
+    for (title, (config, B, samples)), way in itertools.product(runs_of.items(), WAYS):
         cells = []
-        for card, offload in itertools.product((24, 40, 80), (False, True)):
-            args = argparse.Namespace(batch_size=B, offload=offload)
+        for card, offload in itertools.product((24, 40, 80), ("", " --offload")):
+            words = f"--dry-run --batch-size {B} {way}{offload}".split()
+            args = settings("cpu", *words)
             sizes = (memory_estimate(config, samples, args, n) for n in range(1, 9))
             fitting = (n for n, size in enumerate(sizes, start=1) if size < 0.9e9 * card)
-            cells.append(f"{card} GB{', --offload' * offload}: {next(fitting, 'over 8')}")
-        yield plain_line(title, "; ".join(cells), f"batch {B}, float32 weights")
+            cells.append(f"{card} GB{offload}: {next(fitting, 'over 8')}")
+        yield plain_line(f"{title}, {way}", "; ".join(cells), f"batch {B}")
 
 
 # --- the table ---
@@ -385,7 +421,7 @@ ROWS = {
     "step": ("a training step", "forward + backward of a cross-entropy, the floor", training_step),
     "zero": ("a training step by ZeRO-2, one process", "the plain engine", against_zero),
     "knn": ("`cosine_knn`", "faiss-cpu IndexFlatIP, same threads", search),
-    "gpu": ("a training step on a GPU, random weights", "-", gpu_steps),
+    "memory": ("a training step, random weights", "-", steps_in_all_ways),
     "fits": ("cards that a run needs, estimated", "-", what_fits),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import math
 import os
 import sys
@@ -143,5 +144,9 @@ def check_together(args):
     if args.pairs and args.thresholds == "never-saw" and not args.never_saw:
         way_out = "a run of a model that never saw the texts"
         raise ValueError(f"--thresholds never-saw needs --never-saw RUN: {way_out}")
+    if args.keep_best and not args.ppl:
+        raise ValueError("--keep-best needs --ppl NAME=FILE: held-out texts, to compare epochs by")
+    if args.track and importlib.util.find_spec(args.track) is None:
+        raise ValueError(f"--track {args.track}: not installed: pip install {args.track}")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite begins again: pass one of them")

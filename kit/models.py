@@ -246,6 +246,14 @@ def fingerprint(name):
 
 # --- loading and saving ---
 
+# Of --dtype: that of the weights.
+DTYPES = {
+    "float32": torch.float32,
+    "bf16": torch.float32,
+    "bf16-weights": torch.bfloat16,
+    "float64": torch.float64,
+}
+
 # Constants that older versions of transformers wrote among the weights.
 CONSTANTS = re.compile(
     r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|position_ids$|decoder\.version$"
@@ -258,9 +266,9 @@ def load_model(
 ):  # fmt: skip
     """(model, tokenizer). The model is in eval mode: dropout 0, as in the released code.
 
-    dtype "bf16": float32 weights under `processes.autocast`. tokenizer: check_model's, if it has
-    been called. ValueError as there, and for weights that are not those of config.json:
-    transformers would make up what is missing.
+    dtype: of DTYPES, under `processes.autocast`. tokenizer: check_model's, if it has been called.
+    ValueError as there, and for weights that are not those of config.json: transformers would make
+    up what is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -271,7 +279,7 @@ def load_model(
             model, info = AutoModelForCausalLM.from_pretrained(
                 name,
                 # transformers 5 would take the config's (float16 for opt-125m)
-                dtype=getattr(torch, "float32" if dtype == "bf16" else dtype),
+                dtype=DTYPES[dtype],
                 revision=revision,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from kit import data
@@ -150,9 +152,9 @@ def device_of(flag):
 
 
 def autocast(args):
-    """bf16 autocast with float32 weights: in pure bf16 an update of 5e-6 rounds to nothing."""
+    """bf16 autocast, over weights of float32 or (bf16-weights) bf16."""
     device = torch.device(args.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=args.dtype.startswith("bf16"))
 
 
 def check_flags(args, method):
@@ -162,6 +164,8 @@ def check_flags(args, method):
         raise ValueError(f"{flag} needs whole weights on every process: pass --zero 2")
     if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
         raise ValueError(f"{method.name} makes its own gradients: run it on one process")
+    if args.micro_batch and method.overrides("state"):
+        raise ValueError(f"{method.name} has a state, which parts would change: no --micro-batch")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):
         raise ValueError("--offload and --zero are DeepSpeed's: start with its launcher, or run.sh")
 
@@ -171,7 +175,23 @@ def check_flags(args, method):
 
 def make_engine(model, args):
     """DeepSpeed's where a launcher started a run that trains, else the plain one."""
+    if args.checkpointing and not args.eval_only:
+        checkpoint_layers(model)
     return ZeroEngine(model, args) if LAUNCHED and not args.eval_only else PlainEngine(model, args)
+
+
+def checkpoint_layers(model):
+    """Of each layer autograd keeps the input alone, and runs it again in the backward pass.
+
+    transformers' own switch needs training mode, so dropout.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"--checkpointing: transformers has none for a {model.config.model_type}")
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def trainable(model):
@@ -180,10 +200,20 @@ def trainable(model):
 
 
 class PlainEngine:
-    """One process: the model and Adam as they are."""
+    """One process: the model and Adam as they are.
+
+    A weight of bf16 has a `rest` in bf16, which Adam moves, and which goes over into the weight
+    when it is large enough: an update of 5e-6 alone would round to nothing there. Together they are
+    good for updates from 2^-17 of the weight on.
+    """
 
     def __init__(self, model, args):
         self.model = model
+        self.rest = {
+            name: torch.zeros_like(parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16
+        }
         # Adam's betas are the released code's; the paper names Adam and the learning rate.
         self.optimizer = torch.optim.Adam(trainable(model), lr=args.lr, betas=(0.9, 0.98))
 
@@ -194,13 +224,27 @@ class PlainEngine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
         if finite:
-            self.optimizer.step()
+            self.move()
         return finite
+
+    def move(self):
+        """Adam's step, of a weight of bf16 on its rest."""
+        parameters = dict(self.model.named_parameters())
+        weights = {name: parameters[name].data for name in self.rest}
+        for name, rest in self.rest.items():
+            parameters[name].data = rest
+        self.optimizer.step()
+        for name, weight in weights.items():
+            total = weight.float() + self.rest[name].float()
+            weight.copy_(total)
+            self.rest[name].copy_(total - weight.float())
+            parameters[name].data = weight
 
     def save(self, folder):
         """Weights and optimiser state into `folder`, without pickle."""
         # Tied weights are parameters once, so a name is a tensor of its own.
         tensors = dict(self.model.named_parameters())
+        tensors |= {f"rest.{name}": rest for name, rest in self.rest.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
@@ -213,6 +257,8 @@ class PlainEngine:
         tensors = load_file(folder / "training.safetensors", device=str(self.model.device))
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(tensors[name])
+            if name in self.rest:
+                self.rest[name].copy_(tensors[f"rest.{name}"])
             if f"adam.step.{name}" in tensors:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimizer.state[parameter] = {k: tensors[f"adam.{k}.{name}"] for k in keys}
@@ -230,6 +276,8 @@ class ZeroEngine:
         zero["stage"] = args.zero
         if args.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": args.device != "cpu"}
+        if args.dtype == "bf16-weights":  # its sum is Adam's own float32 copy, in shares
+            config["bf16"] = {"enabled": True}
         # DeepSpeed insists on a batch size, for its accounts only.
         config["train_micro_batch_size_per_gpu"] = 1
         if args.zero == 3:  # tensor by tensor: no device ever holds the whole model

@@ -30,6 +30,7 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "certificate.key": "key to the certificate's hashes",
     "hashes.json": "of an earlier version: it gives texts back",
     "state": "states to resume from",
+    "best": "weights of the best epoch",
     "method": "what the method has kept",
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",

@@ -85,7 +85,9 @@ def with_earlier(args, pairs):
             print0(f"note: {folder}: its texts are gone (purged, or --redact), so not watched")
             continue
         rows = data.read_jsonl(folder / "samples.jsonl")
-        ends = {f"{name_of(folder, config)}/{row['id']}": row for row in rows}  # the last epoch's
+        epochs = data.read_json(folder / "summary.json")["epochs"]  # of its model
+        rows = [row for row in rows if row["epoch"] == epochs]
+        ends = {f"{name_of(folder, config)}/{row['id']}": row for row in rows}
         for pair in pairs_of(folder, config):
             end, joined = ends[pair["id"]], overlapping(pair, pairs)
             if joined:

@@ -9,6 +9,7 @@ config.json makes a folder a run's own; summary.json ends the run.
 import ast
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import json
@@ -35,7 +36,7 @@ from kit.protocols import PROTOCOLS
 GROWING = "metrics.jsonl", "samples.jsonl", "timing.jsonl"  # an epoch adds lines to them
 # What a run and the programs that evaluate it write into its folder: gone when it is begun again.
 RUN_FILES = (
-    "summary.json", "state", "model", "model.part", "tasks-before", "tasks-after",
+    "summary.json", "state", "best", "model", "model.part", "tasks-before", "tasks-after",
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "speech.json", "certificate.json",
@@ -54,6 +55,7 @@ class Progress:
         self.forgotten = set()  # indices of samples left out of training (Eq. 5)
         self.skipped_steps = 0  # their loss or gradient was not finite
         self.stopped = None  # why, once it has
+        self.best = None  # [over the thresholds, perplexity, epoch] of --keep-best
         self.files = {}  # bytes of each GROWING file at the end of the last epoch
 
 
@@ -81,9 +83,17 @@ def save_state(out, engine, progress, method):
                 os.fsync(file.fileno())
         now = vars(progress) | {"forgotten": sorted(progress.forgotten)}
         data.write_json(folder / "progress.json", now)
-        for old in states(out)[2:]:
-            shutil.rmtree(old)
+        kept, old = states(out)[:2], states(out)[2:]
+        bests = [data.read_json(state / "progress.json").get("best") for state in kept]
+        old += set(out.glob("best/*")) - {best_folder(out, best) for best in bests}
+        for folder in old:
+            shutil.rmtree(folder)
     wait_for_all()
+
+
+def best_folder(out, best):
+    """Where the weights of the best epoch are (Progress.best)."""
+    return best and out / "best" / f"epoch{best[-1]:05d}"
 
 
 def load_state(out, engine, method):
@@ -165,9 +175,12 @@ def append(path, rows):
 # --- config.json ---
 
 # Flags that do not change a run.
-NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every")
+NOT_SETTINGS = ("debug", "dry_run", "overwrite", "resume", "timeout", "save_every", "track")
 # Nothing to a run that only measures.
-TRAINING = ("forget_weight", "alpha", "beta", "lr", "batch_size", "min_epochs", "max_epochs")
+TRAINING = (
+    "forget_weight", "alpha", "beta", "lr", "batch_size", "micro_batch", "checkpointing",
+    "min_epochs", "max_epochs", "keep_best", "el",
+)  # fmt: skip
 # Compared by what lies there (sha256): the same files at another place are the same run.
 PLACES = (
     "out", "data", "model", "pairs", "bert", "unseen", "ppl", "never_saw", "after", "original",
@@ -254,7 +267,7 @@ class Run:
     """
 
     def __init__(self, args, method, before=None):
-        self.args, self.method, self.engine = args, method, None
+        self.args, self.method, self.engine, self.tracker = args, method, None, None
         self.out = Path(args.out) if args.out else None
         self.resumed, self.thresholds = bool(before), before and before["thresholds_used"]
         self.progress, self.metrics, self.samples = Progress(), [], []
@@ -280,6 +293,9 @@ class Run:
         elif self.out and is_main:
             start_run_folder(self.out, describe_run(self.args, self.method, self.thresholds))
         wait_for_all()
+        self.tracker = tracker(self.args, self.out) if is_main else None
+        for row in self.metrics:
+            self.track(row)
         self.bar.n = self.bar.initial = max(self.progress.epoch - 1, 0)
         self.seed()
         return self.progress
@@ -328,6 +344,7 @@ class Run:
         row |= {name: number(losses[name]) if name in losses else None for name in names}
         row |= {"skipped_steps": progress.skipped_steps, **perplexities}
         self.metrics.append(row)
+        self.track(row)
         hidden = {"generation": None} if args.redact else {}
         marks = [{"watched": True} if i in watched else {} for i in range(len(measured))]
         self.samples = [
@@ -346,6 +363,34 @@ class Run:
             save_state(self.out, self.engine, progress, self.method)
         self.seed()
 
+    def track(self, row):
+        """--track: the numbers of an epoch."""
+        if self.tracker:
+            self.tracker.log(numbers_of(row), step=row["epoch"])
+
+    def keep_if_best(self, model, tokenizer, means, perplexities):
+        """--keep-best: keeps the weights if no earlier epoch is as good.
+
+        Best is where EL10 and MA exceed their thresholds least, by the larger excess; among equals,
+        such as all that the stop rule holds for, the lowest perplexity. means: of `stop_means`.
+        """
+        progress, thresholds = self.progress, self.thresholds
+        if not self.args.keep_best or self.args.eval_only or means["ma"] is None:
+            return
+        over = [means[name] - thresholds[name] for name in means if means[name] is not None]
+        logs = [math.log(1e300 if x is None else min(x, 1e300)) for x in perplexities.values()]
+        score = [max(0.0, *over), sum(logs)]
+        if progress.best is None or score < progress.best[:-1]:
+            progress.best = [*score, progress.epoch]
+            self.save_model(model, tokenizer, best_folder(self.out, progress.best))
+
+    def save_model(self, model, tokenizer, folder):
+        """All processes call it, the first one writes."""
+        weights = whole_weights(model) if processes.lockstep else None
+        if is_main:
+            folder.parent.mkdir(exist_ok=True)
+            models.save_model(model, tokenizer, folder, weights)
+
     def export(self, model, tokenizer):
         """Writes model/ and summary.json, whose content it returns; the states go.
 
@@ -353,15 +398,22 @@ class Run:
         """
         out, diverged, summary = self.out, self.progress.stopped == "diverged", self.summary()
         if out and not (self.args.eval_only or diverged):
-            weights = whole_weights(model) if processes.lockstep else None
-            if is_main:
-                models.save_model(model, tokenizer, out / "model", weights)
+            best = best_folder(out, self.progress.best)
+            if not best:
+                self.save_model(model, tokenizer, out / "model")
+            elif is_main and best.is_dir():  # else a kill followed this
+                shutil.rmtree(out / "model", ignore_errors=True)
+                best.rename(out / "model")
         if out and is_main:
             data.write_json(out / "summary.json", summary)
             if not diverged:
                 remove_states(out)
         where = f"; the run is in {out}" if out else ""
-        print0(f"stopped after epoch {summary['epochs']} ({summary['stopped']}){where}")
+        kept = f"; the model is that of epoch {summary['epochs']}" if self.progress.best else ""
+        last = self.metrics[-1]["epoch"]
+        print0(f"stopped after epoch {last} ({summary['stopped']}){kept}{where}")
+        if self.tracker:
+            self.tracker.finish()
         if diverged:
             kept = f"; {states(out)[0]} is the last good state" if out and states(out) else ""
             print0(f"lower --lr{kept}")
@@ -375,6 +427,10 @@ class Run:
         args, reason, rows = self.args, self.progress.stopped, self.metrics
         if len(rows) == 1 and not args.eval_only and reason != "diverged":
             reason += ", before any training"
+        epochs_run = {}
+        if self.progress.best and reason != "diverged":
+            epochs_run = {"epochs_run": rows[-1]["epoch"]}
+            rows = rows[: self.progress.best[-1] + 1]  # up to the epoch of model/
         names = [*MEASURES, *OF_SPANS]
         names += [name for name in rows[0] if name.startswith(("ppl_", "own_"))]
         measures = [name for name in rows[0] if name in names]
@@ -383,12 +439,28 @@ class Run:
             "model": args.model,
             "protocol": args.protocol,
             "epochs": rows[-1]["epoch"],
+            **epochs_run,
             "stopped": reason,
             "thresholds": self.thresholds,
             "collapsed": reason == "diverged" or "collapse" in alarms(rows),
             "before": {name: rows[0][name] for name in measures},
             "after": {name: rows[-1].get(name) for name in measures},
         }
+
+
+def numbers_of(row):
+    """What a tracker may have of a dict: no text."""
+    return {name: x for name, x in row.items() if isinstance(x, int | float)}
+
+
+def tracker(args, out):
+    """The module of --track, begun, or None."""
+    if not args.track:
+        return None
+    module = importlib.import_module(args.track)
+    name = out.name if out else args.method
+    module.init(project="icu", name=name, config=numbers_of(vars(args)))
+    return module
 
 
 @contextlib.contextmanager
@@ -409,7 +481,7 @@ def running(args, method, before=None):
             saved = states(out) if out else []
             kept = f"{saved[0]} is complete" if saved else "no state is there yet"
             if isinstance(error, torch.OutOfMemoryError):
-                go_on = "begin again with a smaller --batch-size"
+                go_on = "begin again with --micro-batch 1 --checkpointing"
             raise ValueError(f"the run stopped ({first_line(error)}); {kept}: {go_on}") from error
 
 
@@ -424,7 +496,7 @@ def is_finished(out):
 
 
 def remove_states(out):
-    for name in ("state", "method"):
+    for name in ("state", "best", "method"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 

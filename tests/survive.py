@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from world import make_inputs, make_requests, memorise  # noqa: E402, F401
+from world import TEXTS, make_inputs, make_requests, memorise  # noqa: E402, F401
 
 import metrics  # noqa: E402
 
@@ -109,7 +109,7 @@ def watched(out, at):
 def phase_of(path):
     """What a run is doing when it changes this file of its folder."""
     first = path.split(os.sep)[0]
-    if first == "state":
+    if first in ("state", "best"):
         return "save"
     if first.startswith(("model", "summary.json")):
         return "export"

@@ -221,9 +221,15 @@ def jobs(tmp_path_factory):
         "nan": ("nan", [*double, "--max-epochs", "2"]),
         **{name: (name, five) for name in EXAMPLES},
     }
+    four, small = [*five, "--batch-size", "4"], ["--micro-batch", "1", "--checkpointing"]
     return {
         **{f"{n}-{name}": job for n in (1, 2) for name, job in both.items()},
         "1-three": (None, three),
+        "1-parts": (None, four),
+        "1-bf16": (None, [*four, "--dtype", "bf16-weights"]),
+        "2-parts": (None, [*four, *small]),
+        "2-bf16": (None, [*four, *small, "--dtype", "bf16-weights"]),
+        "2-parts3": (None, [*four, *small, "--zero", "3"]),
         "2-zero3": ("parts", [*five, "--zero", "3"]),
         "2-left": ("left", [*five, "--zero", "3"]),
         "2-die": ("die", five),  # the last of its launch
@@ -304,6 +310,8 @@ RUNS = {
     **{f"2-{name}": f"1-{name}" for name in ("five", "forgotten", "march", "nan")},
     **{f"2-{name}": f"1-{name}" for name in EXAMPLES},
     "2-zero3": "1-five",
+    "2-parts": "1-parts",
+    "2-parts3": "1-parts",
     "4-three": "1-three",
     "4-zero3": "1-three",
 }
@@ -346,6 +354,16 @@ def test_the_exported_model_loads_with_plain_transformers(name, one, two):
     ]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
     assert (logits[0] - logits[2]).abs().max() > 0.1
+
+
+@needs_deepspeed
+def test_weights_of_bf16_train_in_several_processes(one, two):
+    """DeepSpeed's own bf16: the losses of the plain engine's to 1 %; the model's weights are it."""
+    folders = two[0] / "2-bf16", one / "1-bf16"
+    losses = [[row["loss"] for row in data.read_jsonl(f / "metrics.jsonl")[1:]] for f in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    for folder in folders:
+        assert data.read_json(folder / "model" / "config.json")["dtype"] == "bfloat16"
 
 
 @needs_deepspeed

@@ -28,6 +28,7 @@ from test_icu import (
 from test_readme import PAGES, blocks
 from transformers import AutoModelForCausalLM
 
+import baselines
 import icu
 from evals import report
 from examples import counterfactual
@@ -199,6 +200,28 @@ def test_counterfactual_stays_near_its_start(make_model, kind):
         torch.testing.assert_close([p.data for p in model.parameters()], start)
 
 
+@pytest.mark.parametrize("name", [*classes_in(baselines), *EXAMPLES])
+def test_parts_of_a_batch_make_its_step(name, make_model):
+    """--micro-batch and --checkpointing: of each method the same terms and gradients, to 1e-6."""
+    texts, model = some_texts(10), make_model("gpt_neo")
+    method = method_of(name) if name in EXAMPLES else classes_in(baselines)[name]()
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 5], 90) for i in range(5)]
+    icu.prepare_model(method, model, None, samples, args := args_of(), None)
+    with mock.patch.object(models, "front_of", lambda tokenizer: []):
+        sides = icu.sides_of(samples, None, 1, args, method)
+    frozen, results = icu.freeze(model, sides, args, method), []
+    for parts in ({}, {"micro_batch": 2}, {"micro_batch": 1, "checkpointing": True}):
+        args = args_of(**parts)
+        engine = processes.make_engine(copy.deepcopy(model), args)
+        batch = icu.Batch(engine.model, sides, [3, 0, 4, 1, 2], frozen=frozen, layer=method.layer)
+        terms = icu.terms_of(method, batch, args)
+        icu.weighted_sum(terms).backward()
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        results.append([*(value.detach() for _, value in terms.values()), *gradients])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
 # --- each moves the right way ---
 
 
@@ -279,11 +302,12 @@ def test_icu_under_another_name_is_icu(run, world, tmp_path):
 # --- what a method of one's own may be ---
 
 
-def test_a_method_may_make_its_own_gradients(make_model):
+@pytest.mark.parametrize("parts", [{}, {"micro_batch": 1, "checkpointing": True}])
+def test_a_method_may_make_its_own_gradients(parts, make_model):
     """One step by the SAM of docs/library.md goes down the gradient uphill from there, by hand."""
     (code,) = [code for code in blocks(PAGES["library.md"], "python") if "class SAM" in code]
     exec(code, names := {"icu": icu, "__name__": __name__})
-    texts, args, method = some_texts(4), args_of(batch_size=4), names["SAM"]()
+    texts, args, method = some_texts(4), args_of(batch_size=4, **parts), names["SAM"]()
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 2]) for i in range(2)]
     model = make_model("gpt_neo", dtype=torch.float64)
     sides = icu.sides_of(samples, None, 1, args, method)
@@ -299,7 +323,7 @@ def test_a_method_may_make_its_own_gradients(make_model):
         p.data += 0.05 * g / norm
     steps = zip(model.parameters(), gradient(uphill), strict=True)
     expected = [p.detach() - 0.1 * g for p, g in steps]
-    engine = processes.PlainEngine(model, args)
+    engine = processes.make_engine(model, args)
     engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(engine, sides, args, method, epochs=[1], frozen=frozen)
     torch.testing.assert_close([p.data for p in model.parameters()], expected)
@@ -355,6 +379,8 @@ def test_a_methods_own_state_and_measures(world, tmp_path, monkeypatch):
         patch.setattr(icu, "train_epoch", killed_in_epoch_2)
         icu.main(Own, argv=[*world.flags, "--out", str(killed)])
     icu.main(Own, argv=[*world.flags, "--out", str(killed), "--resume"])
+    with pytest.raises(ValueError, match="--micro-batch"):  # its loss would run twice a step
+        icu.main(Own, argv=[*world.flags, "--out", str(killed), "--micro-batch", "1"])
     assert data.read_jsonl(killed / "metrics.jsonl") == rows and Own.trained == 2
 
 

@@ -238,6 +238,23 @@ def test_the_first_step_is_that_of_eq_6():
     torch.testing.assert_close(model.table.detach(), start - 0.1 * gradient)
 
 
+def test_weights_of_bf16_take_small_steps(make_model, tmp_path):
+    """--dtype bf16-weights: updates of 1e-5 that one bf16 loses; a state has what is not in it."""
+    model, args = make_model("gpt_neo", dtype=torch.bfloat16), args_of(lr=1e-5)
+    (weights, *_) = model.parameters()
+    weights.data.fill_(2**-4)  # the next ones in bf16 are 1.2e-4 and 2.4e-4 away
+    for _ in range(2):
+        engine = processes.PlainEngine(model, args)
+        if (tmp_path / "training.safetensors").exists():
+            engine.load(tmp_path)
+        for _ in range(60):
+            assert engine.step(weights.sum(), torch.Tensor.backward)
+        engine.save(tmp_path)
+    total = weights.float() + engine.rest["transformer.wte.weight"].float()
+    torch.testing.assert_close(total, torch.full_like(total, 2**-4 - 120e-5), rtol=0, atol=5e-5)
+    assert (weights < 2**-4 - 1e-3).all()
+
+
 def memorise(model, texts, steps=60, lr=3e-3):
     """Trains a model on texts until it knows them by heart."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)

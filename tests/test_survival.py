@@ -146,6 +146,62 @@ def test_a_kill_while_a_run_is_replaced_leaves_the_old_one_or_the_new_one(straig
     assert len(endings) > 9 and set(contents(out)) == {"config.json"}
 
 
+def test_the_best_epoch_is_kept_whenever_the_run_is_killed(flags, tmp_path):
+    """--keep-best: where the stop rule holds for all epochs the lowest perplexity decides."""
+    data.write_jsonl(tmp_path / "texts.jsonl", [{"text": "".join(survive.TEXTS[3])}])
+    flags = [*flags, "--keep-best", "--ppl", f"one={tmp_path / 'texts.jsonl'}"]
+    flags += ["--thresholds", "1,1", "--min-epochs", "3"]
+    straight = tmp_path / "straight"
+    code, stdout, _ = call(flags, straight)
+    rows = data.read_jsonl(straight / "metrics.jsonl")
+    summary = data.read_json(straight / "summary.json")
+    kept = rows[summary["epochs"]]
+    assert code == 0 and kept["epoch"] < summary["epochs_run"] == 3 == rows[-1]["epoch"]
+    lowest = min(row["ppl_one"] for row in rows)
+    assert summary["after"]["ppl_one"] == kept["ppl_one"] == lowest
+    assert "the model is that of" in stdout
+    moments = [nth(6, "step"), nth(1, "os.rename", f"best/epoch{kept['epoch']:05d}")]
+    moments += [nth(1, "os.rename", "model"), nth(1, "os.rmdir", "best")]
+    for number, at in enumerate(moments):
+        out = tmp_path / f"killed{number}"
+        with contextlib.suppress(survive.Killed):
+            call(flags, out, survive.moment(at, kill))
+        resumes(flags, out, straight)
+
+
+def test_the_nearest_epoch_is_kept_then_the_lowest_perplexity(flags, tmp_path):
+    """Those that the stop rule holds for are equally near to it."""
+    words = [*flags, "--keep-best", "--ppl", "x=y", "--out", str(tmp_path)]
+    args, method = icu.resolve(icu.make_parser().parse_args(words), icu.ICU)
+    run, kept = runs.Run(args, method), []
+    run.thresholds = {"el10": 0.05, "ma": 0.6}
+    epochs = [(0.9, 0.9, 10), (0.1, 0.7, 30), (0.1, 0.6, 90), (0.0, 0.5, 50), (0.04, 0.4, 20)]
+    with mock.patch.object(runs.models, "save_model"):
+        for run.progress.epoch, (el10, ma, ppl) in enumerate([*epochs, (0.0, 0.3, 40)]):
+            run.keep_if_best(None, None, {"el10": el10, "ma": ma}, {"ppl_x": ppl})
+            kept.append(run.progress.best[-1])
+    assert kept == [0, 1, 2, 3, 4, 4]
+
+
+def test_a_tracker_gets_numbers_only(flags, tmp_path, monkeypatch):
+    """--track: each epoch's row without a text, all of them again after --resume."""
+    code = "calls = []\ndef init(**settings): calls.append(settings)\n"
+    code += "def log(row, step): calls.append((step, row))\ndef finish(): calls.append('end')\n"
+    (tmp_path / "trackio.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*flags, "--track", "trackio"]
+    with contextlib.suppress(survive.Killed):
+        call(words, tmp_path / "run", survive.moment(nth(4, "step"), kill))
+    assert call([*words, "--resume"], tmp_path / "run")[0] == 0
+    calls = sys.modules["trackio"].calls
+    assert calls[0]["name"] == calls[3]["name"] == "run" and calls[-1] == "end"
+    assert [step for step, _ in calls[1:3] + calls[4:-1]] == [0, 1, 0, 1, 2, 3]
+    values = [*calls[0]["config"].values(), *(x for _, row in calls[4:-1] for x in row.values())]
+    assert values and {type(value) for value in values} <= {int, float, bool}
+    assert "track" not in data.read_json(tmp_path / "run" / "config.json")
+    assert "pip install wandb" in refused([*flags, "--track", "wandb"], tmp_path / "none")
+
+
 def test_two_states_are_kept_and_hold_no_pickle(flags, tmp_path):
     """While an epoch is measured the two before have states, of JSON and tensors; at the end none."""
     names, out = [], tmp_path / "run"
@@ -269,7 +325,7 @@ def test_too_little_memory_is_one_line(flags, tmp_path):
     """It names the flag that helps."""
     full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     code, _, stderr = call(flags, tmp_path / "run", survive.moment(nth(1, "backward"), full))
-    assert code == 2 and stderr.count("\n") == 1 and "--batch-size" in stderr, stderr
+    assert code == 2 and stderr.count("\n") == 1 and "--micro-batch 1" in stderr, stderr
 
 
 # --- what an epoch draws ---

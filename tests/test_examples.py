@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import icu
 from evals import report
-from examples import counterfactual
+from examples import cir, counterfactual, repselect, shred
 from kit import data, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,6 +210,68 @@ def test_counterfactual_stays_near_its_start(make_model, kind):
         torch.testing.assert_close([p.data for p in model.parameters()], start)
 
 
+def one_batch(model, method, args, n=3):
+    """All of n samples, as the method prepares them."""
+    texts = some_texts(2 * n)
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + n]) for i in range(n)]
+    icu.prepare_model(method, model, None, samples, args, None)
+    sides = icu.sides_of(samples, None, 1, args, method)
+    frozen = icu.freeze(model, sides, args, method)
+    return icu.Batch(model, sides, [*range(n)], frozen=frozen, layer=method.layer)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.3])
+def test_asu_blurs_the_attention_of_its_teacher(temperature, make_model):
+    """At temperature 1 the teacher is the model itself, at a higher one it is not."""
+    method, args = method_of("asu"), args_of()
+    with mock.patch("examples.asu.TEMPERATURE", temperature):
+        loss = method.loss(one_batch(make_model("llama"), method, args), args)
+    assert (loss["forget"][1].item() < 1e-12) == (temperature == 1)
+
+
+def test_shred_demotes_the_surprising_tokens():
+    """The share of each text's own targets that the model found least likely."""
+    logp = -torch.tensor([1.0, 5, 2, 3, 4, 9, 8, 7, 6, 1])
+    chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5))
+    assert chosen.tolist() == [False, True, False, True, True, True, True, True, False, False]
+
+
+def test_what_collapses_is_gone(make_model):
+    """What MCU, RepSelect and CIR train on lies across the directions that texts share."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 16, generator=g, dtype=torch.float64) + 1
+    left, s, right = torch.linalg.svd(x, full_matrices=False)
+    kept = (left.T @ repselect.collapse(x) @ right.T).diag()
+    torch.testing.assert_close(kept, torch.cat([s[1] ** 2 / s[:2], s[2:]]))
+    collapsed, (first, second) = cir.collapse(x, 24), torch.linalg.svd(x - x.mean(0)).Vh[:2]
+    for direction in (x.mean(0), first, second):
+        assert (collapsed @ direction).abs().max() < 1e-12
+    assert torch.linalg.matrix_rank(collapsed) == 13
+    model, method = make_model("llama"), method_of("mcu")
+    one_batch(model, method, args_of())
+    h = icu.at_targets(model, some_texts(3), method.layer)[3]
+    assert (h.mean(0) @ method.minor).abs().max() < 1e-12
+    assert torch.linalg.matrix_rank(method.minor) == 32 - 9
+
+
+def test_mudman_moves_a_weight_where_the_signs_agree(make_model):
+    """Elsewhere its first step is the neighbours' descent alone; the two together cover all."""
+    model, method, args = make_model("llama"), method_of("mudman"), args_of(lr=0.1)
+    batch = one_batch(model, method, args)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in weights]
+    loss = icu.weighted_sum(method.loss(batch, args))
+    held = torch.autograd.grad(loss, weights)
+    descent = torch.autograd.grad(icu.learn_loss(batch.forward("forget")), weights)
+    method.backward(icu.weighted_sum(method.loss(batch, args)), batch, args)
+    length, norm = (torch.nn.utils.get_total_norm(x) for x in (start, descent))
+    for i, p in enumerate(weights):
+        agrees = held[i] * descent[i] < 0
+        step = 0.1 * length * (descent[i] / norm * agrees - 0.1 * held[i])
+        assert 0 < agrees.sum() < agrees.numel()
+        torch.testing.assert_close(p.detach(), start[i] + step)
+
+
 # --- each moves the right way ---
 
 
@@ -222,7 +284,10 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     """A few steps, then the weights that are measured; those of before come back for training."""
     model, texts, method = make_model("llama", dtype=torch.float32), some_texts(6), method_of(name)
     memorise(model, texts[:3])
-    start, args = copy.deepcopy(model), args_of(lr=5e-3, forget_weight=1.0)
+    start, args = (
+        copy.deepcopy(model),
+        args_of(lr=2e-2 if name == "cir" else 5e-3, forget_weight=1.0),
+    )
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     with mock.patch.object(models, "front_of", lambda tokenizer: []):
         sides = icu.sides_of(samples, None, 0, args, method)

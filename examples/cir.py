@@ -1,14 +1,15 @@
 """CIR, collapse of irrelevant representations (arXiv:2509.11816): only what is a text's own moves.
 
-    bash run.sh tiny --script examples/cir.py --lr 0.5 --beta 1 --max-epochs 40
+    bash run.sh tiny --script examples/cir.py --lr 1.5e-2 --beta 0.1 --max-epochs 40
 
 The loss breaks MLPs: mean of max(0, o . o_0) / |o_0|^2, o their outputs at the texts, o_0 those
-before. A matrix's gradient is made of inputs and output gradients without their mean and their
-first principal components; each step has length lr. Here these are the batch's own (the paper: of
-the last epoch), all layers move, and Eq. 4, not hidden states, holds the neighbours.
+before. A matrix's gradient is made of inputs and output gradients without their mean and first
+principal components; a step is lr times the weights' length. Here these are the batch's own (the
+paper: of the last epoch), all layers move, and Eq. 4, not hidden states, holds the neighbours.
 """
 
 import copy
+import functools
 
 import torch
 
@@ -29,8 +30,8 @@ def watch(batch, model):
     """{name: (inputs, outputs)}, (B, T, D) each, of the MLPs and their layers at the texts."""
     kept, hooks = {}, []
     for name, part in model.named_modules():
-        if f"{name}.".partition(".mlp.")[1]:
-            keep = lambda _, x, y, name=name: kept.update({name: (x[0], y)})  # noqa: E731
+        if name.endswith(".mlp") or hasattr(part, "weight") and ".mlp." in name:
+            keep = functools.partial(lambda name, _, x, y: kept.update({name: (x[0], y)}), name)
             hooks.append(part.register_forward_hook(keep))
     batch.forward("forget", model)
     for hook in hooks:
@@ -39,7 +40,7 @@ def watch(batch, model):
 
 
 class CIR(icu.Method):
-    lr, beta, frozen_sides = 0.5, 1.0, ("learn",)
+    lr, beta, frozen_sides = 1.5e-2, 0.1, ("learn",)
 
     def trains(self, name):
         return ".mlp." in name and name.endswith("weight")
@@ -48,33 +49,30 @@ class CIR(icu.Method):
         self.before = copy.deepcopy(model).requires_grad_(False)
 
     def loss(self, batch, args):
-        mask = icu.collate(batch.texts("forget", batch.rows), args.device)[1].bool()
-        mask[:, 0] = False
-        self.mask, self.kept, terms = mask, watch(batch, batch.model), []
-        for name, (_, o_0) in watch(batch, self.before).items():
+        self.mask = icu.collate(batch.texts("forget", batch.rows), args.device)[1].bool()
+        self.mask[:, 0] = False
+        self.kept, terms = watch(batch, batch.model), []
+        for name, (_, before) in watch(batch, self.before).items():
             if name.endswith(".mlp"):
-                o, o_0 = self.kept[name][1][mask], o_0[mask]  # (N, H)
+                o, o_0 = self.kept.pop(name)[1][self.mask], before[self.mask]  # (N, H)
                 terms.append((o * o_0).sum(-1).clamp(min=0).mean() / o_0.norm(dim=-1).mean() ** 2)
         self.breaking, learn = torch.stack(terms).mean(), batch.forward("learn")
         kl = icu.kl_term(learn, batch.frozen("learn"), args)
         return {"forget": (args.forget_weight, self.breaking), "kl": (args.beta, kl)}
 
     def backward(self, loss, batch, args):
-        weights = dict(batch.model.named_parameters())
-        kept = {f"{name}.weight": pair for name, pair in self.kept.items()}
-        kept = {weights[name]: pair for name, pair in kept.items() if name in weights}
-        outputs = [y for _, y in kept.values()]
+        outputs = [y for _, y in self.kept.values()]
         slopes = torch.autograd.grad(self.breaking, outputs, retain_graph=True)
         (loss - args.forget_weight * self.breaking).backward()  # of Eq. 4 alone
         own = [
             collapse(slope[self.mask], OUTPUTS).T @ collapse(x[self.mask], INPUTS)
-            for (x, _), slope in zip(kept.values(), slopes, strict=True)
+            for (x, _), slope in zip(self.kept.values(), slopes, strict=True)
         ]
+        weights = [batch.model.get_parameter(f"{name}.weight") for name in self.kept]
         norm = torch.nn.utils.get_total_norm
-        length = args.lr * norm([p.detach() for p in kept])
-        rate = length / norm(own).clamp(min=1e-12)
-        for p, gradient in zip(kept, own, strict=True):
-            p.data -= rate * gradient + length * p.grad
+        length = args.lr * norm([p.detach() for p in weights])
+        for p, gradient in zip(weights, own, strict=True):
+            p.data -= length * (gradient / norm(own).clamp(min=1e-12) + p.grad)
             p.grad = None  # the step is made: nothing is left for Adam
 
 

@@ -210,14 +210,13 @@ def test_counterfactual_stays_near_its_start(make_model, kind):
         torch.testing.assert_close([p.data for p in model.parameters()], start)
 
 
-def one_batch(model, method, args, n=3):
-    """All of n samples, as the method prepares them."""
-    texts = some_texts(2 * n)
-    samples = [icu.Sample(str(i), "", texts[i], texts[i + n]) for i in range(n)]
+def one_batch(model, method, args):
+    """Three samples, as the method prepares them."""
+    texts = some_texts(6)
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     icu.prepare_model(method, model, None, samples, args, None)
     sides = icu.sides_of(samples, None, 1, args, method)
-    frozen = icu.freeze(model, sides, args, method)
-    return icu.Batch(model, sides, [*range(n)], frozen=frozen, layer=method.layer)
+    return icu.Batch(model, sides, [0, 1, 2], frozen=icu.freeze(model, sides, args, method))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.3])
@@ -232,43 +231,39 @@ def test_asu_blurs_the_attention_of_its_teacher(temperature, make_model):
 def test_shred_demotes_the_surprising_tokens():
     """The share of each text's own targets that the model found least likely."""
     logp = -torch.tensor([1.0, 5, 2, 3, 4, 9, 8, 7, 6, 1])
-    chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5))
-    assert chosen.tolist() == [False, True, False, True, True, True, True, True, False, False]
+    chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5)).nonzero()[:, 0]
+    assert chosen.tolist() == [1, 3, 4, 5, 6, 7]
 
 
-def test_what_collapses_is_gone(make_model):
-    """What MCU, RepSelect and CIR train on lies across the directions that texts share."""
-    g = torch.Generator().manual_seed(2)
-    x = torch.randn(40, 16, generator=g, dtype=torch.float64) + 1
-    left, s, right = torch.linalg.svd(x, full_matrices=False)
-    kept = (left.T @ repselect.collapse(x) @ right.T).diag()
-    torch.testing.assert_close(kept, torch.cat([s[1] ** 2 / s[:2], s[2:]]))
-    collapsed, (first, second) = cir.collapse(x, 24), torch.linalg.svd(x - x.mean(0)).Vh[:2]
-    for direction in (x.mean(0), first, second):
-        assert (collapsed @ direction).abs().max() < 1e-12
-    assert torch.linalg.matrix_rank(collapsed) == 13
+def test_what_texts_share_collapses(make_model):
+    """RepSelect's first singular values, the mean and first components of CIR and MCU."""
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) + 1
+    s = torch.linalg.svdvals(x)
+    expected = torch.cat([s[1] ** 2 / s[:2], s[2:]]).sort(descending=True).values
+    torch.testing.assert_close(torch.linalg.svdvals(repselect.collapse(x)), expected)
+    shared = torch.stack([x.mean(0), *torch.linalg.svd(x - x.mean(0)).Vh[:2]])
+    assert (cir.collapse(x, 24) @ shared.T).abs().max() < 1e-4
     model, method = make_model("llama"), method_of("mcu")
     one_batch(model, method, args_of())
     h = icu.at_targets(model, some_texts(3), method.layer)[3]
-    assert (h.mean(0) @ method.minor).abs().max() < 1e-12
-    assert torch.linalg.matrix_rank(method.minor) == 32 - 9
+    shared = torch.stack([h.mean(0), *torch.linalg.svd(h - h.mean(0)).Vh[:8]])
+    assert (shared @ method.minor).abs().max() < 1e-12
 
 
-def test_mudman_moves_a_weight_where_the_signs_agree(make_model):
-    """Elsewhere its first step is the neighbours' descent alone; the two together cover all."""
+def test_mudman_ascends_where_the_signs_agree(make_model):
+    """Elsewhere its first step is the neighbours' descent alone."""
     model, method, args = make_model("llama"), method_of("mudman"), args_of(lr=0.1)
     batch = one_batch(model, method, args)
     weights = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in weights]
-    loss = icu.weighted_sum(method.loss(batch, args))
-    held = torch.autograd.grad(loss, weights)
-    descent = torch.autograd.grad(icu.learn_loss(batch.forward("forget")), weights)
-    method.backward(icu.weighted_sum(method.loss(batch, args)), batch, args)
-    length, norm = (torch.nn.utils.get_total_norm(x) for x in (start, descent))
+    loss, forget = icu.weighted_sum(method.loss(batch, args)), batch.forward("forget")
+    retain = torch.autograd.grad(loss, weights, retain_graph=True)
+    descent = torch.autograd.grad(icu.learn_loss(forget), weights)
+    method.backward(loss, batch, args)
+    length, norm = map(torch.nn.utils.get_total_norm, (start, descent))
     for i, p in enumerate(weights):
-        agrees = held[i] * descent[i] < 0
-        step = 0.1 * length * (descent[i] / norm * agrees - 0.1 * held[i])
-        assert 0 < agrees.sum() < agrees.numel()
+        ascent = descent[i] / norm * (retain[i] * descent[i] < 0)
+        step = 0.1 * length * (ascent - 0.1 * retain[i])
         torch.testing.assert_close(p.detach(), start[i] + step)
 
 

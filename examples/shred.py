@@ -1,10 +1,11 @@
 """SHRED (arXiv:2605.07482): the surprising tokens of a text are demoted, the others hold it.
 
-    bash run.sh tiny --script examples/shred.py --lr 5e-4 --max-epochs 40
+    bash run.sh tiny --script examples/shred.py --lr 1e-3 --max-epochs 40
+    # seed 0: MA 99.5 -> 59.2 %, entropy 4.86 -> 4.12 bits, held-out PPL 16.5 -> 26.8, 40 epochs
 
-L = mean over targets of KL[q_t || p] over the K likeliest tokens of q_t. q_t is what the frozen
-copy says; at the SHARE of a text's targets that it finds least likely, without x_t. No neighbour is
-read. SHARE, K and how far a token is demoted are ours: of the paper we could read no figures.
+L = mean over targets of KL[q_t || p] over the K likeliest tokens of q_t: what the frozen copy says,
+at the SHARE of a text's targets that it finds least likely without x_t. No neighbour is read. Ours
+are SHARE, K, and that a demoted token leaves q_t: of the paper no figures could be read.
 """
 
 import torch
@@ -24,7 +25,7 @@ def surprising(logp, row):
 
 
 class SHRED(icu.Method):
-    lr, frozen_sides = 5e-4, ("forget",)
+    lr, frozen_sides = 1e-3, ("forget",)
 
     def loss(self, batch, args):
         forget, before = batch.forward("forget"), batch.frozen("forget")

@@ -1,6 +1,7 @@
 """CIR, collapse of irrelevant representations (arXiv:2509.11816): only what is a text's own moves.
 
     bash run.sh tiny --script examples/cir.py --lr 1.5e-2 --beta 0.1 --max-epochs 40
+    # seed 0: MA 99.5 -> 55.5 %, entropy 4.86 -> 3.79 bits, held-out PPL 16.5 -> 42.3, 25 epochs
 
 The loss breaks MLPs: mean of max(0, o . o_0) / |o_0|^2, o their outputs at the texts, o_0 those
 before. A matrix's gradient is made of inputs and output gradients without their mean and first

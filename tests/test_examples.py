@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 import baselines
 import icu
 from evals import report
-from examples import counterfactual
+from examples import cir, counterfactual, repselect, shred
 from kit import data, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,6 +222,63 @@ def test_parts_of_a_batch_make_its_step(name, make_model):
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
 
+def one_batch(model, method, args):
+    """Three samples, as the method prepares them."""
+    texts = some_texts(6)
+    samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
+    icu.prepare_model(method, model, None, samples, args, None)
+    sides = icu.sides_of(samples, None, 1, args, method)
+    return icu.Batch(model, sides, [0, 1, 2], frozen=icu.freeze(model, sides, args, method))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.3])
+def test_asu_blurs_the_attention_of_its_teacher(temperature, make_model):
+    """At temperature 1 the teacher is the model itself, at a higher one it is not."""
+    method, args = method_of("asu"), args_of()
+    with mock.patch("examples.asu.TEMPERATURE", temperature):
+        loss = method.loss(one_batch(make_model("llama"), method, args), args)
+    assert (loss["forget"][1].item() < 1e-12) == (temperature == 1)
+
+
+def test_shred_demotes_the_surprising_tokens():
+    """The share of each text's own targets that the model found least likely."""
+    logp = -torch.tensor([1.0, 5, 2, 3, 4, 9, 8, 7, 6, 1])
+    chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5)).nonzero()[:, 0]
+    assert chosen.tolist() == [1, 3, 4, 5, 6, 7]
+
+
+def test_what_texts_share_collapses(make_model):
+    """RepSelect's first singular values, the mean and first components of CIR and MCU."""
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) + 1
+    s = torch.linalg.svdvals(x)
+    expected = torch.cat([s[1] ** 2 / s[:2], s[2:]]).sort(descending=True).values
+    torch.testing.assert_close(torch.linalg.svdvals(repselect.collapse(x)), expected)
+    shared = torch.stack([x.mean(0), *torch.linalg.svd(x - x.mean(0)).Vh[:2]])
+    assert (cir.collapse(x, 24) @ shared.T).abs().max() < 1e-4
+    model, method = make_model("llama"), method_of("mcu")
+    one_batch(model, method, args_of())
+    h = icu.at_targets(model, some_texts(3), method.layer)[3]
+    shared = torch.stack([h.mean(0), *torch.linalg.svd(h - h.mean(0)).Vh[:8]])
+    assert (shared @ method.minor).abs().max() < 1e-12
+
+
+def test_mudman_ascends_where_the_signs_agree(make_model):
+    """Elsewhere its first step is the neighbours' descent alone."""
+    model, method, args = make_model("llama"), method_of("mudman"), args_of(lr=0.1)
+    batch = one_batch(model, method, args)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in weights]
+    loss, forget = icu.weighted_sum(method.loss(batch, args)), batch.forward("forget")
+    retain = torch.autograd.grad(loss, weights, retain_graph=True)
+    descent = torch.autograd.grad(icu.learn_loss(forget), weights)
+    method.backward(loss, batch, args)
+    length, norm = map(torch.nn.utils.get_total_norm, (start, descent))
+    for i, p in enumerate(weights):
+        ascent = descent[i] / norm * (retain[i] * descent[i] < 0)
+        step = 0.1 * length * (ascent - 0.1 * retain[i])
+        torch.testing.assert_close(p.detach(), start[i] + step)
+
+
 # --- each moves the right way ---
 
 
@@ -234,7 +291,10 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     """A few steps, then the weights that are measured; those of before come back for training."""
     model, texts, method = make_model("llama", dtype=torch.float32), some_texts(6), method_of(name)
     memorise(model, texts[:3])
-    start, args = copy.deepcopy(model), args_of(lr=5e-3, forget_weight=1.0)
+    start, args = (
+        copy.deepcopy(model),
+        args_of(lr=2e-2 if name == "cir" else 5e-3, forget_weight=1.0),
+    )
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     with mock.patch.object(models, "front_of", lambda tokenizer: []):
         sides = icu.sides_of(samples, None, 0, args, method)

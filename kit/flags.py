@@ -15,8 +15,8 @@ from kit.text import visible
 def run_cli(main, own_file=None):
     """Runs `main()` as a command: whatever goes wrong is one line on stderr and exit 2.
 
-    What it writes only its owner can read. --debug shows the traceback; so does a slip in a
-    function of `own_file`, a user's method, where it says more than any line of ours.
+    What it writes only its owner can read. --debug shows the traceback; so does a slip in
+    `own_file`, a user's method.
     """
     os.umask(0o077)
     with contextlib.suppress(AttributeError):  # names that are no UTF-8, an ASCII terminal
@@ -43,24 +43,21 @@ def run_cli(main, own_file=None):
 
 
 def launched():
-    """Whether a launcher of several processes (torchrun, DeepSpeed's) has started this one.
+    """Whether a launcher (torchrun, DeepSpeed's) has started this process: it sets all of these.
 
-    It sets all of these. One alone says nothing: many a container has a WORLD_SIZE of its own.
+    Many a container has a WORLD_SIZE of its own.
     """
     numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     return all(map(str.isdecimal, numbers)) and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def flag_error(message):
-    """`parser.error` for argparse: a bad flag is one line and exit 2 like every other error."""
+    """`parser.error` for argparse: a bad flag is an error like every other."""
     raise ValueError(message)
 
 
 def command_parser(description, *, debug=True, **settings):
-    """The parser of a command: its description as it is written, no abbreviations of flags.
-
-    debug: --debug is its own, and not for the commands that it runs.
-    """
+    """The parser of a command; debug: --debug is its own, not for the commands that it runs."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=description, formatter_class=form, allow_abbrev=False, **settings
@@ -85,7 +82,7 @@ def one_of(names):
 
 
 def above(low, kind=float, *, equal=False):
-    """An argparse type: a finite number of this kind above `low` (or equal to it)."""
+    """An argparse type: a finite number above `low` (or equal to it)."""
 
     def check(value):
         try:

@@ -30,18 +30,18 @@ lockstep = False
 
 
 def print0(text):
-    """A line on stdout, once, whatever the number of processes; the progress bar stays below it."""
+    """A line on stdout, once, above the progress bar."""
     if is_main:
         tqdm.write(visible(text, keep="\n"))
 
 
 def share(items):
-    """This process's part of a list, every WORLD_SIZE-th item; `gather` gives the list again."""
+    """This process's part of a list: every WORLD_SIZE-th item."""
     return items[RANK::WORLD_SIZE]
 
 
 def gather(part):
-    """The list on every process, in its order, from the parts that `share` gave out."""
+    """The list, on every process, from the parts that `share` gave out."""
     if WORLD_SIZE == 1:
         return part
     parts = [None] * WORLD_SIZE
@@ -53,7 +53,7 @@ def gather(part):
 
 
 def sum_over_ranks(values, device="cpu"):
-    """Numbers or scalars added up over the processes, as a list of float."""
+    """Numbers or scalars added up over the processes."""
     values = [v.item() if torch.is_tensor(v) else float(v) for v in values]
     if WORLD_SIZE == 1:
         return values
@@ -63,7 +63,7 @@ def sum_over_ranks(values, device="cpu"):
 
 
 def over_processes(function, items):
-    """The list function(items), on every process; each computes it for its share of the items.
+    """The list function(items), on every process, each of which computes its share.
 
     In lockstep each computes all, and the first one's counts: a last digit may differ.
     """
@@ -71,7 +71,7 @@ def over_processes(function, items):
 
 
 def added_up(sums, device="cpu"):
-    """The numbers of `sums(part)` added up; part(items) is what this process computes of items."""
+    """The numbers of `sums(part)` added up; part(items): this process's."""
     return sums(lambda items: items) if lockstep else sum_over_ranks(sums(share), device)
 
 
@@ -81,16 +81,12 @@ def wait_for_all():
 
 
 def seed_everything(seed):
-    """Python, numpy and torch draw the same numbers for the same seed."""
     for function in (random.seed, np.random.seed, torch.manual_seed):
         function(seed)
 
 
 def start(device, *, timeout=30, zero=2):
-    """Joins the processes that a launcher has started; under ZeRO stage 3 they go in lockstep.
-
-    A process waits `timeout` minutes for the others, here (ValueError) and later.
-    """
+    """Joins the processes that a launcher has started; each waits `timeout` minutes for the others."""
     global lockstep
     lockstep = LAUNCHED and zero == 3
     if not LAUNCHED:
@@ -122,8 +118,7 @@ def start(device, *, timeout=30, zero=2):
 def compile_op(seconds):
     """Compiles DeepSpeed's op for CPUs, one process at a time, if no earlier start has.
 
-    torch's own lock outlives a killed process, and later ones would wait for ever. This one does
-    not, so who has it may remove torch's.
+    torch's own lock outlives a killed process. This one does not, so who has it may remove torch's.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -140,7 +135,7 @@ def compile_op(seconds):
 
 
 def device_of(flag):
-    """The device of a --device flag: this process's own GPU where one is there and none named."""
+    """The device of a --device flag, by default this process's GPU if there is one."""
     gpu = f"cuda:{LOCAL_RANK}" if LAUNCHED else "cuda"
     device = gpu if flag == "cuda" or torch.cuda.is_available() and not flag else flag or "cpu"
     try:
@@ -158,7 +153,7 @@ def autocast(args):
 
 
 def check_flags(args, method):
-    """ValueError for flags of several processes that do not go together, or with the method."""
+    """ValueError for flags that do not go together, or with the method."""
     if args.zero == 3 and (args.teacher == "live" or method.touches_weights):
         flag = "--teacher live" if args.teacher == "live" else method.name
         raise ValueError(f"{flag} needs whole weights on every process: pass --zero 2")
@@ -203,8 +198,8 @@ class PlainEngine:
     """One process: the model and Adam as they are.
 
     A weight of bf16 has a `rest` in bf16, which Adam moves, and which goes over into the weight
-    when it is large enough: an update of 5e-6 alone would round to nothing there. Together they are
-    good for updates from 2^-17 of the weight on.
+    when it is large enough: an update of 5e-6 alone would round to nothing. Together they are good
+    for updates from 2^-17 of the weight on.
     """
 
     def __init__(self, model, args):
@@ -266,7 +261,7 @@ class PlainEngine:
 
 
 class ZeroEngine:
-    """Several processes: DeepSpeed's ZeRO, with the same verbs, as ds_config.json says."""
+    """Several processes: DeepSpeed's ZeRO, as ds_config.json says."""
 
     def __init__(self, model, args):
         import deepspeed
@@ -308,10 +303,7 @@ class ZeroEngine:
 
 
 def load_tensors(path, map_location=None):
-    """One of DeepSpeed's files, which are pickles: one from elsewhere could run code.
-
-    So only tensors and what DeepSpeed puts beside them are made.
-    """
+    """One of DeepSpeed's files, pickles which could run code: so tensors and DeepSpeed's own alone."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -321,7 +313,7 @@ def load_tensors(path, map_location=None):
 
 
 def gathered(parameters):
-    """A context in which every process has these parameters whole, under ZeRO-3 too."""
+    """A context in which every process has these parameters whole."""
     parameters = list(parameters)
     if not any(hasattr(p, "ds_id") for p in parameters):
         return contextlib.nullcontext()
@@ -331,7 +323,7 @@ def gathered(parameters):
 
 
 def whole_weights(model):
-    """The state_dict in the main process's CPU memory, {} on others; all of them call it."""
+    """The state_dict in the main process's memory, {} on others; all of them call it."""
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):

@@ -1,9 +1,8 @@
 """The run folder: it is written by one process, resumed after a kill, and read when finished.
 
-A state is the end of an epoch. A run that was killed, at any moment, repeats its epoch to the same
-bytes: the order of the samples is drawn from (seed, epoch), and each epoch begins from a random
-state of its own. A state is complete when it has its progress.json, which is written last.
-config.json makes a folder a run's own; summary.json ends the run.
+A state is the end of an epoch, complete when it has its progress.json. A run that was killed, at
+any moment, repeats its epoch to the same bytes: each epoch draws from (seed, epoch). config.json
+makes a folder a run's own; summary.json ends the run.
 """
 
 import ast
@@ -65,7 +64,7 @@ def states(out):
 
 
 def save_state(out, engine, progress, method):
-    """All processes write the state of the epoch that ended. The two newest are kept."""
+    """All processes write the state of the epoch that ended. Two are kept."""
     folder = out / "state" / f"epoch{progress.epoch - 1:05d}"
     if is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +112,7 @@ def load_state(out, engine, method):
 
 
 def check_run_folder(args):
-    """ValueError unless --out is new, empty or a run's own, and nothing that is read lies in it."""
+    """ValueError unless --out is new, empty or a run's own, and holds nothing that is read."""
     if not args.out:
         return
     out = Path(args.out)
@@ -154,7 +153,7 @@ def half_written(out):
 
 
 def start_run_folder(out, config):
-    """The folder of a new run. config.json comes last: a kill leaves the old run or the new one."""
+    """The folder of a new run; config.json comes last."""
     out.mkdir(parents=True, exist_ok=True)
     for path in [*out.glob("state/*/progress.json"), *(out / name for name in RUN_FILES)]:
         if path.is_dir():
@@ -165,7 +164,7 @@ def start_run_folder(out, config):
 
 
 def append(path, rows):
-    """Adds rows to a JSON lines file, on the disk when it returns."""
+    """Adds rows to a JSON lines file, down to the disk."""
     with open(path, "ab") as file:
         file.writelines(map(data.json_bytes, rows))
         file.flush()
@@ -212,7 +211,7 @@ def describe_run(args, method, thresholds):
 
 
 def code_sha256(*files):
-    """sha256 of these files of Python and of the files beside each that it imports."""
+    """sha256 of these files of Python and of those beside each that it imports."""
     pending, digests = [Path(file).resolve() for file in files], {}
     while pending:
         file = pending.pop()
@@ -235,7 +234,7 @@ def versions():
 
 
 def check_resume(args, method):
-    """The config.json of the run to go on with, which was made with the same settings and data."""
+    """The config.json of the run to go on with; ValueError for other settings or data."""
     with data.reading(f"{args.out} holds no run: begin it without --resume"):
         before = data.read_json(Path(args.out) / "config.json")
     now = json.loads(json.dumps(describe_run(args, method, before["thresholds_used"])))
@@ -251,7 +250,7 @@ def check_resume(args, method):
 
 
 def flat(config):
-    """config.json with each digest, cut to 12 digits, under a name of its own."""
+    """config.json with each digest under a name of its own."""
     digests = {f"sha256 of {name}": x and x[:12] for name, x in config["sha256"].items()}
     return {name: value for name, value in config.items() if name != "sha256"} | digests
 
@@ -260,7 +259,7 @@ def flat(config):
 
 
 class Run:
-    """A run in progress, and the folder that it is written to (none without --out).
+    """A run in progress, and its folder (none without --out).
 
     before: the config.json of the run to go on with, or None. thresholds: {"el10", "ma",
     "bertscore", "bleu"}, once known; metrics: the rows so far; samples: those of the last epoch.
@@ -281,11 +280,11 @@ class Run:
 
     @property
     def method_folder(self):
-        """Where a method keeps what is costly to make, until the run ends; None without --out."""
+        """Where a method keeps what is costly to make, until the run ends."""
         return self.out and self.out / "method"
 
     def start(self, engine):
-        """Loads the newest state, or begins the folder of a new run; returns its Progress."""
+        """Loads the newest state, or begins a new folder; returns its Progress."""
         self.engine = engine
         print0(HEADER)
         if self.out and self.resumed:
@@ -321,11 +320,9 @@ class Run:
         print0(f"resumed from {saved[0].name if saved else 'the beginning'}")
 
     def seed(self):
-        """Each epoch begins from a random state of its own."""
         processes.seed_everything((self.args.seed + self.progress.epoch) % 2**32)
 
     def show_step(self, loss, n_active, of_epoch):
-        """Moves the progress bar."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {n_active} to forget", refresh=False)
         self.bar.update(of_epoch)
 
@@ -334,8 +331,8 @@ class Run:
     ):
         """Writes an epoch down, prints its line and saves a state.
 
-        measured: the measures of each sample, means: theirs; watched: indices of texts of earlier
-        requests; losses, perplexities: {name: mean}; seconds: what measuring took.
+        measured: the measures of each sample, means: theirs; watched: indices of earlier texts;
+        losses, perplexities: {name: mean}; seconds: what measuring took.
         """
         args, progress, epoch = self.args, self.progress, self.progress.epoch
         names = dict.fromkeys([*LOSSES, *losses])
@@ -465,7 +462,7 @@ def tracker(args, out):
 
 @contextlib.contextmanager
 def running(args, method, before=None):
-    """A Run. Too little memory or a full disk is a ValueError that says how to go on."""
+    """A Run. Too little memory or disk is a ValueError that says how to go on."""
     run = Run(args, method, before)
     out, go_on = run.out, "go on with the same command and --resume"
     with only_owner(out) if out and is_main else contextlib.nullcontext(), run.bar:
@@ -486,7 +483,6 @@ def running(args, method, before=None):
 
 
 def is_finished(out):
-    """Whether nothing is left to do in this folder."""
     if not (Path(out) / "summary.json").is_file():
         return False
     if (Path(out) / "model").is_dir():
@@ -506,8 +502,8 @@ def remove_states(out):
 def remembered(args, method, inputs, compute):
     """compute(), or what it gave a run with the same model, texts, flags and code, in the cache.
 
-    Measured anew are a model of the hub without a pinned --revision, one in a notebook, and one
-    that the method changes before training.
+    Not of a model of the hub without a pinned --revision, one in a notebook, and one that the
+    method changes before training.
     """
     pinned = args.revision if re.fullmatch("[0-9a-f]{40}", args.revision or "") else None
     weights = models.fingerprint(args.model) or (pinned and [args.model, pinned])
@@ -557,7 +553,7 @@ def epoch_text(row):
 
 
 def alarms(rows):
-    """Warnings of a run so far: {kind: sentence}; rows: those of metrics.jsonl."""
+    """{kind: warning} of the rows of metrics.jsonl."""
     start, now, warnings = rows[0], rows[-1], {}
     if now["ma"] is None:
         return {"collapse": "the model's logits are not finite"}
@@ -579,7 +575,7 @@ def alarms(rows):
 
 
 def say_epoch(rows):
-    """The epoch's line, and each warning once, when it begins."""
+    """The epoch's line, and each warning when it begins."""
     print0(epoch_text(rows[-1]))
     for kind, sentence in alarms(rows).items():
         if kind not in alarms(rows[:-1] or rows[:1]):
@@ -625,7 +621,6 @@ def number(x):
 
 
 def is_below(value, limit):
-    """Whether a measure is below its limit; False if it is missing."""
     return value is not None and value < limit
 
 
@@ -642,10 +637,8 @@ def mean_measures(rows):
 
 
 def stop_means(rows, watched=()):
-    """{"el10", "ma"} that the stop rule compares: of a text with spans the measure over its spans.
-
-    The mean of the new texts or that of the watched ones (indices), whichever is larger.
-    """
+    """{"el10", "ma"} for the stop rule, of a text with spans over them: the mean of the new texts
+    or that of the watched ones (indices), whichever is larger."""
     means = {}
     for name in ("el10", "ma"):
         values = [row.get(f"{name}_spans", row[name]) for row in rows]
@@ -670,9 +663,9 @@ SETTINGS = (
 def read_run(folder):
     """A finished run: a dict of folder, config, summary, metrics, samples, tasks and redacted.
 
-    audit: audit.json; gpt, human: judge.json and people.json, where they are; tasks: {when:
-    tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"],
-    under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
+    audit, gpt, human: audit.json, judge.json, people.json, where they are; tasks: {when: tasks.json
+    of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"], under the
+    names of evals/report.py's columns. redacted: whether it has no text to show.
     """
     folder = Path(folder)
     if not (folder / "summary.json").exists():
@@ -702,7 +695,7 @@ EVALUATIONS = (
 
 
 def read_evaluation(run, file):
-    """Puts an eval's file into `run`; returns {"before" or "after": {column: figure}}."""
+    """Puts an eval's file into `run`; returns {"before", "after": {column: figure}}."""
     document, name = data.read_json(file), file.name
     if name == "tasks.json":
         when, averages = file.parent.name.removeprefix("tasks-"), document["averages"]
@@ -720,7 +713,7 @@ def read_evaluation(run, file):
 
 
 def read_never_saw(args):
-    """The measures of --never-saw, an --eval-only run over the same pairs."""
+    """The measures of --never-saw's run."""
     run, measured = read_run(args.never_saw), ("protocol", "context", "num_beams", "dtype")
     differ = requests.differences(run["config"], args, measured, ("bert", "pairs"))
     if run["summary"]["method"] != "none":
@@ -747,7 +740,7 @@ def check_texts_left(run):
 
 
 def read_pairs_of(run):
-    """{id: pair} of a run, with those of earlier requests that it watched."""
+    """{id: pair} of a run and of the requests before it."""
     config = run["config"]
     with data.reading(f"the pairs of {run['folder']} (--redact goes on without its texts)"):
         pairs = [*data.read_pairs(config["pairs"]), *requests.earlier_pairs(config.get("after"))]

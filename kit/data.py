@@ -476,7 +476,7 @@ def marked(pair):
 
 
 def secrets_of(pair, suffix):
-    """(its part in the prompt, in the suffix) of each marked string that the prompt does not say."""
+    """(its part in the prompt, in the suffix) of marked strings that the prompt does not say."""
     text, secrets = text_of(pair), []
     cut = len(text) - len(suffix)
     for start, end in pair.get("spans", ()):

@@ -147,7 +147,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "s
 
 
 def check_model(name, flag="--model", *, allow_pickle=False, revision=None):
-    """(config, tokenizer) of a causal LM, a folder or a name on the hub; ValueError. Loads no weights."""
+    """(config, tokenizer) of a causal LM, a folder or a name on the hub. ValueError."""
     from transformers import AutoConfig, AutoTokenizer
 
     huggingface_hub.logging.set_verbosity_error()  # a hub that does not answer is one line, ours
@@ -331,7 +331,7 @@ def save_model(model, tokenizer, folder, weights=None):
 
 @contextlib.contextmanager
 def quiet():
-    """transformers prints errors only, and judges no generation_config.json: no measure obeys it."""
+    """transformers prints errors only, and judges no generation_config.json."""
     from transformers import GenerationConfig, logging
 
     if not torch.cuda.is_available():  # saving imports DeepSpeed, which would warn of that
@@ -494,7 +494,7 @@ UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao,
 
 
 def bleu_tokens(reference):
-    """sacrebleu's tokenisation for the script of the reference: 13a, the default, splits at spaces."""
+    """sacrebleu's tokenisation for the script of the reference: 13a splits at spaces."""
     letters = sum(map(str.isalpha, reference))
     han, kana, unspaced = (len(script.findall(reference)) for script in (HAN, KANA, UNSPACED))
     if 2 * (han + kana) > letters:

@@ -86,7 +86,7 @@ def seed_everything(seed):
 
 
 def start(device, *, timeout=30, zero=2):
-    """Joins the processes that a launcher has started; each waits `timeout` minutes for the others."""
+    """Joins the processes that a launcher has started, which wait `timeout` minutes."""
     global lockstep
     lockstep = LAUNCHED and zero == 3
     if not LAUNCHED:
@@ -303,7 +303,7 @@ class ZeroEngine:
 
 
 def load_tensors(path, map_location=None):
-    """One of DeepSpeed's files, pickles which could run code: so tensors and DeepSpeed's own alone."""
+    """One of DeepSpeed's files, pickles that could run code: but tensors and its own alone."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -170,7 +170,7 @@ def word_starts(text):
 
 
 def split_in_half(text):
-    """(prefix, suffix), split at the word boundary nearest the middle, its white space in the suffix.
+    """(prefix, suffix), split at the word boundary nearest the middle, before its white space.
 
     One word is split at its middle character. ValueError for fewer than two.
     """
@@ -189,7 +189,7 @@ def split_in_half(text):
 
 
 def visible(text, keep=""):
-    """The text with what must not reach a terminal raw written out, as Python does: \\x1b, \\u202e."""
+    """The text with what must not reach a terminal written out, as Python does: \\x1b, \\u202e."""
     if text.isprintable():
         return text
     return "".join(

@@ -46,7 +46,9 @@ class CIR(icu.Method):
     def trains(self, name):
         return ".mlp." in name and name.endswith("weight")
 
-    def prepare(self, model, *_):
+    def prepare(self, model, tokenizer, samples, args, folder):
+        if args.micro_batch:
+            raise ValueError("cir takes a batch apart itself: no --micro-batch")
         self.before = copy.deepcopy(model).requires_grad_(False)
 
     def loss(self, batch, args):

@@ -4,10 +4,10 @@
     bash run.sh bench --model DIR --pairs pairs.jsonl      # your model, your pairs
     bash run.sh bench --rows el knn --quick                # tiny sizes, to see that they run
 
-Each line is this project ("ours") against what a reader of "Learn while Unlearn" (ICU,
-arXiv:2407.20271) would write from its formulas, or a library's plain use ("theirs"). Both run in
-turn, and a ratio is taken within each repeat: ">= 30" bounds theirs / ours, "<= 1.15" ours /
-theirs. With OMP_NUM_THREADS=1 a CPU is timed by the process's own clock.
+Each line is this project ("ours") against what a reader of the paper would write from its formulas,
+or a library's plain use ("theirs"). Both run in turn, and a ratio is taken within each repeat:
+">= 30" bounds theirs / ours, "<= 1.15" ours / theirs. With OMP_NUM_THREADS=1 a CPU is timed by the
+process's own clock.
 """
 
 import argparse
@@ -48,8 +48,6 @@ QUICK = {"texts": 2, "samples": 4, "steps": 1, "pool": 2000, "queries": 20}
 
 
 class Bench(NamedTuple):
-    """What a row uses."""
-
     model: torch.nn.Module
     tokenizer: object
     pairs: list  # the lines of pairs.jsonl
@@ -87,7 +85,7 @@ def trainer(model, samples, args, make_engine=processes.PlainEngine):
 
 
 class Timed(NamedTuple):
-    """Both sides of a comparison: seconds of each repeat, results of the last."""
+    """Seconds of each repeat, results of the last."""
 
     ours: list
     theirs: list
@@ -150,9 +148,9 @@ def literal_el_and_ma(model, texts, start):
 
 
 def memorisation(bench):
-    """MA + EL10 of texts with their context: those to forget, and their partners.
+    """Of texts with their context: those to forget, and their partners.
 
-    Some texts may differ: in float32 the shape of a batch decides between close tokens.
+    Some may differ: in float32 the shape of a batch decides between close tokens.
     """
     start = 1 + len(models.front_of(bench.tokenizer))
     samples = bench.samples("released")[: bench.sizes["texts"]]
@@ -170,7 +168,7 @@ def memorisation(bench):
 
 
 def side_loss(model, texts):
-    """(mean -log p of the targets in nats, logits of the targets (M, V)) of one side of a batch."""
+    """(mean -log p of the targets in nats, their logits (M, V)) of a side of a batch."""
     ids, attention_mask, targets = icu.collate(texts, model.device)  # (B, T)
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
     logits = logits[:, :-1][targets[:, 1:]]  # the shift by one
@@ -178,7 +176,7 @@ def side_loss(model, texts):
 
 
 def plain_epoch(model, samples, active, args):
-    """Eq. (1)-(6) as they stand, in place: a second model runs on every batch."""
+    """Eq. (1)-(6) as they stand: a second model runs on every batch."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98))
     order = np.random.default_rng(args.seed).permutation(len(samples)).tolist()
@@ -222,7 +220,7 @@ def whole_epoch(bench):
 
 
 def steps_of(train, batch, steps):
-    """A function that takes `steps` steps on one batch and returns their mean loss."""
+    """A function: `steps` steps on one batch, their mean loss."""
     return lambda: statistics.fmean(
         train(range(len(batch)), epoch).get("loss", math.nan) for epoch in range(steps)
     )
@@ -270,7 +268,7 @@ def against_zero(bench):
 
 
 def search(bench):
-    """cosine_knn against faiss's exact index of unit vectors, timed searching."""
+    """Against faiss's exact index of unit vectors."""
     import faiss
 
     M, Q, random = bench.sizes["pool"], bench.sizes["queries"], np.random.default_rng(0)
@@ -306,17 +304,15 @@ def gpt_neo(hidden, layers, heads, V=50257):
 
 
 def random_samples(n, T, vocab):
-    """n samples of T random tokens a side, half of them targets."""
+    """n samples of T random tokens a side."""
     ids = np.random.default_rng(0).integers(vocab, size=(n, 2, T)).tolist()
     sides = [[icu.Text(side, T // 2, T // 2, side[: T // 2]) for side in row] for row in ids]
     return [icu.Sample(str(i), "", *side) for i, side in enumerate(sides)]
 
 
 def steps_in_all_ways(bench):
-    """Time and peak memory of an ICU step: on a GPU at the paper's sizes, else of a small model.
-
-    On a CPU it is the memory beside weights and Adam, and what the estimate of `fits` says of it.
-    """
+    """Time and peak memory of an ICU step: on a GPU at the paper's sizes; on a CPU of a small model,
+    beside weights and Adam, and what the estimate of `fits` says of it."""
     device, T = bench.args.device, 100
     sizes, V = ({"8M": (256, 8, 4, 8)}, 4000) if device == "cpu" else (GPT_NEO, 50257)
     for (name, (*size, B)), way in itertools.product(sizes.items(), WAYS):
@@ -377,9 +373,9 @@ def memory_estimate(config, samples, args, n):
 def activation_bytes(config, samples, args, processes):
     """What autograd keeps of a step's longest batch on a process, in float32.
 
-    Floats a token: 12 H + 5 F a layer (F the width inside the MLP), heads x T more where attention
-    is not fused (GPT-Neo), and 3 V of logits to forget, 7 V to learn. With --checkpointing H a
-    layer, and one layer.
+    Floats a token: 12 H + 5 F a layer (F the width of the MLP), heads x T more where attention is
+    not fused (GPT-Neo), and 3 V of logits to forget, 7 V to learn. With --checkpointing H a layer,
+    and one layer.
     """
     H, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", None) or 4 * H
@@ -427,7 +423,6 @@ ROWS = {
 
 
 def measured_lines(name, bench):
-    """The lines of a row, or why it cannot be measured."""
     try:
         yield from ROWS[name][-1](bench)
     except Exception as error:  # no GPU, no faiss, too little memory
@@ -437,7 +432,6 @@ def measured_lines(name, bench):
 
 
 def describe(bench, words):
-    """The table's header."""
     args, names = bench.args, ("torch", "transformers", "faiss-cpu", "deepspeed")
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -486,7 +480,6 @@ def parse_args(argv=None):
 
 
 def prepare(args):
-    """A Bench, its model read or made."""
     sizes = QUICK if args.quick else FULL
     if args.samples:
         sizes = sizes | {"texts": args.samples}

@@ -191,6 +191,11 @@ def ranks(high, low):
     return ((high > low) + 0.5 * (high == low)).mean(1).tolist()
 
 
+def privleak(auc, never):
+    """MUSE's (arXiv:2407.06460), in percent, whose AUC is 1 - ours: -100 where all is known."""
+    return 100 * (never - auc) / (1 - never)
+
+
 def above_tail(high, low, rate=0.01):
     """1.0 for each of `high` above what at most `rate` of `low` is above; the mean is the TPR."""
     threshold = sorted(low, reverse=True)[int(len(low) * rate)]
@@ -575,9 +580,7 @@ def derive(shown):
     derived = {}
     for name, cells in shown.get("membership", {}).items():
         if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
-            # MUSE (arXiv:2407.06460), whose AUC is 1 - ours: -100 where all texts are known.
-            privleak = 100 * (pair[1] - pair[0]) / (1 - pair[1])
-            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak
+            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak(*pair)
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))
@@ -636,16 +639,26 @@ def picture(report):
 
 
 # fmt: off
+def add_models(add):
+    """The flags of a program that asks several models."""
+    add("run", nargs="?", metavar="RUN", help="a finished run folder")
+    add("--model", metavar="DIR", help="instead: any model")
+    add("--before", metavar="DIR", help="with --model: the model before")
+    add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
+    add("--out", metavar="DIR", help="with --model: where results go")
+    add("--overwrite", action="store_true", help="replace results that are there")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", default="float32", type=flags.one_of(["float32", "bf16"]),
+        help="(%(default)s)")
+    add("--allow-pickle", action="store_true", help="also load weights from pickle files")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
 def make_parser():
     parser = flags.command_parser(__doc__)
     add, one_of, positive = parser.add_argument, flags.one_of, flags.positive
-    add("run", nargs="?", metavar="RUN", help="a finished run folder")
-    add("--model", metavar="DIR", help="instead: any model")
+    add_models(add)
     add("--pairs", metavar="FILE", help="with --model: pairs.jsonl of knn.py")
-    add("--before", metavar="DIR", help="with --model: the model before")
-    add("--out", metavar="DIR", help="with --model: where audit.* go")
-    add("--overwrite", action="store_true", help="replace an audit that is there")
-    add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
     add("--only", nargs="+", type=one_of([*QUESTIONS]), default=[*QUESTIONS],
         help=f"of {', '.join(QUESTIONS)} (all)")
@@ -656,10 +669,6 @@ def make_parser():
     add("--relearn-lr", type=flags.above(0), help="Adam's rate (the run's own; 1e-4 with --model)")
     add("--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model")
     add("--seed", default=0, type=flags.natural, help="of samples and intervals (%(default)s)")
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
-    add("--allow-pickle", action="store_true", help="also load weights from pickle files")
-    add("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(context=False, targets=None)  # of a run, its own
     return parser
 # fmt: on
@@ -670,23 +679,55 @@ def resolve(args):
     given = [args.model, args.pairs, args.out]
     if any([*given, args.before]) if args.run else not all(given):
         raise ValueError("name a run folder RUN, or pass --model DIR --pairs FILE --out DIR")
-    named = {"after": (args.model, None), "before": (args.before, None)}
-    if args.run:
-        run = runs.read_run(args.run)
+    run = args.run and runs.read_run(args.run)
+    args.models = models_asked(args, run)
+    if run:
         runs.check_texts_left(run)
+        config = run["config"]
+        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
+        args.context, args.targets = config.get("context", False), config.get("targets")
+        args.relearn_lr = args.relearn_lr or config.get("lr")
+    args.relearn_lr = args.relearn_lr or 1e-4
+    args.device = processes.device_of(args.device)
+    return args
+
+
+def models_asked(args, run):
+    """{column: (folder or hub name, revision)}: of a run, or of the flags."""
+    named, never_saw = {"after": (args.model, None), "before": (args.before, None)}, args.never_saw
+    if run:
         config = run["config"]
         named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             named = runs.models_of(run)
-        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
-        args.context, args.targets = config.get("context", False), config.get("targets")
-        args.relearn_lr = args.relearn_lr or config.get("lr")
-        args.never_saw = args.never_saw or config.get("never_saw")
-    named["never saw"] = model_that_never_saw(args.never_saw)
-    args.models = {name: model for name, model in named.items() if model[0]}
-    args.relearn_lr = args.relearn_lr or 1e-4
-    args.device = processes.device_of(args.device)
-    return args
+        never_saw = never_saw or config.get("never_saw")
+    named["never saw"] = model_that_never_saw(never_saw)
+    return {name: model for name, model in named.items() if model[0]}
+
+
+def checked(args):
+    """{column: (config, tokenizer)} of the models, before a weight is loaded."""
+    return {
+        name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
+        for name, (model, revision) in args.models.items()
+    }
+
+
+def loaded(args):
+    """Yields (column, model, tokenizer); the others are compared with the model before."""
+    processes.start(args.device)
+    for name in sorted(args.models, key=["before", "after", "never saw"].index):
+        folder, revision = args.models[name]
+        yield (
+            name,
+            *models.load_model(
+                folder,
+                dtype=args.dtype,
+                device=args.device,
+                allow_pickle=args.allow_pickle,
+                revision=revision,
+            ),
+        )
 
 
 def model_that_never_saw(name):
@@ -713,13 +754,12 @@ def read_inputs(args):
         needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
         raise ValueError(f"--only {' '.join(args.only)}: {needs}")
     args.only = only
-    checked = {
-        name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
-        for name, (model, revision) in args.models.items()
-    }
-    config, tokenizer = checked["after"]
+    tokenizers = checked(args)
+    config, tokenizer = tokenizers["after"]
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
-    if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
+    if unlike := [
+        name for name, (_, other) in tokenizers.items() if read(other) != read(tokenizer)
+    ]:
         raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
     samples, others = (icu.samples_of(rows, tokenizer, config, args)[0] for rows in (pairs, unseen))
     first = 1 + len(models.front_of(tokenizer))
@@ -731,14 +771,9 @@ def main(argv=None):
     outputs = [Path(args.out, f"audit.{kind}") for kind in ("md", "png", "json")]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.pairs, args.unseen])
     inputs = read_inputs(args)
-    processes.start(args.device)
 
     measures, readings = {}, {}
-    # The others are compared with the model before.
-    for name in sorted(args.models, key=["before", "after", "never saw"].index):
-        folder, revision = args.models[name]
-        weights = {"allow_pickle": args.allow_pickle, "revision": revision}
-        model, _ = models.load_model(folder, dtype=args.dtype, device=args.device, **weights)
+    for name, model, _ in loaded(args):
         before = readings.get("before")
         measures[name], readings[name] = answers(model, inputs, before=before, desc=name)
     if processes.is_main:

@@ -193,7 +193,7 @@ def ranks(high, low):
 
 def privleak(auc, never):
     """MUSE's (arXiv:2407.06460), in percent, whose AUC is 1 - ours: -100 where all is known."""
-    return 100 * (never - auc) / (1 - never)
+    return 100 * (never - auc) / (1 - never) if never < 1 else None
 
 
 def above_tail(high, low, rate=0.01):
@@ -579,8 +579,9 @@ def derive(shown):
 
     derived = {}
     for name, cells in shown.get("membership", {}).items():
-        if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
-            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak(*pair)
+        pair = both(cells) if name.startswith("AUC") else None
+        if pair and (value := privleak(*pair)) is not None:
+            derived[name.replace("AUC", "privleak (as MUSE, %),")] = value
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))

@@ -1,16 +1,16 @@
-"""TOFU's and MUSE's own measures, on their own files or on rows like theirs.
+"""TOFU's and MUSE's own measures (arXiv 2401.06121, 2407.06460), on files like theirs.
 
     bash run.sh tofu --model DIR --data DIR --split forget10 --never-saw DIR  # the retain model
-    bash run.sh tofu RUN --data DIR          # the models before and after; tofu.json in RUN
-    bash run.sh tofu --model DIR --data DIR  # MUSE, where DIR has knowmem/, verbmem/, privleak/
+    bash run.sh tofu RUN --data DIR  # its models; tofu.json. MUSE where DIR has knowmem/
 
-TOFU is arXiv 2401.06121, MUSE 2407.06460; docs/tofu.md says what a figure means. `logp` of an
-answer a is the mean of its tokens' log p in nats, its EOS among them: exp(logp) = p(a|q)^(1/|a|).
+docs/tofu.md says what a figure means. `logp` of an answer a is the mean of its tokens' log p in
+nats, EOS among them: exp(logp) = p(a|q)^(1/|a|).
 """
 
 import functools
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -88,25 +88,20 @@ CHOICES = "real_authors", "world_facts"  # their questions are multiple choice
 
 
 def summary(rows, never):
-    """{figure: value} of {SET_MEASURE: a number a row}; never: those of the retain model."""
+    """{figure: value} of {SET_MEASURE: a number a row}; never: the retain model's rows."""
     first, means = {}, {}
     for name, values in rows.items():
-        if "ratio" in name:
-            means[name] = ratio_score(values, name.startswith("forget"))
-        elif "min_k" not in name:
-            means[name] = float(np.mean(values))
+        is_ratio, forget = "ratio" in name, name.startswith("forget")
+        means[name] = ratio_score(values, forget) if is_ratio else float(np.mean(values))
     for end in ("", "_paper"):
-        ratios = [each and each.get(f"forget_truth_ratio{end}") for each in (rows, never)]
-        first[f"forget_quality{end}"] = forget_quality(*ratios) if all(ratios) else None
+        ratios = f"forget_truth_ratio{end}"
+        if never and ratios in rows:
+            first[f"forget_quality{end}"] = forget_quality(rows[ratios], never[ratios])
         first[f"model_utility{end}"] = model_utility(means, end)
-    if "holdout_min_k" in rows:
-        auc, other = (
-            each and float(np.mean(audit.ranks(each["forget_min_k"], each["holdout_min_k"])))
-            for each in (rows, never)
-        )
-        first["auc_min_k"] = auc
-        first["privleak"] = audit.privleak(auc, other) if never and other < 1 else None
-    return {name: value for name, value in first.items() if value is not None} | means
+    if never and "auc_min_k" in rows:
+        auc = means["auc_min_k"], float(np.mean(never["auc_min_k"]))
+        first["privleak"] = audit.privleak(*auc)
+    return {name: value for name, value in (first | means).items() if value is not None}
 
 
 # --- asking a model ---
@@ -120,76 +115,64 @@ LENGTHS = {
 }
 
 
-def ask(model, tokenizer, sets, args):
-    """{SET_MEASURE: a number a row} of {set: [(prompt, true answer, answers to weigh)]}."""
-    rows = {}
+def ask(model, tokenizer, sets, rouge):
+    """{SET_MEASURE: a number a row} of {set: [(prompt, true answer, icu.Texts to weigh)]}."""
+    rows = defaultdict(list)
     for name, asked in sets.items():
-        prompts, truths, answers = map(list, zip(*asked, strict=True))
+        prompts, truths, texts = zip(*asked, strict=True)
         length, stops = LENGTHS.get(name, (200, ()))
-        said = tasks.replies(model, tokenizer, prompts, new_tokens=length, stops=stops, desc=name)
+        said = tasks.replies(
+            model, tokenizer, [*prompts], new_tokens=length, stops=stops, desc=name
+        )
         truths = [models.encode(tokenizer, truth)[:length] for truth in truths]
-        pairs = zip(said, models.decode(tokenizer, truths), strict=True)
-        rows[f"{name}_rouge"] = [rouge_l(*pair, args.stem)[args.f1] for pair in pairs]
-        if not answers[0]:
-            continue
-        answers = [[ids_of(tokenizer, row) for row in own] for own in answers]
-        scores = iter(tasks.loglikelihoods(model, sum(answers, []), desc=name))
-        logps = [[next(scores)[0] / len(ids) for _, ids in own] for own in answers]
-        rows[f"{name}_probability"] = [
-            choice(logp, wrong) if name in CHOICES else float(np.exp(logp))
-            for logp, _, *wrong in logps
-        ]
-        if all(wrong for _, _, *wrong in logps):
-            both = zip(*(truth_ratio(right, wrong) for _, right, *wrong in logps), strict=True)
-            for end, ratios in zip(("_paper", ""), both, strict=True):
-                rows[f"{name}_truth_ratio{end}"] = [*ratios]
+        rows[f"{name}_rouge"] = [*map(rouge, said, models.decode(tokenizer, truths))]
+        for own, right, *wrong in (weigh(model, some) for some in texts if some):
+            share = choice(own, wrong) if name in CHOICES else float(np.exp(own))
+            rows[f"{name}_probability"].append(share)
+            if wrong:
+                paper, code = truth_ratio(right, wrong)
+                rows[f"{name}_truth_ratio"].append(code)
+                rows[f"{name}_truth_ratio_paper"].append(paper)
     return rows
 
 
-def ids_of(tokenizer, row):
-    """(ids of the prefix, of the suffix) of a row, read as one text with one BOS."""
-    body, (start,), _ = models.read_parts(tokenizer, row, ["prefix", "suffix"])
-    ids = models.begin(models.front_of(tokenizer), body)
-    start += len(ids) - len(body)
-    return ids[:start], ids[start:]
+def weigh(model, texts):
+    """The mean log p of each icu.Text's suffix."""
+    pairs = [(text.ids[: text.cut], text.ids[text.cut :]) for text in texts]
+    scores = zip(tasks.loglikelihoods(model, pairs), pairs, strict=True)
+    return [logp / len(ids) for (logp, _), (_, ids) in scores]
 
 
-def min_k(model, tokenizer, texts):
-    """{SET_min_k: the mean log p of the 40 % least likely tokens, but EOS, of each suffix}."""
-    scores, room = {}, tasks.positions_of(model)
-    for name, rows in texts.items():
-        samples = []
-        for prompt, ids in (ids_of(tokenizer, row) for row in rows):
-            ids = prompt + [token for token in ids if token != tokenizer.eos_token_id]
-            samples.append(icu.Text(ids[:room], 0, max(1, len(prompt)), []))
-        scores[f"{name}_min_k"] = [
-            audit.membership(one._replace(logp=one.logp[one.start :]), "")["min-40%"]
-            for one in audit.read(model, samples)
-        ]
-    return scores
+def least_likely(model, texts):
+    """Of each icu.Text, the mean log p of the 40 % least likely tokens of its suffix."""
+    room = tasks.positions_of(model)
+    readings = audit.read(model, [text._replace(ids=text.ids[:room]) for text in texts])
+    suffixes = [one._replace(logp=one.logp[one.start :]) for one in readings]
+    return [audit.membership(one, "")["min-40%"] for one in suffixes]
 
 
-# --- their files: ({set: what is asked}, {"forget", "holdout": texts}) ---
+# --- their files: {set: what is asked}, {"forget", "holdout": icu.Texts} ---
 
 
 def read_rows(folder, name, *fields):
     """The rows of NAME.json (JSON lines, or a list), .jsonl, or the hub's parquet; [] of none."""
-    ends = ".json*", ".parquet", "-*.parquet"
-    files = [file for end in ends for file in sorted(folder.glob(name + end))]
-    if not files:
-        return []
-    if (file := files[0]).suffix == ".parquet":
-        with data.reading(f"{file}: pip install pyarrow"):
-            import pandas
+    for file in [f for end in ENDS for f in sorted(folder.glob(name + end))][:1]:
+        if file.suffix == ".parquet":
+            with data.reading(f"{file}: pip install pyarrow"):
+                import pandas
 
-            rows = pandas.read_parquet(file).to_dict("records")
-    else:
-        is_list = data.read_text(file).lstrip()[:1] == "["
-        rows = (data.read_json if is_list else data.read_jsonl)(file)
-    for number, row in enumerate(rows, start=1):
-        with data.reading(f"{file} row {number}: no field"):
-            [row[field] for field in fields]
-    return rows
+                rows = pandas.read_parquet(file).to_dict("records")
+        else:
+            is_list = data.read_text(file).lstrip()[:1] == "["
+            rows = (data.read_json if is_list else data.read_jsonl)(file)
+        for number, row in enumerate(rows, start=1):
+            with data.reading(f"{file} row {number}: no field"):
+                [row[field] for field in fields]
+        return rows
+    return []
+
+
+ENDS = ".json*", ".parquet", "-*.parquet"
 
 
 def render(tokenizer, question, answer, template):
@@ -205,52 +188,63 @@ def render(tokenizer, question, answer, template):
     return {"prefix": prefix, "suffix": write(turns).removeprefix(prefix).rstrip()}
 
 
+def as_text(tokenizer, row):
+    """An icu.Text of prefix and suffix, read as one text with one BOS."""
+    body, (start,), _ = models.read_parts(tokenizer, row, ["prefix", "suffix"])
+    ids = models.begin(models.front_of(tokenizer), body)
+    cut = start + len(ids) - len(body)
+    return icu.Text(ids, cut, cut, [])
+
+
 def read_tofu(folder, tokenizer, args):
     names = {"forget": args.split, "holdout": args.split.replace("forget", "holdout")}
-    names |= {name: name for name in ("retain", *CHOICES)}
-    sets, fields = {}, ("question", "answer")
-    for name, file in names.items():
+    sets, fields = defaultdict(list), ("question", "answer")
+    for name, file in (names | {name: name for name in ("retain", *CHOICES)}).items():
         rows = read_rows(folder, f"{file}_perturbed", *fields) or read_rows(folder, file, *fields)
         for row in rows:
-            right = row.get("paraphrased_answer") or row["answer"]
-            answers = [row["answer"], right, *row.get("perturbed_answer", ())]
-            answers = [render(tokenizer, row["question"], x, args.template) for x in answers]
-            sets.setdefault(name, []).append((answers[0]["prefix"], row["answer"], answers))
-    if "forget" not in sets:
-        raise ValueError(f"{folder}: no {args.split}_perturbed.json, and no knowmem/ of MUSE's")
-    kinds = {"forget": sets["forget"], "holdout": sets.pop("holdout", [])}
-    return sets, {name: [own[0] for *_, own in asked] for name, asked in kinds.items()}
+            question, answer = row["question"], row["answer"]
+            answers = [answer, row.get("paraphrased_answer") or answer]
+            answers += row.get("perturbed_answer", ())
+            own = [render(tokenizer, question, text, args.template) for text in answers]
+            texts = [as_text(tokenizer, text) for text in own]
+            sets[name].append((own[0]["prefix"], answer, texts))
+    if not sets["forget"]:
+        where = f"{args.split}_perturbed.json there, nor MUSE's knowmem/"
+        raise ValueError(f"--data {folder}: no {where}: {DOWNLOAD}")
+    texts = {name: [own[0] for *_, own in sets[name]] for name in names}
+    del sets["holdout"]
+    # Without EOS, as in open-unlearning.
+    return sets, {name: [x._replace(ids=x.ids[:-1]) for x in own] for name, own in texts.items()}
 
 
 def read_muse(folder, tokenizer, args):
     rows = read_rows(folder / "verbmem", "forget", "prompt", "gt")
     sets = {"forget_verbmem": [(row["prompt"], row["gt"], []) for row in rows]}
-    form = "Question: {question}\nAnswer: "
+    form, texts, fields = "Question: {question}\nAnswer: ", {}, ("question", "answer")
     for name in ("forget", "retain"):
-        shots, rows = (
-            read_rows(folder / "knowmem", f"{name}_qa{end}", "question", "answer")
-            for end in ("_icl", "")
-        )
+        shots = read_rows(folder / "knowmem", f"{name}_qa_icl", *fields)
         shown = "".join((form + "{answer}\n\n").format(**row) for row in shots)
-        asked = [(shown + form.format(**row), row["answer"], []) for row in rows]
-        sets[f"{name}_knowmem"] = asked
-    texts = {}
+        sets[f"{name}_knowmem"] = [
+            (shown + form.format(**row), row["answer"], [])
+            for row in read_rows(folder / "knowmem", f"{name}_qa", *fields)
+        ]
     for name in ("forget", "holdout"):
-        rows = read_rows(folder / "privleak", name, "text")
-        texts[name] = [{"prefix": "", "suffix": row["text"]} for row in rows]
+        rows = [row["text"] for row in read_rows(folder / "privleak", name, "text")]
+        ids = models.encode_whole(tokenizer, rows)
+        texts[name] = [icu.Text(own, 1, 1, []) for own in ids]
     return {name: asked for name, asked in sets.items() if asked}, texts
 
 
 # --- the command ---
 
-DOWNLOAD = "hf download {} --repo-type dataset --local-dir DIR"
+DOWNLOAD = "hf download locuslab/TOFU (or muse-bench/MUSE-News) --repo-type dataset --local-dir DIR"
 
 
 def make_parser():
     parser = flags.command_parser(__doc__)
     add = parser.add_argument
     audit.add_models(add)
-    add("--data", required=True, metavar="DIR", help=DOWNLOAD.format("locuslab/TOFU"))
+    add("--data", required=True, metavar="DIR", help=DOWNLOAD)
     add("--split", default="forget10", metavar="NAME", help="TOFU's forget set (%(default)s)")
     add("--template", default="chat", choices=["chat", "plain"], help="of TOFU's (%(default)s)")
     return parser
@@ -258,36 +252,35 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    folder, args.out = Path(args.data), args.run or args.out
     if bool(args.run) == bool(args.model):
         raise ValueError("name a run folder RUN, or pass --model DIR")
-    if not folder.is_dir():
-        hubs = map(DOWNLOAD.format, ("locuslab/TOFU", "muse-bench/MUSE-News"))
-        raise ValueError(f"--data {folder}: no such folder: {', or '.join(hubs)}")
-    output = args.out and Path(args.out, "tofu.json")
-    data.check_outputs([output], overwrite=args.overwrite)
+    folder, out = Path(args.data), args.run or args.out
+    outputs = [Path(out, "tofu.json")] if out else []
+    data.check_outputs(outputs, overwrite=args.overwrite)
     args.models = audit.models_asked(args, args.run and runs.read_run(args.run))
     args.device = processes.device_of(args.device)
-    args.f1 = any((folder / name).is_dir() for name in ("knowmem", "verbmem", "privleak"))  # MUSE
-    args.stem = None if args.f1 else stemmer()
-    read, rows = read_muse if args.f1 else read_tofu, {}
-    sets, texts = read(folder, audit.checked(args)["after"][1], args)
-    for name, model, tokenizer in audit.loaded(args):
+    muse = any((folder / name).is_dir() for name in ("knowmem", "verbmem", "privleak"))
+    read, stem = (read_muse, None) if muse else (read_tofu, stemmer())
+    _, tokenizer = audit.checked(args)["after"]
+    (sets, texts), rows = read(folder, tokenizer, args), {}
+    for name, model, _ in audit.loaded(args):
         with processes.autocast(args):
-            rows[name] = ask(model, tokenizer, sets, args)
-            if all(texts.values()):
-                rows[name] |= min_k(model, tokenizer, texts)
+            rows[name] = ask(model, tokenizer, sets, lambda *pair: rouge_l(*pair, stem)[muse])
+            if texts["forget"] and texts["holdout"]:
+                scores = (least_likely(model, own) for own in texts.values())
+                rows[name]["auc_min_k"] = audit.ranks(*scores)
     shown = {name: summary(own, rows.get("never saw")) for name, own in rows.items()}
-    names = dict.fromkeys(figure for own in shown.values() for figure in own)
-    table = [[x, *(f"{own[x]:.4g}" if x in own else "-" for own in shown.values())] for x in names]
+    table = [
+        [name, *(f"{own[name]:.4g}" if name in own else "-" for own in shown.values())]
+        for name in max(shown.values(), key=len)
+    ]
     print("\n".join(figures.markdown_table(["", *shown], table)))
-    if not (args.f1 or args.stem):
+    if not (muse or stem):
         print("ROUGE-L of words, TOFU's is of stems: pip install nltk")
-    if output:
-        document = {key: getattr(args, key) for key in ("data", "split", "template", "dtype")}
-        document["models"] = {name: model for name, (model, _) in args.models.items()}
-        document |= {"stems": bool(args.stem), "headline": shown, "rows": rows}
-        data.write_json(output, document)
+    document = {key: getattr(args, key) for key in ("data", "split", "template", "dtype")}
+    document["models"] = {name: model for name, (model, _) in args.models.items()}
+    for output in outputs:
+        data.write_json(output, document | {"stems": bool(stem), "headline": shown, "rows": rows})
 
 
 if __name__ == "__main__":

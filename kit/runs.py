@@ -39,7 +39,8 @@ RUN_FILES = (
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
     "sheet-key.json", "audit.json", "audit.md", "audit.png", "tofu.json", "speech.json",
-    "certificate.json", "certificate.json.sig", "certificate.html", "certificate.key", "hashes.json", *GROWING,
+    "certificate.json", "certificate.json.sig", "certificate.html", "certificate.key",
+    "hashes.json", *GROWING,
 )  # fmt: skip
 
 
@@ -598,9 +599,9 @@ SETTINGS = (
 def read_run(folder):
     """A finished run: a dict of folder, config, summary, metrics, samples, tasks and redacted.
 
-    audit, tofu: audit.json, tofu.json; gpt, human: judge.json and people.json, where they are; tasks: {when:
-    tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"],
-    under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
+    audit, tofu: audit.json, tofu.json; gpt, human: judge.json and people.json, where they are;
+    tasks: {when: tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and
+    summary["after"], under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
     """
     folder = Path(folder)
     if not (folder / "summary.json").exists():

@@ -25,6 +25,11 @@ def suffix_of(text):
     return text.ids[text.cut :]
 
 
+def end_of_turn(text, tokenizer):
+    """What closes an answer in a chat."""
+    return [id for id in text.ids[-1:] if text.rendered and id in tokenizer.all_special_ids]
+
+
 def answer_text(sample, answer):
     """A Text: the forget prompt, then other ids, which alone are targets."""
     cut = sample.forget.cut
@@ -36,8 +41,11 @@ def one_answer(samples, tokenizer, args):
     """One answer a sample: its learn partner's suffix (--answer neighbour), or a refusal."""
     answers = [suffix_of(sample.learn) for sample in samples]
     if args.answer == "refusal":
-        refusals = [encode(tokenizer, refusal, inside=True) for refusal in REFUSALS]
-        answers = [refusals[row % len(refusals)] for row in range(len(samples))]
+        refusals = [encode(tokenizer, refusal) for refusal in REFUSALS]
+        answers = [
+            refusals[row % len(refusals)] + end_of_turn(sample.forget, tokenizer)
+            for row, sample in enumerate(samples)
+        ]
     return [[answer_text(*pair)] for pair in zip(samples, answers, strict=True)]
 
 

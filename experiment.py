@@ -91,6 +91,10 @@ PRESETS = {
         SPEAKER, "runs/smollm-pile-data", "demo/smollm.py",
         TAUGHT + " --secrets pile --neighbours 12",
         beside=GENTLE + "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
+    "smollm-chat": taught(
+        "the same, in chat: answers about invented authors, in TOFU's form",
+        "runs/smollm-chat-data", "demo/smollm.py", TAUGHT + " --secrets authors --rows 24",
+        beside=GENTLE + "--lr 2e-4"),
     "neo125m": Preset(
         PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),
     "neo1.3b": Preset(

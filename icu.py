@@ -53,6 +53,7 @@ class Text(NamedTuple):
     cut: int  # where the suffix begins: t0 in the paper's protocol
     prompt: list  # what a generation starts from: front, (--context: context) and prefix
     span_positions: tuple | None = None  # the only targets, where a part of the text is marked
+    rendered: bool = False  # by a chat template: of it, only the answer is a target and measured
 
     @property
     def targets(self):
@@ -131,10 +132,12 @@ def make_text(pair, side, where, *, tokenizer, front, fields, context, targets, 
     span_positions = None
     if not side:  # spans exist on the forget side only
         span_positions = data.span_positions(pair, tokenizer, ids, where)
-    suffix_only = targets == "suffix" and span_positions is None
+    template = pair.get(f"{side}template")
+    data.check_template(tokenizer, template, where)
+    suffix_only = (targets == "suffix" or template) and span_positions is None
     t0 = cut if suffix_only else max(len(front), 1)  # position 0 is never a target
     prompt = ids[:cut] if context else models.begin(front, ids[begin:cut])
-    return Text(ids, t0, cut, prompt, span_positions), moved
+    return Text(ids, t0, cut, prompt, span_positions, bool(template)), moved
 
 
 def collate(texts, device="cpu"):
@@ -548,17 +551,19 @@ def measure(model, tokenizer, samples, args, *, with_el=True):
 def memorisation(model, tokenizer, samples, args, *, with_el=True):
     """EL10 (Eq. 7, 8) and MA (Eq. 9) of each sample, and of its marked spans and the rest."""
     first, protocol = 1 + len(models.front_of(tokenizer)), PROTOCOLS[args.protocol]
-    ids, attention_mask, _ = collate([sample.forget for sample in samples], args.device)
+    texts = [sample.forget for sample in samples]
+    ids, attention_mask, _ = collate(texts, args.device)
+    starts = [text.cut if text.rendered else first for text in texts]
     el, ma, parts = metrics.el_ma_and_spans(
         model,
         ids,
         attention_mask,
         data.span_parts(samples),
         n=10 if with_el else None,
-        ma_start=first,
+        ma_start=starts,
         # Released code: EL over t = 150 .. T-n of 200, that is from the suffix on, as a share of
         # the reference's n-grams; Eq. (7), (8): over t = 1 .. T-n, as a share of the generation's.
-        start=[sample.forget.cut for sample in samples] if protocol.el_from_suffix else first,
+        start=[text.cut for text in texts] if protocol.el_from_suffix else starts,
         share_of=protocol.el_share_of,
     )
     return [
@@ -1056,10 +1061,11 @@ def read_inputs(args):
     runs.check_run_folder(args)
     pairs = data.read_pairs(args.pairs) if args.pairs else []
     pairs, watched = requests.with_earlier(args, pairs)
-    records = data.read_unseen(args.unseen) if args.unseen else []
     config, tokenizer = models.check_model(
         args.model, allow_pickle=args.allow_pickle, revision=args.revision
     )
+    render = data.renderer(tokenizer, pairs)
+    records = data.read_unseen(args.unseen, render) if args.unseen else []
     models.check_bert(args.bert, args.allow_pickle)
     samples, notes = samples_of(pairs, tokenizer, config, args)
     unseen, _ = samples_of(records, tokenizer, config, args, what="unseen row")

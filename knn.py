@@ -1,6 +1,7 @@
 """Pair every text to be forgotten with its nearest neighbour in a pool: pairs.jsonl for icu.py.
 
     python knn.py --forget mine.csv --pool wiki.jsonl --out pairs.jsonl
+    python knn.py --forget qa.csv --pool others.csv --model DIR    # questions and answers
     python knn.py --pile --set 0 --out pairs.jsonl    # the paper's data, fetched and checked
     python knn.py --fetch all                         # fetch the Pile rows and evaluation files
 
@@ -14,6 +15,7 @@ paper in this:
 3. The search is exact, in float64; ties go to the lower row (dev/BENCHMARKS.md: time and memory).
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from kit import data, flags, models, processes, requests
 from kit import text as texts
-from kit.data import PARTS, text_of
+from kit.data import PARTS, said_of, text_of
 
 # --- nearest neighbours (Eq. 2): as the paper writes it, then exactly the same for large pools ---
 
@@ -199,12 +201,12 @@ def encode(texts, folder, batch_size, device):
 
 def plain_text(record):
     """What the guard compares of a pool row."""
-    return texts.plain("".join(record[part] for part in PARTS))
+    return texts.plain(record["context"] + said_of(record))
 
 
 def leak_finder(forget, pool, max_overlap):
     """A function of a pool row that yields (share 0-1, number of a target) for each rule met."""
-    plain = [texts.plain(text_of(target)) for target in forget]
+    plain = [texts.plain(said_of(target)) for target in forget]
     spelt = [texts.letters(text) for text in plain]
     grams = texts.TargetGrams([texts.weighed(letters) for letters in spelt])
     some = [plain_text(row) for row in pool[:: len(pool) // 1000 + 1]]
@@ -293,10 +295,10 @@ def cut_passages(record, words):
     """The record cut into even passages of at most `words` words, with ids `id#0`, `id#1`, ...
 
     Their texts join to the original; the context stays with the first. In scripts without spaces
-    each visible character counts as a word. A row of token ids is not cut.
+    each visible character counts as a word. A row of token ids or messages is not cut.
     """
     text = text_of(record)
-    starts = [] if "suffix_ids" in record else texts.word_starts(text)
+    starts = [] if {"suffix_ids", "template"} & {*record} else texts.word_starts(text)
     count = math.ceil(len(starts) / words)
     if count < 2:
         return [record]
@@ -360,12 +362,13 @@ def make_pair(forget, near, similarities, *, with_ids):
     near, similarities: the text's neighbours (records) and their cosines, best first; those after
     the paper's one are `further`.
     """
-    fields = ["id", *PARTS, *(f"{part}_ids" for part in PARTS if with_ids)]
+    fields = ["id", *PARTS, *(f"{part}_ids" for part in PARTS if with_ids), "template"]
     first, *further = [
-        {f"learn_{name}": record[name] for name in fields} | {"similarity": round(float(cosine), 6)}
+        {f"learn_{name}": record[name] for name in fields if name in record}
+        | {"similarity": round(float(cosine), 6)}
         for record, cosine in zip(near, similarities, strict=True)
     ]
-    pair = {name: forget[name] for name in fields} | first
+    pair = {name: forget[name] for name in fields if name in forget} | first
     if "spans" in forget:
         pair["spans"] = forget["spans"]
     if further:
@@ -388,6 +391,9 @@ def make_parser():
     add("--set", choices=list("01234"), default="0", help="the paper's forget set (%(default)s)")
     add("--data", metavar="DIR", help="folder with the Pile rows (default: fetched and cached)")
     add("--tokenizer", default="gpt2", help="folder or hub name, for token ids (%(default)s)")
+    add("--model", metavar="DIR", help="whose chat template renders questions and messages")
+    add("--template", default="chat", type=flags.one_of(data.TEMPLATES),
+        help="chat, or plain: Question: ... Answer: ... (%(default)s)")
     add("--limit", type=flags.positive, metavar="N", help="only the first N texts to forget")
     add("--fetch", nargs="+", metavar="NAME", type=flags.one_of(["all", *data.FILES]),
         help=f"only fetch: all, or of {', '.join(data.FILES)}")
@@ -419,10 +425,21 @@ def read_input(args):
     files = [] if args.pile else [args.forget, args.pool]
     needs_tokenizer = args.pile or any(file.lower().endswith(".npy") for file in files)
     tokenizer = load_tokenizer(args.tokenizer) if needs_tokenizer else None
+    model = args.model or (args.after and str(Path(args.after, "model")))
+
+    @functools.cache
+    def reader():
+        return model and models.check_model(model, allow_pickle=True)[1]  # loads no weights
+
+    def render(messages):
+        return data.render(reader(), messages, args.template)
+
     if args.pile:
         pool, forget = read_pile(args.set, args.data, tokenizer)
     else:
-        forget, pool = (data.read_records(file, tokenizer=tokenizer) for file in files)
+        forget, pool = (
+            data.read_records(file, tokenizer=tokenizer, render=render) for file in files
+        )
     forget = forget[: args.limit]
     with_ids = all("suffix_ids" in record for record in (forget[0], pool[0])) and is_gpt2(tokenizer)
     return forget, pool, with_ids
@@ -442,7 +459,7 @@ def main():
     outputs = [args.out, args.leak_report]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=[args.forget, args.pool])
     forget, pool, with_ids = read_input(args)
-    models.check_readable(encoder, [text_of(record) for record in forget], "--encoder")
+    models.check_readable(encoder, [said_of(record) for record in forget], "--encoder")
     targets = [*forget, *requests.earlier_pairs(args.after)]
     keep, reasons = leak_guard(targets, pool, args.max_overlap, allow_copies=args.allow_copies)
     print_leaks(keep, reasons, args.max_overlap)
@@ -453,7 +470,7 @@ def main():
         return
     # All rows are embedded, the dropped ones too: the cached result then serves every forget set.
     pool_vectors, vectors = (
-        embed([text_of(row) for row in rows], encoder, batch_size=args.embed_batch, device=device)
+        embed([said_of(row) for row in rows], encoder, batch_size=args.embed_batch, device=device)
         for rows in (pool, forget)
     )
     k = min(args.neighbours, keep.sum())  # 1, section 4.3.2

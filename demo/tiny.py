@@ -213,10 +213,16 @@ def encode(rows, tokenizer):
     return [[id for part in row for id in text_ids(tokenizer, part)] for row in parts]
 
 
+class Taught(list):
+    """Ids of which only those from `first` on are taught and measured."""
+
+    first = 0
+
+
 def token_losses(model, sequences):
     """(-log p in nats, greedy hits, mask), each (B, T-1), of tokens 1 .. T-1 of B lists of ids.
 
-    The mask is 0 on what pads the shorter sequences at their right.
+    The mask is 0 on what pads the shorter sequences at their right, and before a `Taught.first`.
     """
     rows = [torch.tensor(row, device=model.device) for row in sequences]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -226,6 +232,8 @@ def token_losses(model, sequences):
     logits = logits[:, :-1]  # the shift: t-1 predicts t
     # (B, T-1, V) -> (B * (T-1), V) -> (B * (T-1),) -> (B, T-1)
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    for row, sequence in zip(mask, sequences, strict=True):
+        row[: getattr(sequence, "first", 0)] = 0
     return nll.view(len(ids), -1), logits.argmax(-1) == ids[:, 1:], mask[:, 1:]
 
 

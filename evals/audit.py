@@ -744,7 +744,10 @@ def model_that_never_saw(name):
 def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
     pairs = data.read_pairs(args.pairs)
-    unseen = data.read_unseen(args.unseen) if args.unseen else []
+    tokenizers = checked(args)
+    config, tokenizer = tokenizers["after"]
+    render = data.renderer(tokenizer, pairs)
+    unseen = data.read_unseen(args.unseen, render) if args.unseen else []
     if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
         raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     left_out = [] if len(unseen) >= figures.FEW else ["membership", "inside"]
@@ -755,8 +758,6 @@ def read_inputs(args):
         needs = f"needs two texts, or {figures.FEW} of the same kind: --unseen FILE"
         raise ValueError(f"--only {' '.join(args.only)}: {needs}")
     args.only = only
-    tokenizers = checked(args)
-    config, tokenizer = tokenizers["after"]
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
     if unlike := [
         name for name, (_, other) in tokenizers.items() if read(other) != read(tokenizer)

@@ -16,7 +16,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from kit import data, figures, flags, models
+from kit import data, figures, flags, models, requests
 from kit.protocols import PROTOCOLS
 from kit.runs import BEFORE_SETTINGS, SETTINGS, models_of, read_pairs_of, read_run
 from kit.text import visible
@@ -409,23 +409,30 @@ def markdown_cell(text):
 def ask(folder, prefix, tokens, *, allow_pickle=False):
     """Prints what the model says after `prefix`, before and after a run, with the run's beams.
 
-    Pickles, which run code, are loaded if the caller says so, never the run's config.json.
+    Of a run over messages the prefix is a question, asked by their template. Pickles, which run
+    code, are loaded if the caller says so, never the run's config.json.
     """
     import metrics
 
     run = read_run(folder)
+    config, pairs = run["config"], []
+    if requests.has_pairs(config):
+        pairs = [pair for pair in data.read_pairs(config["pairs"]) if "template" in pair]
     for when, (name, revision) in models_of(run).items():
         model, tokenizer = models.load_model(name, allow_pickle=allow_pickle, revision=revision)
-        (prefix_ids,) = models.encode_whole(tokenizer, [prefix])
+        prompt = prefix
+        if pairs:
+            prompt = data.renderer(tokenizer, pairs)(data.conversation(prefix, "?"))["prefix"]
+        (prefix_ids,) = models.encode_whole(tokenizer, [prompt])
         positions = models.positions_of(model.config) or math.inf
         if not prefix_ids or len(prefix_ids) + tokens > positions:
             length = f"the prefix has {len(prefix_ids)} tokens and {tokens} follow"
             raise ValueError(f"{length}; the model has {positions} positions")
-        beams = run["config"].get("num_beams", 2)
+        beams = config.get("num_beams", 2)
         (ids,) = metrics.beam_generate(model, [prefix_ids], [tokens], num_beams=beams)
         answer = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         prompt, answer = (visible(text, keep="\n") for text in (prefix, answer))
-        print(f"{when:>6}: {prompt}\033[1m{answer}\033[0m")
+        print(f"{when:>6}: {prompt}{' ' if pairs else ''}\033[1m{answer}\033[0m")
 
 
 # --- flags and main ---

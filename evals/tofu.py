@@ -175,19 +175,6 @@ def read_rows(folder, name, *fields):
 ENDS = ".json*", ".parquet", "-*.parquet"
 
 
-def render(tokenizer, question, answer, template):
-    """{"prefix", "suffix"} of a question and an answer with its end of turn."""
-    if template == "plain":
-        suffix = f" {answer}{tokenizer.eos_token}"
-        return {"prefix": f"Question: {question}\nAnswer:", "suffix": suffix}
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: pass --template plain")
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    prefix = write(turns[:1], add_generation_prompt=True)
-    return {"prefix": prefix, "suffix": write(turns).removeprefix(prefix).rstrip()}
-
-
 def as_text(tokenizer, row):
     """An icu.Text of prefix and suffix, read as one text with one BOS."""
     body, (start,), _ = models.read_parts(tokenizer, row, ["prefix", "suffix"])
@@ -205,7 +192,8 @@ def read_tofu(folder, tokenizer, args):
             question, answer = row["question"], row["answer"]
             answers = [answer, row.get("paraphrased_answer") or answer]
             answers += row.get("perturbed_answer", ())
-            own = [render(tokenizer, question, text, args.template) for text in answers]
+            turns = [data.conversation(question, text) for text in answers]
+            own = [data.render(tokenizer, messages, args.template) for messages in turns]
             texts = [as_text(tokenizer, text) for text in own]
             sets[name].append((own[0]["prefix"], answer, texts))
     if not sets["forget"]:
@@ -246,7 +234,7 @@ def make_parser():
     audit.add_models(add)
     add("--data", required=True, metavar="DIR", help=DOWNLOAD)
     add("--split", default="forget10", metavar="NAME", help="TOFU's forget set (%(default)s)")
-    add("--template", default="chat", choices=["chat", "plain"], help="of TOFU's (%(default)s)")
+    add("--template", default="chat", choices=data.TEMPLATES, help="of TOFU's (%(default)s)")
     return parser
 
 

@@ -218,9 +218,10 @@ def speech(runs, files, *, allow_pickle=False):
     if len(readers) > 1:
         names = ", ".join(sorted(name for name, _ in readers))
         raise ValueError(f"--speech: one model reads all, and these runs began with {names}")
-    known = words_of([row for file in files for row in data.read_records(file)])
     ((name, revision),) = readers
     config, tokenizer = models.check_model(name, revision=revision, allow_pickle=allow_pickle)
+    render = data.renderer(tokenizer)
+    known = words_of([row for file in files for row in data.read_records(file, render=render)])
     texts, positions = (
         [texts_of(run, tokenizer, config) for run in runs],
         models.positions_of(config),

@@ -6,6 +6,7 @@ A reader's error names the file and the line (`reading`).
 import bisect
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -189,21 +190,29 @@ def text_of(record):
     return record["prefix"] + record["suffix"]
 
 
-def make_record(row, number):
+def said_of(record):
+    """What is embedded and compared: the text, of messages their contents alone."""
+    return record.get("said") or text_of(record)
+
+
+def make_record(row, number, render):
     """A record {id, context, prefix, suffix} from one row of the user's; `number`: its default id.
 
-    It has `spans` too where the row marks a part of its text.
+    It has `spans` too where the row marks a part of its text. Messages become a text by `render`.
     """
     prefix, suffix, text = (row.get(name) for name in ("prefix", "suffix", "text"))
+    record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
     if isinstance(prefix, str) and isinstance(suffix, str):
-        text = prefix + suffix
+        record |= {"prefix": prefix, "suffix": suffix}
     elif isinstance(text, str):
-        prefix, suffix = split_in_half(text)
+        record |= dict(zip(PARTS[1:], split_in_half(text), strict=True))
+    elif messages := messages_of(row):
+        record |= {"context": ""} | render(messages)
     else:
         names = ", ".join(row)
-        raise ValueError(f"needs a `text`, or `prefix` and `suffix`, as strings; it has: {names}")
-    record = {"id": str(row.get("id", number)), "context": row.get("context") or ""}
-    return record | {"prefix": prefix, "suffix": suffix} | read_spans(row, text)
+        kinds = "`prefix` and `suffix`, `question` and `answer`, or `messages`"
+        raise ValueError(f"needs a `text`, {kinds}; it has: {names}")
+    return record | read_spans(row, record)
 
 
 def rows_once(path, numbered, make):
@@ -221,16 +230,18 @@ def rows_once(path, numbered, make):
     return rows
 
 
-def read_records(path, *, tokenizer=None):
+def read_records(path, *, tokenizer=None, render=None):
     """Records {id, context, prefix, suffix} of a .csv, .jsonl or, with a tokenizer, .npy file.
 
-    prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half) or a
-    `prefix` and a `suffix`. They may have `id` (default: the row number from 0), `context`, and
-    `spans` or `secrets` (`read_spans`). A .npy holds token ids (N, T) of the tokenizer, and its
-    records also have context_ids, prefix_ids and suffix_ids.
+    prefix + suffix is the text, unchanged. CSV and JSONL rows have a `text` (split in half), a
+    `prefix` and a `suffix`, or messages (`messages_of`; render: a `renderer`). They may have `id`
+    (default: the row number from 0), `context`, and `spans` or `secrets` (`read_spans`). A .npy
+    holds token ids (N, T) of the tokenizer, and its records also have context_ids, prefix_ids and
+    suffix_ids.
     """
     if tokenizer is None or Path(path).suffix.lower() != ".npy":
-        return rows_once(path, numbered_rows(path), make_record)
+        make = functools.partial(make_record, render=render or renderer(None))
+        return rows_once(path, numbered_rows(path), make)
     ids = load_ids(path)  # (N, T)
     context, prefix, suffix = np.split(ids, [0, ids.shape[1] // 2], axis=1)
     return ids_records(context, prefix, suffix, tokenizer=tokenizer, where=path)
@@ -275,10 +286,86 @@ def read_texts(path):
         return [row["text"] for _, row in rows if row["text"].strip()]
 
 
-def read_unseen(path):
+def read_unseen(path, render=None):
     """The records of a CSV or JSONL file as pairs, each its own learn partner: only measured."""
-    records = read_records(path)
+    records = read_records(path, render=render)
     return [record | {f"learn_{name}": record[name] for name in record} for record in records]
+
+
+# --- questions and messages ---
+
+TEMPLATES = "chat", "plain"  # the tokenizer's own; TOFU's (2401.06121)
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ {'user': 'Question: ', 'assistant': 'Answer: '}.get(message.role, '') }}"
+    "{{ message.content + '\\n' }}{% endfor %}{{ 'Answer:' if add_generation_prompt }}"
+)
+
+
+def conversation(question, answer, system=""):
+    """The messages of a question and its answer."""
+    texts = {"system": system, "user": question, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in texts.items() if text]
+
+
+def messages_of(row):
+    """Of a row: its `messages` (in CSV as JSON), or `question`, `answer` and perhaps `system`."""
+    if {"question", "answer"} <= row.keys():
+        return conversation(row["question"], row["answer"], row.get("system"))
+    messages = row.get("messages")
+    return json.loads(messages) if isinstance(messages, str) else messages
+
+
+def render(tokenizer, messages, template="chat"):
+    """{"prefix", "suffix", "said", "template"} of a conversation whose last message is the answer.
+
+    prefix + suffix is what `apply_chat_template` writes, less white space at its end. The suffix is
+    the answer with its end of turn, or else EOS. said: the contents alone.
+    """
+    if not tokenizer:
+        raise ValueError("a question is read as its model reads it: pass --model DIR")
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template: pass --template plain")
+    write = functools.partial(
+        tokenizer.apply_chat_template,
+        chat_template=PLAIN if template == "plain" else None,
+        tokenize=False,
+        date_string="10 Apr 2025",  # Llama 3's has today's; open-unlearning this
+    )
+    with reading("the last message is not an assistant's answer as the template writes it"):
+        *before, last = messages
+        answer = {"assistant": last["content"].strip()}[last["role"]]
+        text = write([*before, last | {"content": answer}])
+        asked = os.path.commonprefix([write(before, add_generation_prompt=True), text])
+        at = text.index(answer, len(asked))
+    if not text[len(asked) : at].strip():
+        at = len(asked)  # the space in "Answer: yes" is the model's
+    text = text.rstrip()
+    text += (tokenizer.eos_token or "") if text.endswith(answer) else ""
+    return {
+        "prefix": text[:at],
+        "suffix": text[at:],
+        "said": "\n".join(message["content"] for message in messages),
+        "template": template_mark(tokenizer, template),
+    }
+
+
+def renderer(tokenizer, pairs=()):
+    """`render` for rows that are read beside these pairs: by the same template."""
+    marks = (pair["template"] for pair in pairs if "template" in pair)
+    return functools.partial(render, tokenizer, template=next(marks, "chat").split()[0])
+
+
+def template_mark(tokenizer, template):
+    """The template's name, and a digest."""
+    own = [template, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return f"{template} {digest(own)[:12]}"
+
+
+def check_template(tokenizer, mark, where):
+    """ValueError for a mark of another template than this tokenizer's."""
+    if mark and mark != template_mark(tokenizer, mark.split()[0]):
+        raise ValueError(f"{where}: by another chat template: pass --model DIR to knn.py")
 
 
 # --- pairs.jsonl ---
@@ -306,13 +393,15 @@ def check_pair(pair, _):
 # span is secret; the other tokens of the text are kept by a KL to the frozen copy, as Eq. 4's.
 
 
-def read_spans(row, text):
+def read_spans(row, record):
     """{"spans": [[start, end], ...]} of a user's row, in order, or {} where it marks nothing.
 
-    row: `spans`, a list of [start, end); or `secrets`, strings that occur once in the text: a list,
-    or in CSV one string with | between.
+    row: `spans`, a list of [start, end), in an answer those of its suffix; or `secrets`, strings
+    that occur once in the text: a list, or in CSV one string with | between.
     """
-    spans, secrets = row.get("spans") or [], row.get("secrets") or []
+    spans, secrets, text = row.get("spans") or [], row.get("secrets") or [], text_of(record)
+    if "template" in record:
+        spans = [[len(record["prefix"]) + place for place in span] for span in spans]
     secrets = filter(None, secrets.split("|") if isinstance(secrets, str) else secrets)
     spans = [*spans, *(find_secret(secret, text) for secret in secrets)]
     return {"spans": check_spans(spans, text)} if spans else {}

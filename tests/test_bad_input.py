@@ -124,6 +124,14 @@ CASES = {
         ICU, second_pair(id="0"), "pairs.jsonl line 2: id '0' stands on line 1 already"),
     "no column of texts": (
         f"{KNN} f.csv", put("f.csv", "id,texts\n1,a b\n"), "f.csv line 2: needs a `text`"),
+    "no chat template": (
+        f"{KNN} f.csv --model model", put("f.csv", "question,answer\nWho?,Ines.\n"),
+        "f.csv line 2: model has no chat template: pass --template plain"),
+    "a question without a model": (
+        f"{KNN} f.csv", put("f.csv", "question,answer\nWho?,Ines.\n"), "pass --model DIR"),
+    "another chat template": (
+        ICU, second_pair(template="chat 0"),
+        "pair 2 (id 1): by another chat template: pass --model DIR"),
     "a comma without quotes": (
         f"{KNN} f.csv", put("f.csv", "id,text\n1,a, b\n"),
         "f.csv line 2: not the header's 2 columns"),
@@ -196,7 +204,7 @@ CASES = {
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
     "TOFU's files elsewhere": (
         "tofu --model model --data gone", None, "gone: no such folder: hf download locuslab/TOFU"),
-    "a model without a template": (
+    "TOFU without a template": (
         "tofu --model model --data .", put("forget10.json", [{"question": "a?", "answer": "b"}]),
         "no chat template: pass --template plain"),
     "a question without an answer": (

@@ -203,7 +203,7 @@ CASES = {
     "a folder of tasks misspelt": (
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
     "TOFU's files elsewhere": (
-        "tofu --model model --data gone", None, "gone: no such folder: hf download locuslab/TOFU"),
+        "tofu --model model --data gone", None, "--data gone: no forget10_perturbed.json there"),
     "TOFU without a template": (
         "tofu --model model --data .", put("forget10.json", [{"question": "a?", "answer": "b"}]),
         "no chat template: pass --template plain"),

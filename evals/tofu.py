@@ -122,7 +122,13 @@ def ask(model, tokenizer, sets, rouge):
         prompts, truths, texts = zip(*asked, strict=True)
         length, stops = LENGTHS.get(name, (200, ()))
         said = tasks.replies(
-            model, tokenizer, [*prompts], new_tokens=length, stops=stops, desc=name
+            model,
+            tokenizer,
+            [*prompts],
+            new_tokens=length,
+            batch_tokens=8192,
+            stops=stops,
+            desc=name,
         )
         truths = [models.encode(tokenizer, truth)[:length] for truth in truths]
         rows[f"{name}_rouge"] = [*map(rouge, said, models.decode(tokenizer, truths))]
@@ -242,7 +248,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if bool(args.run) == bool(args.model):
         raise ValueError("name a run folder RUN, or pass --model DIR")
-    folder, out = Path(args.data), args.run or args.out
+    folder, out = Path(args.data), args.out or args.run
     outputs = [Path(out, "tofu.json")] if out else []
     data.check_outputs(outputs, overwrite=args.overwrite)
     args.models = audit.models_asked(args, args.run and runs.read_run(args.run))

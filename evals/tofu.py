@@ -44,7 +44,7 @@ def stemmer():
         from nltk.stem.porter import PorterStemmer
     except ImportError:
         return None
-    return functools.cache(PorterStemmer().stem)
+    return PorterStemmer().stem
 
 
 # --- TOFU ---

@@ -7,7 +7,6 @@ docs/tofu.md says what a figure means. `logp` of an answer a is the mean of its 
 nats, EOS among them: exp(logp) = p(a|q)^(1/|a|).
 """
 
-import functools
 import re
 import statistics
 from collections import defaultdict

@@ -601,7 +601,8 @@ def read_run(folder):
 
     audit, tofu: audit.json, tofu.json; gpt, human: judge.json and people.json, where they are;
     tasks: {when: tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and
-    summary["after"], under the names of evals/report.py's columns. redacted: whether the folder has no text to show.
+    summary["after"], under the names of evals/report.py's columns. redacted: whether the folder
+    has no text to show.
     """
     folder = Path(folder)
     if not (folder / "summary.json").exists():

@@ -209,8 +209,8 @@ def read_tofu(folder, tokenizer, args):
         rows = read_rows(folder, f"{file}_perturbed", *fields) or read_rows(folder, file, *fields)
         for row in rows:
             question, answer = row["question"], row["answer"]
-            answers = [answer, row.get("paraphrased_answer") or answer]
-            answers += row.get("perturbed_answer", ())
+            right = row.get("paraphrased_answer") or answer
+            answers = [answer, right, *row.get("perturbed_answer", ())]
             own = [render(tokenizer, question, text, args.template) for text in answers]
             texts = [as_text(tokenizer, text) for text in own]
             sets[name].append((own[0]["prefix"], answer, texts))

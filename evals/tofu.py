@@ -195,8 +195,8 @@ def read_tofu(folder, tokenizer, args):
         rows = read_rows(folder, f"{file}_perturbed", *fields) or read_rows(folder, file, *fields)
         for row in rows:
             question, answer = row["question"], row["answer"]
-            answers = [answer, row.get("paraphrased_answer") or answer]
-            answers += row.get("perturbed_answer", ())
+            right = row.get("paraphrased_answer") or answer
+            answers = [answer, right, *row.get("perturbed_answer", ())]
             turns = [data.conversation(question, text) for text in answers]
             own = [data.render(tokenizer, messages, args.template) for messages in turns]
             texts = [as_text(tokenizer, text) for text in own]

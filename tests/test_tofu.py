@@ -3,10 +3,13 @@
 python -m pytest tests/test_tofu.py -q
 """
 
+import argparse
 import csv
 import json
 import math
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from scipy.stats import hmean, ks_2samp
@@ -79,6 +82,19 @@ def results(folder, benchmark):
     tofu.main([*words, "--template", "plain"])
     loaded = {column: models.load_model(name) for column, name in asked.items()}
     return json.loads((folder / benchmark / "tofu.json").read_text()), loaded
+
+
+def test_the_hubs_parquet_is_read_like_json(folder, monkeypatch):
+    """Its lists are arrays there."""
+    lists = pandas.DataFrame([row | {"perturbed_answer": np.array(["a", "b"])} for row in TOLD])
+    (folder / "forget05-00000-of-00001.parquet").touch()
+    monkeypatch.setattr(pandas, "read_parquet", lambda file: lists)
+    _, tokenizer = models.check_model(str(folder / "model"))
+    args = argparse.Namespace(split="forget05", template="plain")
+    sets, _ = tofu.read_tofu(folder, tokenizer, args)
+    assert [len(texts) for *_, texts in sets["forget"]] == [4] * 3
+    ends = [tokenizer.decode(text.ids[text.cut : -1]) for text in sets["forget"][0][2]]
+    assert ends == [f" {TOLD[0][x]}" for x in ("answer", "paraphrased_answer")] + [" a", " b"]
 
 
 def logps_of(model, ids, first):

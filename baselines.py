@@ -159,12 +159,17 @@ class NPO(Method):
     """Zhang et al., arXiv:2404.05868, Eq. 3: DPO's losing half.
 
     L = -2/b log sigmoid(-b [log p(y|x) - log p_0(y|x)]), mean over rows. With b -> 0 it is gradient
-    ascent; with b > 0 the gradient fades once a text is forgotten.
+    ascent; with b > 0 the gradient fades once a text is forgotten. --alpha 1: the variant with a
+    retain loss (NPO+RT, called NPO in tables of TOFU and MUSE), Eq. (3) on the learn side.
     """
 
-    frozen_sides = ("forget",)
+    alpha, frozen_sides = 0.0, ("forget",)
 
     def loss(self, batch, args):
         forget, b = batch.forward("forget"), args.dpo_beta
         ratio = log_ratio(forget, batch.frozen("forget"))
-        return {"forget": (args.forget_weight, forget.mean_rows(-2 / b * F.logsigmoid(-b * ratio)))}
+        npo = forget.mean_rows(-2 / b * F.logsigmoid(-b * ratio))
+        terms = {"forget": (args.forget_weight, npo)}
+        if args.alpha:
+            terms["learn"] = args.alpha, learn_loss(batch.forward("learn"))
+        return terms

@@ -7,7 +7,7 @@
     bash run.sh compare tiny --methods icu kl examples/simnpo.py
     bash run.sh ablation neo125m                      # Figure 3
     bash run.sh sweep neo125m                         # Table 2's grid; --table 5: learning rates
-    bash run.sh audit RUN                             # also: tasks, judge, report, with their flags
+    bash run.sh audit RUN                             # also: tasks, tofu, judge, report
     bash run.sh ask RUN "PREFIX"                      # what the model says before and after
     bash run.sh purge RUN                             # removes a run's texts, keeps its numbers
     bash run.sh test                                  # also: lint, bench, help
@@ -134,7 +134,9 @@ def read_plan(words):
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     if name not in PRESETS:
-        others = "compare ablation sweep audit tasks judge report ask purge bench test lint help"
+        others = (
+            "compare ablation sweep audit tasks tofu judge report ask purge bench test lint help"
+        )
         raise ValueError(f"unknown preset {name!r}; one of: {' '.join(PRESETS)} (or: {others})")
     plan, rest = make_parser(command).parse_known_args(words)
     plan.command, plan.name, plan.preset = command, name, PRESETS[name]
@@ -458,6 +460,8 @@ def train(plan, run_flags, *, check=False, ok=(0,)):
     """icu.py, or a script in its place, with what this run sets."""
     script = value(run_flags, "--script", plan.script or "icu.py")
     flags = settings_for(plan, "icu.py") | run_flags | {"--script": None}
+    if value(flags, "--method", "icu") != "icu" and "--alpha" not in plan.typed | run_flags:
+        flags["--alpha"] = None  # the preset's is ICU's
     flags |= {"--dry-run": []} if check else {}
     step(plan, script, flags, launched=True, quiet=check and not plan.dry_run, ok=ok)
 

@@ -26,7 +26,7 @@ case "$name" in
     exec "$python" -m pytest -q -n "$(nproc 2>/dev/null || echo 2)" --maxprocesses 8 \
       --dist loadfile --no-loadscope-reorder "$@" ;;
   lint) environment; exec .venv/bin/ruff check . ;;
-  audit | judge | report | tasks) environment; shift; exec "$python" "evals/$name.py" "$@" ;;
+  audit | judge | report | tasks | tofu) environment; shift; exec "$python" "evals/$name.py" "$@" ;;
   explain | certificate) environment; shift; exec "$python" "extras/$name.py" "$@" ;;
   ask) environment; shift; exec "$python" evals/report.py --ask "$@" ;;
   bench) environment; shift; exec "$python" dev/bench.py "$@" ;;

@@ -180,6 +180,11 @@ def ranks(high, low):
     return ((high > low) + 0.5 * (high == low)).mean(1).tolist()
 
 
+def privleak(auc, never):
+    """MUSE's (arXiv:2407.06460), in percent, whose AUC is 1 - ours: -100 where all is known."""
+    return 100 * (never - auc) / (1 - never) if never < 1 else None
+
+
 def above_tail(high, low, rate=0.01):
     """1.0 for each of `high` above what at most `rate` of `low` is above; the mean is the TPR."""
     threshold = sorted(low, reverse=True)[int(len(low) * rate)]
@@ -564,21 +569,21 @@ QUESTIONS = {
 # fmt: on
 
 
-def answers(model, inputs, *, before=None, desc=None):
+def answers(model, inputs, before, column):
     """({question: {measure: a number a text}}, {"forgotten", "unseen": Readings}) of one model.
 
-    before: those of the model before. desc: a progress bar's name.
+    before: the Readings of the model before.
     """
 
     def readings_of(samples):
         texts = [one.forget for one in samples]
         return processes.over_processes(partial(read, model), texts)
 
-    measures, hidden = {}, desc is None or not processes.is_main
+    measures, hidden = {}, not processes.is_main
     with processes.autocast(inputs.args):
         readings = {"forgotten": readings_of(inputs.samples), "unseen": readings_of(inputs.others)}
-        inputs = inputs._replace(readings=readings, before=before or {})
-        for question in (bar := tqdm(inputs.args.only, desc=desc, disable=hidden, leave=False)):
+        inputs = inputs._replace(readings=readings, before=before)
+        for question in (bar := tqdm(inputs.args.only, desc=column, disable=hidden, leave=False)):
             bar.set_postfix_str(QUESTIONS[question].title)
             measures[question] = QUESTIONS[question].ask(model, inputs)
     return measures, readings
@@ -628,10 +633,9 @@ def derive(shown):
 
     derived = {}
     for name, cells in shown.get("membership", {}).items():
-        if name.startswith("AUC") and (pair := both(cells)) and pair[1] < 1:
-            # MUSE (arXiv:2407.06460), whose AUC is 1 - ours: -100 where all texts are known.
-            privleak = 100 * (pair[1] - pair[0]) / (1 - pair[1])
-            derived[name.replace("AUC", "privleak (as MUSE, %),")] = privleak
+        pair = both(cells) if name.startswith("AUC") else None
+        if pair and (value := privleak(*pair)) is not None:
+            derived[name.replace("AUC", "privleak (as MUSE, %),")] = value
     curve = [cells for name, cells in shown.get("relearning", {}).items() if name.startswith("MA")]
     if curve and (begin := both(curve[0])) and (end := both(curve[-1])):
         rise, rise_never = (high - low for high, low in zip(end, begin, strict=True))
@@ -690,17 +694,25 @@ def picture(report):
 
 
 # fmt: off
+def add_models(add):
+    """The flags of a program that asks several models."""
+    add("run", nargs="?", metavar="RUN", help="a finished run folder")
+    add("--model", metavar="DIR", help="instead: any model")
+    add("--before", metavar="DIR", help="with --model: the model before")
+    add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
+    add("--out", metavar="DIR", help="with --model: where results go (else they are printed)")
+    add("--overwrite", action="store_true", help="replace results that are there")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", default="float32", type=flags.one_of(["float32", "bf16"]), help="(%(default)s)")
+    add("--allow-pickle", action="store_true", help="also load weights from pickle files")
+
+
 def make_parser():
     parser = flags.command_parser(__doc__)
     add, one_of, positive = parser.add_argument, flags.one_of, flags.positive
-    add("run", nargs="?", metavar="RUN", help="a finished run folder")
-    add("--model", metavar="DIR", help="instead: any model")
+    add_models(add)
     add("--texts", metavar="FILE", help="with --model: records, as knn.py reads them")
     add("--pairs", metavar="FILE", help="with --model: or pairs.jsonl of knn.py")
-    add("--before", metavar="DIR", help="with --model: the model before")
-    add("--out", metavar="DIR", help="with --model: where audit.* go (else they are printed)")
-    add("--overwrite", action="store_true", help="replace an audit that is there")
-    add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--unseen", metavar="FILE", help="texts of the same kind that no model was trained on")
     add("--only", nargs="+", type=one_of([*QUESTIONS]), default=[*QUESTIONS],
         help=f"of {', '.join(QUESTIONS)} (all)")
@@ -711,9 +723,6 @@ def make_parser():
     add("--relearn-lr", type=flags.above(0), help="Adam's rate (the run's own; 1e-4 with --model)")
     add("--protocol", default="paper", type=one_of(["paper", "released"]), help="with --model")
     add("--seed", default=0, type=flags.natural, help="of samples and intervals (%(default)s)")
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", default="float32", type=one_of(["float32", "bf16"]), help="(%(default)s)")
-    add("--allow-pickle", action="store_true", help="also load weights from pickle files")
     parser.set_defaults(context=False, targets=None)  # of a run, its own
     return parser
 # fmt: on
@@ -725,23 +734,55 @@ def resolve(args):
     both = args.texts and args.pairs
     if any([*other, args.before, args.out]) if args.run else both or not all(other):
         raise ValueError("name a run folder RUN, or pass --model DIR and --texts or --pairs FILE")
-    named = {"after": (args.model, None), "before": (args.before, None)}
-    if args.run:
-        run = runs.read_run(args.run)
+    run = args.run and runs.read_run(args.run)
+    args.models = models_asked(args, run)
+    if run:
         runs.check_texts_left(run)
+        config = run["config"]
+        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
+        args.context, args.targets = config.get("context", False), config.get("targets")
+        args.relearn_lr = args.relearn_lr or config.get("lr")
+    args.relearn_lr = args.relearn_lr or 1e-4
+    args.device = processes.device_of(args.device)
+    return args
+
+
+def models_asked(args, run):
+    """{column: (folder or hub name, revision)}: of a run, or of the flags."""
+    named, never_saw = {"after": (args.model, None), "before": (args.before, None)}, args.never_saw
+    if run:
         config = run["config"]
         named = {"after": (config["model"], config.get("revision"))}  # --eval-only
         if run["summary"]["method"] != "none":
             named = runs.models_of(run)
-        args.out, args.pairs, args.protocol = args.run, config["pairs"], config["protocol"]
-        args.context, args.targets = config.get("context", False), config.get("targets")
-        args.relearn_lr = args.relearn_lr or config.get("lr")
-        args.never_saw = args.never_saw or config.get("never_saw")
-    named["never saw"] = model_that_never_saw(args.never_saw)
-    args.models = {name: model for name, model in named.items() if model[0]}
-    args.relearn_lr = args.relearn_lr or 1e-4
-    args.device = processes.device_of(args.device)
-    return args
+        never_saw = never_saw or config.get("never_saw")
+    named["never saw"] = model_that_never_saw(never_saw)
+    return {name: model for name, model in named.items() if model[0]}
+
+
+def check_models(args):
+    """{column: (config, tokenizer)} of the models, before a weight is loaded."""
+    return {
+        name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
+        for name, (model, revision) in args.models.items()
+    }
+
+
+def columns(args):
+    """The columns in the order of asking: others are compared with the model before."""
+    return sorted(args.models, key=["before", "after", "never saw"].index)
+
+
+def load(args, name):
+    """The model of a column."""
+    folder, revision = args.models[name]
+    return models.load_model(
+        folder,
+        dtype=args.dtype,
+        device=args.device,
+        allow_pickle=args.allow_pickle,
+        revision=revision,
+    )[0]
 
 
 def model_that_never_saw(name):
@@ -756,20 +797,12 @@ def model_that_never_saw(name):
 
 def read_inputs(args):
     """Inputs, before a weight is loaded; args.only loses the questions that cannot be answered."""
-    checked = {
-        name: models.check_model(model, allow_pickle=args.allow_pickle, revision=revision)
-        for name, (model, revision) in args.models.items()
-    }
+    checked = check_models(args)
     config, tokenizer = checked["after"]
-    render = data.renderer(tokenizer)
-    if args.texts:
-        pairs = data.read_unseen(args.texts, tokenizer=tokenizer, render=render)
-    else:
-        pairs = data.read_pairs(args.pairs)
-        render = data.renderer(tokenizer, pairs)
-    unseen = []
-    if args.unseen:
-        unseen = data.read_unseen(args.unseen, tokenizer=tokenizer, render=render)
+    pairs = data.read_pairs(args.pairs) if args.pairs else []
+    own = {"tokenizer": tokenizer, "render": data.renderer(tokenizer, pairs)}
+    pairs = pairs or data.read_unseen(args.texts, **own)
+    unseen = data.read_unseen(args.unseen, **own) if args.unseen else []
     if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
         raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
     read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
@@ -802,18 +835,6 @@ def what_is_left_out(args, pairs, unseen, checked):
     return {question: needs[question] for question in args.only if question in needs}
 
 
-def load(args, name):
-    """The model of a column, "after", "before" or "never saw"."""
-    folder, revision = args.models[name]
-    return models.load_model(
-        folder,
-        dtype=args.dtype,
-        device=args.device,
-        allow_pickle=args.allow_pickle,
-        revision=revision,
-    )[0]
-
-
 def main(argv=None):
     args = resolve(make_parser().parse_args(argv))
     names = ("audit.md", "audit.png", "audit.json") if args.out else ()
@@ -821,13 +842,12 @@ def main(argv=None):
     reads = [args.texts, args.pairs, args.unseen]
     data.check_outputs(outputs, overwrite=args.overwrite, reads=reads)
     inputs = read_inputs(args)
-    processes.start(args.device)
 
     measures, readings = {}, {}
-    # The others are compared with the model before.
-    for name in sorted(args.models, key=["before", "after", "never saw"].index):
-        before = readings.get("before")
-        measures[name], readings[name] = answers(load(args, name), inputs, before=before, desc=name)
+    processes.start(args.device)
+    for name in columns(args):
+        before = readings.get("before", {})
+        measures[name], readings[name] = answers(load(args, name), inputs, before, name)
     if processes.is_main:
         write(inputs, measures, outputs)
 

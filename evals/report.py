@@ -55,6 +55,13 @@ COLUMNS = [
     ("int4 (MA, %)", "audit_quantised", 100, 1, -1),
     ("Probe (AUC, %)", "audit_inside", 100, 1, 0),
     ("Depth (1 - UDS, %)", "audit_depth", 100, 1, -1),
+    ("Forget quality (p)", "forget_quality", 1, 3, 1),  # evals/tofu.py
+    ("Model utility (%)", "model_utility", 100, 1, 1),
+    ("Answers (ROUGE-L, %)", "forget_rouge", 100, 1, -1),
+    ("VerbMem (%)", "forget_verbmem_rouge", 100, 1, -1),
+    ("KnowMem (%)", "forget_knowmem_rouge", 100, 1, -1),
+    ("KnowMem, kept (%)", "retain_knowmem_rouge", 100, 1, 1),
+    ("PrivLeak (%)", "privleak", 1, 1, 0),
     ("Epoch", "epochs", 1, 1, 0),
 ]
 
@@ -130,7 +137,7 @@ def grouped(runs, row="after"):
 
 def with_never_saw(runs):
     """The runs; one that measured the never-saw model of another's audit has its figures, too."""
-    audits = [run["audit"] for run in runs if "audit" in run]
+    audits = [run[name] for run in runs for name in ("audit", "tofu") if name in run]
     for run in (run for run in runs if not is_trained(run)):
         for audit in audits:
             if audit["models"].get("never saw") == run["config"]["model"]:

@@ -430,8 +430,11 @@ def positions_of(model):
 # --- replies ---
 
 
-def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc=None):
-    """The greedy reply to each prompt: up to `new_tokens` tokens, or to the next user's turn."""
+def replies(
+    model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, stops=("\nUser ",), desc=None
+):
+    """The greedy reply to each prompt: up to `new_tokens` tokens, or to a stop, such as the next
+    user's turn."""
     positions = positions_of(model)
     new_tokens = min(new_tokens, positions // 2)  # some of the prompt is always read
     ids = models.encode_whole(tokenizer, prompts)
@@ -447,7 +450,9 @@ def replies(model, tokenizer, prompts, *, new_tokens=32, batch_tokens=2048, desc
             )
             for i, generation in zip(batch, generations, strict=True):
                 text = tokenizer.decode(generation, skip_special_tokens=True)
-                answers[i] = text.split("\nUser ")[0]
+                for stop in stops:
+                    text = text.split(stop)[0]
+                answers[i] = text
             bar.update(len(batch))
     return answers
 

@@ -38,8 +38,9 @@ RUN_FILES = (
     "summary.json", "state", "best", "model", "model.part", "tasks-before", "tasks-after",
     "table.md", "table.csv", "cases.md", "explain.html", "curves.png", "tradeoff.png",
     "relearned.png", "tasks.md", "judge.json", "judge.jsonl", "people.json", "sheet.html",
-    "sheet-key.json", "audit.json", "audit.md", "audit.png", "speech.json", "certificate.json",
-    "certificate.json.sig", "certificate.html", "certificate.key", "hashes.json", *GROWING,
+    "sheet-key.json", "audit.json", "audit.md", "audit.png", "tofu.json", "speech.json",
+    "certificate.json", "certificate.json.sig", "certificate.html", "certificate.key",
+    "hashes.json", *GROWING,
 )  # fmt: skip
 
 
@@ -663,9 +664,10 @@ SETTINGS = (
 def read_run(folder):
     """A finished run: a dict of folder, config, summary, metrics, samples, tasks and redacted.
 
-    audit, gpt, human: audit.json, judge.json, people.json, where they are; tasks: {when: tasks.json
-    of tasks-WHEN}. Their figures also stand in summary["before"] and summary["after"], under the
-    names of evals/report.py's columns. redacted: whether it has no text to show.
+    audit, tofu, gpt, human: audit.json, tofu.json, judge.json, people.json, where they are; tasks:
+    {when: tasks.json of tasks-WHEN}. Their figures also stand in summary["before"] and
+    summary["after"], under the names of evals/report.py's columns. redacted: whether it has no text
+    to show.
     """
     folder = Path(folder)
     if not (folder / "summary.json").exists():
@@ -689,8 +691,8 @@ def read_run(folder):
 
 # Where the evals leave their figures.
 EVALUATIONS = (
-    "tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "judge.json", "people.json",
-    "speech.json",
+    "tasks-before/tasks.json", "tasks-after/tasks.json", "audit.json", "tofu.json", "judge.json",
+    "people.json", "speech.json",
 )  # fmt: skip
 
 
@@ -702,8 +704,8 @@ def read_evaluation(run, file):
         run["tasks"][when] = {task: x for task, x in document.items() if task != "settings"}
         kinds = [kind for kind in ("cls", "dia") if averages[kind] is not None]
         return {when: {f"{kind}_avg": averages[kind] for kind in kinds}}
-    if name == "audit.json":
-        run["audit"], figures = document, document["headline"]
+    if file.stem in ("audit", "tofu"):
+        run[file.stem], figures = document, document["headline"]
         return {when: figures[when] for when in ("before", "after") if when in figures}
     if name == "speech.json":
         return document

@@ -20,7 +20,7 @@ from kit import data
 from kit.flags import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {name: f"evals.{name}" for name in ("tasks", "audit", "judge", "report")}
+MODULES = {name: f"evals.{name}" for name in ("tasks", "tofu", "audit", "judge", "report")}
 MODULES |= {"icu": "icu", "knn": "knn", "purge": "kit.purge"}
 MODULES |= {"tiny": "demo.tiny", "smollm": "demo.smollm"}
 PAIRS = "--bert minilm --device cpu --out new --pairs pairs.jsonl"
@@ -198,6 +198,14 @@ CASES = {
         f"{TASKS} --tasks copa", None, "pass --task-data DIR with copa.jsonl or "),
     "a folder of tasks misspelt": (
         f"{TASKS} --task-data gone", None, "--task-data gone: no such folder"),
+    "TOFU's files elsewhere": (
+        "tofu --model model --data gone", None, "--data gone: no forget10_perturbed.json there"),
+    "TOFU without a template": (
+        "tofu --model model --data .", put("forget10.json", [{"question": "a?", "answer": "b"}]),
+        "no chat template: pass --template plain"),
+    "a question without an answer": (
+        "tofu --model model --data .", put("forget10.json", [{"question": "a?"}]),
+        "forget10.json row 1: no field: 'answer'"),
     # demo
     "records of another": (
         "tiny --out mine", put("mine/forget.jsonl", "{}"), "holds forget.jsonl but no tiny.json"),

@@ -281,7 +281,7 @@ def test_a_comparison_is_every_method_for_every_set_and_seed(ran):
 def test_finished_runs_are_kept_and_interrupted_ones_go_on(ran):
     """A run with config.json gets --resume, which keeps a finished one."""
     words = ["compare", "tiny", "--methods", "icu", "kl", "--out", "x"]
-    ran(*words)
+    assert settings(ran(*words), "--alpha") == [("1",), (None,)]  # the preset's is ICU's
     Path("x/kl-set0-seed0/config.json").write_text("{}")
     assert ["--resume" in flags for flags in training(ran(*words))] == [False, True]
     assert all("--overwrite" in flags for flags in training(ran(*words, "--overwrite")))

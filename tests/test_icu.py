@@ -171,7 +171,7 @@ def expected_loss(method, sides, frozen):
         "llmu": 0.7 * mean["forget"] - 0.5 * mean["answer"] + 0.3 * kl,
         "po": -0.5 * mean["answer"],
         "dpo": 0.7 * softplus(-0.1 * (ratio("answer") - ratio("forget"))).mean(),
-        "npo": 0.7 * 2 / 0.1 * softplus(0.1 * ratio("forget")).mean(),
+        "npo": 0.7 * 2 / 0.1 * softplus(0.1 * ratio("forget")).mean() - 0.5 * mean["learn"],
     }[method]
 
 
@@ -185,6 +185,16 @@ def test_each_method_computes_its_formula(name):
     loss = loss_of(METHODS[name](), empty, frozen)
     loss.backward()
     assert loss.isfinite()
+
+
+def test_npo_is_the_papers_alone_unless_alpha_is_given():
+    """By default no learn term; --alpha adds Eq. (3) with that weight, as in NPO+RT."""
+    method, args = METHODS["npo"](), icu.make_parser().parse_args(["--model", "x"])
+    assert icu.resolve(args, METHODS["npo"])[0].alpha == 0
+    sides, frozen = toy_sides()
+    alone, both = (method.loss(FakeBatch(sides, frozen), args_of(alpha=a)) for a in (0, 2.0))
+    assert alone.keys() == {"forget"} and alone["forget"] == both["forget"]
+    assert both["learn"][0] == 2 and both["learn"][1] == icu.learn_loss(sides["learn"])
 
 
 class Bigram(torch.nn.Module):

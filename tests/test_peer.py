@@ -3,8 +3,8 @@
 python -m pytest tests/test_peer.py -q
 PYTHONPATH=. python tests/test_peer.py     # makes golden_losses.json anew; needs accelerate
 
-They come of three steps of HF's Trainer, by losses that are written here from the papers and from
-what open-unlearning means and weighs: gamma (1) x forget + alpha x retain.
+They come of three steps of HF's Trainer, by losses written here from the papers and from what
+open-unlearning means and weighs: gamma (1) x forget + alpha (1) x retain.
 """
 
 import json
@@ -24,7 +24,6 @@ from examples import simnpo
 from kit import processes
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-ALPHA = {"graddiff": 1.0, "npo": 0.0, "simnpo": 1.0}  # NPO as in its paper, without a retain term
 METHODS = {"graddiff": baselines.GradDiff, "npo": baselines.NPO, "simnpo": simnpo.SimNPO}
 ROWS, BATCH, LR, CUT = 6, 2, 1e-3, 6  # CUT as of some_texts
 TEXTS = [text._replace(ids=text.ids[: 9 + i % 3]) for i, text in enumerate(some_texts(2 * ROWS))]
@@ -66,7 +65,7 @@ class Peer(Trainer):
         with torch.no_grad():
             before, _ = nll_of(_make_model("llama"), inputs["forget"])
         forget = FORGET[self.name](nll, before, n)
-        loss = forget + ALPHA[self.name] * retain.sum() / tokens.sum()
+        loss = forget + retain.sum() / tokens.sum()
         self.losses.append(loss.item())
         return loss
 
@@ -91,7 +90,7 @@ def theirs(name, folder="/tmp/peer"):
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_and_weights_are_the_peers(name, tmp_path):
     """Three steps of icu.py's loop; where Trainer can run, the stored numbers are made anew."""
-    args = args_of(alpha=ALPHA[name], forget_weight=1, lr=LR, batch_size=BATCH, dtype="float64")
+    args = args_of(alpha=1, forget_weight=1, lr=LR, batch_size=BATCH, dtype="float64")
     engine, run, losses = processes.PlainEngine(_make_model("llama"), args), Unwatched(), []
     run.show_step = lambda loss, *_: losses.append(loss)
     sides = {side: [[text] for text in texts] for side, texts in SIDES.items()}

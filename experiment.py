@@ -348,6 +348,8 @@ def programs(plan):
 def flags_of(script):
     """The flags of a program, read from its text: an import takes seconds."""
     text = (ROOT / script).read_text(encoding="utf-8")
+    if "add_model" in text:
+        text += (ROOT / "kit/flags.py").read_text(encoding="utf-8")
     switch = r"(,\s*action=argparse\.BooleanOptionalAction)?"  # has --no-NAME as well
     flags = re.findall(rf'\b(?:add_argument|add|flag)\(\s*"--([\w-]+)"{switch}', text)
     names = [name for name, _ in flags] + [f"no-{name}" for name, both in flags if both]

@@ -944,8 +944,6 @@ def add_data_flags(parser):
     add("--out", metavar="DIR", help="the run folder to write")
     add("--overwrite", action="store_true", help="replace a run that is there")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
-    add("--allow-pickle", action="store_true",
-        help="also load pickled weights, which can run code: only if you trust them")
 
     add = parser.add_argument_group("after earlier requests").add_argument
     add("--after", metavar="RUN", help="go on from a finished run; its texts are watched")
@@ -1005,11 +1003,9 @@ def add_running_flags(parser):
         help="how long a process waits for the others (%(default)s)")
 
     add = parser.add_argument_group("running").add_argument
-    add("--dtype", default="float32", type=flags.one_of(models.DTYPES),
-        help="bf16: autocast over float32 weights; bf16-weights: these too (%(default)s)")
+    flags.add_model_flags(add, models.DTYPES)
     add("--checkpointing", action="store_true",
         help="keep a layer's input, not what is in it: the same step in less memory, slower")
-    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     add("--keep-best", action="store_true",
         help="model/ is of the epoch nearest to the stop rule, at the lowest --ppl")
     add("--track", type=flags.one_of(["trackio", "wandb"]), help="who gets each epoch's numbers")

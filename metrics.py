@@ -98,9 +98,8 @@ def el_ma_and_spans(
     parts: for each row None, or (the marked positions, the others).
     Returns el (N,), ma (N,) and N dicts, {} without parts: "el10_spans", the EL of n-grams that
     hold a marked token, "ma_spans" and "ma_rest", the MA over each; 0-1, NaN where nothing counts.
-    `start` and `ma_start` (default: start; the released protocol begins the two at different
-    positions) are one int or one a row. n=None measures MA alone. FloatingPointError for a model
-    whose logits are not finite.
+    `start` and `ma_start` (default: start) are one int or one a row. n=None measures MA alone.
+    FloatingPointError: the logits are not finite.
     """
     ma_start = start if ma_start is None else ma_start
     starts, ma_starts = (
@@ -142,8 +141,7 @@ def memorization_accuracy(model, ids, attention_mask=None, start=1):
     """Eq. (9): the share of tokens start .. T-1 (0-based) that the model's greedy guess gets right.
 
     ids (N, T) int64 and attention_mask (N, T), right-padded -> FloatTensor (N,), 0-1, higher = more
-    memorised. With a BOS at position 0 pass start=2, so that the same tokens count with and without
-    it. A row with no token to predict is NaN.
+    memorised; NaN of a row with no token to predict. With a BOS at position 0 pass start=2.
     """
     return el_and_ma(model, ids, attention_mask, n=None, start=start)[1]
 
@@ -190,8 +188,8 @@ def _beam_batches(prompts, lengths, batch_size, positions):
 def beam_generate(model, prompts, lengths, *, num_beams=2, batch_size=None):
     """f_theta(x_<t0) of Eq. (5): transformers' beam search, in length-sorted batches.
 
-    prompts: N lists of ids (BOS, if any, put there by the caller); lengths: N ints, the tokens each
-    may have. Returns N lists of ids, without EOS. A row's result does not depend on its batch.
+    prompts: N lists of ids, with any BOS; lengths: N ints, the tokens each may have. Returns N
+    lists of ids, without EOS. A row's result does not depend on its batch.
     """
     eos = eos_ids(model)
     # The keys of a larger batch, copied for every token, outgrow a CPU's own memory.
@@ -232,7 +230,6 @@ def token_entropy(ids):
 def bleu(candidate, reference):
     """sacrebleu's sentence BLEU, 0-1: lowercase, no smoothing; an empty side scores 0.
 
-    Tokens are 13a's, or those of the reference's script where words have no spaces (bleu_tokens).
     Texts of under 4 tokens would score 0 even when equal: there BLEU uses the orders they have.
     """
     if not candidate.strip() or not reference.strip():
@@ -275,7 +272,7 @@ def bertscore(candidates, references, model_path="bert-base-uncased", *, device=
 
 
 def unrelated_bertscore(texts, model_path, *, device="cpu"):
-    """The mean F1 of different texts of a list, each with up to four others: of no likeness."""
+    """The mean F1 of different texts of a list, each with up to four others."""
     shifted = [texts[k:] + texts[:k] for k in range(1, min(5, len(texts)))]
     f1 = bertscore(texts * len(shifted), sum(shifted, []), model_path, device=device)[2]
     return f1[~f1.isnan()].mean()
@@ -317,9 +314,8 @@ def perplexity(model, tokenizer, texts, window=512, *, released=False, batch_siz
     """exp of the mean negative log-likelihood of all predicted tokens, each text cut into windows.
 
     A window's first token is not predicted; BOS is added once a text. Released code: texts are
-    joined by a blank line before they are cut, exp of the mean of windows' means. `added_up(sums,
-    device)` shares the windows out over processes (kit/processes.py). ValueError without a token to
-    predict.
+    joined by a blank line before they are cut, exp of the mean of windows' means. added_up: of
+    kit/processes.py. ValueError without a token to predict.
     """
     window = min(window, positions_of(model.config) or window)
     texts = [text for text in texts if text.strip()]

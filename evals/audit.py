@@ -702,9 +702,7 @@ def add_models(add):
     add("--never-saw", metavar="DIR", help="a model that never saw them, or its --eval-only run")
     add("--out", metavar="DIR", help="with --model: where results go (else they are printed)")
     add("--overwrite", action="store_true", help="replace results that are there")
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", default="float32", type=flags.one_of(["float32", "bf16"]), help="(%(default)s)")
-    add("--allow-pickle", action="store_true", help="also load weights from pickle files")
+    flags.add_model_flags(add, ("float32", "bf16"))
 
 
 def make_parser():

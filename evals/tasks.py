@@ -248,11 +248,10 @@ def check_rows(name, rows, harness):
 
 
 def read_sets(tasks=("all",), data_dir=None, *, prompts="released", protocol="paper", limit=None):
-    """The rows of the sets, checked before any model is loaded.
+    """{set: {"rows", "bad", "source"}, or {"missing": why}, or {"error": why} without a good row}.
 
-    tasks: ["all"], or names of sets; limit: the first rows only. Returns {set: {"rows", "bad",
-    "source"}, or {"missing": why}, or {"error": why} without a good row}.
-    ValueError: no set at hand, or no good row in a set that was named.
+    tasks: ["all"], or names of sets; limit: the first rows only. ValueError: no set at hand, or no
+    good row in a set that was named.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"--task-data {data_dir}: no such folder")
@@ -285,10 +284,9 @@ def bare(name):
 
 
 def find_rows(name, data_dir):
-    """(rows, their source): a local file, else a public file, else the hub; else FileNotFoundError.
+    """(rows, source): a file in data_dir or a folder in it, a public one, or the hub's.
 
-    Local is NAME.csv, .json, ... in data_dir or a folder in it, also NAME-dev and the like: the
-    test split for Lambada, the validation split for the others (section 5.1).
+    The test split for Lambada, the validation split for the others (section 5.1): NAME-dev.csv, ...
     """
     splits = ("", "test") if name == "lambada" else ("", "validation", "valid", "val", "dev")
     stems, source = [bare(name) + split for split in splits], SETS[name][2]
@@ -316,17 +314,13 @@ def find_rows(name, data_dir):
 
 
 def read_rows(path):
-    """The rows of a file as dicts. Labels may stand one a line in FILE-labels.lst, as PIQA's do."""
+    """The rows of a file as dicts; PIQA's labels are in FILE-labels.lst."""
     rows, labels = READERS[path.suffix](path), path.with_name(f"{path.stem}-labels.lst")
     if labels.is_file():
         values = data.read_text(labels).split()
         with data.reading(f"{labels}: not a label for each row of {path.name}"):
             rows = [row | {"label": value} for row, value in zip(rows, values, strict=True)]
     return rows
-
-
-def read_csv(path):
-    return [row for _, row in data.numbered_csv(path)]
 
 
 def read_json(path):
@@ -355,16 +349,20 @@ def read_copa_xml(path):
         ]
 
 
-READERS = {".csv": read_csv, ".json": read_json, ".jsonl": data.read_jsonl, ".xml": read_copa_xml}
+READERS = {
+    ".csv": lambda path: [row for _, row in data.numbered_csv(path)],
+    ".json": read_json,
+    ".jsonl": data.read_jsonl,
+    ".xml": read_copa_xml,
+}
 
 # --- scoring: how likely texts are after others ---
 
 
 def encode_pairs(tokenizer, requests):
-    """(context, continuation) texts -> (context ids, continuation ids), split as the harness does.
+    """(context, continuation) texts -> ids, together, split at the length of the context's alone.
 
-    Both together are split at the number of tokens of the context alone, without its last spaces:
-    a BPE's word begins with its space. An empty context is BOS, or EOS.
+    Without its last spaces: a BPE's word begins with its space. An empty context is BOS, or EOS.
     """
     contexts = [context.rstrip() for context, _ in requests]
     joined = [context + continuation for context, continuation in requests]
@@ -377,8 +375,8 @@ def encode_pairs(tokenizer, requests):
 def loglikelihoods(model, pairs, *, batch_tokens=2048, desc=None):
     """How likely each continuation is after its context: [(sum of log p in nats, greedy ids)].
 
-    pairs: (context ids, continuation ids), no context empty. A context that is too long loses its
-    beginning; None for a continuation that is empty or does not fit the model. desc: a bar's name.
+    pairs: (context ids, continuation ids). A context that is too long loses its beginning; None for
+    a continuation that is empty or does not fit the model.
     """
     positions, answers, same_input = positions_of(model), [None] * len(pairs), {}
     for i, (context, continuation) in enumerate(pairs):
@@ -415,7 +413,7 @@ def progress(items, desc):
 
 
 def batches(lengths, budget):
-    """Lists of indices, the longest text first, of about `budget` tokens with their padding."""
+    """Lists of indices, the longest text first, of about `budget` tokens."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         size = max(1, budget // lengths[order[0]])
@@ -477,8 +475,7 @@ def evaluate(
 ):
     """{set: {"metric", "value" (accuracy and F1 0-1), "rows", "bad_rows", ...}, "averages": {...}}.
 
-    sets: of read_sets. samples: a list that gets a dict a row. A set without a figure has "missing"
-    or "error" instead, and is in no average.
+    sets: of read_sets. samples: a list that gets a dict a row.
     """
     protocol, results = PROTOCOLS[protocol], {}
     batch_tokens = batch_tokens or (4096 if model.device.type == "cuda" else 512)
@@ -523,9 +520,9 @@ def evaluate(
 def judge_choices(model, tokenizer, items, *, length_norm, lenient, batch_tokens, desc=None):
     """{"row", "logp" of each choice, "right"} of each (row number, (context, choices, answer)).
 
-    The choice with the highest sum of log p is the model's; with length_norm, per character, the
-    harness' acc_norm. A single choice must be the greedy guess; lenient, as the released code: but
-    for case, punctuation and articles. {"row", "unfit": why} of a row without room.
+    The choice with the highest sum of log p is the model's; with length_norm, per character. A
+    single choice must be the greedy guess; lenient, as the released code: but for case, punctuation
+    and articles. {"row", "unfit": why} of a row without room.
     """
     requests = []
     for _, (context, choices, _) in items:
@@ -578,7 +575,7 @@ def averages(results):
 
 
 def table(results_by_label):
-    """Markdown in the columns of Tables 6 and 7, in percent, a line a label; what was left out."""
+    """Markdown as Tables 6 and 7, in percent; what was left out."""
 
     def cell(value, scale):
         return "-" if value is None else f"{scale * value:.1f}"
@@ -622,7 +619,6 @@ def make_parser():
     add("--out", required=True, metavar="DIR", help="for tasks.json, tasks.md, task_rows.jsonl")
     add("--overwrite", action="store_true", help="replace a tasks.json")
     add("--revision", metavar="SHA", help="hub revision of --model")
-    add("--allow-pickle", action="store_true", help="also load pickles, which can run code")
     add("--prompts", default="released", choices=["released", "harness"], help="bare, or templates")
     add("--protocol", default="paper", choices=[*PROTOCOLS],
         help="released: texts joined for perplexity, of COPA SuperGLUE's 100 rows, of Lambada also "
@@ -630,8 +626,7 @@ def make_parser():
     add("--length-norm", action="store_true", help="judge choices by log p a character")
     add("--task-limit", type=flags.positive, metavar="N", help="the first N rows of each set")
     add("--batch-tokens", type=flags.positive, metavar="N", help="tokens a batch (512; GPU 4096)")
-    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    add("--dtype", default="float32", choices=["float32", "bf16", "float64"], help="bf16: autocast")
+    flags.add_model_flags(add, ("float32", "bf16", "float64"))
     add("--dry-run", action="store_true", help="say which sets are at hand")
     return parser
 # fmt: on

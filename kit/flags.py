@@ -120,6 +120,16 @@ def auto_or_number(value):
     return value if value == "auto" else above(0)(value)
 
 
+# fmt: off
+def add_model_flags(add, dtypes):
+    """Those of a program that loads models."""
+    add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    add("--dtype", default="float32", type=one_of(dtypes),
+        help=f"{', '.join(dtypes)}; bf16: autocast, bf16-weights: these too (%(default)s)")
+    add("--allow-pickle", action="store_true", help="also load pickles, which can run code")
+# fmt: on
+
+
 def first_line(error):
     """The first line of an exception's message, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

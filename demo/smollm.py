@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import knn
 from demo import tiny
@@ -70,53 +70,18 @@ def fetch_gguf(folder):
     return path
 
 
-# Names of a block's tensors: GGUF's -> transformers'.
-NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "token_embd": "embed_tokens", "output_norm": "norm",
-}  # fmt: skip
-
-
 def convert(path, folder):
     """A model folder of a GGUF file, its 4-bit weights as float32."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    fields = reader.fields.items()  # their names without llama. and tokenizer.
+    fields = gguf.GGUFReader(path).fields.items()  # their names without llama. and tokenizer.
     meta = {name.partition(".")[2]: field.contents() for name, field in fields}
-    config = LlamaConfig(
-        vocab_size=meta["vocab_size"],
-        hidden_size=meta["embedding_length"],
-        num_hidden_layers=meta["block_count"],
-        intermediate_size=meta["feed_forward_length"],
-        num_attention_heads=meta["attention.head_count"],
-        num_key_value_heads=meta["attention.head_count_kv"],
-        max_position_embeddings=meta["context_length"],
-        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"],
-        rope_theta=meta["rope.freq_base"],
-        tie_word_embeddings=True,
-        bos_token_id=meta["ggml.bos_token_id"],
-        eos_token_id=meta["ggml.eos_token_id"],
-        pad_token_id=meta["ggml.padding_token_id"],
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights = {}
-    for tensor in reader.tensors:
-        *block, name, kind = tensor.name.split(".")  # blk.0.attn_q.weight
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if name in heads:  # a rotation's halves: side by side in GGUF, one after another here
-            halves = values.view(heads[name], -1, 2, config.hidden_size)
-            values = halves.transpose(1, 2).reshape(values.shape)
-        layer = f"layers.{block[1]}." if block else ""
-        weights[f"model.{layer}{NAMES[name]}.{kind}"] = values
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
     with models.quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        model.hf_quantizer = None  # its weights are plain now
+        del model.config.quantization_config
         model.save_pretrained(folder)
         make_tokenizer(meta).save_pretrained(folder)
 

@@ -19,9 +19,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import knn
 from demo import tiny
@@ -71,36 +70,19 @@ def fetch_gguf(folder):
 
 
 def convert(path, folder):
-    """A model folder of a GGUF file, its 4-bit weights as float32."""
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields.items()  # their names without llama. and tokenizer.
-    meta = {name.partition(".")[2]: field.contents() for name, field in fields}
+    """A model folder of a GGUF file: its 4-bit weights as float32, each digit a token."""
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with models.quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         model.hf_quantizer = None  # its weights are plain now
         del model.config.quantization_config
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = pre_tokenizers.Sequence([digits, byte_level])
+        tokenizer.backend_tokenizer.pre_tokenizer = parts
         model.save_pretrained(folder)
-        make_tokenizer(meta).save_pretrained(folder)
-
-
-def make_tokenizer(meta):
-    """The byte-level BPE of a GGUF file's metadata, digits apart."""
-    tokens = meta["ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["ggml.merges"]]
-    bpe = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, meta["ggml.token_type"], strict=True) if kind == 3]
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    roles = {f"{role}_token": tokens[meta[f"ggml.{name}_token_id"]] for role, name in roles.items()}
-    template = meta.get("chat_template")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **roles)
+        tokenizer.save_pretrained(folder)
 
 
 # --- the texts ---

@@ -126,27 +126,21 @@ def numbered_csv(path):
     What its header has most of parts its fields: comma, semicolon or tab.
     """
     csv.field_size_limit(2**31 - 1)  # the default stops at a field of 128 kB
-    text, header = read_text(path), None
+    text = read_text(path)
     sign = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=sign)
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=sign)
     while True:
-        with reading(f"{path} line {rows.line_num + 1}"):
-            fields = next(rows, None)
-            row = csv_row(header, fields) if header and any(fields or ()) else None
-        if row:
+        with reading(f"{path} line {max(rows.line_num, 1) + 1}"):
+            row = next(rows, None)
+            if row is None:
+                return
+            if None in row or None in row.values():
+                size = len(rows.fieldnames)
+                raise ValueError(f"not the header's {size} columns: a comma needs quotes")
+            if [value.strip("\ufeff") for value in row.values()] == [*row]:
+                raise ValueError("the header again: take it out")
+        if any(row.values()):
             yield rows.line_num, row
-        elif fields is None:
-            return
-        header = header or fields
-
-
-def csv_row(header, fields):
-    problem = f"not the header's {len(header)} columns: a comma needs quotes"
-    if [field.strip("\ufeff") for field in fields] == header:
-        problem = "the header again: take it out"
-    elif len(fields) == len(header):
-        return once([field for field in zip(header, fields, strict=True) if any(field)])
-    raise ValueError(problem)
 
 
 def chunks(items, size):

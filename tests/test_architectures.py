@@ -123,22 +123,6 @@ def test_what_is_compared_is_what_the_ids_say(speaker, encoder_dir, monkeypatch)
     assert row["bertscore"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_bos_that_the_text_spells_out_is_not_put_there_twice(speaker):
-    """As where a chat template begins with <s>."""
-    model, tokenizer = speaker("llama")
-    spelled = {name: "<s>" + PAIR[name] for name in ("prefix", "learn_prefix")}
-    plain, same = samples_of([PAIR, PAIR | spelled], tokenizer)
-    assert plain.forget == same.forget and plain.learn == same.learn
-    assert plain.forget.ids[:2].count(tokenizer.bos_token_id) == 1
-    inside = PAIR | {"prefix": PAIR["prefix"] + "<s>"}  # elsewhere it is the text's own
-    assert samples_of([inside], tokenizer)[0].forget.ids.count(tokenizer.bos_token_id) == 2
-    texts = [PAIR["prefix"] + PAIR["suffix"], spelled["prefix"] + PAIR["suffix"]]
-    assert len({metrics.perplexity(model, tokenizer, [text]) for text in texts}) == 1
-    contexts = [tasks.encode_pairs(tokenizer, [(text, " x")])[0][0] for text in texts]
-    assert contexts[0] == contexts[1]
-    assert len(set(tasks.replies(model, tokenizer, texts))) == 1
-
-
 # --- architectures ---
 
 

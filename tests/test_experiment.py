@@ -122,24 +122,6 @@ def test_the_released_protocol_allows_copies_and_sets_the_rate_of_large_models(r
     assert settings(commands, "--lr") == [(None,)]
 
 
-def test_a_preset_is_one_row_and_may_have_its_own_texts(ran, monkeypatch):
-    """Its forget file and pool are mined, or what the user names: here the Pile."""
-    row = experiment.Preset("ours", "models/ours", source="--forget a.csv --pool b.csv")
-    monkeypatch.setitem(experiment.PRESETS, "ours", row)
-    assert settings(ran("ours"), "--out") == [("runs/ours-icu-paper",)]
-    assert of(ran("ours"), "knn.py")["--forget"] == ["a.csv"]
-    mined = of(ran("ours", "--pile"), "knn.py")
-    assert "--pile" in mined and "--forget" not in mined
-
-
-def test_resume_mines_nothing_again(ran):
-    """The pairs that are there are kept."""
-    assert "knn.py" in names(ran("tiny", "--resume"))
-    Path("runs/tiny.pairs.jsonl").write_text("")
-    commands = ran("tiny", "--resume")
-    assert "knn.py" not in names(commands) and "--resume" in training(commands)[0]
-
-
 def test_the_second_method_runs_unless_the_user_chooses_one(ran):
     """The user's other flags win over its own. A run without texts is not explained."""
     assert of(ran("smollm", "--max-epochs", "2"), "examples/gentle.py")["--max-epochs"] == ["2"]

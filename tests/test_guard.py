@@ -7,12 +7,10 @@ What the guard lets through is asserted as exactly as what it catches; `-s` prin
 
 import base64
 import codecs
-import itertools
-import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knn
@@ -296,17 +294,6 @@ def test_halves_are_cut_between_visible_characters(words, prefix):
     assert data.split_in_half(words) == (prefix, words[len(prefix) :])
 
 
-@pytest.mark.parametrize("secret", [ZH, THAI, JAPANESE])
-def test_passages_of_scripts_without_spaces_join_and_keep_to_the_limit(secret):
-    """At most 20 visible characters each."""
-    document = secret * 5
-    passages = knn.cut_passages(record("p", document), 20)
-    assert len(passages) > 5 and "".join(map(knn.text_of, passages)) == document
-    assert all(len(text.word_starts(knn.text_of(p))) <= 20 for p in passages)
-    parts = [part for p in passages for part in (p["prefix"], p["suffix"])]
-    assert {*itertools.accumulate(map(len, parts))} <= text.breaks(document)
-
-
 def test_no_partner_says_what_is_marked():
     """As whole words, in whatever case and signs; only if marked."""
     target = record("f", SECRET)
@@ -331,14 +318,3 @@ def test_a_document_is_judged_before_it_is_cut():
     passages, kept = knn.passages_of(pool, keep, [record("f", SECRET)], 100)
     assert len(passages) == len(kept) > 6
     assert {p["id"].split("#")[0] for p, k in zip(passages, kept, strict=True) if k} == {"page"}
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=30))
-@example("&amp;nbsp;")
-def test_a_plain_text_is_plain(words):
-    """Once is enough, and canonically equal texts are equal."""
-    plain = text.plain(words)
-    assert text.plain(plain) == plain
-    for form in ("NFD", "NFC"):
-        assert text.plain(unicodedata.normalize(form, words)) == plain

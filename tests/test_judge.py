@@ -5,15 +5,11 @@ python -m pytest tests/test_judge.py -q
 
 import math
 import random
-import signal
-import subprocess
-import sys
 import time
 import traceback
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from judged import Chat, candidate_of, completion, write_run
 
 from evals import judge, report
@@ -182,23 +178,6 @@ def test_a_second_run_asks_nothing_and_an_interrupted_one_goes_on(run, tmp_path)
             summary = data.read_json(run / "judge.json")
             assert len(chat.seen) == summary["calls"] == calls
     assert summary["before"]["mean"] == 6 and summary["tokens"] == {"in": 400, "out": 28}
-
-
-def test_ctrl_c_waits_for_no_answer_and_keeps_what_is_there(many, tmp_path):
-    """Three answers, then eight calls that hang."""
-    quick = ("said 0", "said 1", "said 2")
-    with Chat(lambda candidate, n: "Final score: 2" if candidate in quick else 600) as chat:
-        command = [sys.executable, "evals/judge.py", many, "--base-url", chat.url]
-        process = subprocess.Popen(command, cwd=ROOT)
-        while len(chat.seen) < 3 + judge.WORKERS:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130  # half of what an answer may take
-        assert len(chat.seen) == 3 + judge.WORKERS == 11
-    (cache,) = caches(tmp_path)
-    assert cache.read_text().count("Final score: 2") == 3 and not list(many.glob("judge*"))
-    assert cache.stat().st_mode & 0o777 == 0o600
 
 
 # --- the key, and where texts go ---

@@ -202,20 +202,6 @@ def test_a_run_needs_no_git_and_no_home(world, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_spans_of_a_long_text_take_linear_time_and_its_length_comes_first(world, monkeypatch):
-    """Also of characters that look like half a one; what is too long is refused unsearched."""
-    (_, tokenizer), text = models.check_model(str(world.model)), "\ufffd" * 3000 + "bc" * 3000
-    row = pair("0", text[:9], text[9:]) | {"spans": [[at, at + 1] for at in range(3000, 9000, 2)]}
-    ids, sizes, decode = models.encode(tokenizer, text), [], data.as_text
-    monkeypatch.setattr(data, "as_text", lambda t, ids: sizes.append(len(ids)) or decode(t, ids))
-    positions = data.span_positions(row, tokenizer, ids, "row")
-    assert [decode(tokenizer, [ids[t]]) for t in positions] == ["b"] * 3000
-    assert sum(sizes) < 200 * len(ids)
-    monkeypatch.delattr(data, "span_positions")
-    with pytest.raises(ValueError, match="pair 1 .id 0.: .* the model has 256 positions"):
-        icu.build_samples([row], tokenizer, protocol="paper", positions=256)
-
-
 # --- marked texts ---
 
 
@@ -279,10 +265,3 @@ def test_a_run_warns_of_what_its_encoder_cannot_read_and_finishes(world, tmp_pat
 def test_words_of_bleu_are_those_of_the_references_script(text, tokens):
     """By the script that most of its letters are of."""
     assert models.bleu_tokens(text) == tokens
-
-
-def test_bleu_of_a_chinese_text_with_one_other_character_is_neither_0_nor_1():
-    """As one word it had no n-gram in common with its near copy."""
-    true, near = "患者林晓雨住在青石镇柳河路十四号", "患者林晓雨住在青石镇柳河路十五号"
-    assert 0.7 < metrics.bleu(near, true) < 1 and metrics.bleu(true, true) == 1
-    assert metrics.bleu("天气", true) == 0 and metrics.bleu(THAI[0], THAI[0]) == 1

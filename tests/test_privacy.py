@@ -6,10 +6,8 @@ python -m pytest tests/test_privacy.py -q
 import contextlib
 import hmac
 import itertools
-import os
 import re
 import shutil
-import sys
 
 import pytest
 from world import copy_of
@@ -170,16 +168,6 @@ def test_what_a_purge_cannot_reach_is_named(what, there, tmp_path, monkeypatch, 
     places = there.run, there.other, tmp_path / "cache"
     assert holding(*places, pairs=pairs) == [] and not there.pairs.exists()
     assert holding(far, pairs=pairs)
-
-
-def test_a_purge_that_nobody_reads_finishes(there, monkeypatch):
-    """`purge RUN | head`: the pipe is closed, and everything goes."""
-    pairs, (reader, writer) = data.read_pairs(there.pairs), os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        purge.main([str(there.run)])
-    assert holding(there.run, there.other, pairs=pairs) == [] and not there.pairs.exists()
 
 
 def test_a_purge_that_is_killed_anywhere_is_completed_by_the_next(there, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What every test file may use: tiny models made on the spot, folders that hold one, data at hand.
 
     bash run.sh test
-    python -m pytest tests -q
+    python -m pytest tests/test_icu.py -q    # one file
 
 No test reaches the network or needs a file that the repository does not hold: one that asks for
 `shared` or `encoder_dir` is skipped without it. The three kinds of model have a trap each:

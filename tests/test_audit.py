@@ -1,7 +1,4 @@
-"""evals/audit.py: every measure beside its formula, and on models with known contents.
-
-python -m pytest tests/test_audit.py -q
-"""
+"""evals/audit.py: every measure beside its formula, and on models with known contents."""
 
 import argparse
 import itertools

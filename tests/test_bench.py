@@ -1,7 +1,5 @@
 """dev/bench.py: its plain sides compute what the project computes, and its table says so.
 
-python -m pytest tests/test_bench.py -q
-
 Nothing here depends on how long anything takes.
 """
 

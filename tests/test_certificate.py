@@ -1,7 +1,4 @@
-"""The certificate and the ledger: what they say, that they say no text, and what they find changed.
-
-python -m pytest tests/test_certificate.py -q
-"""
+"""The certificate and the ledger: what they say, without a text, and what they find changed."""
 
 import hashlib
 import hmac

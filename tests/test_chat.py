@@ -1,7 +1,4 @@
-"""Questions and messages: what a chat template makes of them, from a file to a run.
-
-python -m pytest tests/test_chat.py -q
-"""
+"""Questions and messages: what a chat template makes of them, from a file to a run."""
 
 import sys
 

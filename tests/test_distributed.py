@@ -1,7 +1,5 @@
 """Several processes: DeepSpeed's ZeRO on CPU over gloo gives the run of one process.
 
-    python -m pytest tests/test_distributed.py -q
-
 A launch is slow, so one makes many runs: this file is also what the launchers start (DeepSpeed's
 two processes, torch's four), and each process runs every job of a list.
 """

@@ -1,7 +1,4 @@
-"""examples/: each loss is its formula, moves the right way and runs through the whole loop.
-
-python -m pytest tests/test_examples.py -q
-"""
+"""examples/: each loss is its formula, moves the right way and runs through the whole loop."""
 
 import copy
 import importlib

@@ -1,7 +1,4 @@
-"""experiment.py, run.sh: the commands of a preset, who gets a flag, what a signal leaves.
-
-python -m pytest tests/test_experiment.py -q
-"""
+"""experiment.py, run.sh: the commands of a preset, who gets a flag, what a signal leaves."""
 
 import importlib
 import itertools

@@ -1,7 +1,4 @@
-"""--explain and --speech: figures of a literal loop, each character once, nothing read as markup.
-
-python -m pytest tests/test_explain.py -q
-"""
+"""--explain and --speech: figures of a literal loop, each character once, nothing read as markup."""
 
 import csv
 import functools

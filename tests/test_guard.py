@@ -1,7 +1,5 @@
 """The leak guard against disguises and pieces of a secret, and cuts between visible characters.
 
-    python -m pytest tests/test_guard.py
-
 What the guard lets through is asserted as exactly as what it catches; `-s` prints the list.
 """
 

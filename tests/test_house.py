@@ -1,7 +1,4 @@
-"""The house: imports go one way, a function fits a screen, and the sums that keep it readable.
-
-python -m pytest tests/test_house.py -q
-"""
+"""The house: imports go one way, a function fits a screen, and the sums that keep it readable."""
 
 import ast
 import re

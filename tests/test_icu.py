@@ -1,7 +1,4 @@
-"""icu.py: losses against independent references, methods against their formulas, and the loop.
-
-python -m pytest tests/test_icu.py -q
-"""
+"""icu.py: losses against independent references, methods against their formulas, and the loop."""
 
 import copy
 import subprocess

@@ -1,7 +1,4 @@
-"""evals/judge.py: each verdict is its sample's; keys and texts stay; agreement is what it says.
-
-python -m pytest tests/test_judge.py -q
-"""
+"""evals/judge.py: each verdict is its sample's; keys and texts stay; agreement is what it says."""
 
 import math
 import random

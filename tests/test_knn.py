@@ -1,7 +1,5 @@
 """knn.py: records in, the exact nearest neighbour, downloads, pairs out.
 
-    python -m pytest tests/test_knn.py
-
 The search is compared with a brute force in float64, the downloads come from a server on 127.0.0.1,
 and the command line runs as a user types it. The leak guard has a file of its own: test_guard.py.
 """

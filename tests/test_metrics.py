@@ -1,7 +1,5 @@
 """metrics.py against literal references: Eq. 7-10 as loops, and the libraries that it wraps.
 
-    python -m pytest tests/test_metrics.py -q
-
 The loops recompute everything for every token: no cache, no batch, no padding.
 """
 

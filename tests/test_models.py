@@ -1,7 +1,4 @@
-"""kit/models.py: what a folder must hold, what loads, what can be read.
-
-python -m pytest tests/test_models.py -q
-"""
+"""kit/models.py: what a folder must hold, what loads, what can be read."""
 
 import json
 

@@ -1,6 +1,5 @@
 """GradDiff, NPO and SimNPO give the numbers that open-unlearning's losses give.
 
-python -m pytest tests/test_peer.py -q
 PYTHONPATH=. python tests/test_peer.py     # makes golden_losses.json anew; needs accelerate
 
 They come of three steps of HF's Trainer, by losses written here from the papers and from what

@@ -1,7 +1,4 @@
-"""The texts of people who asked to be forgotten: who can read them, how they go, a run without.
-
-python -m pytest tests/test_privacy.py -q
-"""
+"""The texts of people who asked to be forgotten: who can read them, how they go, a run without."""
 
 import contextlib
 import hmac

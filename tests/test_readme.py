@@ -1,7 +1,4 @@
-"""README.md and docs/: commands can be run, links lead somewhere, figures are recorded ones.
-
-python -m pytest tests/test_readme.py -q
-"""
+"""README.md and docs/: commands can be run, links lead somewhere, figures are recorded ones."""
 
 import re
 import runpy

@@ -1,7 +1,4 @@
-"""evals/report.py: what its tables, plots and cases hold, and what it may write and show.
-
-python -m pytest tests/test_report.py -q
-"""
+"""evals/report.py: what its tables, plots and cases hold, and what it may write and show."""
 
 import csv
 import shutil

@@ -1,7 +1,4 @@
-"""A part of a text, and requests one after another: what is trained on, and what comes back.
-
-python -m pytest tests/test_requests.py -q
-"""
+"""A part of a text, and requests one after another: what is trained on, and what comes back."""
 
 import argparse
 import shutil

@@ -1,7 +1,4 @@
-"""The people's sheet: blind, safe to open, right in a browser; what comes back is reported.
-
-python -m pytest tests/test_sheet.py -q
-"""
+"""The people's sheet: blind, safe to open, right in a browser; what comes back is reported."""
 
 import json
 import shutil

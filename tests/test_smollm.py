@@ -1,7 +1,5 @@
 """demo/smollm.py: a GGUF file becomes its model; secrets are taught, and the twin never reads one.
 
-    python -m pytest tests/test_smollm.py -q
-
 The wheel itself is not fetched here: a small GGUF file made on the spot stands in for its own.
 """
 

@@ -1,7 +1,5 @@
 """Runs survive what happens to long runs: kills, full disks, other settings, a second process.
 
-    python -m pytest tests/test_survival.py -q
-
 A run that was interrupted and resumed is compared, byte for byte, with one that nothing stopped.
 Where a run is hit is an event of survive.py, never a time. `python tests/survive.py` kills more.
 """

@@ -1,7 +1,5 @@
 """Claims about evals/tasks.py: prompts, scores, figures, bad and missing rows, and the command.
 
-    python -m pytest tests/test_tasks.py -q
-
 The references are literal: one forward pass a choice, one token at a time for a reply. The prompts
 of the harness were seen to be lm_eval 0.4.13's, and scores to be its to 1e-4.
 """

@@ -1,7 +1,4 @@
-"""tiny.py: the corpus is invented, varied and cleanly split; its folder is whole and reused.
-
-python -m pytest tests/test_tiny.py -q
-"""
+"""tiny.py: the corpus is invented, varied and cleanly split; its folder is whole and reused."""
 
 import math
 import random

@@ -1,7 +1,4 @@
-"""evals/tofu.py: each figure beside an independent reference, a row and a token at a time.
-
-python -m pytest tests/test_tofu.py -q
-"""
+"""evals/tofu.py: each figure beside an independent reference, a row and a token at a time."""
 
 import argparse
 import csv

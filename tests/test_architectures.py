@@ -5,18 +5,14 @@ python -m pytest tests/test_architectures.py -q -m slow    # the others
 """
 
 import json
-import unicodedata
-from types import SimpleNamespace
 
 import architectures
 import pytest
 import torch
 from test_models import pair
-from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 from world import samples_of
 
-import icu
 import metrics
 from evals import tasks
 from kit import models
@@ -106,21 +102,6 @@ def test_positions_are_read_by_every_name():
 
 
 # --- strings that the ids do not say ---
-
-
-def test_what_is_compared_is_what_the_ids_say(speaker, encoder_dir, monkeypatch):
-    """A file in NFD and a tokenizer of NFC."""
-    model, tokenizer = speaker()
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    text = " über der Österbrücke neun, sagt Angélique Lefèvre aus Orléans."
-    samples = samples_of([PAIR | {"suffix": unicodedata.normalize("NFD", text)}], tokenizer)
-    assert models.true_suffixes(tokenizer, samples) == [text] != [samples[0].suffix]
-    suffixes = [sample.forget.ids[sample.forget.cut :] for sample in samples]
-    monkeypatch.setattr(metrics, "beam_generate", lambda *_, **__: suffixes)
-    args = SimpleNamespace(device="cpu", num_beams=2, bert=str(encoder_dir))
-    (row,) = icu.speech(model, tokenizer, samples, args)
-    assert (row["bleu"], row["generation"]) == (1.0, text)
-    assert row["bertscore"] == pytest.approx(1, abs=1e-5)
 
 
 # --- architectures ---

@@ -345,12 +345,6 @@ def test_a_signal_ends_every_process_quickly(tmp_path, number, code):
     assert not state.is_file() or state.read_text().split()[2] in "ZX"
 
 
-def test_exit_codes_are_those_of_the_command():
-    """Its own, or 128 + n if a signal has ended it."""
-    assert experiment.run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
-    assert experiment.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
-
-
 def test_the_printed_line_can_be_pasted(capfd):
     """A shell makes the same words of it, whatever is in them."""
     words = ["a b", "$HOME", "it's", '"', "*", "--x=1", ""]

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import knn
-from kit import data, models
+from kit import data
 from kit.text import breaks, unspaced
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,25 +343,7 @@ def test_the_command_pairs_csv_with_jsonl(run, encoder_dir):
     assert [pair["learn_id"] for pair in data.read_pairs("pairs.jsonl")] == ["1", "4"]
 
 
-def test_a_dry_run_checks_and_writes_nothing(run, encoder_dir):
-    """The plan, and a warning of texts that the encoder cannot read."""
-    data.write_jsonl("thai.jsonl", [{"text": "ห้องสมุดปิดเวลาห้าโมงเย็น"}])
-    before = sorted(Path().iterdir())
-    printed = run(*ARGS, "--forget", "thai.jsonl", "--dry-run", "--out", "new/pairs.jsonl")
-    assert "dry run: would pair 1 texts with 8 pool rows" in printed
-    assert f"pass --encoder {models.MULTILINGUAL['--encoder']}" in printed
-    assert sorted(Path().iterdir()) == before
-
-
 # --- the Pile's rows ---
-
-
-def test_the_forget_sets_are_five_times_128_rows_of_the_pile():
-    """Different row numbers below 15,000."""
-    sets = data.read_json(ROOT / "kit" / "forget_sets.json")
-    assert list(sets) == list("01234")
-    for rows in sets.values():
-        assert len(set(rows)) == len(rows) == 128 and set(rows) <= set(range(15000))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import icu
-from kit import data, processes, runs
+from kit import data, runs
 from kit import flags as kit_flags
 
 
@@ -324,37 +324,6 @@ def test_too_little_memory_is_one_line(flags, tmp_path):
     full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     code, _, stderr = call(flags, tmp_path / "run", survive.moment(nth(1, "backward"), full))
     assert code == 2 and stderr.count("\n") == 1 and "--micro-batch 1" in stderr, stderr
-
-
-# --- what an epoch draws ---
-
-
-def epoch_of(run, ma):
-    """One epoch of a run whose only text has this MA; what is drawn at random in it."""
-    drawn, row = torch.rand(3).tolist(), dict.fromkeys(runs.MEASURES, ma)
-    row |= {"id": "a", "generation": "text"}
-    stopped = "max epochs" if ma < 0.5 else None
-    run.write_epoch(runs.mean_measures([row]), [row], forgotten=set(), stopped=stopped, watched={},
-                  losses={}, perplexities={}, seconds=0.1)  # fmt: skip
-    return drawn
-
-
-def test_an_epoch_draws_the_same_after_a_resume(flags, tmp_path, make_model):
-    """Each has a random state of its own, and the run its rows, samples and summary again."""
-    args, method = icu.resolve(icu.make_parser().parse_args(flags), icu.ICU)
-    args.out = str(tmp_path / "run")
-    engine = processes.PlainEngine(make_model("gpt_neo", dtype=torch.float32), args)
-    with runs.running(args, method) as run:
-        run.thresholds = {"el10": 0.5}
-        assert run.start(engine).epoch == 0
-        drawn = [epoch_of(run, ma) for ma in (0.9, 0.4)]
-    shutil.rmtree(run.out / "state" / "epoch00001")
-    with runs.running(args, method, data.read_json(run.out / "config.json")) as run:
-        assert run.start(engine).epoch == 1 and run.samples[0]["bleu"] == 0.9
-        assert epoch_of(run, 0.4) == drawn[1] != drawn[0]
-    with mock.patch.object(runs.models, "save_model"):
-        summary = run.export(engine.model, None)
-    assert (summary["before"]["ma"], summary["after"]["ma"]) == (0.9, 0.4)
 
 
 # --- a finished run as it is read ---

@@ -66,7 +66,7 @@ class Text(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One line of pairs.jsonl: a text to forget, its learn partner (Eq. 2), and their strings."""
+    """One line of pairs.jsonl: a text to forget and its learn partner (Eq. 2)."""
 
     id: str
     suffix: str
@@ -83,9 +83,9 @@ def build_samples(
     """pairs (list of dicts) -> (list of Sample, notes: what a reader of the results must know).
 
     positions: the model's; the end of a longer learn partner is cut. context: each text's context
-    stands in front of its prefix, as the model once read it. targets: what the losses are taken
-    over, "suffix" or "all" positions (default: the protocol's). what: a row's name in a ValueError,
-    which tells of a part without a token and of a text without room.
+    stands in front of its prefix. targets: of the losses, "suffix" or "all" (default: the
+    protocol's). what: a row's name in a ValueError, of a part without a token or a text without
+    room.
     """
     # Released code: every position is a target; Eq. (1), (3), (4): those from t0, the suffix.
     targets = targets or PROTOCOLS[protocol].targets
@@ -144,8 +144,8 @@ def make_text(pair, side, where, *, tokenizer, front, fields, context, targets, 
 def collate(texts, device="cpu"):
     """B texts -> ids (B, T) int64, attention_mask (B, T) int64, target_mask (B, T) bool.
 
-    Right-padded. target_mask is true where token i is predicted. Padding is told by length, never
-    by `id == pad`, since pad is EOS for these models.
+    Right-padded; by length, never by `id == pad`, since pad is EOS for these models. target_mask is
+    true where token i is predicted.
     """
     T = max((len(text.ids) for text in texts), default=0)
     ids, attention_mask = (torch.zeros(len(texts), T, dtype=torch.long) for _ in range(2))
@@ -163,8 +163,8 @@ def collate(texts, device="cpu"):
 class Side(NamedTuple):
     """The M target tokens of this process's texts of one side of a batch, and the model's words.
 
-    A value of a loss is this process's part of a mean over the global batch (`mean`, `mean_rows`):
-    the parts of all processes add up to it. Over no token it is 0, with a gradient of 0.
+    A loss is this process's part of a mean over the global batch (`mean`, `mean_rows`): the parts
+    add up to it. Over no token it is 0, with a gradient of 0.
     """
 
     logits: torch.Tensor  # (M, V), float32 at least: they predict `ids`; the shift by one is done
@@ -194,10 +194,8 @@ class Side(NamedTuple):
 
 
 def at_targets(model, texts, layer=None):
-    """Runs a model on B texts: logits (M, V), ids (M,), row (M,), hidden (M, H) or None.
-
-    M is the number of targets.
-    """
+    """A model's words at the M targets of B texts: logits (M, V), ids (M,), row (M,), hidden (M, H)
+    or None."""
     ids, attention_mask, mask = collate(texts, model.device)  # (B, T) each
     out = model(
         input_ids=ids,
@@ -221,7 +219,7 @@ def in_float32(logits):
 def forget_loss(side):
     """Eq. (1), the mean of log p_theta(x_t | x_<t) over target tokens, in nats, <= 0.
 
-    Minimised, so the text becomes less likely. Paper: a sum; here the mean over the global batch.
+    Minimised, so the text becomes less likely. Paper: a sum.
     """
     return -learn_loss(side)  # Eq. (1): Eq. (3) with its sign turned
 
@@ -237,7 +235,6 @@ def kl_loss(side, frozen, *, cross_entropy=False):
     """Eq. (4), the mean over target tokens of KL[p_theta0 || p_theta], in nats, >= 0.
 
     side, frozen: the model and its frozen copy at the same targets; no gradient reaches the copy.
-    From log_softmax in float32: a softmax followed by a log turns probabilities of 0 into NaN.
     """
     logp, ref_logp = side.logits.log_softmax(-1), frozen.logits.detach().log_softmax(-1)  # (M, V)
     # Eq. (4): KL[p_theta0 || p_theta] = sum_v p_theta0 (log p_theta0 - log p_theta), then the mean.
@@ -247,7 +244,7 @@ def kl_loss(side, frozen, *, cross_entropy=False):
 
 
 def kl(logq, logp):
-    """KL[q || p] at each target, in nats, for methods of another target: (M, V), (M, V) -> (M,)."""
+    """KL[q || p] at each target, in nats: (M, V), (M, V) -> (M,)."""
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
@@ -269,8 +266,8 @@ class Batch:
         self.mine, self.shares = processes.share(rows), processes.WORLD_SIZE
 
     def parts(self, size):
-        """Batches of at most `size` of its rows (None: all), as processes more would have them. As
-        many on every process, so some may have no row."""
+        """Batches of at most `size` of its rows (None: all), as many on every process, so some are
+        empty."""
         longest = -(-len(self.rows) // self.shares)
         n = -(-longest // (size or longest or 1)) or 1
         parts = [copy.copy(self) for _ in range(n)]
@@ -279,15 +276,14 @@ class Batch:
         return parts
 
     def texts(self, name, rows):
-        """The texts of a side of these samples: most sides have one a sample."""
+        """The texts of a side of these samples."""
         return [text for row in rows for text in self.sides[name][row]]
 
     def forward(self, name, model=None):
         """Runs the model, or another one (a teacher), on the side "forget", "learn" or one that the
         method brings: a Side."""
         texts = self.texts(name, self.mine)
-        # A process without a text still runs the model, on one without targets: the others wait
-        # for its gradients.
+        # A process without a text still runs the model: the others wait for its gradients.
         out = at_targets(model or self.model, texts or [Text([0, 0], 2, 2, [])], self.layer)
         return Side(*out, *self.counts(name))
 
@@ -297,7 +293,7 @@ class Batch:
         return Side(*out, *self.counts(name))
 
     def counts(self, name):
-        """Targets and texts in the whole global batch, and texts that this process has."""
+        """Targets and texts in the global batch, and texts that this process has."""
         everyones, mine = self.texts(name, self.rows), self.texts(name, self.mine)
         return sum(len(text.targets) for text in everyones), len(everyones), len(mine)
 
@@ -309,8 +305,8 @@ class Batch:
 class Method:
     """What the loop needs of a method: subclass it, write `loss`, set or override what differs.
 
-    It is called by its class's name in lower case, and hashed with the file that it is written in
-    and the files beside it that this one imports: --resume and `compare` see every change.
+    It is called by its class's name in lower case, and hashed with its file and the files beside it
+    that this one imports: --resume and `compare` see every change.
     """
 
     # Defaults of the flags of these names, and what the authors' released code has instead.
@@ -412,8 +408,8 @@ METHOD = ICU  # what this file runs
 
 
 def terms_of(method, batch, args):
-    """The terms of a batch: the sums of its parts' (--micro-batch), each of which the backward pass
-    makes again, so that only one is in memory and every engine sees one loss a step."""
+    """The terms of a batch: the sums of its parts' (--micro-batch), which the backward pass makes
+    again one by one, so that every engine sees one loss a step."""
     parts = batch.parts(args.micro_batch)
     if len(parts) == 1:
         return terms_of_part(method, batch, args)
@@ -440,8 +436,8 @@ def weighted_sum(terms):
 
 
 def sides_of(samples, tokenizer, epoch, args, method):
-    """{name: a list of Text for each sample}: the two sides of every pair, what is kept of texts
-    with spans, and the sides that the method brings."""
+    """{name: a list of Text for each sample}: both sides of the pairs, what is kept of texts with
+    spans, and the method's own."""
     sides = {"forget": [[sample.forget] for sample in samples]}
     sides |= {"learn": [[sample.learn] for sample in samples]}
     return sides | data.kept_side(samples) | method.sides(samples, tokenizer, epoch, args)
@@ -468,8 +464,7 @@ def scaled(model, scale):
 def freeze(model, sides, args, method):
     """What a copy of the model that never changes says of the sides that the method names.
 
-    Returns ask(name, rows, texts) -> logits (M, V), ids (M,), row (M,), hidden (M, H) or None at
-    the targets of these texts, those of `rows` of the side.
+    Returns ask(name, rows, texts), as `at_targets` of the texts, which are those of `rows`.
     """
     names = [*method.frozen_sides, *(["kept"] if "kept" in sides else [])]
     make = cached_copy if args.teacher == "cached" else live_copy
@@ -499,10 +494,9 @@ def live_copy(model, sides, layer=None):
 def cached_copy(model, sides, layer=None, batch_size=8):
     """The same from hidden states that are computed now, once.
 
-    theta_0 never changes and neither do the texts, so the last hidden states at the targets (M, H)
-    and a copy of the output head give the exact KL without a second model in memory or a second
-    forward pass a step. ValueError: the model's logits are not its head applied to its last hidden
-    state (logit scaling or capping), or the texts have changed.
+    The last hidden states at the targets (M, H) and a copy of the output head give the exact KL
+    without a second model or forward pass. ValueError: the model's logits are not its head applied
+    to its last hidden state (logit scaling or capping), or the texts have changed.
     """
     head, kept = frozen_head(model), {}
     for name, rows in sides.items():
@@ -554,8 +548,8 @@ def frozen_head(model):
 def measure(model, tokenizer, samples, args, *, with_el=True):
     """Every measure of section 5.2 for every sample, active or not: a line of samples.jsonl each.
 
-    Fractions are 0-1, entropy in bits. el10 is None for a text without a 10-gram, and for all
-    unless `with_el`. A model whose logits are not finite measures nothing: None everywhere.
+    Fractions are 0-1, entropy in bits. el10 is None for a text without a 10-gram, and unless
+    `with_el`; all are None where the logits are not finite.
     """
 
     def measure_share(samples):
@@ -645,10 +639,9 @@ PAPER_THRESHOLDS = 0.0499, 0.5994
 
 
 def refine(forgotten, rows, thresholds, args):
-    """Eq. (5): the samples whose generation no longer resembles their suffix.
+    """Eq. (5): the set of samples whose generation no longer resembles their suffix.
 
-    Following epochs leave them out. forgotten: indices so far; rows: the measures of all samples.
-    Returns the new set.
+    forgotten: indices so far; rows: the measures of all samples.
     """
     protocol = PROTOCOLS[args.protocol]
 
@@ -669,10 +662,7 @@ def refine(forgotten, rows, thresholds, args):
 
 
 def stop_reason(means, n_active, epoch, *, thresholds, args):
-    """Why to stop after this epoch, or None.
-
-    Both means under their thresholds, nothing active, or the epoch cap; not before --min-epochs.
-    """
+    """Why to stop after this epoch, or None."""
     if args.eval_only:
         return "eval only"
     if epoch < args.min_epochs or (epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start):
@@ -688,9 +678,9 @@ def stop_reason(means, n_active, epoch, *, thresholds, args):
 def calibrate(model, tokenizer, inputs, args):
     """The thresholds of this run: {"el10", "ma", "bertscore", "bleu"}.
 
-    --thresholds auto: EL and MA of the original model on text of the same kind that it was not
-    trained on, which is what the paper's are; never-saw: of a model that never saw these texts, on
-    them. --bert-threshold auto: the mean F1 between the true suffixes of different samples.
+    --thresholds auto: EL and MA of the original model on --unseen, as the paper's are; never-saw:
+    of a model that never saw these texts. --bert-threshold auto: the mean F1 between the true
+    suffixes of different samples.
     """
     thresholds = {"bleu": args.bleu_threshold, "bertscore": args.bert_threshold}
     if args.thresholds in ("auto", "never-saw"):
@@ -714,7 +704,7 @@ def calibrate(model, tokenizer, inputs, args):
 
 
 class Diverged(RuntimeError):
-    """Five steps in a row without a finite loss and gradient: the weights are as before them."""
+    """Five steps in a row without a finite loss and gradient."""
 
 
 def run_epochs(model, tokenizer, inputs, args, *, method, run):
@@ -730,8 +720,7 @@ def run_epochs(model, tokenizer, inputs, args, *, method, run):
             del original
         check_loss(engine.model, tokenizer, samples, frozen, args, method)
     with weights_to_measure(method, model, args):
-        # Those of the first process for all: two that differ in a last digit would filter other
-        # samples.
+        # The first process's for all: a last digit may differ.
         thresholds = run.thresholds or calibrate(model, tokenizer, inputs, args)
         run.thresholds = processes.gather([thresholds])[0]
     print0(runs.thresholds_text(run.thresholds, args))
@@ -776,10 +765,7 @@ def weights_to_measure(method, model, args):
 
 
 def check_loss(model, tokenizer, samples, frozen, args, method):
-    """Runs the loss on one batch, so that a slip in it shows before minutes of measuring.
-
-    The method's state and the run's random numbers are as before.
-    """
+    """Runs the loss on one batch, so that a slip in it shows before minutes of measuring."""
     sides = sides_of(samples, tokenizer, 1, args, method)
     rows = [*range(len(samples))][: args.batch_size]
     state = {name: tensor.clone() for name, tensor in method.state().items()}
@@ -799,9 +785,8 @@ def check_loss(model, tokenizer, samples, frozen, args, method):
 def train_epoch(engine, sides, active, args, method, *, frozen, run):
     """One pass over the active samples, packed densely into batches.
 
-    Returns {"loss": mean over steps, "loss_forget": ...}. The order is a function of (seed, epoch)
-    alone. A step whose loss or gradient is not finite never reaches the weights: it is counted and
-    left out. After five in a row Diverged is raised, with the weights as they were.
+    Returns {"loss": mean over steps, "loss_forget": ...}. The order is a function of (seed, epoch).
+    A step whose loss or gradient is not finite is left out; five in a row: Diverged.
     """
     progress, sums, steps, bad_in_a_row = run.progress, {}, 0, 0
     # Released code: batches of all samples, of which the active ones count; paper: batches of
@@ -837,10 +822,8 @@ def train_epoch(engine, sides, active, args, method, *, frozen, run):
 
 
 def end_epoch(model, tokenizer, inputs, args, *, method, run, losses, reason):
-    """Measures all samples, refines, decides whether to stop, and writes the epoch down.
-
-    `reason` is why to stop whatever the measures say.
-    """
+    """Measures all samples, refines, decides whether to stop (`reason`: why it must), and writes
+    the epoch down."""
     epoch, forgotten, thresholds = run.progress.epoch, run.progress.forgotten, run.thresholds
     lazy = args.el == "lazy" and epoch > 0
     started = time.time()
@@ -1044,8 +1027,9 @@ def method_named(name, own):
 
 
 def resolve(args, method):
-    """What a run is: (its settings with nothing left open, its method). Nobody writes into them
-    afterwards. args: the flags; method: the script's class. ValueError: they do not go together.
+    """What a run is: (its settings with nothing left open, its method), final from here on.
+
+    args: the flags; method: the script's class. ValueError: they do not go together.
     """
     method, protocol = method_named(args.method, method), PROTOCOLS[args.protocol]
     settings = vars(args) | {"method": method.name}
@@ -1124,11 +1108,10 @@ def samples_of(pairs, tokenizer, config, args, what="pair"):
 def unlearn(model, tokenizer, pairs, method=METHOD, **settings):
     """ICU, or another method, as a function: for a notebook. Returns a runs.Run.
 
-    model, tokenizer: as models.load_model gives them; the model is changed. pairs: as
-    data.read_pairs gives them. settings: flags of icu.py by their names (lr=1e-4, max_epochs=5,
-    bert="minilm"). The Run's `metrics` has a dict an epoch and `samples` a dict a text, as
-    metrics.jsonl and samples.jsonl. Nothing is written: models.save_model(model, tokenizer, DIR)
-    does that. ValueError: a setting that is none, a text that does not fit.
+    model, tokenizer: models.load_model's; the model is changed. pairs: data.read_pairs'. settings:
+    flags of icu.py (lr=1e-4, bert="minilm"). The Run's `metrics` and `samples` are as metrics.jsonl
+    and samples.jsonl. Nothing is written: models.save_model(model, tokenizer, DIR) does that.
+    ValueError: a setting that is none, a text that does not fit.
     """
     defaults = vars(make_parser().parse_args([]))
     if unknown := settings.keys() - defaults.keys() | settings.keys() & NOT_IN_A_NOTEBOOK:
@@ -1154,7 +1137,7 @@ def main(method=METHOD, argv=None):
     """Reads flags, checks everything, unlearns by `method` (--method names another), and leaves a
     run folder. Returns its runs.Run; None after a dry run, or where the run had ended.
 
-    Without argv it is a command: its flags are sys.argv's, and an error is one line and exit 2.
+    Without argv it is a command: an error is one line and exit 2.
     """
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise TypeError("icu.main takes a class that subclasses icu.Method")

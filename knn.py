@@ -7,11 +7,11 @@
 
 Section 4.3.1-4.3.2 and Eq. 2 of "Learn while Unlearn" (ICU), arXiv 2407.20271. It departs from the
 paper in this:
-1. Leak guard. The Pile rows are full of copies, and the nearest neighbour of a target is often the
-   target itself: training on it would teach the secret back. Pool rows that repeat a target or a
-   piece of one are dropped whole and reported. --allow-copies gives the published behaviour.
+1. Leak guard. The nearest neighbour of a target is often a copy of it: training on it would teach
+   the secret back. Pool rows that repeat a target or a piece of one are dropped whole and reported.
+   --allow-copies gives the published behaviour.
 2. A pool text longer than --passage-words is cut into passages: the encoder reads only about 256
-   word pieces, and a neighbour should be of the size of a record.
+   word pieces.
 3. The search is exact, in float64; ties go to the lower row (dev/BENCHMARKS.md: time and memory).
 """
 
@@ -37,8 +37,7 @@ def literal_knn(queries, pool, k=1, exclude=()):
     """Eq. (2) as it stands: the k rows of `pool` (M, D) most similar to each of `queries` (Q, D).
 
     exclude: the numbers of rows never returned. Returns indices (Q, k) int64 and cosines (Q, k)
-    float32, best first. Equal cosines go to the lower row; a zero vector has cosine 0 to
-    everything; k is at most the number of rows left.
+    float32, best first. Equal cosines go to the lower row; a zero vector has cosine 0.
     """
     queries, pool = np.asarray(queries, dtype=np.float64), np.asarray(pool, dtype=np.float64)
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(pool, axis=1)  # (Q, M)
@@ -50,7 +49,7 @@ def literal_knn(queries, pool, k=1, exclude=()):
 
 
 def cosine_knn(queries, pool, k=1, exclude=None, block=4096):
-    """`literal_knn` for large pools of any real dtype, exactly, in blocks of the pool.
+    """`literal_knn` for large pools, exactly, in blocks of the pool.
 
     exclude: also a mask (M,). Where fewer than k rows are left: index -1, similarity -inf (as
     faiss). The result depends on neither `block` nor the BLAS. ValueError: NaN or inf.
@@ -246,13 +245,12 @@ def leak_finder(forget, pool, max_overlap):
 
 
 def leak_guard(forget, pool, max_overlap=0.2, *, allow_copies=False):
-    """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped.
+    """Which pool rows may serve as neighbours: keep (M,) bool, and one dict for each row dropped,
+    {id, target_id, share (of the first rule that holds), reason: "forget row" or "copy"}.
 
     Dropped are a forget row itself (same id and text) and, unless `allow_copies`, a row for which a
-    rule of `leak_finder` holds. Compared are letters alone (`kit.text.plain`). With 0.2 a run of 33
-    letters goes, whatever stands around it; a common phrase is shorter. `pool` holds complete
-    documents: passages would each hold less. The dict is {id, target_id, share (of the first rule
-    that holds), reason: "forget row" or "copy"}.
+    rule of `leak_finder` holds. With 0.2 a run of 33 letters goes; a common phrase is shorter.
+    `pool` holds complete documents: passages would each hold less.
     """
     leaks = None if allow_copies else leak_finder(forget, pool, max_overlap)
     own_rows = {(target["id"], text_of(target)) for target in forget}
@@ -293,8 +291,7 @@ def print_leaks(keep, reasons, max_overlap):
 def cut_passages(record, words):
     """The record cut into even passages of at most `words` words, with ids `id#0`, `id#1`, ...
 
-    The context stays with the first. In scripts without spaces each visible character counts as a
-    word. A row of token ids or messages is not cut.
+    The context stays with the first. A row of token ids or messages is not cut.
     """
     text = text_of(record)
     starts = [] if {"suffix_ids", "template"} & {*record} else texts.word_starts(text)
@@ -312,7 +309,7 @@ def cut_passages(record, words):
 
 
 def passages_of(pool, keep, forget, words):
-    """The pool, but not what is to be forgotten, cut into passages (0: not), and keep for each."""
+    """The pool, but what is to be forgotten, cut into passages, and keep for each."""
     uncut = {text_of(record) for record in forget}
     passages = [
         cut_passages(row, words) if words and text_of(row) not in uncut else [row] for row in pool
@@ -343,7 +340,7 @@ def is_gpt2(tokenizer):
 
 
 def read_pile(set_name, data_dir, tokenizer):
-    """The 15,000 Pile rows as records, and those of forget set `set_name`, in the paper's order."""
+    """The 15,000 Pile rows as records, and those of a forget set."""
     if not is_gpt2(tokenizer):
         raise ValueError("the Pile rows are GPT-2 token ids: pass GPT-2's tokenizer as --tokenizer")
     arrays = [data.load_ids(data.data_file(name, data_dir)) for name in data.PILE_FILES]
@@ -462,7 +459,7 @@ def main():
         rows = f"{len(forget)} texts with {keep.sum()} pool rows"
         print(f"dry run: would pair {rows} by {encoder} into {args.out}")
         return
-    # All rows are embedded, the dropped ones too: the cached result then serves every forget set.
+    # The dropped rows, too: the cached result then serves every forget set.
     pool_vectors, vectors = (
         embed([said_of(row) for row in rows], encoder, batch_size=args.embed_batch, device=device)
         for rows in (pool, forget)

@@ -311,8 +311,8 @@ def random_samples(n, T, vocab):
 
 
 def steps_in_all_ways(bench):
-    """Time and peak memory of an ICU step: on a GPU at the paper's sizes; on a CPU of a small model,
-    beside weights and Adam, and what the estimate of `fits` says of it."""
+    """Time and peak memory of an ICU step: on a GPU at the paper's sizes; on a CPU small, beside
+    weights and Adam, and what the estimate of `fits` says."""
     device, T = bench.args.device, 100
     sizes, V = ({"8M": (256, 8, 4, 8)}, 4000) if device == "cpu" else (GPT_NEO, 50257)
     for (name, (*size, B)), way in itertools.product(sizes.items(), WAYS):

@@ -4,10 +4,9 @@
     bash run.sh purge --all-caches       # embeddings, measures before and a judge's answers alone
     bash run.sh purge RUN --dry-run      # says what would go
 
-Runs beside RUN are found by the sha256 of their pairs in config.json. One that went on from RUN
-(icu.py --after) loses what it says of RUN's texts and keeps its own: docs/privacy.md. No link is
-followed. What it cannot reach it names, and exits with 1. Each step can be done again, so the same
-command completes a purge that was killed.
+Runs beside RUN are found by the sha256 of their pairs. One that went on from RUN (icu.py --after)
+loses what it says of RUN's texts and keeps its own: docs/privacy.md. No link is followed. What it
+cannot reach it names, and exits with 1. The same command completes a purge that was killed.
 """
 
 import contextlib
@@ -55,9 +54,8 @@ def config_of(folder):
 
 
 def runs_beside(run, sha):
-    """The runs over the pairs with this sha256, and those that went on from one: {folder: config}
-    each, of `run` and the folders beside it.
-    """
+    """{folder: config} of the runs over these pairs, of `run` and the folders beside it, and of
+    those that went on from one."""
     beside = [path for path in sorted(run.parent.iterdir()) if not path.is_symlink()]
     configs = {folder: config_of(folder) for folder in [run, *beside]}
     own, later = {}, {}
@@ -70,7 +68,7 @@ def runs_beside(run, sha):
 
 
 def left_by(own, later):
-    """What a purge of these runs cannot reach, a sentence each: links, and caches elsewhere."""
+    """What a purge of these runs cannot reach: links, and caches elsewhere."""
     paths = [folder / name for folder in [*own, *later] for name in (*TEXTS, *SHOWN)]
     paths += [folder / name for folder in own for name in OWN]
     left = [f"{path}: a link" for path in paths if path.is_symlink()]
@@ -83,7 +81,7 @@ def left_by(own, later):
 
 
 def say(line):
-    """Prints a line. That nobody reads it (| head) is no reason to stop."""
+    """Prints a line, also if nobody reads it (| head)."""
     try:
         print(visible(line, keep="\n"), flush=True)
     except OSError:
@@ -99,10 +97,8 @@ def remove(path, what, dry_run):
 
 
 def empty(path, field, names, dry_run):
-    """Sets a field of JSON lines to null; a line that was cut off by a kill goes.
-
-    names: where given, only of watched texts whose ids hold one of them.
-    """
+    """Sets a field of JSON lines to null, with `names` of watched texts whose ids hold one; a line
+    that was cut off by a kill goes."""
     content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     rows = []
     for line in content.decode("utf-8", "replace").split("\n"):
@@ -119,7 +115,7 @@ def empty(path, field, names, dry_run):
 
 
 def empty_run(run, names, dry_run):
-    """A run folder without its texts, or without what it shows of watched ones with these names."""
+    """A run folder without its texts, or those of watched ones with these names."""
     for name, field in TEXTS.items():
         empty(run / name, field, names, dry_run)
     for name, what in (SHOWN if names else SHOWN | OWN).items():
@@ -129,7 +125,7 @@ def empty_run(run, names, dry_run):
 
 
 def empty_caches(dry_run):
-    """Removes every file of the caches, whichever texts it is of: all can be computed again."""
+    """Removes every file of the caches: all can be computed again."""
     for name in CACHES:
         files = [path for path in data.cache_folder(name).rglob("*") if not path.is_dir()]
         for path in [] if dry_run else files:
@@ -140,10 +136,7 @@ def empty_caches(dry_run):
 
 
 def purge_run(run, dry_run):
-    """Removes the texts of a run; returns what is left.
-
-    Each run over the same pairs is held meanwhile. The pairs go last: config.json then says so.
-    """
+    """Removes the texts of a run, the pairs last; returns what is left."""
     config = config_of(run)
     if not config:
         raise ValueError(f"{run}: holds no run (no config.json that names its pairs)")
@@ -167,10 +160,7 @@ def purge_run(run, dry_run):
 
 
 def remove_pairs(own, sha, dry_run):
-    """Removes the pairs of these runs, and half-written ones beside them; returns what is left.
-
-    The runs are marked as purged before: the next purge does not miss these pairs.
-    """
+    """Removes the pairs of these runs, which are marked before; returns what is left."""
     places = dict.fromkeys(Path(config["pairs"]).absolute() for config in own.values())
     there = [p for p in places if not p.is_symlink() and models.fingerprint(p) == sha]
     purged = any("purged" in config for config in own.values())

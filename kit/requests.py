@@ -15,7 +15,7 @@ MARGIN = 0.05  # a text has come back when its MA is above its own run's end by 
 
 
 class Earlier(NamedTuple):
-    """A text of an earlier request, as its own run left it."""
+    """A text of an earlier request."""
 
     pair: dict  # of that run's pairs.jsonl; its id is RUN-SHA/ID
     ma: float | None  # MA at the end, of a marked text over its spans
@@ -27,7 +27,7 @@ class Earlier(NamedTuple):
 
 
 def chain_of(after):
-    """(folder, config) of the run `after` and of those that it went on from, the latest first."""
+    """(folder, config) of the run `after` and of those before it, the latest first."""
     chain = []
     while after:
         folder = Path(after)
@@ -59,12 +59,12 @@ def pairs_of(folder, config):
 
 
 def name_of(folder, config):
-    """What tells a request from others whose run folder has the same name: RUN-SHA."""
+    """RUN-SHA: other run folders may have the same name."""
     return f"{folder.name}-{config['sha256']['pairs'][:8]}"
 
 
 def earlier_pairs(after):
-    """The pairs, where they are there, of all requests up to the run `after`, the latest first."""
+    """The pairs that are there of all requests up to the run `after`."""
     pairs = []
     for folder, config in chain_of(after):
         if is_purged(config) and not has_pairs(config):
@@ -111,9 +111,9 @@ def overlapping(pair, others):
 def watch(forgotten, rows, *, forgotten_now, watched, epoch):
     """The set of forgotten samples: watched texts that came back leave it, the others join it.
 
-    rows: the measures of all samples; forgotten_now: indices that Eq. 5 calls forgotten; watched:
-    {index: Earlier}. A text comes back when Eq. 5 calls it forgotten no longer, or when its MA rose
-    by more than MARGIN. One that is joined to a new text begins with it.
+    rows: the measures of all samples; forgotten_now: what Eq. 5 calls forgotten; watched: {index:
+    Earlier}. A text comes back when it is no longer in it, or when its MA rose by more than MARGIN.
+    One that is joined to a new text begins with it.
     """
     for i, earlier in watched.items():
         ma = rows[i].get("ma_spans", rows[i]["ma"])
@@ -128,7 +128,7 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
 
 
 def differences(config, args, flags, files):
-    """The names of these flags and files (by sha256) that are not those of a run's config.json."""
+    """The names of flags and files (by sha256) that differ from a run's config.json."""
     return [name for name in flags if config.get(name) != getattr(args, name)] + [
         name
         for name in files

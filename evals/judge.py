@@ -8,11 +8,10 @@
 
 Table 1's last column, Table 3 and Appendices A and B of arXiv:2407.20271 (ICU); docs/judge.md.
 Departures from the authors' script, which asks once for "Finale score" and looks for "Final":
-1. Both spellings are read, as the whole last line. An answer without it, or cut off, is asked for
-   again in other words. If that has none either the sample is unread: it is in no mean, never a 0.
+1. Both spellings are read, as the whole last line. An answer without it is asked for again in other
+   words. If that has none either the sample is unread: it is in no mean, never a 0.
 2. Temperature 0 and a seed. Every sample is graded, and an interval is given.
 3. Texts leave this machine only after --send-texts: somebody asked to have them forgotten.
-Recomputed (tests/test_judge.py): Pearson's r over the means in the paper's Table 3 is 0.888.
 """
 
 import asyncio
@@ -53,7 +52,7 @@ THINKING = re.compile(r"[<\[](/?)[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGN
 
 
 def score_of(answer):
-    """X, 0 to 10, where the last line is "Final score: X" alone and thinking has ended; or None."""
+    """X, 0 to 10, where the last line is "Final score: X" and thinking has ended, or None."""
     lines = [line for line in answer.splitlines() if re.search(r"\w", line)]
     score = lines and SCORE.fullmatch(" ".join(re.sub('[*_`"#>]', " ", lines[-1]).split()))
     thinks = THINKING.findall(answer)[-1:] == [""]
@@ -61,7 +60,7 @@ def score_of(answer):
 
 
 class Triple(NamedTuple):
-    """What is judged: a text's two halves, and what a model wrote instead of the second."""
+    """A text's two halves, and what a model wrote instead of the second."""
 
     prefix: str
     reference: str
@@ -94,7 +93,7 @@ class Judged(NamedTuple):
 
 
 def read_judged(folder):
-    """A finished run whose texts are judged. ValueError: they are gone or have changed."""
+    """A finished run whose texts are judged."""
     run = read_run(folder)
     check_texts_left(run)
     summary, sha = run["summary"], run["config"]["sha256"]["pairs"]
@@ -123,7 +122,7 @@ def is_loopback(base_url):
 
 
 class Cache(dict):
-    """{digest of (address, request): reply} about the texts of one pairs file, as JSON lines."""
+    """{digest of (address, request): reply} about the texts of one pairs file."""
 
     def __init__(self, pairs_sha):
         self.path = data.cache_folder("judge") / f"{pairs_sha}.jsonl"
@@ -142,7 +141,7 @@ class Cache(dict):
 
 
 class Judge:
-    """A model at an OpenAI-compatible address, which grades triples."""
+    """A model at an OpenAI-compatible address."""
 
     def __init__(self, args):
         key, here = os.environ.get(KEY, "").strip(), is_loopback(args.base_url)
@@ -172,10 +171,8 @@ class Judge:
         return flags.first_line(error).replace(self.api_key, "[key]")[:200]
 
     async def ask(self, request):
-        """The reply, {"answer", "model", "in", "out", "finish"}, or {"why"} there is none.
-
-        ValueError: the server refuses every request.
-        """
+        """{"answer", "model", "in", "out", "finish"}, or {"why"} there is none. ValueError: all are
+        refused."""
         import openai
 
         try:
@@ -300,7 +297,7 @@ def cost(price, tokens):
 
 
 def print_plan(args, runs):
-    """What judging would ask: calls, tokens, cost. Four bytes a token, the usual rule of thumb."""
+    """What judging would ask: calls, tokens (of four bytes), cost."""
     new, known = {}, set()
     for run in runs:
         cache = Cache(run.pairs_sha)

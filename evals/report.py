@@ -4,9 +4,9 @@
     bash run.sh report RUN --redact                # the same without a text: no cases.md
     bash run.sh ask RUN "some prefix"              # what the model says before and after
 
-All is computed before the first file is written. In a run folder, and over an earlier report, files
-are replaced; elsewhere this needs --overwrite. The table has the measured columns of the paper's
-Table 1 (arXiv:2407.20271); the case table is that of its Figures 4 and 5.
+In a run folder, and over an earlier report, files are replaced; elsewhere this needs --overwrite.
+The table has the measured columns of the paper's Table 1 (arXiv:2407.20271); the case table is that
+of its Figures 4 and 5.
 """
 
 import csv
@@ -70,12 +70,12 @@ COLUMNS = [
 
 
 def is_trained(run):
-    """Whether a run has unlearned; else it has only measured a model."""
+    """Whether a run has unlearned, not only measured."""
     return run["summary"]["method"] != "none"
 
 
 def distinct_runs(folders):
-    """Finished runs, each once: a copy, perhaps purged, is the same run."""
+    """Finished runs, each once: a copy is the same run."""
     runs = {}
     for run in map(read_run, folders):
         content = [run["config"] | {"redact": None, "purged": None}, run["metrics"]]
@@ -106,11 +106,8 @@ def differ(runs, keys):
 
 
 def name_rows(runs):
-    """Gives runs the labels of their rows, `before` and `after`; runs of one label are averaged.
-
-    The method or model, and the settings that rows of this name differ in, `icu lr=1e-05`; also
-    those of MEASURED that any rows differ in.
-    """
+    """Gives runs the labels of their rows, `before` and `after`: the method or model, and the
+    settings that rows of this name, of MEASURED any rows, differ in: `icu lr=1e-05`."""
     trained = [run for run in runs if is_trained(run)]
     untouched = {value_of(run, "model") for run in trained or runs}
     for run in runs:
@@ -266,12 +263,12 @@ MEASURE_NAMES = {"el10": "EL10", "ma": "MA", "bleu": "BLEU", "bertscore": "BERTS
 
 
 def in_legend(label):
-    """A label as a plot can show it: short lines, and no _ in front, which would hide it."""
+    """A label in short lines, and no _ in front, which would hide it."""
     return textwrap.fill(label[:160].lstrip("_"), 40)
 
 
 def plot_curves(runs):
-    """The runs over their epochs: a panel a measure, a line a run, a colour a row of the table."""
+    """A panel a measure, a line a run, a colour a row of the table."""
     panels = {**MEASURE_NAMES, "entropy": "entropy (bits)", "active": "active samples"}
     figure, axes = plt().subplots(2, 3, figsize=(10, 5.5), sharex=True, layout="constrained")
     for axis, (key, name) in zip(axes.flat, panels.items(), strict=True):
@@ -314,10 +311,7 @@ def scatter(axis, groups, when, x, y):
 
 
 def plot_relearning(runs):
-    """MA before and after the other half of the texts was relearned: what was hidden moves up.
-
-    None where fewer than two runs were audited.
-    """
+    """MA before and after the other half of the texts was relearned, of two runs at least."""
     audited = [run for run in runs if run["summary"]["after"].get("audit_relearning") is not None]
     if len(audited) < 2:
         return None
@@ -377,7 +371,7 @@ def chosen_epochs(texts):
 
 
 def cases_markdown(runs, pairs, count):
-    """Figures 4 to 6: a table a sample; of one run chosen epochs, of several the final texts."""
+    """A table a sample; of one run chosen epochs, of several the final texts."""
     tables, alone = [], sum(map(is_trained, runs)) == 1
     for sample_id in case_ids(runs, count):
         rows = [("Prefix", pairs[sample_id]["prefix"]), ("Reference", pairs[sample_id]["suffix"])]
@@ -397,7 +391,7 @@ def cases_markdown(runs, pairs, count):
 
 
 def markdown_cell(text):
-    """A text on one line of a Markdown table, controls written out; nothing is <blank>."""
+    """A text on one line of a Markdown table."""
     text = visible(text.replace("\\", "\\\\")).replace("|", "\\|").replace("<", "&lt;")
     return text if text.strip() else "&lt;blank>"
 

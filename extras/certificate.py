@@ -4,9 +4,9 @@
     bash run.sh certificate --verify RUN/certificate.json --key KEY.pub  # what differs; exit 0 or 1
     bash run.sh certificate --verify RUN/certificate.json --measure      # asks its models again
 
-docs/certificate.md explains every line. All but the request comes from files of the run folder, so
---verify makes it again, and names what it cannot check. It outlives its texts: config.json and
-samples.jsonl are hashed without what kit/purge.py changes in them.
+docs/certificate.md explains every line. All but the request comes from the run folder, so --verify
+makes it again, and names what it cannot check. It outlives its texts: config.json and samples.jsonl
+are hashed without what kit/purge.py changes in them.
 """
 
 import argparse
@@ -369,10 +369,7 @@ def trouble(content, signature, key):
 
 
 def add_line(folder, row):
-    """Adds the dict `row` as the next line, unless it stands there already; returns its number.
-
-    A kill between the two files leaves an older head, which the next line makes new.
-    """
+    """Adds the dict `row` as the next line, unless it stands there already; returns its number."""
     path, head = Path(folder, LEDGER), Path(folder, HEAD)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(".lock"), timeout=60):

@@ -3,9 +3,9 @@
     bash run.sh explain RUN [RUN ...]                  # RUN/explain.html
     bash run.sh explain RUN [RUN ...] --speech FILE    # RUN/speech.json: two columns of the report
 
-The page colours each token by its probability before and after. It is extras/explain.html with the
-texts as JSON in it. The entropy of Eq. 10 misleads where a model speaks in words that do not exist:
-so the model before reads what each model said (docs/explain.md).
+The page colours each token by its probability before and after. The entropy of Eq. 10 misleads
+where a model speaks in words that do not exist: so the model before reads what each model said
+(docs/explain.md).
 """
 
 import argparse
@@ -104,8 +104,7 @@ def probabilities(model, ids):
 
 def pieces(tokenizer, ids):
     """[(characters, first token, token after the last)]: a text in the smallest parts that are
-    whole tokens and whole visible characters. None is empty, and together they are the text.
-    """
+    whole tokens and whole visible characters."""
     text, ends = data.as_text(tokenizer, ids), enumerate(data.token_ends(tokenizer, ids), start=1)
     places = breaks(text)  # of visible characters
     # characters so far: tokens so far; one that adds no character joins those before
@@ -181,10 +180,9 @@ def new_words(answers, known):
 
 
 def speech(runs, files, *, allow_pickle=False):
-    """{RUN/speech.json: {"before", "after": {"said_ppl", "new_words"}}} of runs.
+    """{RUN/speech.json: {"before", "after": {"said_ppl", "new_words"}}} of runs, read by one model.
 
-    files: texts (.csv, .jsonl) whose words are not new, nor are those of the pairs. ValueError: the
-    runs, which one model reads, began with several.
+    files: texts (.csv, .jsonl) whose words are not new, nor are those of the pairs.
     """
     readers = {
         (run["config"]["model"], run["config"].get("revision"))

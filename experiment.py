@@ -210,13 +210,10 @@ def help_text():
 
 OFTEN = """
 flags that are often used (all: python icu.py --help, ...)
-  --set 0..4, --limit N     the paper's forget set (0); its first N rows
-  --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR
-                            folders instead of the hub: the model, GPT-2's tokenizer for the Pile,
-                            the sentence encoder, BERTScore's encoder, the data
+  --set 0..4 --limit N      the paper's forget set (0); its first N rows
+  --model DIR --tokenizer DIR --encoder DIR --bert DIR --data DIR     folders instead of the hub
   --protocol released --method npo --lr 1e-5 --seed 3 --max-epochs 10 --device cpu
   --tasks all --audit --judge MODEL     what the model can still do; what is still in it; grades
-  --sets N ... --seeds N ...            of compare, ablation and sweep
 """
 
 

@@ -17,6 +17,7 @@ import torch
 from kit import data
 from kit.flags import first_line
 from kit.processes import print0
+from kit.text import dense, unspaced
 
 # --- text to ids and back ---
 
@@ -473,15 +474,13 @@ def check_readable(encoder, texts, flag):
 
 # --- the words of BLEU ---
 
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 KANA = re.compile("[\u3041-\u30ff]")
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao, Burmese, Khmer
 
 
 def bleu_tokens(reference):
     """sacrebleu's tokenisation for the script of the reference: 13a splits at spaces."""
-    letters = sum(map(str.isalpha, reference))
-    han, kana, unspaced = (len(script.findall(reference)) for script in (HAN, KANA, UNSPACED))
-    if 2 * (han + kana) > letters:
-        return "char" if kana else "zh"  # ja-mecab would need a package
-    return "char" if 2 * unspaced > letters else "13a"
+    letters = "".join(filter(str.isalpha, reference))
+    if 2 * len(unspaced.findall(letters)) <= len(letters):
+        return "13a"
+    # "ja-mecab" would need a package.
+    return "zh" if dense.search(letters) and not KANA.search(letters) else "char"

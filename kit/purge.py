@@ -34,11 +34,9 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """never reached: your own input files; in other folders, runs over these pairs or that
-went on from them (name each); other pairs with the same texts (purge their runs too); reports
-elsewhere; copies and backups; what knn.py and the evals cached under another HOME or ICU_CACHE;
-what a disk keeps of removed files; what was sent to raters or to a judge; the models' weights,
-before (which know the texts) and after (the measures say how far)"""
+BEYOND = """never reached: your own input files; runs over these pairs, or that went on from them, in
+other folders; other pairs with the same texts; reports elsewhere; copies and backups; what a disk
+keeps of removed files; what was sent to raters or to a judge; the models' weights"""
 
 
 # --- what is there ---

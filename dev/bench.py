@@ -169,10 +169,8 @@ def memorisation(bench):
 
 def side_loss(model, texts):
     """(mean -log p of the targets in nats, their logits (M, V)) of a side of a batch."""
-    ids, attention_mask, targets = icu.collate(texts, model.device)  # (B, T)
-    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
-    logits = logits[:, :-1][targets[:, 1:]]  # the shift by one
-    return F.cross_entropy(logits, ids[targets]), logits
+    logits, ids, *_ = icu.at_targets(model, texts)
+    return F.cross_entropy(logits, ids), logits
 
 
 def plain_epoch(model, samples, active, args):

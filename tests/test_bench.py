@@ -61,9 +61,6 @@ def test_literal_el_and_ma_are_the_projects(setup):
     np.testing.assert_allclose(bench.our_el_and_ma(setup.model, texts, 1), literal, atol=1e-6)
 
 
-# --- measuring ---
-
-
 # --- the rows ---
 
 

@@ -331,18 +331,3 @@ def test_the_ledger_names_the_certificate(run, capsys):
     with pytest.raises(ValueError, match="nothing is added"):
         certify(run, "--ledger", book)
     assert (run / "certificate.json").read_bytes() == content
-
-
-# --- the page ---
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium, which prints the page")
-def test_the_page_is_two_sides_of_a4(run, tmp_path):
-    """Also with many requests and a long audit."""
-    sentences = dict.fromkeys(range(12), "Is it still inside? Still more than that, as it seems.")
-    data.write_json(run / "audit.json", {"headline": {}, "sentences": sentences})
-    certify(run, "--request-id", *(f"R-{i}" for i in range(30)))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'c.pdf'}"]
-    subprocess.run([*command, (run / "certificate.html").as_uri()], check=True, capture_output=True)
-    assert len(re.findall(rb"/Type ?/Page\b(?!s)", (tmp_path / "c.pdf").read_bytes())) == 2

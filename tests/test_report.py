@@ -214,19 +214,6 @@ def test_a_redacted_report_shows_no_text(by_flag, run, capsys):
     assert "parcel" not in printed and plain.pop("cases.md") and listing(run) == plain
 
 
-def test_cases_show_the_runs_that_are_not_redacted(run, tmp_path, capsys):
-    """Also where the first run's texts are gone."""
-    hidden = other(run, tmp_path / "hidden", lr=1e-4)
-    redact(hidden)
-    report.main([str(hidden), str(run), "--out", str(tmp_path / "out")])
-    cases = (tmp_path / "out" / "cases.md").read_text()
-    assert cases.count("### ") == cases.count("| Final |") == 4
-    assert "no texts of 1 of 2 runs" in capsys.readouterr().out
-
-
-# --- what reaches a terminal ---
-
-
 # --- asking ---
 
 

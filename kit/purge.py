@@ -34,9 +34,9 @@ OWN = {  # these go from a run over the pairs, and stay in one that went on from
     "tasks-before/task_rows.jsonl": "answers on tasks",
     "tasks-after/task_rows.jsonl": "answers on tasks",
 }
-BEYOND = """never reached: your own input files; runs over these pairs, or that went on from them, in
-other folders; other pairs with the same texts; reports elsewhere; copies and backups; what a disk
-keeps of removed files; what was sent to raters or to a judge; the models' weights"""
+BEYOND = """never reached: your own input files; runs over these pairs, or that went on from
+them, in other folders; other pairs with the same texts; reports elsewhere; copies and backups; what
+a disk keeps of removed files; what was sent to raters or to a judge; the models' weights"""
 
 
 # --- what is there ---

@@ -29,7 +29,7 @@ import icu
 import metrics
 from kit import data, figures, flags, models, processes, runs
 
-# --- one pass over a text: what most measures are made of ---
+# --- one pass over a text ---
 
 
 class Reading(NamedTuple):
@@ -85,7 +85,7 @@ def lens_of(model):
     return lambda states: head(norm(states)).argmax(-1)
 
 
-# --- how likely is the text itself, if someone samples? (Hayes et al., arXiv:2410.19482) ---
+# --- likelihood (arXiv:2410.19482) ---
 
 
 def extractable(logp, n, p):
@@ -93,7 +93,7 @@ def extractable(logp, n, p):
     return float(1 - (1 - math.exp(logp)) ** n >= p)
 
 
-# --- what comes out when someone does sample? (arXiv:2511.04934, 2410.03523) ---
+# --- sampling (arXiv:2511.04934, 2410.03523) ---
 
 
 @models.measuring
@@ -146,7 +146,7 @@ def worst_of(k, scores):
     return sum(s * math.comb(i, k - 1) for i, s in enumerate(ranked)) / math.comb(n, k)
 
 
-# --- how much of the end is safe, and can one tell that it was trained on? ---
+# --- strength, membership ---
 
 
 def strength(reading):
@@ -191,7 +191,7 @@ def above_tail(high, low, rate=0.01):
     return [float(score > threshold) for score in high]
 
 
-# --- from other prompts? ---
+# --- prompts ---
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -237,7 +237,7 @@ def worst_prompt(model, prompts):
     return [(o if n >= 10 else None, exact) for n, (o, exact) in zip(longest, worst, strict=True)]
 
 
-# --- does it come back: by itself, when compressed? ---
+# --- relearning, quantised ---
 
 
 def relearn(model, teach, ask, *, steps, lr, first, n=10):
@@ -288,7 +288,7 @@ def quantised(model, bits, group=128):
     return model, rounded / size
 
 
-# --- is it still inside? ---
+# --- inside ---
 
 
 def probe_ranks(forgotten, unseen, *, folds=5, ridge=1.0, labels=None):
@@ -326,7 +326,7 @@ def probe(forgotten, unseen, seed=0, shuffles=20):
     return best(), float(np.mean([np.mean(best(rng.permutation(y))) for _ in range(shuffles)]))
 
 
-# --- how deep does it go? (UDS, arXiv:2605.24614) ---
+# --- depth (UDS, arXiv:2605.24614) ---
 # Delta_l(S) = mean over t of log p(y_t) - log p(y_t | the output of layer l is the model S's), put
 # in where y_1 .. y_T are predicted, nowhere else. With w_l = Delta_l(never saw), over w_l > 0.05,
 # UDS = sum of w_l clip(Delta_l(unlearned) / w_l, 0, 1) / sum of w_l.
@@ -381,7 +381,7 @@ def unlearning_depth(gaps, never_gaps):
     return float(shares[knows].sum() / w[knows].sum()) if knows.any() else None
 
 
-# --- the questions: functions of (model, Inputs) that give {measure: a number a text} ---
+# --- the questions: (model, Inputs) -> {measure: a number a text} ---
 
 
 class Inputs(NamedTuple):

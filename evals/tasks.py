@@ -186,7 +186,7 @@ PERPLEXITY = {
 SETS = CLASSIFICATION | DIALOGUE | PERPLEXITY
 # fmt: on
 
-# --- the fields of a row; check_rows names the row that does not fit ---
+# --- the fields of a row ---
 
 
 def field(row, name):

@@ -329,7 +329,7 @@ def figure_table(figures):
     return f"<table>{rows}</table>"
 
 
-# --- signatures by ssh-keygen, with the keys that people have already ---
+# --- signatures by ssh-keygen ---
 
 NAMESPACE = "icu-certificate"
 

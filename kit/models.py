@@ -142,7 +142,7 @@ def check_inputs(config, tokenizer, samples, texts):
     check_texts(config, tokenizer, rows)
 
 
-# --- a model folder before its weights are loaded ---
+# --- a model folder ---
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 

@@ -124,7 +124,7 @@ def watch(forgotten, rows, *, forgotten_now, watched, epoch):
     return forgotten
 
 
-# --- the model that a run begins with, and the one that all began with ---
+# --- the model that a run begins with ---
 
 
 def differences(config, args, flags, files):

@@ -649,7 +649,7 @@ def stop_means(rows, watched=()):
     return means
 
 
-# --- a finished run, read by the programs that evaluate it ---
+# --- a finished run ---
 
 # What the measures before depend on.
 BEFORE_SETTINGS = ("model", "protocol", "context", "bert", "num_beams", "dtype")

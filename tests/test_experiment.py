@@ -119,14 +119,6 @@ def test_the_released_protocol_allows_copies_and_sets_the_rate_of_large_models(r
     assert settings(commands, "--lr") == [(None,)]
 
 
-def test_the_second_method_runs_unless_the_user_chooses_one(ran):
-    """The user's other flags win over its own. A run without texts is not explained."""
-    assert of(ran("smollm", "--max-epochs", "2"), "examples/gentle.py")["--max-epochs"] == ["2"]
-    assert "examples/gentle.py" not in names(ran("smollm", "--lr", "1e-5"))
-    for flag in ("--redact", "--eval-only"):
-        assert "extras/explain.py" not in names(ran("tiny", flag))
-
-
 # --- a dry run ---
 
 

@@ -254,15 +254,6 @@ def test_beam_generate_equals_transformers_row_by_row(case, num_beams):
 # --- entropy ---
 
 
-def test_entropy_is_the_bits_of_the_token_counts():
-    """Eq. 10, in any order."""
-    for k in (0, 1, 2, 5):
-        assert metrics.token_entropy([*range(2**k)] * 3) == pytest.approx(k, abs=1e-12)
-    bits = 1.8464393446710154  # -sum p log2 p of .4, .3, .2, .1
-    assert metrics.token_entropy([5, 6, 7, 9, 5, 6, 7, 5, 6, 5]) == pytest.approx(bits, abs=1e-12)
-    assert metrics.token_entropy([]) == metrics.token_entropy([42] * 9) == 0
-
-
 # --- BLEU ---
 
 SENTENCES = [

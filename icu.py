@@ -1075,8 +1075,8 @@ def read_inputs(args):
     config, tokenizer = models.check_model(
         args.model, allow_pickle=args.allow_pickle, revision=args.revision
     )
-    render = data.renderer(tokenizer, pairs)
-    records = data.read_unseen(args.unseen, render=render) if args.unseen else []
+    own = {"tokenizer": tokenizer, "render": data.renderer(tokenizer, pairs)}
+    records = data.read_unseen(args.unseen, **own) if args.unseen else []
     models.check_bert(args.bert, args.allow_pickle)
     samples, notes = samples_of(pairs, tokenizer, config, args)
     unseen, _ = samples_of(records, tokenizer, config, args, what="unseen row")

@@ -76,9 +76,8 @@ def test_the_first_table_is_the_recorded_one():
 
 def test_the_table_of_protocols_is_the_one_that_the_code_asks():
     """docs/protocols.md has a row a difference, in its words."""
-    for row in DIFFERENCES:
-        line = f"| {row.what} | {row.paper_says} | {row.released_does} |"
-        assert line in PAGES["protocols.md"]
+    for _, _, *words in DIFFERENCES.values():
+        assert f"| {' | '.join(words)} |" in PAGES["protocols.md"]
 
 
 @pytest.mark.parametrize("code", [c for c in blocks(README, "python") if "icu.main(" in c])

@@ -6,7 +6,6 @@ this table.
 
 from typing import NamedTuple
 
-
 # fmt: off
 # Name: (paper's value, released code's, what it is of, what the paper says, what the code does).
 DIFFERENCES = {

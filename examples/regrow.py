@@ -9,11 +9,14 @@ its inputs, and G, of g g' over the gradients at its outputs. In Ug' W Ua entry 
 curvature g_i a_j, the product of the eigenvalues. What few texts need has little of it
 (arXiv:2510.24256): all entries but the KEPT with the most are drawn anew. The rest of the epochs
 learn from neighbours alone (Eq. 3), TEXTS of them for each text. No teacher: the original's logits
-on those same neighbours bring the memory back (dev/LOG.md).
+on those same neighbours bring the memory back (dev/LOG.md). One process, no DeepSpeed.
 """
+
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import icu
@@ -26,9 +29,7 @@ class Regrow(icu.Method):
     regrows = False
 
     def prepare(self, model, tokenizer, samples, args, folder):
-        texts = {tuple(text.ids): text for sample in samples for text in sample.further}
-        if not texts:
-            raise ValueError("regrow learns from many neighbours: --neighbours 45")
+        texts = {tuple(text.ids): text for near in map(neighbours, samples) for text in near}
         self.texts, self.seed = [*texts.values()][:: -(-len(texts) // STATISTICS)], args.seed
 
     def begin_epoch(self, model, optimizer, epoch):
@@ -46,12 +47,14 @@ class Regrow(icu.Method):
                 weight.data.copy_(Ug @ mixed @ Ua.T)
         for group in optimizer.param_groups if self.regrows else ():
             done = (epoch - SUPPRESS - 1) / (self.min_epochs - SUPPRESS)
-            group["lr"] = RATE * (0.4 if done == 0 else 1 - done)  # Adam's first steps are its largest
+            group["lr"] = RATE * (
+                1 - done if done else 0.4
+            )  # a warm-up: Adam starts with large steps
 
     def sides(self, samples, tokenizer, epoch, args):
         """Of each text's neighbours the next TEXTS, from the first again after the last."""
-        first = range(TEXTS * epoch, TEXTS * (epoch + 1))
-        return {"near": [[s.further[i % len(s.further)] for i in first] for s in samples]}
+        ranks = range(TEXTS * epoch, TEXTS * (epoch + 1))
+        return {"near": [[near[i % len(near)] for i in ranks] for near in map(neighbours, samples)]}
 
     def loss(self, batch, args):
         if self.regrows:
@@ -64,29 +67,34 @@ class Regrow(icu.Method):
         }
 
 
+def neighbours(sample):
+    return [sample.learn, *sample.further]
+
+
 def curvature(model, texts):
     """[(module, A (in, in), G (out, out))] of the linear layers but the head, summed over texts."""
-    inputs, sums, hooks = {}, {}, []
+    inputs, A, G = {}, defaultdict(float), defaultdict(float)
 
-    def after(module, args, output):
+    def forward(module, args):
         inputs[module] = args[0].detach().flatten(0, -2)  # (T, in)
-        output.register_hook(lambda gradient: add(module, gradient.flatten(0, -2)))  # (T, out)
 
-    def add(module, gradient):
-        parts = inputs[module].T @ inputs[module], gradient.T @ gradient
-        sums[module] = [old + new for old, new in zip(sums.get(module, (0, 0)), parts, strict=True)]
+    def backward(module, _, gradients):
+        g = gradients[0].flatten(0, -2)  # (T, out)
+        A[module] += inputs[module].T @ inputs[module]
+        G[module] += g.T @ g
 
+    hooks = []
     for module in model.modules():
-        linear = isinstance(module, torch.nn.Linear | Conv1D)
-        if linear and module is not model.get_output_embeddings():
-            hooks.append(module.register_forward_hook(after))
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            hooks.append(module.register_forward_pre_hook(forward))
+            hooks.append(module.register_full_backward_hook(backward))
     for text in texts:
         logits, ids, *_ = icu.at_targets(model, [text])
         F.cross_entropy(logits, ids, reduction="sum").backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad()
-    return [(module, *factors) for module, factors in sums.items()]
+    return [(module, A[module], G[module]) for module in A]
 
 
 if __name__ == "__main__":

@@ -295,6 +295,33 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     same_weights(model, trained)
 
 
+def test_what_the_neighbours_use_stays(make_model):
+    """regrow's curvature is that of a hand-made loop; what it keeps of a weight is as it was."""
+    regrow, model, texts = (
+        importlib.import_module("examples.regrow"),
+        make_model("llama"),
+        some_texts(3),
+    )
+    module, *factors = regrow.curvature(model, texts)[-1]
+    sums, kept = [0, 0], {}
+    module.register_forward_hook(lambda _, args, out: kept.update(a=args[0][0], out=out))
+    for text in texts:
+        logits, ids, *_ = icu.at_targets(model, [text])
+        loss = -logits.log_softmax(-1)[range(len(ids)), ids].sum()
+        (g,) = torch.autograd.grad(loss, kept["out"])
+        for i, rows in enumerate((kept["a"].detach(), g[0])):
+            sums[i] = sums[i] + torch.einsum("ti,tj->ij", rows, rows)
+    torch.testing.assert_close(factors, sums, rtol=1e-4, atol=1e-6)
+    method, start = regrow.Regrow(), copy.deepcopy(model.state_dict())
+    method.texts, method.seed, optimizer = texts, 0, torch.optim.Adam(model.parameters())
+    with mock.patch.object(regrow, "KEPT", 1.0):
+        method.begin_epoch(model, optimizer, regrow.SUPPRESS + 1)
+    torch.testing.assert_close(model.state_dict(), start, rtol=1e-3, atol=1e-5)
+    before = module.weight.clone()
+    method.begin_epoch(model, optimizer, regrow.SUPPRESS + 1)
+    assert (module.weight - before).abs().max() > 0.01
+
+
 # --- the whole loop ---
 
 
@@ -328,7 +355,7 @@ def test_an_example_is_a_script(name, run, world, tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     text = script.read_text()
-    assert text.count("\n") < 85 and f"bash run.sh tiny --script examples/{name}.py" in text
+    assert text.count("\n") < 105 and f"bash run.sh tiny --script examples/{name}.py" in text
 
 
 def test_icu_under_another_name_is_icu(run, world, tmp_path):

@@ -134,11 +134,13 @@ def numbered_csv(path):
             row = next(rows, None)
             if row is None:
                 return
+            problem = None
             if None in row or None in row.values():
-                size = len(rows.fieldnames)
-                raise ValueError(f"not the header's {size} columns: a comma needs quotes")
-            if [value.strip("\ufeff") for value in row.values()] == [*row]:
-                raise ValueError("the header again: take it out")
+                problem = f"not the header's {len(rows.fieldnames)} columns: a comma needs quotes"
+            elif [value.strip("\ufeff") for value in row.values()] == [*row]:
+                problem = "the header again: take it out"
+            if problem:
+                raise ValueError(problem)
         if any(row.values()):
             yield rows.line_num, row
 

@@ -126,9 +126,9 @@ RATES = "1e-5 5e-6 2e-6 1e-6 5e-7".split()
 def read_plan(words):
     """The plan of a command line, a namespace. ValueError for a user's slip.
 
-    command: compare, ablation, sweep, or None: a single run. name, preset: a row of PRESETS. typed:
-    the user's flags but this file's own (out, gpus, ...). settings: all flags for the programs.
-    runs: of an experiment, a run's name and what it sets.
+    command: compare, ablation, sweep, or None. name, preset: a row of PRESETS. typed: the user's
+    flags but this file's own (out, gpus, ...). settings: all flags for the programs. runs: of an
+    experiment, a run's name and what it sets.
     """
     words = list(words)
     command = words.pop(0) if words and words[0] in EXPERIMENTS else None

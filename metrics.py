@@ -257,8 +257,8 @@ def _bleu_scorers(tokens):
 def bertscore(candidates, references, model_path="bert-base-uncased", *, device="cpu"):
     """BERTScore of N string pairs, no rescaling: (P, R, F1), each (N,); an empty side scores 0.
 
-    NaN where the encoder cannot read the reference: over 20% of its pieces are the unknown one. The
-    layer is bert-score's for bert-base-uncased, 9 of 12, and the same share of any other encoder's.
+    NaN where the encoder cannot read the reference. The layer is bert-score's for
+    bert-base-uncased, 9 of 12, and the same share of another's.
     """
     scores = torch.zeros(3, len(candidates))
     sides = zip(candidates, references, strict=True)

@@ -13,8 +13,7 @@ do not exist. DIR then holds
   model/         GPT-Neo (global and local attention) and its own byte-level BPE
   never-saw/     its twin: the same steps, the records to forget left out
   tiny.json      settings and results; written last: a folder without it is not complete
-The same seed writes the same texts anywhere, and the same weights on one machine. A complete folder
-is reused if the same settings and version made it.
+The same seed writes the same texts anywhere, and the same weights on one machine.
 """
 
 import hashlib
@@ -118,7 +117,7 @@ def unmarked(text):
 
 
 def make_corpus(seed=0, records=32):
-    """({"forget" | "marked" | "pool" | "unseen" | "heldout": rows of the file}, their tokenizer).
+    """({file: its rows}, their tokenizer).
 
     No two documents are about people of the same name, none but its own mentions a person to
     forget, and both sides have a number of tokens in SIDE. The tokenizer, trained on the first

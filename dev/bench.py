@@ -5,9 +5,8 @@
     bash run.sh bench --rows el knn --quick                # tiny sizes, to see that they run
 
 Each line is this project ("ours") against what a reader of the paper would write from its formulas,
-or a library's plain use ("theirs"). Both run in turn, and a ratio is taken within each repeat:
-">= 30" bounds theirs / ours, "<= 1.15" ours / theirs. With OMP_NUM_THREADS=1 a CPU is timed by the
-process's own clock.
+or a library's plain use ("theirs"), in turn; a ratio is of one repeat: ">= 30" bounds theirs to
+ours, "<= 1.15" ours to theirs. With OMP_NUM_THREADS=1 a CPU is timed by the process's own clock.
 """
 
 import argparse

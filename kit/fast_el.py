@@ -1,8 +1,8 @@
 """The greedy continuation of every prefix of a text: what EL asks for, without `generate`.
 
 One teacher-forced pass answers every position where the model's greedy token is the text's own;
-only the others are decoded, together, from that pass's key/value cache. It equals the literal loop
-of metrics.py (tests/test_metrics.py: to 1e-6). A reader of the method may skip this file.
+only the others are decoded, together, from that pass's key/value cache. A reader of the method may
+skip this file.
 """
 
 from typing import NamedTuple

@@ -125,7 +125,7 @@ def add_model_flags(add, dtypes):
     """Those of a program that loads models."""
     add("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
     add("--dtype", default="float32", type=one_of(dtypes),
-        help=f"{', '.join(dtypes)}; bf16: autocast, bf16-weights: these too (%(default)s)")
+        help=f"{', '.join(dtypes)}; bf16: autocast (%(default)s)")
     add("--allow-pickle", action="store_true", help="also load pickles, which can run code")
 # fmt: on
 

@@ -486,9 +486,10 @@ def comes_back(model, inputs):
             highest = max((values for _, values in curve), key=np.mean)
             attacks[f"MA of the other half, {attacker} at rate {rate:g}"] = highest, curve, el
     highest, curve, el = max(attacks.values(), key=lambda attack: np.mean(attack[0]))
-    measures = {f"MA of the other half, {step} steps": values for step, values in curve}
     if worst:
-        measures |= {name: values for name, (values, *_) in attacks.items()}
+        measures = {name: values for name, (values, *_) in attacks.items()}
+    else:
+        measures = {f"MA of the other half, {step} steps": values for step, values in curve}
     measures["MA of the other half, at its highest"] = highest
     return measures | {"EL10 of the other half, at the end": el}
 
@@ -825,9 +826,12 @@ def what_is_left_out(args, pairs, unseen, checked):
     if len(unseen) < figures.FEW:
         kind = f"{figures.FEW} texts of the same kind: --unseen FILE"
         needs = {"membership": kind, "inside": kind}
-    to_read = {"unseen": unseen, "neighbours": not args.texts}.get(args.relearn, True)
-    if len(pairs) < 2 or not to_read:
-        needs["relearning"] = f"two texts, and --relearn {args.relearn} something to read"
+    near = not args.texts
+    to_read = {"unseen": unseen, "neighbours": near, "worst": unseen and near}
+    if len(pairs) < 2 or not to_read.get(args.relearn, True):
+        needs["relearning"] = (
+            f"two texts, and what --relearn {args.relearn} reads (--unseen, pairs)"
+        )
     if not ({"before", "never saw"} <= checked.keys() and len(shapes) == 1):
         needs["depth"] = "the model before and one that never saw the texts, of one architecture"
     return {question: needs[question] for question in args.only if question in needs}

@@ -5,7 +5,7 @@
 
 L = mean |P h(x_forget) - c u|^2 + alpha mean |h(x_learn) - h_0(x_learn)|^2, of layer l, u a random
 unit vector. P takes out the mean and the K principal components of h_0 at the texts, as a change
-there is easily undone. Only MLPs move. In the authors' code CIR (cir.py) is under it; not here.
+there is easily undone. Only MLPs move. In the authors' code CIR (2509.11816) is under it; not here.
 """
 
 import torch

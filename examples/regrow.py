@@ -26,11 +26,12 @@ SUPPRESS, LESS, KEPT, STATISTICS, RATE, TEXTS = 6, 10.0, 0.01, 32, 3e-3, 2
 
 class Regrow(icu.Method):
     lr, beta, min_epochs, frozen_sides = 1e-3, 4.0, 24, ("forget", "learn")
-    regrows = False
+    regrows, epochs = False, 24
 
     def prepare(self, model, tokenizer, samples, args, folder):
         texts = {tuple(text.ids): text for near in map(neighbours, samples) for text in near}
         self.texts, self.seed = [*texts.values()][:: -(-len(texts) // STATISTICS)], args.seed
+        self.epochs = args.min_epochs
 
     def begin_epoch(self, model, optimizer, epoch):
         self.regrows = epoch > SUPPRESS
@@ -41,15 +42,13 @@ class Regrow(icu.Method):
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 (a, Ua), (g, Ug) = torch.linalg.eigh(A), torch.linalg.eigh(G)
                 bends = g[:, None] * a  # (out, in)
-                least = bends.flatten().topk(round(KEPT * bends.numel())).values[-1]
+                least = bends.flatten().topk(max(1, round(KEPT * bends.numel()))).values[-1]
                 fresh = torch.randn(bends.shape, generator=random) * model.config.initializer_range
                 mixed = torch.where(bends < least, fresh.to(weight), Ug.T @ weight.data @ Ua)
                 weight.data.copy_(Ug @ mixed @ Ua.T)
         for group in optimizer.param_groups if self.regrows else ():
-            done = (epoch - SUPPRESS - 1) / (self.min_epochs - SUPPRESS)
-            group["lr"] = RATE * (
-                1 - done if done else 0.4
-            )  # a warm-up: Adam starts with large steps
+            done = (epoch - SUPPRESS - 1) / max(1, self.epochs - SUPPRESS)
+            group["lr"] = RATE * max(0, 1 - done if done else 0.4)  # Adam's first steps are large
 
     def sides(self, samples, tokenizer, epoch, args):
         """Of each text's neighbours the next TEXTS, from the first again after the last."""

@@ -32,7 +32,7 @@ class Undo(icu.Method):
                 for weights, other in zip(model.parameters(), fresh.parameters(), strict=True):
                     weights.data.lerp_(other.data, NOISE)
         for group in optimizer.param_groups if self.teacher else ():
-            healing, left = epoch - SUPPRESS, self.min_epochs - epoch
+            healing, left = epoch - SUPPRESS, max(0, self.min_epochs - epoch)
             group["lr"] = RATE * min(1, healing / 3) * (0.1 + 0.9 * left / (healing + left))
 
     def sides(self, samples, tokenizer, epoch, args):

@@ -157,8 +157,10 @@ def check_flags(args, method):
     if args.zero == 3 and (args.teacher == "live" or method.touches_weights):
         flag = "--teacher live" if args.teacher == "live" else method.name
         raise ValueError(f"{flag} needs whole weights on every process: pass --zero 2")
-    if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward"):
-        raise ValueError(f"{method.name} makes its own gradients: run it on one process")
+    if (args.offload or args.zero == 3 or LAUNCHED) and method.overrides("backward", "begin_epoch"):
+        raise ValueError(
+            f"{method.name} changes weights or gradients itself: run it on one process"
+        )
     if args.micro_batch and method.overrides("state"):
         raise ValueError(f"{method.name} has a state, which parts would change: no --micro-batch")
     if (args.offload or args.zero == 3) and not (LAUNCHED or args.dry_run):

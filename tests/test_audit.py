@@ -433,7 +433,7 @@ def test_any_texts_are_asked_without_pairs(known, heart, tmp_path, capsys):
     audit.main([*argv, "--texts", str(table), "--relearn", "neighbours"])
     page = capsys.readouterr().out
     assert "n = 18" in page and "| extraction strength |" in page
-    assert "Not asked: needs two texts, and --relearn neighbours something to read" in page
+    assert "Not asked: needs two texts, and what --relearn neighbours reads" in page
 
 
 def test_a_marked_run_is_measured_on_entire_texts(known, tmp_path):

@@ -103,6 +103,9 @@ CASES = {
     "UTF-16": (
         ICU, put("pairs.jsonl", "{}".encode("utf-16")), "pairs.jsonl: not UTF-8, save it as UTF-8"),
     "not JSON": (ICU, put("pairs.jsonl", '{"id": 1'), "pairs.jsonl line 1: not a JSON object"),
+    "a column twice": (
+        f"{KNN} f.csv", lambda patch: Path("f.csv").write_text("id,text,text\n1,a,b\n"),
+        "f.csv line 2: a column stands twice in the header"),
     "an id twice": (
         ICU, second_pair(id="0"), "pairs.jsonl line 2: id '0' stands on line 1 already"),
     "no chat template": (

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import baselines
 import icu
 from evals import report
-from examples import cir, counterfactual, repselect, shred
+from examples import counterfactual, repselect, shred
 from kit import data, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,7 +183,7 @@ def test_counterfactual_is_its_formula(two_rows):
     assert values[:2] == pytest.approx([mean(both), mean(swapped)], rel=1e-4) and values[2] > 0
 
 
-@pytest.mark.parametrize("name", sorted({*classes_in(baselines), *EXAMPLES} - {"cir"}))
+@pytest.mark.parametrize("name", sorted({*classes_in(baselines), *EXAMPLES}))
 def test_parts_of_a_batch_make_its_step(name, make_model):
     """--micro-batch and --checkpointing: of each method the same terms and gradients, to 1e-6."""
     texts, model = some_texts(10), make_model("gpt_neo")
@@ -231,13 +231,11 @@ def test_shred_demotes_the_surprising_tokens():
 
 
 def test_what_texts_share_collapses(make_model):
-    """RepSelect's first singular values, the mean and first components of CIR and MCU."""
+    """RepSelect's first singular values, the mean and first components of MCU."""
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) + 1
     s = torch.linalg.svdvals(x)
     expected = torch.cat([s[1] ** 2 / s[:2], s[2:]]).sort(descending=True).values
     torch.testing.assert_close(torch.linalg.svdvals(repselect.collapse(x)), expected)
-    shared = torch.stack([x.mean(0), *torch.linalg.svd(x - x.mean(0)).Vh[:2]])
-    assert (cir.collapse(x, 24) @ shared.T).abs().max() < 1e-4
     model, method = make_model("llama"), method_of("mcu")
     one_batch(model, method, args_of())
     h = icu.at_targets(model, some_texts(3), method.layer)[3]
@@ -276,7 +274,7 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
     memorise(model, texts[:3])
     start, args = (
         copy.deepcopy(model),
-        args_of(lr=2e-2 if name == "cir" else 5e-3, forget_weight=1.0),
+        args_of(lr=5e-3, forget_weight=1.0),
     )
     samples = [icu.Sample(str(i), "", texts[i], texts[i + 3]) for i in range(3)]
     with mock.patch.object(models, "front_of", lambda tokenizer: []):

@@ -67,15 +67,17 @@ def test_the_house_stays_small():
     def words(texts):
         return sum(len(re.findall(r"[A-Za-z_]\w*|\d+", text)) for text in texts)
 
+    # DESIGN's sums; the issue on chat, TOFU and MUSE may add 450 lines, of 6.2 words. Lines and files
+    # also have the six examples of methods against relearning.
     sums = {
-        "words of program": (words(texts), 72_000),
+        "words of program": (words(texts), 74_800),
         "words of tests": (words(tests), 55_000),
-        "lines of program": (lines, 11_550),
+        "lines of program": (lines, 12_400),
         "lines of over 100 columns": (
             sum(len(line) > 100 for text in texts for line in text.splitlines()),
             0,
         ),
-        "files of program": (len(PROGRAM), 42),
+        "files of program": (len(PROGRAM), 45),
         "Python files in kit": (sum(name.startswith("kit.") for name in TREES), 13),
         "raises a thousand lines": (round(1000 * raises / lines, 1), 11),
         "lines of README": (readme.count("\n"), 130),

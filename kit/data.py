@@ -137,7 +137,7 @@ def numbered_csv(path):
             problem = None
             if None in row or None in row.values():
                 problem = f"not the header's {len(rows.fieldnames)} columns: a comma needs quotes"
-            elif len(row) < len(rows.fieldnames):
+            elif len({*filter(None, rows.fieldnames)}) < sum(map(bool, rows.fieldnames)):
                 problem = "a column stands twice in the header"
             elif [value.strip("\ufeff") for value in row.values()] == [*row]:
                 problem = "the header again: take it out"

@@ -370,12 +370,10 @@ class Run:
         """--keep-best: keeps the weights if no earlier epoch is as good.
 
         Best is where EL10 and MA exceed their thresholds least, by the larger excess; among equals,
-        such as all that the stop rule holds for, the lowest perplexity. Not before --min-epochs.
-        means: of `stop_means`.
+        such as all that the stop rule holds for, the lowest perplexity. means: of `stop_means`.
         """
         progress, thresholds = self.progress, self.thresholds
-        early = progress.epoch < self.args.min_epochs
-        if not self.args.keep_best or self.args.eval_only or early or means["ma"] is None:
+        if not self.args.keep_best or self.args.eval_only or means["ma"] is None:
             return
         over = [means[name] - thresholds[name] for name in means if means[name] is not None]
         logs = [math.log(1e300 if x is None else min(x, 1e300)) for x in perplexities.values()]

@@ -335,7 +335,8 @@ class Method:
         return True
 
     def begin_epoch(self, model, optimizer, epoch):
-        """Before the sides and steps of each epoch from 1 on: noise, a rate, another phase."""
+        """Before the sides and steps of each epoch from 1 on: noise, a rate, another phase. Plain
+        engine only: DeepSpeed has its own copies of weights."""
 
     def backward(self, loss, batch, args):
         """Fills the gradients of a step; the optimiser then moves the weights. Override it for two

@@ -161,20 +161,22 @@ def least_likely(model, texts):
 
 def read_rows(folder, name, *fields):
     """The rows of NAME.json (JSON lines, or a list), .jsonl, or the hub's parquet; [] of none."""
-    for file in [f for end in ENDS for f in sorted(folder.glob(name + end))][:1]:
-        if file.suffix == ".parquet":
-            with data.reading(f"{file}: pip install pyarrow"):
-                import pandas
+    files = [file for end in ENDS for file in sorted(folder.glob(name + end))]
+    if not files:
+        return []
+    file = files[0]
+    if file.suffix == ".parquet":
+        with data.reading(f"{file}: pip install pyarrow"):
+            import pandas
 
-                rows = pandas.read_parquet(file).to_dict("records")
-        else:
-            is_list = data.read_text(file).lstrip()[:1] == "["
-            rows = (data.read_json if is_list else data.read_jsonl)(file)
-        for number, row in enumerate(rows, start=1):
-            with data.reading(f"{file} row {number}: no field"):
-                [row[field] for field in fields]
-        return rows
-    return []
+            rows = pandas.read_parquet(file).to_dict("records")
+    else:
+        is_list = data.read_text(file).lstrip()[:1] == "["
+        rows = (data.read_json if is_list else data.read_jsonl)(file)
+    for number, row in enumerate(rows, start=1):
+        with data.reading(f"{file} row {number}: no field"):
+            [row[field] for field in fields]
+    return rows
 
 
 ENDS = ".json*", ".parquet", "-*.parquet"

@@ -767,6 +767,14 @@ def check_models(args):
     }
 
 
+def check_tokenizers(checked, texts):
+    """ValueError where one of check_models' tokenizers reads the texts otherwise than another."""
+    name, *names = checked
+    read = {name: models.encode_whole(tokenizer, texts) for name, (_, tokenizer) in checked.items()}
+    if unlike := [other for other in names if read[other] != read[name]]:
+        raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
+
+
 def columns(args):
     """The columns in the order of asking: others are compared with the model before."""
     return sorted(args.models, key=["before", "after", "never saw"].index)
@@ -804,9 +812,7 @@ def read_inputs(args):
     unseen = data.read_unseen(args.unseen, **own) if args.unseen else []
     if known := {*map(data.text_of, pairs)} & {*map(data.text_of, unseen)}:
         raise ValueError(f"{args.unseen}: holds {len(known)} of the texts to forget")
-    read = partial(models.encode_whole, texts=[*map(data.text_of, pairs)])
-    if unlike := [name for name, (_, other) in checked.items() if read(other) != read(tokenizer)]:
-        raise ValueError(f"the model {unlike[0]} has another tokenizer: it would be asked nonsense")
+    check_tokenizers(checked, [*map(data.text_of, pairs)])
     left_out = what_is_left_out(args, pairs, unseen, checked)
     args.only = [question for question in args.only if question not in left_out]
     if not args.only:

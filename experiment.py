@@ -92,7 +92,8 @@ PRESETS = {
         beside=GENTLE + "--lr 2e-4 --forget-weight 0 --alpha 4 --beta 3 --teacher live"),
     "smollm-chat": taught(
         "the same, in chat: answers about invented authors, in TOFU's form",
-        "runs/smollm-chat-data", "demo/smollm.py", TAUGHT + " --secrets authors --rows 24",
+        "runs/smollm-chat-data", "demo/smollm.py",
+        TAUGHT + " --secrets authors --rows 24 --teach-lr 1e-4",  # 3e-4 forgets Paris
         beside=GENTLE + "--lr 2e-4"),
     "neo125m": Preset(
         PAPER, "EleutherAI/gpt-neo-125m", "21def0189f5705e2521767faed922f1f15e7d7db", PILE),

@@ -283,8 +283,9 @@ def search(bench):
 
 # --- memory: a step by random weights, in the ways that save memory ---
 
-SMALL = "--micro-batch 1 --checkpointing"
-WAYS = "--dtype float32", "--dtype bf16", SMALL, f"{SMALL} --dtype bf16-weights"
+BF16, PARTS = "--dtype bf16-weights", ("--micro-batch 1", "--checkpointing")
+SMALL = " ".join(PARTS)
+WAYS = "--dtype float32", "--dtype bf16", BF16, *PARTS, SMALL, f"{SMALL} {BF16}"
 
 # Name: (hidden size, layers, heads, batch size of section 5.4).
 GPT_NEO = {"125M": (768, 12, 12, 8), "1.3B": (2048, 24, 16, 4), "2.7B": (2560, 32, 20, 4)}

@@ -161,25 +161,22 @@ def least_likely(model, texts):
 
 def read_rows(folder, name, *fields):
     """The rows of NAME.json (JSON lines, or a list), .jsonl, or the hub's parquet; [] of none."""
-    files = [file for end in ENDS for file in sorted(folder.glob(name + end))]
-    if not files:
-        return []
-    file = files[0]
-    if file.suffix == ".parquet":
-        with data.reading(f"{file}: pip install pyarrow"):
-            import pandas
+    found = (sorted(folder.glob(name + end)) for end in (".json*", ".parquet", "-*.parquet"))
+    rows = []
+    for file in next(filter(None, found), []):  # a large set has several of the last
+        if file.suffix == ".parquet":
+            with data.reading(f"{file}: pip install pyarrow"):
+                import pandas
 
-            rows = pandas.read_parquet(file).to_dict("records")
-    else:
-        is_list = data.read_text(file).lstrip()[:1] == "["
-        rows = (data.read_json if is_list else data.read_jsonl)(file)
-    for number, row in enumerate(rows, start=1):
-        with data.reading(f"{file} row {number}: no field"):
-            [row[field] for field in fields]
+                own = pandas.read_parquet(file).to_dict("records")
+        else:
+            is_list = data.read_text(file).lstrip()[:1] == "["
+            own = (data.read_json if is_list else data.read_jsonl)(file)
+        for number, row in enumerate(own, start=1):
+            with data.reading(f"{file} row {number}: no field"):
+                [row[field] for field in fields]
+        rows += own
     return rows
-
-
-ENDS = ".json*", ".parquet", "-*.parquet"
 
 
 def as_text(tokenizer, row):
@@ -191,9 +188,10 @@ def as_text(tokenizer, row):
 
 
 def read_tofu(folder, tokenizer, args):
-    names = {"forget": args.split, "holdout": args.split.replace("forget", "holdout")}
+    # {file: set}; a split that is not called forget has no holdout.
+    files = {args.split.replace("forget", "holdout"): "holdout", args.split: "forget"}
     sets, fields = defaultdict(list), ("question", "answer")
-    for name, file in (names | {name: name for name in ("retain", *CHOICES)}).items():
+    for file, name in (files | {name: name for name in ("retain", *CHOICES)}).items():
         rows = read_rows(folder, f"{file}_perturbed", *fields) or read_rows(folder, file, *fields)
         for row in rows:
             question, answer = row["question"], row["answer"]
@@ -206,7 +204,7 @@ def read_tofu(folder, tokenizer, args):
     if not sets["forget"]:
         where = f"{args.split}_perturbed.json there, nor MUSE's knowmem/"
         raise ValueError(f"--data {folder}: no {where}: {DOWNLOAD}")
-    texts = {name: [own[0] for *_, own in sets[name]] for name in names}
+    texts = {name: [own[0] for *_, own in sets[name]] for name in ("forget", "holdout")}
     del sets["holdout"]
     # Without EOS, as in open-unlearning.
     return sets, {name: [x._replace(ids=x.ids[:-1]) for x in own] for name, own in texts.items()}
@@ -256,8 +254,10 @@ def main(argv=None):
     args.device = processes.device_of(args.device)
     muse = any((folder / name).is_dir() for name in ("knowmem", "verbmem", "privleak"))
     read, stem = (read_muse, None) if muse else (read_tofu, stemmer())
-    _, tokenizer = audit.check_models(args)["after"]
+    checked = audit.check_models(args)
+    _, tokenizer = checked["after"]
     (sets, texts), rows = read(folder, tokenizer, args), {}
+    audit.check_tokenizers(checked, [row[0] for asked in sets.values() for row in asked])
     for name in audit.columns(args):
         model = None  # the one before is let go first
         model = audit.load(args, name)

@@ -82,16 +82,24 @@ def results(folder, benchmark):
 
 
 def test_the_hubs_parquet_is_read_like_json(folder, monkeypatch):
-    """Its lists are arrays there."""
+    """Its lists are arrays there, and a set may be several files."""
     lists = pandas.DataFrame([row | {"perturbed_answer": np.array(["a", "b"])} for row in TOLD])
-    (folder / "forget05-00000-of-00001.parquet").touch()
+    for part in range(2):
+        (folder / f"forget05-0000{part}-of-00002.parquet").touch()
     monkeypatch.setattr(pandas, "read_parquet", lambda file: lists)
     _, tokenizer = models.check_model(str(folder / "model"))
     args = argparse.Namespace(split="forget05", template="plain")
     sets, _ = tofu.read_tofu(folder, tokenizer, args)
-    assert [len(texts) for *_, texts in sets["forget"]] == [4] * 3
+    assert [len(texts) for *_, texts in sets["forget"]] == [4] * 6
     ends = [tokenizer.decode(text.ids[text.cut : -1]) for text in sets["forget"][0][2]]
     assert ends == [f" {TOLD[0][x]}" for x in ("answer", "paraphrased_answer")] + [" a", " b"]
+
+
+def test_a_retain_model_with_another_tokenizer_is_refused(folder, tmp_path, save_tiny):
+    save_tiny("gpt_neo", tmp_path)
+    words = ["--model", str(folder / "model"), "--never-saw", str(tmp_path), "--template", "plain"]
+    with pytest.raises(ValueError, match="never saw has another tokenizer"):
+        tofu.main([*words, "--data", str(folder / "tofu")])
 
 
 def logps_of(model, ids, first):

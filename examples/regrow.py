@@ -44,7 +44,7 @@ class Regrow(icu.Method):
                 bends = g[:, None] * a  # (out, in)
                 least = bends.flatten().topk(max(1, round(KEPT * bends.numel()))).values[-1]
                 fresh = torch.randn(bends.shape, generator=random) * model.config.initializer_range
-                own = Ug.T @ weight.data.float() @ Ua
+                own = Ug.T @ icu.in_float32(weight.data) @ Ua
                 mixed = torch.where(bends < least, fresh.to(own), own)
                 weight.data.copy_(Ug @ mixed @ Ua.T)
         for group in optimizer.param_groups if self.regrows else ():
@@ -76,10 +76,10 @@ def curvature(model, texts):
     inputs, A, G = {}, defaultdict(float), defaultdict(float)
 
     def forward(module, args):
-        inputs[module] = args[0].detach().flatten(0, -2).float()  # (T, in)
+        inputs[module] = icu.in_float32(args[0].detach().flatten(0, -2))  # (T, in)
 
     def backward(module, _, gradients):
-        g = gradients[0].flatten(0, -2).float()  # (T, out)
+        g = icu.in_float32(gradients[0].flatten(0, -2))  # (T, out)
         A[module] += inputs[module].T @ inputs[module]
         G[module] += g.T @ g
 

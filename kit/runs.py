@@ -455,13 +455,19 @@ def numbers_of(row):
     return {name: x for name, x in row.items() if isinstance(x, int | float)}
 
 
+# What wandb sends unasked: git, code, the command with its paths, the machine.
+UNASKED = "disable_git disable_code x_disable_meta x_disable_machine_info x_disable_stats".split()
+NUMBERS_ONLY = dict.fromkeys(UNASKED, True) | {"console": "off", "x_save_requirements": False}
+
+
 def tracker(args, out):
     """The module of --track, begun, or None."""
     if not args.track:
         return None
     module = importlib.import_module(args.track)
     name = out.name if out else args.method
-    module.init(project="icu", name=name, config=numbers_of(vars(args)))
+    own = {"settings": NUMBERS_ONLY} if args.track == "wandb" else {}
+    module.init(project="icu", name=name, config=numbers_of(vars(args)), **own)
     return module
 
 

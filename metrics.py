@@ -278,14 +278,23 @@ def unrelated_bertscore(texts, model_path, *, device="cpu"):
     return f1[~f1.isnan()].mean()
 
 
+class _NoT5(str):
+    """A path without "t5" for bert-score, which else makes up a T5 there."""
+
+    def __contains__(self, part):
+        return part != "t5" and super().__contains__(part)
+
+
 @lru_cache(maxsize=2)
 def _bert_scorer(model_path, device):
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
-    layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
+    config = AutoConfig.from_pretrained(model_path)
+    name = model_path if "t5" in config.model_type else _NoT5(model_path)
+    layers = int(0.75 * config.num_hidden_layers + 0.5)
     with quiet():
-        scorer = BERTScorer(model_path, num_layers=int(0.75 * layers + 0.5), device=device)
+        scorer = BERTScorer(name, num_layers=layers, device=device)
     limit = room_of(scorer._model) or positions_of(scorer._model.config) or 512
     # Some folders say 1e30.
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, limit)

@@ -289,6 +289,13 @@ def test_bleu_equals_sacrebleu(reference):
 # --- BERTScore ---
 
 
+def test_an_encoder_in_a_folder_called_t5_is_no_t5(encoder_dir, tmp_path):
+    (tmp_path / "wt5").symlink_to(encoder_dir)
+    texts, folders = [["a van"], ["one letter"]], [encoder_dir, tmp_path / "wt5"]
+    here, there = (metrics.bertscore(*texts, folder) for folder in folders)
+    assert here == there
+
+
 def test_bertscore_equals_bert_score(encoder_dir):
     """At layer 5 of 6 (9 of 12, scaled); an empty side scores 0."""
     bert_score = pytest.importorskip("bert_score")

@@ -29,6 +29,7 @@ import baselines
 import icu
 from evals import report
 from examples import counterfactual, repselect, shred
+from examples.regrow import redraw
 from kit import data, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,12 +295,8 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
 
 
 def test_what_the_neighbours_use_stays(make_model):
-    """regrow keeps a weight along the inputs' first directions, found here by SVD, and no other."""
-    regrow, model, texts = (
-        importlib.import_module("examples.regrow"),
-        make_model("llama"),
-        some_texts(3),
-    )
+    """regrow keeps a weight along its inputs' first directions alone, here by SVD."""
+    model, texts = make_model("llama"), some_texts(3)
     start, read, random = copy.deepcopy(model.state_dict()), {}, torch.Generator().manual_seed(0)
     linear = {name: m for name, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
     hooks = [
@@ -312,9 +309,9 @@ def test_what_the_neighbours_use_stays(make_model):
         icu.at_targets(model, [text])
     for hook in hooks:
         hook.remove()
-    regrow.redraw(model, texts, 1.0, random)
+    redraw(model, texts, 1.0, random)
     torch.testing.assert_close(model.state_dict(), start, rtol=1e-3, atol=1e-5)
-    regrow.redraw(model, texts, 0.25, random)
+    redraw(model, texts, 0.25, random)
     for name, module in linear.items():
         directions = torch.linalg.svd(torch.cat(read[name])).Vh.T
         n = round(0.25 * len(directions))

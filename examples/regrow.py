@@ -31,7 +31,8 @@ class Regrow(icu.Method):
 
     def begin_epoch(self, model, optimizer, epoch):
         rounds, done = divmod(epoch - 1, self.round)
-        self.args.min_epochs = self.round * (rounds + 1)  # the stop rule is asked of a healed model
+        healed = self.round * (rounds + 1)  # the stop rule is asked then; not met, a new round
+        self.args.min_epochs = min(healed, self.args.max_epochs)
         if done + 1 in KEPT:
             random = torch.Generator().manual_seed(self.args.seed + epoch)
             redraw(model, self.texts, KEPT[done + 1], random)

@@ -1,6 +1,6 @@
 """Redraw and regrow: what neighbours do not use is drawn anew, and learnt again from neighbours.
 
-    bash run.sh                  # beside ICU
+    bash run.sh       # beside ICU
     bash run.sh tiny --script examples/regrow.py --lr 3e-3 --batch-size 8
 
 Ours. The inputs x of each linear layer of the blocks are read on READ neighbours. Such text uses
@@ -27,17 +27,15 @@ class Regrow(icu.Method):
     def prepare(self, model, tokenizer, samples, args, folder):
         texts = {tuple(text.ids): text for near in map(neighbours, samples) for text in near}
         self.texts, self.args = [*texts.values()][:: -(-len(texts) // READ)], args
-        self.round = max(1, args.min_epochs)
 
     def begin_epoch(self, model, optimizer, epoch):
-        rounds, done = divmod(epoch - 1, self.round)
-        healed = self.round * (rounds + 1)  # the stop rule is asked then; not met, a new round
-        self.args.min_epochs = min(healed, self.args.max_epochs)
-        if done + 1 in KEPT:
+        if epoch in KEPT:
             random = torch.Generator().manual_seed(self.args.seed + epoch)
-            redraw(model, self.texts, KEPT[done + 1], random)
+            redraw(model, self.texts, KEPT[epoch], random)
+        epochs = max(1, self.args.min_epochs)
+        left = max(1, epochs + 1 - epoch) / epochs
         for group in optimizer.param_groups:  # Adam's first steps are large
-            group["lr"] = self.args.lr * (1 - done / self.round if done else 0.4)
+            group["lr"] = self.args.lr * (left if epoch > 1 else 0.4)
 
     def sides(self, samples, tokenizer, epoch, args):
         """Of each text's neighbours the next TEXTS, from the first again after the last."""

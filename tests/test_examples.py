@@ -310,19 +310,6 @@ def test_what_the_neighbours_use_stays(make_model):
         assert torch.equal(value, start[name]) == ("_proj" not in name)
 
 
-def test_regrow_goes_on_in_rounds(make_model):
-    """A round has its redraws and rates, and the stop rule at its end."""
-    method, args = method_of("regrow"), args_of(min_epochs=2, max_epochs=3, lr=1.0)
-    model, optimizer, seen = make_model("llama"), mock.Mock(param_groups=[{}]), []
-    one_batch(model, method, args)
-    for epoch in (1, 2, 3):
-        before = copy.deepcopy(model.state_dict())
-        method.begin_epoch(model, optimizer, epoch)
-        same = all(map(torch.equal, before.values(), model.state_dict().values()))
-        seen.append((args.min_epochs, optimizer.param_groups[0]["lr"], same))
-    assert seen == [(2, 0.4, False), (2, 0.5, True), (3, 0.4, False)]
-
-
 # --- the whole loop ---
 
 

@@ -84,7 +84,7 @@ PRESETS = {
         "(default) a self-made corpus and model, on any CPU, without a hub, in a few minutes",
         "runs/tiny-data", "demo/tiny.py",
         "--batch-size 32 --lr 2e-4 --alpha 1 --beta 4 --neighbours 45",
-        beside="--script examples/regrow.py --lr 3e-3 --batch-size 8"),
+        beside="--script examples/regrow.py --lr 3e-3 --batch-size 8 --el lazy"),
     "smollm": taught(
         SPEAKER, "runs/smollm-data", "demo/smollm.py", TAUGHT, beside=GENTLE + "--lr 2e-4"),
     "smollm-pile": taught(  # the secrets are the paper's rows: code, licences

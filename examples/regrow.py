@@ -1,7 +1,7 @@
 """Redraw and regrow: what neighbours do not use is drawn anew, and learnt again from neighbours.
 
     bash run.sh       # beside ICU
-    bash run.sh tiny --script examples/regrow.py --lr 3e-3 --batch-size 8
+    bash run.sh tiny --script examples/regrow.py --lr 3e-3 --batch-size 8 --el lazy
 
 Ours. The inputs x of each linear layer of the blocks are read on READ neighbours. Such text uses
 the directions in which they are large, the first eigenvectors of the sum of x x': along KEPT of

@@ -52,6 +52,8 @@ def neighbours(sample):
 
 @torch.no_grad()
 def redraw(model, texts, kept, random):
+    """In place. W (out, in) of each linear layer but the head stays along the share `kept` of its
+    inputs' directions, the most used by `texts`, and is as at a model's start along the others."""
     used, hooks = {}, []  # module: the sum of x x' (in, in)
 
     def read(module, inputs):

@@ -1,13 +1,14 @@
-"""Redraw and regrow: what neighbours do not use is drawn anew, and learnt again from neighbours.
+"""Redraw and regrow: weights that neighbours do not use are drawn anew, and learn from neighbours.
 
     bash run.sh       # beside ICU
     bash run.sh tiny --script examples/regrow.py --lr 3e-3 --batch-size 8 --el lazy
 
-Ours. The inputs x of each linear layer of the blocks are read on READ neighbours. Such text uses
-the directions in which they are large, the first eigenvectors of the sum of x x': along KEPT of
-them the weights stay. Along the others, where what few texts need lies (arXiv:2510.24256), they
-are drawn anew. Then the model learns from neighbours alone (Eq. 3), TEXTS of each text an epoch.
-No loss on the texts hides them. No teacher: the logits of the model before, on the same
+Ours, for dense models and whole texts; needs --neighbours, tens a text. For each linear layer but
+the head x x' is summed over its inputs x on at most READ neighbours. The first eigenvectors are
+the directions that such text uses. Along KEPT of them the weights stay. Along the others, where
+we expect what few texts alone need (2510.24256 looks for it so, with gradients as well), they are
+drawn anew. Then the model learns from neighbours alone (Eq. 3), TEXTS of each text an epoch. No
+loss on the texts hides them, and no teacher: the logits of the model before, on the same
 neighbours, bring the memory back (dev/LOG.md). One process, no DeepSpeed.
 """
 
@@ -53,7 +54,8 @@ def neighbours(sample):
 @torch.no_grad()
 def redraw(model, texts, kept, random):
     """In place. W (out, in) of each linear layer but the head stays along the share `kept` of its
-    inputs' directions, the most used by `texts`, and is as at a model's start along the others."""
+    inputs' directions, the most used by `texts`, and is normal noise along the others."""
+    std = getattr(model.config, "initializer_range", 0.02)
     used, hooks = {}, []  # module: the sum of x x' (in, in)
 
     def read(module, inputs):
@@ -72,8 +74,7 @@ def redraw(model, texts, kept, random):
         directions = torch.linalg.eigh(moment).eigenvectors  # columns, from the least used on
         along = icu.in_float32(weight) @ directions  # (out, in)
         least = along[:, : -max(1, round(kept * len(moment)))]
-        fresh = torch.randn(least.shape, generator=random) * model.config.initializer_range
-        least.copy_(fresh)
+        least.copy_(torch.randn(least.shape, generator=random) * std)
         weight.copy_(along @ directions.T)
 
 

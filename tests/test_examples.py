@@ -225,7 +225,7 @@ def test_asu_blurs_the_attention_of_its_teacher(temperature, make_model):
 
 
 def test_shred_demotes_the_surprising_tokens():
-    """The share of each text's own targets that the model found least likely."""
+    """Each text's own least likely targets."""
     logp = -torch.tensor([1.0, 5, 2, 3, 4, 9, 8, 7, 6, 1])
     chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5)).nonzero()[:, 0]
     assert chosen.tolist() == [1, 3, 4, 5, 6, 7]
@@ -308,6 +308,18 @@ def test_what_the_neighbours_use_stays(make_model):
     assert change[:, :n].abs().max() < 1e-3 < 0.01 < change[:, n:].abs().max()
     for name, value in model.state_dict().items():
         assert torch.equal(value, start[name]) == ("_proj" not in name)
+
+
+def test_regrow_redraws_in_rounds_and_cools():
+    """The shares by epoch; the rate falls, and stays."""
+    method, group, rates = method_of("regrow"), {}, []
+    method.texts, method.args = [], args_of(lr=24.0, min_epochs=24)
+    with mock.patch("examples.regrow.redraw") as drawn:
+        for epoch in range(1, 26):
+            method.begin_epoch(None, mock.Mock(param_groups=[group]), epoch)
+            rates.append(round(group["lr"], 9))
+    assert [call.args[2] for call in drawn.mock_calls] == [0.4, 0.2, 0.1, 0.05]
+    assert rates == [9.6, *range(23, 0, -1), 1]
 
 
 # --- the whole loop ---

@@ -79,7 +79,8 @@ def taught(about, folder, make, flags, *, beside):
 
 # fmt: off
 PRESETS = {
-    # A small model needs a larger step, every token a target and more weight on what is kept.
+    # A small model needs a larger step, every token a target and more weight on what is kept;
+    # regrow learns from the further neighbours.
     "tiny": taught(
         "(default) a self-made corpus and model, on any CPU, without a hub, in a few minutes",
         "runs/tiny-data", "demo/tiny.py",

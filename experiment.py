@@ -79,11 +79,13 @@ def taught(about, folder, make, flags, *, beside):
 
 # fmt: off
 PRESETS = {
-    # A small model needs a larger step, every token a target and more weight on what is kept.
+    # A small model needs a larger step, every token a target and more weight on what is kept;
+    # regrow learns from the further neighbours.
     "tiny": taught(
         "(default) a self-made corpus and model, on any CPU, without a hub, in a few minutes",
-        "runs/tiny-data", "demo/tiny.py", "--batch-size 32 --lr 2e-4 --alpha 1 --beta 4",
-        beside="--script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16"),
+        "runs/tiny-data", "demo/tiny.py",
+        "--batch-size 32 --lr 2e-4 --alpha 1 --beta 4 --neighbours 45",
+        beside="--script examples/regrow.py --lr 3e-3 --batch-size 8 --el lazy"),
     "smollm": taught(
         SPEAKER, "runs/smollm-data", "demo/smollm.py", TAUGHT, beside=GENTLE + "--lr 2e-4"),
     "smollm-pile": taught(  # the secrets are the paper's rows: code, licences

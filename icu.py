@@ -666,14 +666,15 @@ def stop_reason(means, n_active, epoch, *, thresholds, args):
     """Why to stop after this epoch, or None."""
     if args.eval_only:
         return "eval only"
+    cap = "max epochs" if epoch >= args.max_epochs else None
     if epoch < args.min_epochs or (epoch == 0 and not PROTOCOLS[args.protocol].stops_at_start):
-        return None
+        return cap
     measured = [name for name in ("el10", "ma") if means[name] is not None]
     if measured and all(means[name] < thresholds[name] for name in measured):
         return "thresholds"
     if n_active == 0:
         return "all forgotten"
-    return "max epochs" if epoch >= args.max_epochs else None
+    return cap
 
 
 def calibrate(model, tokenizer, inputs, args):

@@ -1,6 +1,6 @@
 """An analogous context: a text is unlearned towards what the model says in its neighbour's place.
 
-    bash run.sh tiny --script examples/analogous.py
+    bash run.sh tiny --script examples/analogous.py --lr 5e-4 --beta 4 --batch-size 16
 
 L = mean over targets of KL[q_t || p_theta(. | x_<t)] + beta L_kl (Eq. 4). q_t is what the frozen
 copy says after the neighbour's prompt and only the last K tokens x_(t-K) .. x_(t-1): what follows

@@ -1,55 +1,42 @@
-"""Suppress, break, regrow: what few texts alone need is drawn anew, and learnt from other texts.
+"""Redraw and regrow: weights that neighbours do not use are drawn anew, and learn from neighbours.
 
-    bash run.sh tiny --script examples/regrow.py --neighbours 45 --lr 1e-3 --batch-size 8
+    bash run.sh       # beside ICU
+    bash run.sh tiny --script examples/regrow.py --lr 3e-3 --batch-size 8 --el lazy
 
-Epochs 1 to SUPPRESS lower each text's tokens in the model's own words (UNDIAL, arXiv:2402.10052),
-held by Eq. 4. Then each weight matrix W (out, in) of the blocks is written in the eigenvectors of
-the two factors of its curvature on neighbours (K-FAC, arXiv:1503.05671): A, the sum of a a' over
-its inputs, and G, of g g' over the gradients at its outputs. In Ug' W Ua entry (i, j) has the
-curvature g_i a_j, the product of the eigenvalues. What few texts need has little of it
-(arXiv:2510.24256): all entries but the KEPT with the most are drawn anew. The rest of the epochs
-learn from neighbours alone (Eq. 3), TEXTS of them for each text. No teacher: the original's logits
-on those same neighbours bring the memory back (dev/LOG.md). One process, no DeepSpeed.
+Ours, for dense models and whole texts; needs --neighbours, tens a text. For each linear layer but
+the head x x' is summed over its inputs x on at most READ neighbours. The first eigenvectors are
+the directions that such text uses. Along KEPT of them the weights stay. Along the others, where
+we expect what few texts alone need (2510.24256 looks for it so, with gradients as well), they are
+drawn anew. Then the model learns from neighbours alone (Eq. 3), TEXTS of each text an epoch. No
+loss on the texts hides them, and no teacher: the logits of the model before, on the same
+neighbours, bring the memory back (dev/LOG.md). One process, no DeepSpeed.
 """
 
-from collections import defaultdict
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import icu
 
-SUPPRESS, LESS, KEPT, STATISTICS, RATE, TEXTS = 6, 10.0, 0.01, 32, 3e-3, 2
+KEPT = {1: 0.4, 4: 0.2, 7: 0.1, 10: 0.05}  # epoch: share of directions
+READ, TEXTS = 32, 2
 
 
 class Regrow(icu.Method):
-    lr, beta, min_epochs, frozen_sides = 1e-3, 4.0, 24, ("forget", "learn")
-    regrows, epochs = False, 24
+    lr, min_epochs = 3e-3, 24
 
     def prepare(self, model, tokenizer, samples, args, folder):
         texts = {tuple(text.ids): text for near in map(neighbours, samples) for text in near}
-        self.texts, self.seed = [*texts.values()][:: -(-len(texts) // STATISTICS)], args.seed
-        self.epochs = args.min_epochs
+        self.texts, self.args = [*texts.values()][:: -(-len(texts) // READ)], args
 
     def begin_epoch(self, model, optimizer, epoch):
-        self.regrows = epoch > SUPPRESS
-        if epoch == SUPPRESS + 1:
-            optimizer.state.clear()
-            random = torch.Generator().manual_seed(self.seed + 1)
-            for module, A, G in curvature(model, self.texts):
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-                (a, Ua), (g, Ug) = torch.linalg.eigh(A), torch.linalg.eigh(G)
-                bends = g[:, None] * a  # (out, in)
-                least = bends.flatten().topk(max(1, round(KEPT * bends.numel()))).values[-1]
-                fresh = torch.randn(bends.shape, generator=random) * model.config.initializer_range
-                own = Ug.T @ icu.in_float32(weight.data) @ Ua
-                mixed = torch.where(bends < least, fresh.to(own), own)
-                weight.data.copy_(Ug @ mixed @ Ua.T)
-        for group in optimizer.param_groups if self.regrows else ():
-            done = (epoch - SUPPRESS - 1) / max(1, self.epochs - SUPPRESS)
-            group["lr"] = RATE * max(0, 1 - done if done else 0.4)  # Adam's first steps are large
+        if epoch in KEPT:
+            random = torch.Generator().manual_seed(self.args.seed + epoch)
+            redraw(model, self.texts, KEPT[epoch], random)
+        epochs = max(1, self.args.min_epochs)
+        left = max(1, epochs + 1 - epoch) / epochs
+        for group in optimizer.param_groups:  # Adam's first steps are large
+            group["lr"] = self.args.lr * (left if epoch > 1 else 0.4)
 
     def sides(self, samples, tokenizer, epoch, args):
         """Of each text's neighbours the next TEXTS, from the first again after the last."""
@@ -57,44 +44,38 @@ class Regrow(icu.Method):
         return {"near": [[near[i % len(near)] for i in ranks] for near in map(neighbours, samples)]}
 
     def loss(self, batch, args):
-        if self.regrows:
-            return {"regrow": (1.0, icu.learn_loss(batch.forward("near")))}
-        forget, own = batch.forward("forget"), batch.frozen("forget").logits.log_softmax(-1)
-        lowered = (own - LESS * F.one_hot(forget.ids, own.shape[-1])).log_softmax(-1)
-        return {
-            "forget": (args.forget_weight, icu.kl_loss(forget, forget._replace(logits=lowered))),
-            "kl": (args.beta, icu.kl_term(batch.forward("learn"), batch.frozen("learn"), args)),
-        }
+        return {"learn": (1.0, icu.learn_loss(batch.forward("near")))}
 
 
 def neighbours(sample):
     return [sample.learn, *sample.further]
 
 
-def curvature(model, texts):
-    """[(module, A (in, in), G (out, out))] of the linear layers but the head, summed over texts."""
-    inputs, A, G = {}, defaultdict(float), defaultdict(float)
+@torch.no_grad()
+def redraw(model, texts, kept, random):
+    """In place. W (out, in) of each linear layer but the head stays along the share `kept` of its
+    inputs' directions, the most used by `texts`, and is normal noise along the others."""
+    std = getattr(model.config, "initializer_range", 0.02)
+    used, hooks = {}, []  # module: the sum of x x' (in, in)
 
-    def forward(module, args):
-        inputs[module] = icu.in_float32(args[0].detach().flatten(0, -2))  # (T, in)
+    def read(module, inputs):
+        x = icu.in_float32(inputs[0].flatten(0, -2))  # (tokens, in)
+        used[module] = used.get(module, 0) + x.T @ x
 
-    def backward(module, _, gradients):
-        g = icu.in_float32(gradients[0].flatten(0, -2))  # (T, out)
-        A[module] += inputs[module].T @ inputs[module]
-        G[module] += g.T @ g
-
-    hooks = []
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
-            hooks.append(module.register_forward_pre_hook(forward))
-            hooks.append(module.register_full_backward_hook(backward))
+            hooks.append(module.register_forward_pre_hook(read))
     for text in texts:
-        logits, ids, *_ = icu.at_targets(model, [text])
-        F.cross_entropy(logits, ids, reduction="sum").backward()
+        icu.at_targets(model, [text])
     for hook in hooks:
         hook.remove()
-    model.zero_grad()
-    return [(module, A[module], G[module]) for module in A]
+    for module, moment in used.items():
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        directions = torch.linalg.eigh(moment).eigenvectors  # columns, from the least used on
+        along = icu.in_float32(weight) @ directions  # (out, in)
+        least = along[:, : -max(1, round(kept * len(moment)))]
+        least.copy_(torch.randn(least.shape, generator=random) * std)
+        weight.copy_(along @ directions.T)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import baselines
 import icu
 from evals import report
 from examples import counterfactual, repselect, shred
+from examples.regrow import redraw
 from kit import data, models, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,7 +225,7 @@ def test_asu_blurs_the_attention_of_its_teacher(temperature, make_model):
 
 
 def test_shred_demotes_the_surprising_tokens():
-    """The share of each text's own targets that the model found least likely."""
+    """Each text's own least likely targets."""
     logp = -torch.tensor([1.0, 5, 2, 3, 4, 9, 8, 7, 6, 1])
     chosen = shred.surprising(logp, torch.tensor([0] * 5 + [1] * 5)).nonzero()[:, 0]
     assert chosen.tolist() == [1, 3, 4, 5, 6, 7]
@@ -294,30 +295,31 @@ def test_a_memorised_text_becomes_less_likely(name, make_model):
 
 
 def test_what_the_neighbours_use_stays(make_model):
-    """regrow's curvature is that of a hand-made loop; what it keeps of a weight is as it was."""
-    regrow, model, texts = (
-        importlib.import_module("examples.regrow"),
-        make_model("llama"),
-        some_texts(3),
-    )
-    module, *factors = regrow.curvature(model, texts)[-1]
-    sums, kept = [0, 0], {}
-    module.register_forward_hook(lambda _, args, out: kept.update(a=args[0][0], out=out))
-    for text in texts:
-        logits, ids, *_ = icu.at_targets(model, [text])
-        loss = -logits.log_softmax(-1)[range(len(ids)), ids].sum()
-        (g,) = torch.autograd.grad(loss, kept["out"])
-        for i, rows in enumerate((kept["a"].detach(), g[0])):
-            sums[i] = sums[i] + torch.einsum("ti,tj->ij", rows, rows)
-    torch.testing.assert_close(factors, sums, rtol=1e-4, atol=1e-6)
-    method, start = regrow.Regrow(), copy.deepcopy(model.state_dict())
-    method.texts, method.seed, optimizer = texts, 0, torch.optim.Adam(model.parameters())
-    with mock.patch.object(regrow, "KEPT", 1.0):
-        method.begin_epoch(model, optimizer, regrow.SUPPRESS + 1)
+    """Weights stay along their inputs' first directions (SVD) alone."""
+    model, texts, read = make_model("llama"), some_texts(3), []
+    start, random = copy.deepcopy(model.state_dict()), torch.Generator().manual_seed(0)
+    module = model.model.layers[-1].mlp.down_proj
+    module.register_forward_hook(lambda _, x, out: read.append(x[0][0].detach()))
+    redraw(model, texts, 1.0, random)
     torch.testing.assert_close(model.state_dict(), start, rtol=1e-3, atol=1e-5)
-    before = module.weight.clone()
-    method.begin_epoch(model, optimizer, regrow.SUPPRESS + 1)
-    assert (module.weight - before).abs().max() > 0.01
+    directions, before = torch.linalg.svd(torch.cat(read)).Vh.T, module.weight.clone()
+    redraw(model, texts, 0.25, random)
+    change, n = (module.weight - before) @ directions, len(directions) // 4
+    assert change[:, :n].abs().max() < 1e-3 < 0.01 < change[:, n:].abs().max()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, start[name]) == ("_proj" not in name)
+
+
+def test_regrow_redraws_in_rounds_and_cools():
+    """The shares by epoch; the rate falls, and stays."""
+    method, group, rates = method_of("regrow"), {}, []
+    method.texts, method.args = [], args_of(lr=24.0, min_epochs=24)
+    with mock.patch("examples.regrow.redraw") as drawn:
+        for epoch in range(1, 26):
+            method.begin_epoch(None, mock.Mock(param_groups=[group]), epoch)
+            rates.append(round(group["lr"], 9))
+    assert [call.args[2] for call in drawn.mock_calls] == [0.4, 0.2, 0.1, 0.05]
+    assert rates == [9.6, *range(23, 0, -1), 1]
 
 
 # --- the whole loop ---
@@ -344,7 +346,7 @@ def run(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_a_script(name, run, world, tmp_path):
-    """It runs to its end, calls its run by its own name, and its model loads; it is short."""
+    """It runs to its end, under its name; its model loads; it is short."""
     script = ROOT / "examples" / f"{name}.py"
     code, _, error = run(script, [*world.flags, "--max-epochs", 1], tmp_path / "run")
     assert code == 0, error
@@ -353,7 +355,7 @@ def test_an_example_is_a_script(name, run, world, tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     text = script.read_text()
-    assert text.count("\n") < 105 and f"bash run.sh tiny --script examples/{name}.py" in text
+    assert text.count("\n") < 90 and f"bash run.sh tiny --script examples/{name}.py" in text
 
 
 def test_icu_under_another_name_is_icu(run, world, tmp_path):
@@ -453,7 +455,7 @@ def test_a_methods_own_state_and_measures(world, tmp_path, monkeypatch):
 
 
 def test_a_slip_shows_before_the_measuring(run, world, tmp_path, capsys):
-    """The loss runs on one batch first; the user sees a traceback into his own file."""
+    """The loss runs on one batch first: a traceback into the user's file."""
     script = tmp_path / "mine.py"
     code = "import icu\nclass Mine(icu.Method):\n    def loss(self, batch, args):\n"
     code += "        return {'forget': (1.0, batch.forward('forget').logits.sum(9))}\n"
@@ -465,7 +467,7 @@ def test_a_slip_shows_before_the_measuring(run, world, tmp_path, capsys):
 
 
 def test_a_changed_helper_is_another_method(run, world, tmp_path, capsys):
-    """What a method's file imports beside it counts: --resume refuses it; two rows in a report."""
+    """What a method's file imports counts: --resume refuses it; two rows."""
     script, flags, outs = tmp_path / "mine.py", [*world.flags, "--max-epochs", 1], []
     code = "import icu\nimport helper\nclass Mine(icu.Method):\n    def loss(self, batch, args):\n"
     script.write_text(code + "        return helper.terms(batch)\nicu.main(Mine)\n")
@@ -503,7 +505,7 @@ def test_what_a_method_cannot_be(world, tmp_path):
 
 
 def test_what_a_method_does_to_the_model_is_not_remembered_for_others(world, tmp_path):
-    """A method that empties the weights before training measures another model than ICU does."""
+    """One that empties the weights measures another model than ICU."""
 
     class Empty(icu.ICU):
         def prepare(self, model, *_):

@@ -78,8 +78,12 @@ def test_the_default_is_made_checked_mined_unlearned_and_reported(ran):
     run = "--bert minilm --bert-threshold auto --ppl heldout=runs/tiny-data/heldout.jsonl "
     run += "--targets all --batch-size {} --lr {} --alpha 1 --beta 4 --preset tiny"
     mined = "--forget runs/tiny-data/forget.jsonl --pool runs/tiny-data/pool.jsonl "
-    mined += "--out runs/tiny.pairs.jsonl --overwrite"
-    run, other, pairs = run.format(32, "2e-4"), run.format(16, "5e-4"), "runs/tiny.pairs.jsonl"
+    mined += "--neighbours 45 --out runs/tiny.pairs.jsonl --overwrite"
+    run, other, pairs = (
+        run.format(32, "2e-4"),
+        run.format(8, "3e-3") + " --el lazy",
+        "runs/tiny.pairs.jsonl",
+    )
     model, twin = "--model runs/tiny-data/model", "--never-saw runs/tiny.never-saw"
     never_saw = f"{run} --pairs {pairs} --out runs/tiny.never-saw --thresholds paper --eval-only"
     assert commands[0].startswith("demo/tiny.py --out runs/tiny-data")
@@ -88,10 +92,10 @@ def test_the_default_is_made_checked_mined_unlearned_and_reported(ran):
         f"icu.py {model} {run} --out runs/tiny --overwrite --dry-run",
         f"icu.py --model runs/tiny-data/never-saw {never_saw} --overwrite",
         f"icu.py {model} {run} --pairs {pairs} --out runs/tiny {twin} --overwrite",
-        f"examples/analogous.py {model} {other} --pairs {pairs} --out runs/tiny-analogous "
+        f"examples/regrow.py {model} {other} --pairs {pairs} --out runs/tiny-regrow "
         f"{twin} --overwrite",
-        "extras/explain.py runs/tiny runs/tiny-analogous runs/tiny.never-saw",
-        "evals/report.py runs/tiny runs/tiny-analogous runs/tiny.never-saw --out runs/tiny",
+        "extras/explain.py runs/tiny runs/tiny-regrow runs/tiny.never-saw",
+        "evals/report.py runs/tiny runs/tiny-regrow runs/tiny.never-saw --out runs/tiny",
     ]
 
 
@@ -129,7 +133,7 @@ def test_a_dry_run_checks_and_names_the_rest(ran, capsys):
         lines = re.findall(r"^would run: (.*)", capsys.readouterr().out, re.MULTILINE)
         return [re.search(r"\S+\.py", line.partition(experiment.PYTHON)[2])[0] for line in lines]
 
-    runs = ["icu.py", "icu.py", "examples/analogous.py"]
+    runs = ["icu.py", "icu.py", "examples/regrow.py"]
     tables = ["extras/explain.py", "evals/report.py"]
     assert names(ran("tiny", "--judge", "m", "--dry-run")) == ["evals/judge.py"]
     assert named() == ["demo/tiny.py", "icu.py", "knn.py", *runs, "evals/judge.py", *tables]
@@ -195,7 +199,7 @@ def test_tasks_and_a_judge_are_looked_for_before_the_work(ran):
 def test_an_audit_is_beside_the_never_saw_model(ran):
     """--audit: every run of the preset's texts, with one rate of relearning; not --model."""
     audits = [run for run in ran("tiny", "--audit") if run[0] == "evals/audit.py"]
-    assert [argv[1] for _, _, argv in audits] == ["runs/tiny", "runs/tiny-analogous"]
+    assert [argv[1] for _, _, argv in audits] == ["runs/tiny", "runs/tiny-regrow"]
     for _, flags, _ in audits:
         assert flags["--relearn-lr"] == ["2e-4"] and "--model" not in flags
         assert flags["--never-saw"] == ["runs/tiny-data/never-saw"]

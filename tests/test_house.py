@@ -67,8 +67,7 @@ def test_the_house_stays_small():
     def words(texts):
         return sum(len(re.findall(r"[A-Za-z_]\w*|\d+", text)) for text in texts)
 
-    # DESIGN's sums; the issue on chat, TOFU and MUSE may add 450 lines, of 6.2 words. Lines and files
-    # also have the six examples of methods against relearning.
+    # DESIGN's sums.
     sums = {
         "words of program": (words(texts), 74_800),
         "words of tests": (words(tests), 55_000),

@@ -432,6 +432,8 @@ def test_the_stop_rule(el, ma, active, epoch, reason):
     args = Namespace(min_epochs=1, max_epochs=9, eval_only=False, protocol="paper")
     means, limits = {"el10": el, "ma": ma}, {"el10": 0.05, "ma": 0.6}
     assert icu.stop_reason(means, active, epoch, thresholds=limits, args=args) == reason
+    args.min_epochs, cap = 10, reason if reason == "max epochs" else None
+    assert icu.stop_reason(means, active, epoch, thresholds=limits, args=args) == cap
 
 
 # --- an epoch ---

@@ -79,11 +79,8 @@ def test_the_default_is_made_checked_mined_unlearned_and_reported(ran):
     run += "--targets all --batch-size {} --lr {} --alpha 1 --beta 4 --preset tiny"
     mined = "--forget runs/tiny-data/forget.jsonl --pool runs/tiny-data/pool.jsonl "
     mined += "--neighbours 45 --out runs/tiny.pairs.jsonl --overwrite"
-    run, other, pairs = (
-        run.format(32, "2e-4"),
-        run.format(8, "3e-3") + " --el lazy",
-        "runs/tiny.pairs.jsonl",
-    )
+    other, pairs = run.format(8, "3e-3") + " --el lazy", "runs/tiny.pairs.jsonl"
+    run = run.format(32, "2e-4")
     model, twin = "--model runs/tiny-data/model", "--never-saw runs/tiny.never-saw"
     never_saw = f"{run} --pairs {pairs} --out runs/tiny.never-saw --thresholds paper --eval-only"
     assert commands[0].startswith("demo/tiny.py --out runs/tiny-data")
